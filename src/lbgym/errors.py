@@ -1,0 +1,57 @@
+"""The exceptions lbgym raises.
+
+Each derives from the built-in or Gymnasium exception a caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import gymnasium
+
+
+class LbgymError(Exception):
+    """Base class of every exception lbgym raises on purpose."""
+
+
+class UnknownNameError(LbgymError, ValueError):
+    """A name (feature, reward, dispatch rule, scenario, policy, key) that lbgym does not know."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str], where: str = "") -> None:
+        self.kind, self.name, self.known = kind, name, sorted(known)
+        near = difflib.get_close_matches(str(name), self.known, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        place = f" in {where}" if where else ""
+        super().__init__(f"unknown {kind} {name!r}{place}.{hint} Known: {', '.join(self.known)}.")
+
+
+class InvalidActionError(LbgymError, ValueError):
+    """An action of the wrong shape or type, not finite, or with an index out of range."""
+
+
+class InvalidWeightsError(LbgymError, ValueError):
+    """Weights of the wrong shape, not finite or negative."""
+
+
+class ScenarioError(LbgymError, ValueError):
+    """A scenario, workload or event that cannot be simulated as stated."""
+
+
+class TraceError(LbgymError, ValueError):
+    """A trace file that cannot be read; the message names the file and, where there is one, the line."""
+
+
+class ResetNeeded(LbgymError, gymnasium.error.ResetNeeded):
+    """``step`` or ``render`` before ``reset``, or ``step`` after the end of an episode."""
+
+
+class MissingExtraError(LbgymError, ImportError):
+    """An optional dependency is not installed; the message names the extra to install."""
+
+    def __init__(self, module: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {module!r}, which is not installed: pip install 'lbgym[{extra}]'", name=module)
+
+
+class DataPlaneTimeout(LbgymError, TimeoutError):
+    """A live data plane published nothing new in time."""

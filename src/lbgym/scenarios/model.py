@@ -1,0 +1,563 @@
+"""Scenarios as plain data: servers, workload, events, and how a balancer samples.
+
+Nothing here simulates. Every class validates itself on construction and raises :class:`ScenarioError` with the
+value, what is allowed and where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from ..errors import ScenarioError, UnknownNameError
+
+#: Dispatch rules: how the data plane places one flow, given the balancer's weights and its own counters.
+DISPATCH_RULES = (
+    "ecmp",
+    "wcmp",
+    "maglev",
+    "round_robin",
+    "lsq",
+    "sed",
+    "sed_scaled",
+    "p2c",
+    "p2c_sed",
+    "oracle_lsq",
+    "oracle_sed",
+    "oracle_least_work",
+)
+EVENT_KINDS = ("rate", "speed", "down", "up", "drain")
+MAX_SERVERS = 65_536
+
+
+def _number(value: Any, name: str, *, low: float = 0.0, strict: bool = True, high: float = math.inf) -> float:
+    """``value`` as a finite float above ``low`` (or equal, unless strict) and at most ``high``."""
+    bound = f"{'above' if strict else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise ScenarioError(f"{name} must be a number {bound}, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or number < low or (strict and number == low) or number > high:
+        raise ScenarioError(f"{name} must be a finite number {bound}, got {value!r}")
+    return number
+
+
+def _integer(value: Any, name: str, *, low: int, high: int | None = None) -> int:
+    bound = f"at least {low}" if high is None else f"from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise ScenarioError(f"{name} must be a whole number {bound}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ScenarioError(f"{name} must be {bound}, got {value!r}")
+    return int(value)
+
+
+def _set(instance: object, **values: Any) -> None:
+    """Assign normalised values on a frozen dataclass."""
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)
+
+
+# Servers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A server under limited processor sharing.
+
+    Of the flows it holds, at most ``workers`` are served at once, each at ``speed * min(1, cores / served)``; further
+    flows wait first-in first-out in a backlog of ``backlog`` places; beyond that a flow is rejected.
+
+    Attributes:
+        cores: CPU cores, at least 1.
+        speed: core-seconds of demand one core serves per second, above 0.
+        workers: flows served at once; None: unlimited (plain processor sharing).
+        backlog: places to wait once every worker is busy; None: unlimited. Without a limit on workers nothing waits.
+        memory_mb, memory_idle_mb, memory_per_flow_mb: the linear model of ground-truth memory use:
+            (idle + per_flow * flows) / memory, at most 1.
+    """
+
+    cores: int = 1
+    speed: float = 1.0
+    workers: int | None = None
+    backlog: int | None = None
+    memory_mb: float = 4096.0
+    memory_idle_mb: float = 512.0
+    memory_per_flow_mb: float = 16.0
+
+    def __post_init__(self) -> None:
+        _set(
+            self,
+            cores=_integer(self.cores, "Server.cores", low=1),
+            speed=_number(self.speed, "Server.speed"),
+            memory_mb=_number(self.memory_mb, "Server.memory_mb"),
+            memory_idle_mb=_number(self.memory_idle_mb, "Server.memory_idle_mb", strict=False),
+            memory_per_flow_mb=_number(self.memory_per_flow_mb, "Server.memory_per_flow_mb", strict=False),
+        )
+        if self.workers is not None:
+            _set(self, workers=_integer(self.workers, "Server.workers", low=1))
+        if self.backlog is not None:
+            _set(self, backlog=_integer(self.backlog, "Server.backlog", low=0))
+
+    @property
+    def capacity(self) -> float:
+        """Core-seconds of demand served per second when every core is busy (workers may limit it)."""
+        usable = self.cores if self.workers is None else min(self.cores, self.workers)
+        return usable * self.speed
+
+
+# Demands: service time of a flow on one core of speed 1, in core-seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deterministic:
+    """Every flow demands ``mean`` core-seconds."""
+
+    mean: float = 0.1
+
+    def __post_init__(self) -> None:
+        _set(self, mean=_number(self.mean, "Deterministic.mean"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exponential:
+    """Exponential demands of the given mean, core-seconds."""
+
+    mean: float = 0.1
+
+    def __post_init__(self) -> None:
+        _set(self, mean=_number(self.mean, "Exponential.mean"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lognormal:
+    """Lognormal demands with a mean (core-seconds) and a coefficient of variation (std / mean)."""
+
+    mean: float = 0.1
+    cv: float = 2.0
+
+    def __post_init__(self) -> None:
+        _set(self, mean=_number(self.mean, "Lognormal.mean"), cv=_number(self.cv, "Lognormal.cv"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedPareto:
+    """Pareto of index ``alpha`` truncated to [``minimum``, ``maximum``] core-seconds."""
+
+    alpha: float = 1.5
+    minimum: float = 0.01
+    maximum: float = 10.0
+
+    def __post_init__(self) -> None:
+        _set(
+            self,
+            alpha=_number(self.alpha, "BoundedPareto.alpha"),
+            minimum=_number(self.minimum, "BoundedPareto.minimum"),
+            maximum=_number(self.maximum, "BoundedPareto.maximum"),
+        )
+        if self.maximum <= self.minimum:
+            raise ScenarioError(f"BoundedPareto.maximum must be above minimum {self.minimum}, got {self.maximum}")
+
+    @property
+    def mean(self) -> float:
+        a, low, high = self.alpha, self.minimum, self.maximum
+        if math.isclose(a, 1.0, rel_tol=1e-12):
+            return low / (1 - low / high) * math.log(high / low)
+        return low**a / (1 - (low / high) ** a) * a / (a - 1) * (low ** (1 - a) - high ** (1 - a))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperexponential:
+    """A mixture of exponentials: with probability ``probabilities[i]`` exponential of mean ``means[i]``."""
+
+    probabilities: tuple[float, ...] = (0.9, 0.1)
+    means: tuple[float, ...] = (0.05, 0.55)
+
+    def __post_init__(self) -> None:
+        p = tuple(_number(x, "Hyperexponential.probabilities", strict=False, high=1.0) for x in self.probabilities)
+        m = tuple(_number(x, "Hyperexponential.means") for x in self.means)
+        if not p or len(p) != len(m):
+            raise ScenarioError(
+                f"Hyperexponential needs as many probabilities as means and at least one, got {len(p)} and {len(m)}"
+            )
+        if not math.isclose(sum(p), 1.0, rel_tol=1e-9):
+            raise ScenarioError(f"Hyperexponential.probabilities must sum to 1, got {sum(p)!r}")
+        _set(self, probabilities=p, means=m)
+
+    @property
+    def mean(self) -> float:
+        return sum(p * m for p, m in zip(self.probabilities, self.means, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Empirical:
+    """Demands drawn uniformly, with replacement, from measured ``values`` (core-seconds)."""
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        values = tuple(_number(x, "Empirical.values", strict=False) for x in self.values)
+        if not values or not any(values):
+            raise ScenarioError("Empirical.values needs at least one value above 0")
+        _set(self, values=values)
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+
+Demand = Deterministic | Exponential | Lognormal | BoundedPareto | Hyperexponential | Empirical
+
+
+# Arrivals: the shape in time; the mean rate belongs to the workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisson:
+    """Poisson arrivals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModulatedPoisson:
+    """Markov-modulated Poisson arrivals.
+
+    In state i the rate is proportional to ``levels[i]`` (scaled so that the long-run mean is the workload's rate); a
+    visit lasts ``sojourns[i]`` seconds in the mean, exponential, or exactly with ``fixed_sojourns``. The next state is drawn
+    from row i of ``transitions``; None: the states in turn. The first state is drawn from the stationary law.
+    """
+
+    levels: tuple[float, ...] = (0.5, 2.0)
+    sojourns: tuple[float, ...] = (10.0, 5.0)
+    transitions: tuple[tuple[float, ...], ...] | None = None
+    fixed_sojourns: bool = False
+
+    def __post_init__(self) -> None:
+        levels = tuple(_number(x, "ModulatedPoisson.levels", strict=False) for x in self.levels)
+        sojourns = tuple(_number(x, "ModulatedPoisson.sojourns") for x in self.sojourns)
+        n = len(levels)
+        if n < 2 or len(sojourns) != n or not any(levels):
+            raise ScenarioError(
+                "ModulatedPoisson needs at least two levels, one of them above 0, and a sojourn for each, "
+                f"got {n} levels and {len(sojourns)} sojourns"
+            )
+        rows = self.transitions
+        if rows is None:
+            rows = tuple(tuple(float(j == (i + 1) % n) for j in range(n)) for i in range(n))
+        rows = tuple(
+            tuple(_number(x, "ModulatedPoisson.transitions", strict=False, high=1.0) for x in row) for row in rows
+        )
+        if len(rows) != n or any(len(row) != n or not math.isclose(sum(row), 1.0, rel_tol=1e-9) for row in rows):
+            raise ScenarioError(f"ModulatedPoisson.transitions must be {n} rows of {n} probabilities that sum to 1")
+        _set(self, levels=levels, sojourns=sojourns, transitions=rows)
+
+    def stationary(self) -> np.ndarray:
+        """Long-run share of time in each state."""
+        assert self.transitions is not None
+        p = np.asarray(self.transitions)
+        n = len(p)
+        visits = np.linalg.lstsq(np.vstack([p.T - np.eye(n), np.ones(n)]), np.append(np.zeros(n), 1.0), rcond=None)[0]
+        share = np.clip(visits, 0, None) * np.asarray(self.sojourns)
+        return share / share.sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnOff:
+    """Bursts: rate in proportion to 1 for ``on`` seconds, to ``off_level`` for ``off`` seconds, and so on.
+
+    The long-run mean is the workload's rate. Durations are exact, or exponential with ``random``.
+    """
+
+    on: float = 1.0
+    off: float = 4.0
+    off_level: float = 0.0
+    random: bool = False
+
+    def __post_init__(self) -> None:
+        _set(
+            self,
+            on=_number(self.on, "OnOff.on"),
+            off=_number(self.off, "OnOff.off"),
+            off_level=_number(self.off_level, "OnOff.off_level", strict=False, high=1.0),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sinusoidal:
+    """Poisson arrivals of rate ``r * (1 + amplitude * sin(2 pi t / period + phase))``: a day in short."""
+
+    amplitude: float = 0.5
+    period: float = 60.0
+    phase: float = 0.0
+
+    def __post_init__(self) -> None:
+        _set(
+            self,
+            amplitude=_number(self.amplitude, "Sinusoidal.amplitude", strict=False, high=1.0),
+            period=_number(self.period, "Sinusoidal.period"),
+            phase=_number(self.phase, "Sinusoidal.phase", low=-math.inf),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Arrivals and demands read from a file or given as arrays; times in seconds from the first flow.
+
+    ``times`` is non-decreasing and starts at 0 or later; ``demands`` are core-seconds. With ``repeat`` the trace begins
+    again one mean inter-arrival time after its last flow; otherwise arrivals end with it.
+    With ``random_start`` each seed begins at another flow.
+    """
+
+    times: np.ndarray
+    demands: np.ndarray
+    source: str = "arrays"
+    repeat: bool = True
+    random_start: bool = False
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        times = np.ascontiguousarray(self.times, dtype=np.float64)
+        demands = np.ascontiguousarray(self.demands, dtype=np.float64)
+        if times.ndim != 1 or times.shape != demands.shape or len(times) == 0:
+            raise ScenarioError(
+                f"trace {self.source}: times and demands must be equally long and not empty, "
+                f"got shapes {times.shape} and {demands.shape}"
+            )
+        if not (np.isfinite(times).all() and np.isfinite(demands).all()) or (demands < 0).any() or times[0] < 0:
+            raise ScenarioError(f"trace {self.source}: times and demands must be finite and at least 0")
+        if (np.diff(times) < 0).any():
+            first = int(np.argmax(np.diff(times) < 0)) + 1
+            raise ScenarioError(f"trace {self.source}: times must not decrease; flow {first} is before flow {first - 1}")
+        times.setflags(write=False)
+        demands.setflags(write=False)
+        _set(self, times=times, demands=demands)
+
+    @property
+    def period(self) -> float:
+        """Seconds until the trace repeats: its span and one mean inter-arrival time."""
+        span = float(self.times[-1])
+        return span + (span / (len(self.times) - 1) if len(self.times) > 1 and span > 0 else 1.0)
+
+    @property
+    def rate(self) -> float:
+        """Mean flows per second."""
+        return len(self.times) / self.period
+
+    @property
+    def mean(self) -> float:
+        """Mean demand, core-seconds."""
+        return float(self.demands.mean())
+
+    def scaled(self, *, speedup: float = 1.0, scale: float = 1.0) -> Trace:
+        """The trace with times divided by ``speedup`` and demands multiplied by ``scale``."""
+        speedup, scale = _number(speedup, "trace speedup"), _number(scale, "trace scale")
+        return replace(self, times=self.times / speedup, demands=self.demands * scale)
+
+
+Arrivals = Poisson | ModulatedPoisson | OnOff | Sinusoidal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What arrives: flows per second and the demand of each.
+
+    Attributes:
+        arrivals: their shape in time. A trace replaces both ``arrivals`` and ``demand``.
+        demand: the law of service demands.
+        rate: mean flows per second. Give ``rate`` or ``load``, not both; a trace needs neither (its own rate holds).
+        load: offered work as a fraction of the cluster's capacity.
+        trace: recorded flows; ``rate`` or ``load`` then set the replay speed.
+    """
+
+    arrivals: Arrivals = field(default_factory=Poisson)
+    demand: Demand = field(default_factory=Exponential)
+    rate: float | None = None
+    load: float | None = None
+    trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        if self.rate is not None and self.load is not None:
+            raise ScenarioError(f"Workload takes rate or load, not both; got rate={self.rate!r} and load={self.load!r}")
+        if self.rate is None and self.load is None and self.trace is None:
+            raise ScenarioError("Workload needs rate (flows per second), load (fraction of capacity) or a trace")
+        for name in ("rate", "load"):
+            if getattr(self, name) is not None:
+                _set(self, **{name: _number(getattr(self, name), f"Workload.{name}")})
+
+    @property
+    def mean_demand(self) -> float:
+        """Mean core-seconds of a flow."""
+        return self.trace.mean if self.trace is not None else self.demand.mean
+
+
+# Events
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happens at ``time`` seconds.
+
+    ``kind``: "rate" (the arrival rate becomes ``value`` times the workload's), "speed" (the server's speed becomes
+    ``value`` times its configured one), "down" (the server's flows fail and it takes no more), "up", "drain" (it
+    finishes what it has and takes no more).
+    """
+
+    time: float
+    kind: Literal["rate", "speed", "down", "up", "drain"]
+    server: int | None = None
+    value: float | None = None
+
+    def __post_init__(self) -> None:
+        _set(self, time=_number(self.time, "Event.time", strict=False))
+        if self.kind not in EVENT_KINDS:
+            raise UnknownNameError("event kind", self.kind, EVENT_KINDS)
+        if (self.kind == "rate") != (self.server is None):
+            raise ScenarioError(
+                f"a {self.kind!r} event {'takes no' if self.kind == 'rate' else 'needs a'} server, got {self.server!r}"
+            )
+        if self.server is not None:
+            _set(self, server=_integer(self.server, "Event.server", low=0))
+        if (self.kind in ("rate", "speed")) != (self.value is not None):
+            raise ScenarioError(
+                f"a {self.kind!r} event {'needs a' if self.kind in ('rate', 'speed') else 'takes no'} value, "
+                f"got {self.value!r}"
+            )
+        if self.value is not None:
+            _set(self, value=_number(self.value, "Event.value", strict=self.kind == "speed"))
+
+
+# How a balancer samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Reservoirs of a balancer, two per server: FCT and flow duration.
+
+    Attributes:
+        capacity: samples kept.
+        probability: chance that an event is sampled at all.
+        algorithm: "overwrite" (a uniformly random slot: exponential forgetting) or "uniform" (Algorithm R of Vitter:
+            uniform over all history, never forgets).
+        decay: weight of a sample per second of its age in the ``*_decay`` features.
+        packets_per_flow: flow-duration samples per flow in the mean. Packets come as service progresses (a response is
+            acknowledged while it is sent): a Poisson process in the service a flow has received, so larger
+            flows are sampled more often. 0: no duration samples.
+    """
+
+    capacity: int = 128
+    probability: float = 1.0
+    algorithm: Literal["overwrite", "uniform"] = "overwrite"
+    decay: float = 0.9
+    packets_per_flow: float = 2.0
+
+    def __post_init__(self) -> None:
+        _set(
+            self,
+            capacity=_integer(self.capacity, "Sampling.capacity", low=1, high=32_767),
+            probability=_number(self.probability, "Sampling.probability", high=1.0),
+            decay=_number(self.decay, "Sampling.decay", high=1.0),
+            packets_per_flow=_number(self.packets_per_flow, "Sampling.packets_per_flow", strict=False),
+        )
+        if self.algorithm not in ("overwrite", "uniform"):
+            raise UnknownNameError("sampling algorithm", self.algorithm, ("overwrite", "uniform"))
+
+
+# The scenario
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """Cluster, workload, balancers, dispatch rule and events under one name.
+
+    Attributes:
+        name, description: for people.
+        servers: the cluster, at least one server.
+        workload: what arrives.
+        balancers: load balancers; each flow belongs to the one its hash selects.
+        dispatch: the default dispatch rule (``DISPATCH_RULES``).
+        events: what happens when, in any order.
+        reject_timeout: FCT, in seconds, that a rejected or failed flow counts with.
+        sampling: the balancers' reservoirs.
+        duration: seconds that an evaluation of the scenario lasts unless told otherwise.
+    """
+
+    name: str = "custom"
+    description: str = ""
+    servers: tuple[Server, ...]
+    workload: Workload
+    balancers: int = 1
+    dispatch: str = "sed"
+    events: tuple[Event, ...] = ()
+    reject_timeout: float = 40.0
+    sampling: Sampling = field(default_factory=Sampling)
+    duration: float = 60.0
+
+    def __post_init__(self) -> None:
+        servers = tuple(self.servers)
+        if not 1 <= len(servers) <= MAX_SERVERS:
+            raise ScenarioError(f"scenario {self.name!r}: servers must be 1 to {MAX_SERVERS}, got {len(servers)}")
+        if self.dispatch not in DISPATCH_RULES:
+            raise UnknownNameError("dispatch rule", self.dispatch, DISPATCH_RULES, where=f"scenario {self.name!r}")
+        events = tuple(sorted(self.events, key=lambda e: e.time))
+        for event in events:
+            if event.server is not None and event.server >= len(servers):
+                raise ScenarioError(
+                    f"scenario {self.name!r}: event at {event.time} s names server {event.server}; "
+                    f"allowed: 0 to {len(servers) - 1}"
+                )
+        _set(
+            self,
+            servers=servers,
+            events=events,
+            balancers=_integer(self.balancers, f"scenario {self.name!r}: balancers", low=1, high=1024),
+            reject_timeout=_number(self.reject_timeout, f"scenario {self.name!r}: reject_timeout"),
+            duration=_number(self.duration, f"scenario {self.name!r}: duration"),
+        )
+
+    @property
+    def num_servers(self) -> int:
+        return len(self.servers)
+
+    @property
+    def capacity(self) -> float:
+        """Core-seconds per second of the whole cluster."""
+        return sum(server.capacity for server in self.servers)
+
+    @property
+    def rate(self) -> float:
+        """Mean flows per second, from the workload's rate, load or trace."""
+        workload = self.workload
+        if workload.rate is not None:
+            return workload.rate
+        if workload.load is not None:
+            return workload.load * self.capacity / workload.mean_demand
+        assert workload.trace is not None
+        return workload.trace.rate
+
+    @property
+    def load(self) -> float:
+        """Offered work as a fraction of the cluster's capacity."""
+        return self.rate * self.workload.mean_demand / self.capacity
+
+    @property
+    def core_weights(self) -> tuple[float, ...]:
+        """What an operator knows of the servers: weights in proportion to their cores."""
+        return tuple(float(server.cores) for server in self.servers)
+
+    def with_changes(self, **changes: Any) -> Scenario:
+        """A copy with other values; also takes ``load=``, ``rate=`` for the workload."""
+        workload = {k: changes.pop(k) for k in ("load", "rate") if k in changes}
+        if workload:
+            base = changes.get("workload", self.workload)
+            changes["workload"] = replace(base, **({"load": None, "rate": None} | workload))
+        return replace(self, **changes)
+
+
+def servers_of(*groups: tuple[int, Server] | Server) -> tuple[Server, ...]:
+    """Flatten ``(count, server)`` groups: ``servers_of((4, Server(cores=2)), (3, Server(cores=4)))``."""
+    flat: list[Server] = []
+    for group in groups:
+        count, server = group if isinstance(group, Sequence) else (1, group)
+        flat.extend([server] * count)
+    return tuple(flat)
