@@ -34,6 +34,10 @@ class InvalidWeightsError(LbgymError, ValueError):
     """Weights of the wrong shape, not finite or negative."""
 
 
+class PolicyError(LbgymError, ValueError):
+    """A policy or trained model that cannot do what it is asked for, such as one made for another number of servers."""
+
+
 class ScenarioError(LbgymError, ValueError):
     """A scenario, workload or event that cannot be simulated as stated."""
 
