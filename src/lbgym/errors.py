@@ -50,6 +50,10 @@ class ResetNeeded(LbgymError, gymnasium.error.ResetNeeded):
     """``step`` or ``render`` before ``reset``, or ``step`` after the end of an episode."""
 
 
+class CheckpointError(LbgymError, ValueError):
+    """A checkpoint that cannot be read, or that does not fit the environment; the message gives both shapes."""
+
+
 class MissingExtraError(LbgymError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
