@@ -159,9 +159,7 @@ class Viewer:
         show(frame, self._stream)
         return None
 
-    def frame(
-        self, snapshot: Snapshot, *, weights: NDArray[np.float64], reward: float | None, step: int
-    ) -> Frame:
+    def frame(self, snapshot: Snapshot, *, weights: NDArray[np.float64], reward: float | None, step: int) -> Frame:
         """The view of a snapshot, with copies of its arrays."""
         if self._history and self._history[-1].step == step:
             new_flows = self._history[-1].new_flows
@@ -251,8 +249,8 @@ def render_ansi(frame: Frame, *, color: bool = False, unicode: bool = True, max_
     for j in range(shown):
         cells = [f"{j:>6}"]
         if not frame.active[j]:
-            rest = f"out of service{f', {frame.open_flows[j]:.0f} open flows' if frame.open_flows[j] else ''}"
-            lines.append(paint("  ".join([*cells, rest]), _DIM))
+            note = f"out of service{f', {frame.open_flows[j]:.0f} open flows' if frame.open_flows[j] else ''}"
+            lines.append(paint("  ".join([*cells, note]), _DIM))
             continue
         cells.append(f"{_short(frame.weights[j]):>7} " + paint(bar(frame.weights[j] / largest_weight, 10), _CYAN))
         cells.append(f"{_short(frame.open_flows[j]):>7} " + bar(frame.open_flows[j] / largest_queue, 10))
@@ -335,7 +333,7 @@ _BLUE, _VIOLET, _TEAL, _AMBER, _ROSE = "#58a6ff", "#b392f0", "#3fb98c", "#e3a53a
 _SUPERSAMPLE = 2
 _MARGIN, _GAP = 16, 12
 _HEADER, _CHART = 112, 132
-_MIN_ROW, _MAX_ROW = 17, 40
+_MIN_ROW, _MAX_ROW = 13, 52
 
 
 def render_rgb(
@@ -348,7 +346,8 @@ def render_rgb(
 
     Args:
         frame: what to draw.
-        width, height: pixels; at least 480 x 320.
+        width: pixels, at least 320. A picture smaller than ``DEFAULT_SIZE`` is the same one, scaled down.
+        height: pixels, at least 180.
         history: earlier frames, oldest first, for the curves; a trailing ``frame`` is not drawn twice.
 
     Returns:
@@ -358,23 +357,24 @@ def render_rgb(
         MissingExtraError: without Pillow.
         ValueError: for a smaller picture.
     """
-    if width < 480 or height < 320:
-        raise ValueError(f"a dashboard needs at least 480 x 320 pixels, got {width} x {height}")
+    if width < 320 or height < 180:
+        raise ValueError(f"a dashboard needs at least 320 x 180 pixels, got {width} x {height}")
     past = [*history] if history and history[-1] is frame else [*history, frame]
     past = [f for f in past if f.num_servers == frame.num_servers][-HISTORY:]
     canvas = _Canvas(width, height)
     _draw_heading(canvas, frame)
-    charts_top = height - _MARGIN - _CHART
-    panel = (_MARGIN, _HEADER, width - _MARGIN, charts_top - _GAP)
+    right_edge, bottom = canvas.width - _MARGIN, canvas.height - _MARGIN
+    charts_top = bottom - _CHART
+    panel = (_MARGIN, _HEADER, right_edge, charts_top - _GAP)
     canvas.box(panel, _PANEL, radius=8)
     if (panel[3] - panel[1] - 38) / frame.num_servers >= _MIN_ROW:
         _draw_rows(canvas, panel, frame, past)
     else:
         _draw_strips(canvas, panel, frame)
 
-    middle = width / 2
-    left = (_MARGIN, charts_top, middle - _GAP / 2, height - _MARGIN)
-    right = (middle + _GAP / 2, charts_top, width - _MARGIN, height - _MARGIN)
+    middle = canvas.width / 2
+    left = (_MARGIN, charts_top, middle - _GAP / 2, bottom)
+    right = (middle + _GAP / 2, charts_top, right_edge, bottom)
     _draw_curves(canvas, left, "reward", [(_TEAL, "", [f.reward for f in past])], from_zero=False)
     fct = [(_AMBER, "p99", [f.fct_p99 for f in past]), (_BLUE, "mean", [f.fct_mean for f in past])]
     _draw_curves(canvas, right, "FCT of the step", fct, from_zero=True)
@@ -385,22 +385,27 @@ _Box = tuple[float, float, float, float]
 
 
 class _Canvas:
-    """A Pillow image drawn at twice its size and averaged down, in coordinates of the final picture."""
+    """A Pillow image drawn at twice its size and averaged down.
+
+    Coordinates are pixels of a picture of at least ``DEFAULT_SIZE``; a smaller one is scaled down.
+    """
 
     def __init__(self, width: int, height: int) -> None:
         try:
             from PIL import Image, ImageDraw
         except ImportError as error:
-            raise MissingExtraError("PIL", "plot", "render_mode='rgb_array'") from error
-        self.width, self.height = width, height
+            raise MissingExtraError("PIL", "eval", "render_mode='rgb_array'") from error
+        shrink = min(1.0, width / DEFAULT_SIZE[0], height / DEFAULT_SIZE[1])
+        self.width, self.height = width / shrink, height / shrink
+        self._scale = _SUPERSAMPLE * shrink
         self._image: Image.Image = Image.new("RGB", (width * _SUPERSAMPLE, height * _SUPERSAMPLE), _BACKGROUND)
         self._draw: ImageDraw.ImageDraw = ImageDraw.Draw(self._image)
 
     def box(self, box: _Box, fill: str, radius: float = 0.0) -> None:
-        x0, y0, x1, y1 = (v * _SUPERSAMPLE for v in box)
+        x0, y0, x1, y1 = (v * self._scale for v in box)
         if x1 - x0 < 1 or y1 - y0 < 1:
             return
-        corner = min(radius * _SUPERSAMPLE, (x1 - x0) / 2, (y1 - y0) / 2)
+        corner = min(radius * self._scale, (x1 - x0) / 2, (y1 - y0) / 2)
         self._draw.rounded_rectangle((x0, y0, x1 - 1, y1 - 1), corner, fill=fill)
 
     def bar(self, box: _Box, share: float, fill: str) -> None:
@@ -411,20 +416,22 @@ class _Canvas:
         self.box((x0, y0, x0 + (x1 - x0) * min(max(share, 0.0), 1.0), y1), fill, radius)
 
     def line(self, points: Sequence[tuple[float, float]], fill: str, width: float = 1.5) -> None:
-        scaled = [(x * _SUPERSAMPLE, y * _SUPERSAMPLE) for x, y in points]
+        scaled = [(x * self._scale, y * self._scale) for x, y in points]
         if len(scaled) > 1:
-            self._draw.line(scaled, fill=fill, width=round(width * _SUPERSAMPLE), joint="curve")
+            self._draw.line(scaled, fill=fill, width=max(round(width * self._scale), 1), joint="curve")
 
     def dot(self, point: tuple[float, float], fill: str, radius: float = 2.5) -> None:
-        x, y, r = (v * _SUPERSAMPLE for v in (*point, radius))
+        x, y, r = (v * self._scale for v in (*point, radius))
         self._draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
-    def text(self, position: tuple[float, float], text: str, size: float, fill: str = _TEXT, anchor: str = "lm") -> float:
+    def text(
+        self, position: tuple[float, float], text: str, size: float, fill: str = _TEXT, anchor: str = "lm"
+    ) -> float:
         """Draw a line of text; returns its width."""
-        font = _font(round(size * _SUPERSAMPLE))
-        x, y = (v * _SUPERSAMPLE for v in position)
+        font = _font(max(round(size * self._scale), 1))
+        x, y = (v * self._scale for v in position)
         self._draw.text((x, y), text, font=font, fill=fill, anchor=anchor)
-        return float(self._draw.textlength(text, font=font)) / _SUPERSAMPLE
+        return float(self._draw.textlength(text, font=font)) / self._scale
 
     def pixels(self) -> NDArray[np.uint8]:
         return np.array(self._image.reduce(_SUPERSAMPLE), dtype=np.uint8)
@@ -446,8 +453,8 @@ def _draw_heading(canvas: _Canvas, frame: Frame) -> None:
 
     cards = [
         ("reward", "-" if frame.reward is None else _short_signed(frame.reward), _TEAL),
-        ("mean FCT of the step", "-" if frame.fct_mean is None else _seconds(frame.fct_mean), _BLUE),
-        ("p99 FCT of the step", "-" if frame.fct_p99 is None else _seconds(frame.fct_p99), _AMBER),
+        ("mean FCT", "-" if frame.fct_mean is None else _seconds(frame.fct_mean), _BLUE),
+        ("p99 FCT", "-" if frame.fct_p99 is None else _seconds(frame.fct_p99), _AMBER),
         ("open flows", f"{frame.open_flows.sum():,.0f}", _VIOLET),
         ("completed", f"{frame.completed:,}", _TEXT),
         ("rejected", f"{frame.rejected:,}", _ROSE if frame.rejected else _TEXT),
@@ -456,8 +463,8 @@ def _draw_heading(canvas: _Canvas, frame: Frame) -> None:
     for i, (label, value, tone) in enumerate(cards):
         x = _MARGIN + i * (each + _GAP)
         canvas.box((x, 52, x + each, _HEADER - _GAP), _PANEL, radius=8)
-        canvas.text((x + 12, 66), label, 10.5 if canvas.width >= 800 else 8.5, _MUTED)
-        canvas.text((x + 12, 85), value, 17 if canvas.width >= 800 else 13, tone)
+        canvas.text((x + 12, 66), label, 10.5, _MUTED)
+        canvas.text((x + 12, 85), value, 17, tone)
 
 
 def _draw_rows(canvas: _Canvas, panel: _Box, frame: Frame, past: Sequence[Frame]) -> None:
@@ -469,12 +476,13 @@ def _draw_rows(canvas: _Canvas, panel: _Box, frame: Frame, past: Sequence[Frame]
     columns += [("CPU", 0.155)] if has_cpu else []
     columns += [("FCT", 0.08), ("open flows of late", 0.14 if has_cpu else 0.295)]
     inner = x1 - x0 - 28
-    lefts, x = {}, x0 + 14
-    for name, share in columns:
-        lefts[name] = x
-        canvas.text((x, y0 + 16), name, 11, _MUTED)
-        x += share * inner
-    widths = {name: share * inner - 16 for name, share in columns}
+    lefts: dict[str, float] = {}
+    widths: dict[str, float] = {}
+    x = x0 + 14
+    for title, part in columns:
+        lefts[title], widths[title] = x, part * inner - 16
+        canvas.text((x, y0 + 16), title, 11, _MUTED)
+        x += part * inner
 
     top = y0 + 30
     row = min((y1 - 8 - top) / frame.num_servers, _MAX_ROW)
@@ -483,15 +491,15 @@ def _draw_rows(canvas: _Canvas, panel: _Box, frame: Frame, past: Sequence[Frame]
     largest_weight = _largest(frame.weights, frame.active)
     largest_queue = max(_largest(f.open_flows, np.ones_like(f.active)) for f in past)
     share = frame.new_flow_share
-    value_width = 46 if canvas.width >= 800 else 34
+    value_width = 46
 
     for j in range(frame.num_servers):
         y = top + (j + 0.5) * row
         active = bool(frame.active[j])
-        name = canvas.text((lefts["server"], y), f"{j}", size, _TEXT if active else _MUTED)
-        if frame.cores is not None and canvas.width >= 800:
+        label = canvas.text((lefts["server"], y), f"{j}", size, _TEXT if active else _MUTED)
+        if frame.cores is not None:
             noun = "core" if frame.cores[j] == 1 else "cores"
-            canvas.text((lefts["server"] + max(name, 14) + 10, y), f"{frame.cores[j]} {noun}", size * 0.85, _MUTED)
+            canvas.text((lefts["server"] + max(label, 14) + 10, y), f"{frame.cores[j]} {noun}", size * 0.85, _MUTED)
 
         def cell(column: str, text: str, part: float, tone: str, y: float = y) -> None:
             left = lefts[column]
@@ -548,7 +556,7 @@ def _draw_strips(canvas: _Canvas, panel: _Box, frame: Frame) -> None:
             x = left + j * pitch
             canvas.box((x, bottom - height, x + pitch - gap, bottom), _ROSE if hot else tone)
             if not frame.active[j]:
-                canvas.box((x, top, x + max(pitch - gap, 0.5), bottom), _PANEL)
+                canvas.box((x, top, x + pitch, bottom), _PANEL)
     down = int((~frame.active).sum())
     legend = f"{n} servers, left to right" + (f"; {down} out of service" if down else "")
     canvas.text((left, y1 - 11), legend, 10, _MUTED)
