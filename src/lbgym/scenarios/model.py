@@ -7,8 +7,8 @@ value, what is allowed and where.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,26 +32,68 @@ DISPATCH_RULES = (
 )
 EVENT_KINDS = ("rate", "speed", "down", "up", "drain")
 MAX_SERVERS = 65_536
+#: The simulator counts cores, workers and places in the backlog in 32 bits.
+MAX_COUNT = 2**31 - 1
+
+
+def _shown(value: Any) -> str:
+    """``repr`` for an error message: short, and safe for integers that Python refuses to print."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"{type(value).__name__} of too many digits to print"
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _number(value: Any, name: str, *, low: float = 0.0, strict: bool = True, high: float = math.inf) -> float:
     """``value`` as a finite float above ``low`` (or equal, unless strict) and at most ``high``."""
-    bound = f"{'above' if strict else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    bound = f" {'above' if strict else 'at least'} {low:g}" if low > -math.inf else ""
+    bound += f" and at most {high:g}" if high < math.inf else ""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ScenarioError(f"{name} must be a number {bound}, got {value!r}")
-    number = float(value)
+        raise ScenarioError(f"{name} must be a number{bound}, got {_shown(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or number < low or (strict and number == low) or number > high:
-        raise ScenarioError(f"{name} must be a finite number {bound}, got {value!r}")
+        raise ScenarioError(f"{name} must be a finite number{bound}, got {_shown(value)}")
     return number
 
 
-def _integer(value: Any, name: str, *, low: int, high: int | None = None) -> int:
-    bound = f"at least {low}" if high is None else f"from {low} to {high}"
+def _items(values: Any, name: str, what: str = "numbers") -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ScenarioError(f"{name} must be a list of {what}, got {_shown(values)}")
+    return tuple(values)
+
+
+def _numbers(values: Any, name: str, *, strict: bool = True, high: float = math.inf) -> tuple[float, ...]:
+    return tuple(_number(x, f"{name}[{i}]", strict=strict, high=high) for i, x in enumerate(_items(values, name)))
+
+
+def _integer(value: Any, name: str, *, low: int, high: int = MAX_COUNT) -> int:
+    bound = f"at least {low}" if high == MAX_COUNT else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ScenarioError(f"{name} must be a whole number {bound}, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise ScenarioError(f"{name} must be {bound}, got {value!r}")
+        raise ScenarioError(f"{name} must be a whole number {bound}, got {_shown(value)}")
+    if not low <= value <= high:
+        raise ScenarioError(f"{name} must be {bound if value < low else f'from {low} to {high}'}, got {_shown(value)}")
     return int(value)
+
+
+def _boolean(value: Any, name: str) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ScenarioError(f"{name} must be true or false, got {_shown(value)}")
+    return bool(value)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ScenarioError(f"{name} must be text, got {_shown(value)}")
+    return value
+
+
+def _instance(value: Any, kinds: Any, name: str, allowed: str) -> None:
+    if not isinstance(value, kinds):
+        raise ScenarioError(f"{name} must be {allowed}, got {_shown(value)}")
 
 
 def _set(instance: object, **values: Any) -> None:
@@ -139,7 +181,7 @@ class Lognormal:
     cv: float = 2.0
 
     def __post_init__(self) -> None:
-        _set(self, mean=_number(self.mean, "Lognormal.mean"), cv=_number(self.cv, "Lognormal.cv"))
+        _set(self, mean=_number(self.mean, "Lognormal.mean"), cv=_number(self.cv, "Lognormal.cv", high=1e6))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,15 +199,18 @@ class BoundedPareto:
             minimum=_number(self.minimum, "BoundedPareto.minimum"),
             maximum=_number(self.maximum, "BoundedPareto.maximum"),
         )
-        if self.maximum <= self.minimum:
-            raise ScenarioError(f"BoundedPareto.maximum must be above minimum {self.minimum}, got {self.maximum}")
+        if not self.minimum < self.maximum <= 1e12 * self.minimum:
+            raise ScenarioError(
+                f"BoundedPareto.maximum must be above minimum ({self.minimum:g}) and at most 1e12 times it, "
+                f"got {self.maximum:g}"
+            )
 
     @property
     def mean(self) -> float:
-        a, low, high = self.alpha, self.minimum, self.maximum
-        if math.isclose(a, 1.0, rel_tol=1e-12):
-            return low / (1 - low / high) * math.log(high / low)
-        return low**a / (1 - (low / high) ** a) * a / (a - 1) * (low ** (1 - a) - high ** (1 - a))
+        # The usual powers of minimum and maximum overflow for large alpha; powers of their ratio do not.
+        excess, log_ratio = self.alpha - 1, math.log(self.maximum / self.minimum)
+        integral = log_ratio if excess == 0 else -math.expm1(-excess * log_ratio) / excess
+        return self.minimum * self.alpha * integral / -math.expm1(-self.alpha * log_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +221,8 @@ class Hyperexponential:
     means: tuple[float, ...] = (0.05, 0.55)
 
     def __post_init__(self) -> None:
-        p = tuple(_number(x, "Hyperexponential.probabilities", strict=False, high=1.0) for x in self.probabilities)
-        m = tuple(_number(x, "Hyperexponential.means") for x in self.means)
+        p = _numbers(self.probabilities, "Hyperexponential.probabilities", strict=False, high=1.0)
+        m = _numbers(self.means, "Hyperexponential.means")
         if not p or len(p) != len(m):
             raise ScenarioError(
                 f"Hyperexponential needs as many probabilities as means and at least one, got {len(p)} and {len(m)}"
@@ -198,7 +243,7 @@ class Empirical:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        values = tuple(_number(x, "Empirical.values", strict=False) for x in self.values)
+        values = _numbers(self.values, "Empirical.values", strict=False)
         if not values or not any(values):
             raise ScenarioError("Empirical.values needs at least one value above 0")
         _set(self, values=values)
@@ -224,8 +269,8 @@ class ModulatedPoisson:
     """Markov-modulated Poisson arrivals.
 
     In state i the rate is proportional to ``levels[i]`` (scaled so that the long-run mean is the workload's rate); a
-    visit lasts ``sojourns[i]`` seconds in the mean, exponential, or exactly with ``fixed_sojourns``. The next state is drawn
-    from row i of ``transitions``; None: the states in turn. The first state is drawn from the stationary law.
+    visit lasts ``sojourns[i]`` seconds in the mean, exponential, or exactly with ``fixed_sojourns``. The next state is
+    drawn from row i of ``transitions``; None: the states in turn. The first state is drawn from the stationary law.
     """
 
     levels: tuple[float, ...] = (0.5, 2.0)
@@ -234,23 +279,30 @@ class ModulatedPoisson:
     fixed_sojourns: bool = False
 
     def __post_init__(self) -> None:
-        levels = tuple(_number(x, "ModulatedPoisson.levels", strict=False) for x in self.levels)
-        sojourns = tuple(_number(x, "ModulatedPoisson.sojourns") for x in self.sojourns)
+        levels = _numbers(self.levels, "ModulatedPoisson.levels", strict=False)
+        sojourns = _numbers(self.sojourns, "ModulatedPoisson.sojourns")
         n = len(levels)
         if n < 2 or len(sojourns) != n or not any(levels):
             raise ScenarioError(
                 "ModulatedPoisson needs at least two levels, one of them above 0, and a sojourn for each, "
                 f"got {n} levels and {len(sojourns)} sojourns"
             )
-        rows = self.transitions
-        if rows is None:
+        if self.transitions is None:
             rows = tuple(tuple(float(j == (i + 1) % n) for j in range(n)) for i in range(n))
-        rows = tuple(
-            tuple(_number(x, "ModulatedPoisson.transitions", strict=False, high=1.0) for x in row) for row in rows
-        )
+        else:
+            name = "ModulatedPoisson.transitions"
+            given = _items(self.transitions, name, "rows of probabilities")
+            rows = tuple(_numbers(row, f"{name}[{i}]", strict=False, high=1.0) for i, row in enumerate(given))
         if len(rows) != n or any(len(row) != n or not math.isclose(sum(row), 1.0, rel_tol=1e-9) for row in rows):
             raise ScenarioError(f"ModulatedPoisson.transitions must be {n} rows of {n} probabilities that sum to 1")
-        _set(self, levels=levels, sojourns=sojourns, transitions=rows)
+        fixed = _boolean(self.fixed_sojourns, "ModulatedPoisson.fixed_sojourns")
+        _set(self, levels=levels, sojourns=sojourns, transitions=rows, fixed_sojourns=fixed)
+        mean = float(self.stationary() @ np.asarray(levels))
+        if not 0 < mean < math.inf:
+            raise ScenarioError(
+                f"ModulatedPoisson.levels must have a finite long-run mean above 0, got {mean:g}: "
+                "no state with a level above 0 is visited in the long run"
+            )
 
     def stationary(self) -> np.ndarray:
         """Long-run share of time in each state."""
@@ -258,7 +310,8 @@ class ModulatedPoisson:
         p = np.asarray(self.transitions)
         n = len(p)
         visits = np.linalg.lstsq(np.vstack([p.T - np.eye(n), np.ones(n)]), np.append(np.zeros(n), 1.0), rcond=None)[0]
-        share = np.clip(visits, 0, None) * np.asarray(self.sojourns)
+        # Solving leaves rounding noise instead of zeros at states that are never revisited.
+        share = np.where(visits > 1e-12, visits, 0.0) * (np.asarray(self.sojourns) / max(self.sojourns))
         return share / share.sum()
 
 
@@ -280,6 +333,7 @@ class OnOff:
             on=_number(self.on, "OnOff.on"),
             off=_number(self.off, "OnOff.off"),
             off_level=_number(self.off_level, "OnOff.off_level", strict=False, high=1.0),
+            random=_boolean(self.random, "OnOff.random"),
         )
 
 
@@ -304,9 +358,12 @@ class Sinusoidal:
 class Trace:
     """Arrivals and demands read from a file or given as arrays; times in seconds from the first flow.
 
-    ``times`` is non-decreasing and starts at 0 or later; ``demands`` are core-seconds. With ``repeat`` the trace begins
-    again one mean inter-arrival time after its last flow; otherwise arrivals end with it.
-    With ``random_start`` each seed begins at another flow.
+    ``times`` is non-decreasing and starts at 0 or later; ``demands`` are core-seconds; both are copied. With ``repeat``
+    the trace begins again one mean inter-arrival time after its last flow; otherwise arrivals end with it.
+    With ``random_start`` each seed begins at another flow. ``skipped`` counts the lines a reader left out.
+
+    ``origin`` holds the path and the options that :func:`~lbgym.scenarios.read_trace` was called with, so that a
+    scenario can name its trace in a file; it is None for arrays and for copies made with ``dataclasses.replace``.
     """
 
     times: np.ndarray
@@ -315,10 +372,15 @@ class Trace:
     repeat: bool = True
     random_start: bool = False
     skipped: int = 0
+    origin: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        times = np.ascontiguousarray(self.times, dtype=np.float64)
-        demands = np.ascontiguousarray(self.demands, dtype=np.float64)
+        try:
+            # A copy: the arrays are made read-only below, which must not happen to the caller's.
+            times = np.array(self.times, dtype=np.float64)
+            demands = np.array(self.demands, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ScenarioError(f"trace {self.source}: times and demands must be arrays of numbers: {error}") from None
         if times.ndim != 1 or times.shape != demands.shape or len(times) == 0:
             raise ScenarioError(
                 f"trace {self.source}: times and demands must be equally long and not empty, "
@@ -328,10 +390,19 @@ class Trace:
             raise ScenarioError(f"trace {self.source}: times and demands must be finite and at least 0")
         if (np.diff(times) < 0).any():
             first = int(np.argmax(np.diff(times) < 0)) + 1
-            raise ScenarioError(f"trace {self.source}: times must not decrease; flow {first} is before flow {first - 1}")
+            raise ScenarioError(
+                f"trace {self.source}: times must not decrease; flow {first} is before flow {first - 1}"
+            )
         times.setflags(write=False)
         demands.setflags(write=False)
-        _set(self, times=times, demands=demands)
+        _set(
+            self,
+            times=times,
+            demands=demands,
+            repeat=_boolean(self.repeat, "Trace.repeat"),
+            random_start=_boolean(self.random_start, "Trace.random_start"),
+            skipped=_integer(self.skipped, "Trace.skipped", low=0),
+        )
 
     @property
     def period(self) -> float:
@@ -352,7 +423,8 @@ class Trace:
     def scaled(self, *, speedup: float = 1.0, scale: float = 1.0) -> Trace:
         """The trace with times divided by ``speedup`` and demands multiplied by ``scale``."""
         speedup, scale = _number(speedup, "trace speedup"), _number(scale, "trace scale")
-        return replace(self, times=self.times / speedup, demands=self.demands * scale)
+        with np.errstate(over="ignore"):
+            return replace(self, times=self.times / speedup, demands=self.demands * scale)
 
 
 Arrivals = Poisson | ModulatedPoisson | OnOff | Sinusoidal
@@ -377,6 +449,9 @@ class Workload:
     trace: Trace | None = None
 
     def __post_init__(self) -> None:
+        _instance(self.arrivals, Arrivals, "Workload.arrivals", "arrivals such as Poisson()")
+        _instance(self.demand, Demand, "Workload.demand", "a demand such as Exponential(mean=0.1)")
+        _instance(self.trace, Trace | None, "Workload.trace", "a Trace or None")
         if self.rate is not None and self.load is not None:
             raise ScenarioError(f"Workload takes rate or load, not both; got rate={self.rate!r} and load={self.load!r}")
         if self.rate is None and self.load is None and self.trace is None:
@@ -410,18 +485,19 @@ class Event:
 
     def __post_init__(self) -> None:
         _set(self, time=_number(self.time, "Event.time", strict=False))
-        if self.kind not in EVENT_KINDS:
+        if not isinstance(self.kind, str) or self.kind not in EVENT_KINDS:
             raise UnknownNameError("event kind", self.kind, EVENT_KINDS)
         if (self.kind == "rate") != (self.server is None):
             raise ScenarioError(
-                f"a {self.kind!r} event {'takes no' if self.kind == 'rate' else 'needs a'} server, got {self.server!r}"
+                f"a {self.kind!r} event {'takes no' if self.kind == 'rate' else 'needs a'} server, "
+                f"got {_shown(self.server)}"
             )
         if self.server is not None:
             _set(self, server=_integer(self.server, "Event.server", low=0))
         if (self.kind in ("rate", "speed")) != (self.value is not None):
             raise ScenarioError(
                 f"a {self.kind!r} event {'needs a' if self.kind in ('rate', 'speed') else 'takes no'} value, "
-                f"got {self.value!r}"
+                f"got {_shown(self.value)}"
             )
         if self.value is not None:
             _set(self, value=_number(self.value, "Event.value", strict=self.kind == "speed"))
@@ -494,12 +570,21 @@ class Scenario:
     duration: float = 60.0
 
     def __post_init__(self) -> None:
-        servers = tuple(self.servers)
+        _text(self.name, "Scenario.name")
+        _text(self.description, f"scenario {self.name!r}: description")
+        servers = _items(self.servers, f"scenario {self.name!r}: servers", "servers")
+        for i, server in enumerate(servers):
+            _instance(server, Server, f"scenario {self.name!r}: servers[{i}]", "a Server")
+        _instance(self.workload, Workload, f"scenario {self.name!r}: workload", "a Workload")
+        _instance(self.sampling, Sampling, f"scenario {self.name!r}: sampling", "a Sampling")
         if not 1 <= len(servers) <= MAX_SERVERS:
             raise ScenarioError(f"scenario {self.name!r}: servers must be 1 to {MAX_SERVERS}, got {len(servers)}")
         if self.dispatch not in DISPATCH_RULES:
             raise UnknownNameError("dispatch rule", self.dispatch, DISPATCH_RULES, where=f"scenario {self.name!r}")
-        events = tuple(sorted(self.events, key=lambda e: e.time))
+        events = _items(self.events, f"scenario {self.name!r}: events", "events")
+        for i, event in enumerate(events):
+            _instance(event, Event, f"scenario {self.name!r}: events[{i}]", "an Event")
+        events = tuple(sorted(events, key=lambda e: e.time))
         for event in events:
             if event.server is not None and event.server >= len(servers):
                 raise ScenarioError(
@@ -514,6 +599,12 @@ class Scenario:
             reject_timeout=_number(self.reject_timeout, f"scenario {self.name!r}: reject_timeout"),
             duration=_number(self.duration, f"scenario {self.name!r}: duration"),
         )
+        if self.workload.load is not None and self.workload.mean_demand == 0:
+            raise ScenarioError(f"scenario {self.name!r}: every demand of the trace is 0, so load cannot set its rate")
+        if not 0 < self.rate < math.inf:
+            raise ScenarioError(
+                f"scenario {self.name!r}: the arrival rate must be finite and above 0, got {self.rate:g}"
+            )
 
     @property
     def num_servers(self) -> int:
@@ -546,10 +637,20 @@ class Scenario:
         return tuple(float(server.cores) for server in self.servers)
 
     def with_changes(self, **changes: Any) -> Scenario:
-        """A copy with other values; also takes ``load=``, ``rate=`` for the workload."""
+        """A copy with other values; also takes ``load=``, ``rate=`` for the workload.
+
+        Raises:
+            UnknownNameError: a keyword that is no attribute of a scenario.
+            ScenarioError: a value that the scenario cannot have.
+        """
+        known = [item.name for item in fields(self)] + ["load", "rate"]
+        for name in changes:
+            if name not in known:
+                raise UnknownNameError("scenario key", name, known)
         workload = {k: changes.pop(k) for k in ("load", "rate") if k in changes}
         if workload:
             base = changes.get("workload", self.workload)
+            _instance(base, Workload, f"scenario {self.name!r}: workload", "a Workload")
             changes["workload"] = replace(base, **({"load": None, "rate": None} | workload))
         return replace(self, **changes)
 
@@ -559,5 +660,5 @@ def servers_of(*groups: tuple[int, Server] | Server) -> tuple[Server, ...]:
     flat: list[Server] = []
     for group in groups:
         count, server = group if isinstance(group, Sequence) else (1, group)
-        flat.extend([server] * count)
+        flat.extend([server] * _integer(count, "the count of a group of servers", low=0, high=MAX_SERVERS))
     return tuple(flat)
