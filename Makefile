@@ -1,0 +1,67 @@
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= python3
+# Where pip looks for torch first: on Linux, PyPI's wheel needs gigabytes of CUDA libraries. Empty: only the usual index.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+SCENARIO ?= heterogeneous
+SECONDS ?= 60
+PYTEST_ARGS ?= -n 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find src -name '*.py' 2>/dev/null)
+# Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help
+help: ## what there is to make
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-8s %s\n", $$1, $$2}'
+
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"lbgym needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@test -z "$(TORCH_INDEX)" || $(PIP) --no-deps --retries 1 --timeout 15 --index-url "$(TORCH_INDEX)" torch \
+		|| echo "no torch from $(TORCH_INDEX), taking it from the usual index"
+	@touch $@
+
+$(VENV)/.all: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[all]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.all
+
+.PHONY: venv
+venv: $(VENV)/.dev ## a virtual environment with everything for development in $(VENV)
+
+out/demo/agent.pt: $(SOURCES) | $(VENV)/.all
+	@mkdir -p out/demo
+	$(BIN)/lbgym train --scenario $(SCENARIO) --seconds $(SECONDS) --out $@
+
+.PHONY: demo
+demo: $(VENV)/.all out/demo/agent.pt ## install, train for a minute, compare with the heuristics: table and plots in out/demo
+	$(BIN)/lbgym compare --scenario $(SCENARIO) \
+		--policies ecmp,wcmp-uniform,wcmp,maglev,lsq,sed,p2c,out/demo/agent.pt --out out/demo
+
+.PHONY: lint
+lint: $(VENV)/.dev ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: test
+test: lint ## lint, then the tests with coverage
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=term
+
+.PHONY: bench
+bench: $(VENV)/.dev ## every benchmark, with what it must reach
+	$(BIN)/python benchmarks/run.py
+
+.PHONY: clean
+clean: ## remove what was made, also the virtual environment
+	rm -rf $(VENV) out dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -type d -exec rm -rf {} +
