@@ -1,0 +1,280 @@
+"""Dispatch rules: from weights, counters and a flow's hash to a server.
+
+All randomness comes from the flow's hash, as in a stateless data plane, so that two runs in which the weights differ
+still throw the same dice for every flow.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from ..features.rng import low_unit, mix64, to_range
+from .layout import (
+    B_ALIAS,
+    B_ALIAS_PROBABILITY,
+    B_CURRENT,
+    B_OPEN,
+    B_SCORE,
+    B_WEIGHT,
+    ECMP,
+    LSQ,
+    MAGLEV,
+    ORACLE_LEAST_WORK,
+    ORACLE_LSQ,
+    ORACLE_SED,
+    P2C,
+    P2C_SED,
+    R_ACTIVE,
+    ROUND_ROBIN,
+    S_CLOCK,
+    S_RATE,
+    S_SERVED,
+    S_SPEED,
+    S_STATUS,
+    S_WAITING,
+    S_WORK_LEFT,
+    SED,
+    SED_SCALED,
+    UP,
+    V_CORES,
+    V_WORKERS,
+    WCMP,
+)
+
+_DISPATCH = np.uint64(0xD1B54A32D192ED03)
+_SECOND = np.uint64(0x8CB92BA72F3D8DD7)
+_MAGLEV_OFFSET = np.uint64(0xA0761D6478BD642F)
+_MAGLEV_SKIP = np.uint64(0xE7037ED1A0B428DB)
+
+
+@njit(cache=True, forceinline=True)
+def dispatch_hash(flow_hash):
+    """The part of a flow's hash that chooses the server; independent of the part that chooses the balancer."""
+    return mix64(np.uint64(flow_hash) ^ _DISPATCH)
+
+
+@njit(cache=True, forceinline=True)
+def second_hash(h):
+    """Another one, for the second candidate."""
+    return mix64(h ^ _SECOND)
+
+
+@njit(cache=True, forceinline=True)
+def flow_score(rule, balancers, open_flows, weight):
+    """What ``lsq``, ``sed`` and ``sed_scaled`` minimise, given the flows a server holds of this balancer."""
+    if rule == LSQ or rule == P2C:
+        return np.float64(open_flows)
+    if weight <= 0.0:
+        return math.inf
+    if rule == SED_SCALED:
+        return (balancers * open_flows + 1.0) / weight
+    return (open_flows + 1.0) / weight
+
+
+@njit(cache=True, fastmath={"nnan", "nsz", "reassoc"})
+def _minimum(scores):
+    low = scores[0]
+    for j in range(1, scores.shape[0]):
+        low = min(low, scores[j])
+    return low
+
+
+@njit(cache=True, forceinline=True)
+def first_minimum(scores, start):
+    """Index of the least score, ties to the first from ``start`` on, cyclically."""
+    low = _minimum(scores)
+    n = scores.shape[0]
+    for j in range(start, n):
+        if scores[j] == low:
+            return j
+    for j in range(start):
+        if scores[j] == low:
+            return j
+    return start
+
+
+@njit(cache=True)
+def build_alias(b, active, num_active, bf, bi, stack):
+    """Vose's alias table (1991) over the active servers of balancer ``b``; ``stack`` is int64[2, N] scratch."""
+    total = 0.0
+    for k in range(num_active):
+        total += bf[b, active[k], B_WEIGHT]
+    small = 0
+    large = 0
+    for k in range(num_active):
+        share = bf[b, active[k], B_WEIGHT] * num_active / total if total > 0.0 else 1.0
+        bf[b, k, B_ALIAS_PROBABILITY] = share
+        bi[b, k, B_ALIAS] = k
+        if share < 1.0:
+            stack[0, small] = k
+            small += 1
+        else:
+            stack[1, large] = k
+            large += 1
+    while small > 0 and large > 0:
+        small -= 1
+        low = stack[0, small]
+        high = stack[1, large - 1]
+        bi[b, low, B_ALIAS] = high
+        bf[b, high, B_ALIAS_PROBABILITY] -= 1.0 - bf[b, low, B_ALIAS_PROBABILITY]
+        if bf[b, high, B_ALIAS_PROBABILITY] < 1.0:
+            large -= 1
+            stack[0, small] = high
+            small += 1
+    # What is left on either stack is 1 but for rounding.
+    for k in range(small):
+        bf[b, stack[0, k], B_ALIAS_PROBABILITY] = 1.0
+    for k in range(large):
+        bf[b, stack[1, k], B_ALIAS_PROBABILITY] = 1.0
+
+
+@njit(cache=True)
+def build_maglev(b, size, active, num_active, bf, maglev):
+    """Weighted Maglev table of a prime ``size`` (Eisenbud et al., NSDI 2016, section 3.4).
+
+    Every server walks its own permutation of the table, offset + i * skip mod size. In each round it earns its weight
+    over the largest one, and takes its next free entry whenever it has earned a whole turn.
+    """
+    position = np.zeros(num_active, np.int64)
+    skip = np.zeros(num_active, np.int64)
+    credit = np.zeros(num_active)
+    turn = np.zeros(num_active)
+    heaviest = 0.0
+    for k in range(num_active):
+        heaviest = max(heaviest, bf[b, active[k], B_WEIGHT])
+    for k in range(num_active):
+        name = mix64(np.uint64(active[k]) + np.uint64(1))
+        position[k] = np.int64(mix64(name ^ _MAGLEV_OFFSET) % np.uint64(size))
+        skip[k] = np.int64(mix64(name ^ _MAGLEV_SKIP) % np.uint64(size - 1)) + 1
+        turn[k] = bf[b, active[k], B_WEIGHT] / heaviest if heaviest > 0.0 else 1.0
+    table = maglev[b, :size]
+    table[:] = -1
+    taken = 0
+    while taken < size:
+        for k in range(num_active):
+            credit[k] += turn[k]
+            if credit[k] < 1.0:
+                continue
+            credit[k] -= 1.0
+            while table[position[k]] >= 0:
+                position[k] = (position[k] + skip[k]) % size
+            table[position[k]] = active[k]
+            taken += 1
+            if taken == size:
+                break
+
+
+@njit(cache=True)
+def refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, si):
+    """Rebuild what the rule needs after balancer ``b``'s weights, or the active servers, have changed."""
+    num_active = ri[R_ACTIVE]
+    balancers, n = score.shape
+    if rule == LSQ or rule == SED or rule == SED_SCALED:
+        all_zero = True
+        for j in range(n):
+            all_zero = all_zero and (si[j, S_STATUS] != UP or bf[b, j, B_WEIGHT] <= 0.0)
+        for j in range(n):
+            weight = 1.0 if all_zero else bf[b, j, B_WEIGHT]
+            # The weight a score is computed with; inactive servers have an infinite score.
+            bf[b, j, B_SCORE] = weight if si[j, S_STATUS] == UP else 0.0
+            if si[j, S_STATUS] == UP:
+                score[b, j] = flow_score(rule, balancers, bi[b, j, B_OPEN], weight)
+            else:
+                score[b, j] = math.inf
+    elif rule == WCMP:
+        build_alias(b, active, num_active, bf, bi, np.empty((2, n), np.int64))
+    elif rule == MAGLEV and num_active > 0:
+        build_maglev(b, table_size, active, num_active, bf, maglev)
+
+
+@njit(cache=True, forceinline=True)
+def dispatch_by_hash(b, rule, table_size, h, ri, active, bf, bi, maglev):
+    """The server chosen by the rules that look at no counter."""
+    num_active = ri[R_ACTIVE]
+    if rule == ECMP:
+        return np.int64(active[to_range(h, num_active)])
+    if rule == WCMP:
+        k = to_range(h, num_active)
+        if low_unit(h) >= bf[b, k, B_ALIAS_PROBABILITY]:
+            k = bi[b, k, B_ALIAS]
+        return np.int64(active[k])
+    if rule == MAGLEV:
+        return np.int64(maglev[b, to_range(h, table_size)])
+    # Smooth weighted round robin: everyone earns its weight, the richest serves and pays the total.
+    total = 0.0
+    best = np.int64(active[0])
+    for k in range(num_active):
+        j = active[k]
+        weight = bf[b, j, B_WEIGHT]
+        total += weight
+        bf[b, j, B_CURRENT] += weight
+        if bf[b, j, B_CURRENT] > bf[b, best, B_CURRENT]:
+            best = np.int64(j)
+    if total <= 0.0:
+        # Every active weight is zero: plain round robin.
+        for k in range(num_active):
+            bf[b, active[k], B_CURRENT] += 1.0
+            if bf[b, active[k], B_CURRENT] > bf[b, best, B_CURRENT]:
+                best = np.int64(active[k])
+        total = np.float64(num_active)
+    bf[b, best, B_CURRENT] -= total
+    return best
+
+
+@njit(cache=True, forceinline=True)
+def better_of_two(b, rule, balancers, one, two, bf, bi):
+    """Power of two choices: the first candidate unless the second is strictly better."""
+    first = flow_score(rule, balancers, bi[b, one, B_OPEN], bf[b, one, B_WEIGHT])
+    second = flow_score(rule, balancers, bi[b, two, B_OPEN], bf[b, two, B_WEIGHT])
+    return two if second < first else one
+
+
+@njit(cache=True)
+def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i, sf, si):
+    """The server chosen with global counters and true speeds; ties to the first from ``start`` on."""
+    num_active = ri[R_ACTIVE]
+    best = np.int64(active[start])
+    low = math.inf
+    for i in range(num_active):
+        k = start + i
+        if k >= num_active:
+            k -= num_active
+        j = active[k]
+        held = si[j, S_SERVED] + si[j, S_WAITING]
+        if rule == ORACLE_LSQ:
+            score = np.float64(held)
+        else:
+            capacity = sf[j, S_SPEED] * min(server_f[j, V_CORES], np.float64(server_i[j, V_WORKERS]))
+            if rule == ORACLE_SED:
+                score = (held + 1.0) / capacity
+            else:
+                left = sf[j, S_WORK_LEFT] - sf[j, S_RATE] * si[j, S_SERVED] * (now - sf[j, S_CLOCK])
+                score = (max(0.0, left) + demand) / capacity
+        if score < low:
+            low = score
+            best = np.int64(j)
+    return best
+
+
+@njit(cache=True, forceinline=True)
+def uses_counters(rule):
+    """Whether every server must be brought up to date before a flow is placed."""
+    return rule == LSQ or rule == SED or rule == SED_SCALED or is_oracle(rule)
+
+
+@njit(cache=True, forceinline=True)
+def is_oracle(rule):
+    return rule == ORACLE_LSQ or rule == ORACLE_SED or rule == ORACLE_LEAST_WORK
+
+
+@njit(cache=True, forceinline=True)
+def is_two_choice(rule):
+    return rule == P2C or rule == P2C_SED
+
+
+@njit(cache=True, forceinline=True)
+def keeps_scores(rule):
+    return rule == LSQ or rule == SED or rule == SED_SCALED

@@ -1,0 +1,708 @@
+"""The event loop of one replica, compiled.
+
+A server is brought up to date only when somebody looks at it: when a flow is placed on it, when a rule reads its counters,
+at an event and at the end of an interval. Between looks its flows finish in its own order of virtual time; servers do not
+influence each other but through the dispatch of arrivals, so this is exact.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from ..features.kernels import RNG, reservoir_add, reservoir_features
+from ..features.rng import next_exponential, next_u64, stream_seed, to_range
+from .arrivals import begin_arrivals, next_arrival
+from .dispatch import (
+    better_of_two,
+    dispatch_by_hash,
+    dispatch_by_oracle,
+    dispatch_hash,
+    first_minimum,
+    flow_score,
+    is_oracle,
+    is_two_choice,
+    keeps_scores,
+    refresh_balancer,
+    second_hash,
+    uses_counters,
+)
+from .layout import (
+    B_CURRENT,
+    B_OPEN,
+    B_SCORE,
+    B_WEIGHT,
+    COMPLETED,
+    DONE,
+    DOWN,
+    DRAINING,
+    EVENT_DOWN,
+    EVENT_SPEED,
+    EVENT_UP,
+    F_ARRIVAL,
+    F_BALANCER,
+    F_DEMAND,
+    F_FREE,
+    F_HEAP,
+    F_ID,
+    F_WAIT,
+    FAILED,
+    GROW_FLOWS,
+    GROW_LOG,
+    L_ARRIVAL,
+    L_BALANCER,
+    L_DEMAND,
+    L_FCT,
+    L_ID,
+    L_SERVER,
+    L_STATUS,
+    P_ALGORITHM,
+    P_LOG_DECAY,
+    P_PACKET_WORK,
+    P_PROBABILITY,
+    P_RECORD,
+    P_RESERVOIRS,
+    P_RULE,
+    P_SERVICE,
+    P_TABLE_SIZE,
+    P_TIMEOUT,
+    R_ACTIVE,
+    R_CLOCK,
+    R_EVENT,
+    R_FLOWS,
+    R_INTERVAL_START,
+    R_LOG_SLOWDOWN,
+    R_LOGGED,
+    R_LOST,
+    R_NEXT_ARRIVAL,
+    R_NEXT_DEMAND,
+    R_NEXT_HASH,
+    R_OPEN,
+    R_QUEUE_INTEGRAL,
+    R_RECORDED,
+    R_RNG_ARRIVAL,
+    R_RNG_DEMAND,
+    R_RNG_HASH,
+    R_RUNNING,
+    R_SEQUENCE,
+    R_TARGET,
+    R_UNROUTED,
+    REJECTED,
+    S_BUSY_BEFORE,
+    S_BUSY_INTEGRAL,
+    S_CLOCK,
+    S_COMPLETED,
+    S_FAILED,
+    S_FCT_SUM,
+    S_LOST_TIME,
+    S_PACKET,
+    S_QUEUE_INTEGRAL,
+    S_RATE,
+    S_REJECTED,
+    S_RNG_PACKET,
+    S_SERVED,
+    S_SPEED,
+    S_STARTED,
+    S_STATUS,
+    S_VIRTUAL,
+    S_WAIT_HEAD,
+    S_WAITING,
+    S_WORK_DONE,
+    S_WORK_LEFT,
+    UNROUTED,
+    UP,
+    V_BACKLOG,
+    V_CORES,
+    V_MEMORY,
+    V_MEMORY_FLOW,
+    V_MEMORY_IDLE,
+    V_SPEED,
+    V_WORKERS,
+)
+
+FCT, DURATION = 0, 1
+_TINY = 1e-9
+_ARRIVAL, _DEMAND, _HASH, _PACKET, _RESERVOIR = 1, 2, 3, 4, 5
+
+
+@njit(cache=True, forceinline=True)
+def _log_flow(pi, rf, ri, log, record, flow, arrival, fct, demand, server, balancer, status):
+    if pi[P_SERVICE] == 1:
+        log[ri[R_LOGGED]] = fct
+        ri[R_LOGGED] += 1
+        rf[R_LOG_SLOWDOWN] += math.log(max(fct, _TINY) / max(demand, _TINY))
+    if pi[P_RECORD] == 1:
+        row = record[ri[R_RECORDED]]
+        row[L_ID] = flow
+        row[L_ARRIVAL] = arrival
+        row[L_FCT] = fct
+        row[L_DEMAND] = demand
+        row[L_SERVER] = server
+        row[L_BALANCER] = balancer
+        row[L_STATUS] = status
+        ri[R_RECORDED] += 1
+
+
+@njit(cache=True, forceinline=True)
+def _count_open(rule, b, j, change, bf, bi, score, si):
+    """Change balancer ``b``'s count of open flows on server ``j`` and the score that depends on it."""
+    bi[b, j, B_OPEN] += change
+    if keeps_scores(rule) and si[j, S_STATUS] == UP:
+        score[b, j] = flow_score(rule, score.shape[0], bi[b, j, B_OPEN], bf[b, j, B_SCORE])
+
+
+@njit(cache=True, forceinline=True)
+def _sift_up(heap, flow_i, k, key, slot):
+    while k > 0:
+        parent = (k - 1) >> 1
+        if heap[parent] <= key:
+            break
+        heap[k] = heap[parent]
+        flow_i[k, F_HEAP] = flow_i[parent, F_HEAP]
+        k = parent
+    heap[k] = key
+    flow_i[k, F_HEAP] = slot
+
+
+@njit(cache=True, forceinline=True)
+def _pop_root(heap, flow_i, n):
+    """Remove the least of ``n`` keys."""
+    key = heap[n - 1]
+    slot = flow_i[n - 1, F_HEAP]
+    n -= 1
+    k = 0
+    while True:
+        child = 2 * k + 1
+        if child >= n:
+            break
+        if child + 1 < n and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= key:
+            break
+        heap[k] = heap[child]
+        flow_i[k, F_HEAP] = flow_i[child, F_HEAP]
+        k = child
+    heap[k] = key
+    flow_i[k, F_HEAP] = slot
+
+
+@njit(cache=True, forceinline=True)
+def _schedule(j, cores, sf, si, heap, departure):
+    """The rate per flow and the time of the next departure, after the flows in service or the speed have changed."""
+    n = si[j, S_SERVED]
+    if n == 0:
+        sf[j, S_RATE] = 0.0
+        sf[j, S_VIRTUAL] = 0.0
+        departure[j] = math.inf
+        return
+    rate = sf[j, S_SPEED]
+    if n > cores:
+        rate *= cores / n
+    sf[j, S_RATE] = rate
+    departure[j] = sf[j, S_CLOCK] + (heap[0] - sf[j, S_VIRTUAL]) / rate
+
+
+@njit(cache=True, forceinline=True)
+def _elapse(j, until, cores, pf, pi, sf, si, flow_f, flow_i, values, weights, index, meta):
+    """Let time pass on a server while nothing arrives or departs: integrals, and the packets seen meanwhile."""
+    elapsed = until - sf[j, S_CLOCK]
+    n = si[j, S_SERVED]
+    if n > 0 and elapsed > 0.0:
+        aggregate = sf[j, S_RATE] * n
+        work = aggregate * elapsed
+        sf[j, S_VIRTUAL] += sf[j, S_RATE] * elapsed
+        sf[j, S_QUEUE_INTEGRAL] += elapsed * (n + si[j, S_WAITING])
+        sf[j, S_BUSY_INTEGRAL] += elapsed * min(np.float64(n), cores)
+        sf[j, S_WORK_DONE] += work
+        sf[j, S_WORK_LEFT] -= work
+        packet = sf[j, S_PACKET]
+        if packet <= work:
+            start = sf[j, S_CLOCK]
+            while packet <= work:
+                slot = flow_i[to_range(next_u64(si[j], S_RNG_PACKET), n), F_HEAP]
+                b = flow_i[slot, F_BALANCER]
+                now = start + packet / aggregate
+                reservoir_add(
+                    values[b, j, DURATION],
+                    weights[b, j, DURATION],
+                    index[b, j, DURATION],
+                    meta[b, j, DURATION],
+                    now - flow_f[slot, F_ARRIVAL],
+                    now,
+                    pf[P_PROBABILITY],
+                    pi[P_ALGORITHM],
+                )
+                packet += pf[P_PACKET_WORK] * next_exponential(si[j], S_RNG_PACKET)
+        sf[j, S_PACKET] = packet - work
+    sf[j, S_CLOCK] = until
+
+
+@njit(cache=True, forceinline=True)
+def _release(j, slot, sf, si, flow_i):
+    """Give a flow's slot back."""
+    free = flow_i.shape[0] - si[j, S_SERVED] - si[j, S_WAITING]
+    flow_i[free, F_FREE] = slot
+
+
+@njit(cache=True, forceinline=True)
+def _sample_fct(b, j, fct, now, pf, pi, values, weights, index, meta):
+    if pi[P_RESERVOIRS] == 1:
+        reservoir_add(
+            values[b, j, FCT],
+            weights[b, j, FCT],
+            index[b, j, FCT],
+            meta[b, j, FCT],
+            fct,
+            now,
+            pf[P_PROBABILITY],
+            pi[P_ALGORITHM],
+        )
+
+
+@njit(cache=True, forceinline=True)
+def _depart(
+    j, until, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
+    values, weights, index, meta, log, record,
+):  # fmt: skip
+    """Every departure from server ``j`` up to ``until``, in order; its clock stops at the last one."""
+    cores = server_f[j, V_CORES]
+    while departure[j] <= until:
+        now = departure[j]
+        _elapse(j, now, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, index, meta)
+        slot = flow_i[j, 0, F_HEAP]
+        sf[j, S_VIRTUAL] = heap[j, 0]
+        _pop_root(heap[j], flow_i[j], si[j, S_SERVED])
+        _release(j, slot, sf, si, flow_i[j])
+        si[j, S_SERVED] -= 1
+        si[j, S_COMPLETED] += 1
+        ri[R_OPEN] -= 1
+        b = np.int64(flow_i[j, slot, F_BALANCER])
+        arrival = flow_f[j, slot, F_ARRIVAL]
+        fct = now - arrival
+        sf[j, S_FCT_SUM] += fct
+        _count_open(rule, b, j, -1, bf, bi, score, si)
+        _sample_fct(b, j, fct, now, pf, pi, values, weights, index, meta)
+        _log_flow(
+            pi, rf, ri, log, record, flow_f[j, slot, F_ID], arrival, fct, flow_f[j, slot, F_DEMAND], j, b, COMPLETED
+        )
+        if si[j, S_WAITING] > 0:
+            head = si[j, S_WAIT_HEAD]
+            following = flow_i[j, head, F_WAIT]
+            si[j, S_WAIT_HEAD] = head + 1 if head + 1 < flow_i.shape[1] else 0
+            si[j, S_WAITING] -= 1
+            if si[j, S_SERVED] == 0:
+                sf[j, S_VIRTUAL] = 0.0
+            key = sf[j, S_VIRTUAL] + flow_f[j, following, F_DEMAND]
+            _sift_up(heap[j], flow_i[j], si[j, S_SERVED], key, following)
+            si[j, S_SERVED] += 1
+        elif si[j, S_SERVED] == 0:
+            sf[j, S_WORK_LEFT] = 0.0
+        _schedule(j, cores, sf, si, heap[j], departure)
+
+
+@njit(cache=True, forceinline=True)
+def _place(
+    b, j, now, demand, rule, pf, pi, server_f, server_i, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
+    values, weights, index, meta, log, record,
+):  # fmt: skip
+    """Give a flow of balancer ``b`` to server ``j``, whose departures up to ``now`` are done."""
+    cores = server_f[j, V_CORES]
+    _elapse(j, now, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, index, meta)
+    flow = np.float64(ri[R_FLOWS])
+    si[j, S_STARTED] += 1
+    served = si[j, S_SERVED]
+    waiting = si[j, S_WAITING]
+    serve = served < server_i[j, V_WORKERS]
+    if not serve and waiting >= server_i[j, V_BACKLOG]:
+        si[j, S_REJECTED] += 1
+        ri[R_LOST] += 1
+        _sample_fct(b, j, pf[P_TIMEOUT], now, pf, pi, values, weights, index, meta)
+        _log_flow(pi, rf, ri, log, record, flow, now, pf[P_TIMEOUT], demand, j, b, REJECTED)
+        return
+    capacity = flow_i.shape[1]
+    slot = flow_i[j, capacity - served - waiting - 1, F_FREE]
+    flow_f[j, slot, F_ARRIVAL] = now
+    flow_f[j, slot, F_DEMAND] = demand
+    flow_f[j, slot, F_ID] = flow
+    flow_i[j, slot, F_BALANCER] = b
+    ri[R_OPEN] += 1
+    sf[j, S_WORK_LEFT] += demand
+    _count_open(rule, b, j, 1, bf, bi, score, si)
+    if serve:
+        _sift_up(heap[j], flow_i[j], served, sf[j, S_VIRTUAL] + demand, slot)
+        si[j, S_SERVED] = served + 1
+        _schedule(j, cores, sf, si, heap[j], departure)
+    else:
+        position = si[j, S_WAIT_HEAD] + waiting
+        flow_i[j, position if position < capacity else position - capacity, F_WAIT] = slot
+        si[j, S_WAITING] = waiting + 1
+
+
+@njit(cache=True)
+def _refresh_active(rule, table_size, ri, si, active, bf, bi, score, maglev):
+    n = si.shape[0]
+    count = 0
+    for j in range(n):
+        if si[j, S_STATUS] == UP:
+            active[count] = j
+            count += 1
+    ri[R_ACTIVE] = count
+    for b in range(score.shape[0]):
+        refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, si)
+
+
+@njit(cache=True)
+def _fail_flow(
+    j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score, values, weights, index, meta, log, record
+):
+    b = np.int64(flow_i[j, slot, F_BALANCER])
+    arrival = flow_f[j, slot, F_ARRIVAL]
+    si[j, S_FAILED] += 1
+    ri[R_LOST] += 1
+    ri[R_OPEN] -= 1
+    sf[j, S_LOST_TIME] += now - arrival
+    _count_open(rule, b, j, -1, bf, bi, score, si)
+    _sample_fct(b, j, pf[P_TIMEOUT], now, pf, pi, values, weights, index, meta)
+    _log_flow(
+        pi, rf, ri, log, record, flow_f[j, slot, F_ID], arrival, pf[P_TIMEOUT], flow_f[j, slot, F_DEMAND], j, b, FAILED
+    )
+
+
+@njit(cache=True)
+def _fail_flows(
+    j, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score, values, weights, index, meta, log, record
+):
+    """Lose every flow that server ``j`` holds."""
+    capacity = flow_i.shape[1]
+    for k in range(si[j, S_SERVED]):
+        slot = flow_i[j, k, F_HEAP]
+        _fail_flow(
+            j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score,
+            values, weights, index, meta, log, record,
+        )  # fmt: skip
+    for k in range(si[j, S_WAITING]):
+        slot = flow_i[j, (si[j, S_WAIT_HEAD] + k) % capacity, F_WAIT]
+        _fail_flow(
+            j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score,
+            values, weights, index, meta, log, record,
+        )  # fmt: skip
+    si[j, S_SERVED] = 0
+    si[j, S_WAITING] = 0
+    si[j, S_WAIT_HEAD] = 0
+    sf[j, S_WORK_LEFT] = 0.0
+    for k in range(capacity):
+        flow_i[j, k, F_FREE] = capacity - 1 - k
+
+
+@njit(cache=True)
+def _apply_event(
+    event, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, active, heap, flow_f, flow_i, bf, bi, score, maglev,
+    values, weights, index, meta, log, record,
+):  # fmt: skip
+    kind = int(event[1])
+    j = int(event[2])
+    if kind == EVENT_SPEED:
+        sf[j, S_SPEED] = server_f[j, V_SPEED] * event[3]
+    else:
+        if kind == EVENT_DOWN:
+            si[j, S_STATUS] = DOWN
+            _fail_flows(
+                j, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score,
+                values, weights, index, meta, log, record,
+            )  # fmt: skip
+        elif kind == EVENT_UP:
+            si[j, S_STATUS] = UP
+        elif si[j, S_STATUS] == UP:
+            si[j, S_STATUS] = DRAINING
+        _refresh_active(rule, pi[P_TABLE_SIZE], ri, si, active, bf, bi, score, maglev)
+    _schedule(j, server_f[j, V_CORES], sf, si, heap[j], departure)
+
+
+@njit(cache=True, nogil=True)
+def _run(P, S, r):
+    """Simulate replica ``r`` until its target time. Returns DONE, or which array must grow before it can go on."""
+    pf, pi, server_f, server_i = P.pf[r], P.pi[r], P.server_f[r], P.server_i[r]
+    demand_law, levels, rate_events, events, table = P.demand[r], P.levels[r], P.rate_events[r], P.events[r], P.table
+    rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
+    departure, active, heap, flow_f, flow_i = S.departure[r], S.active[r], S.heap[r], S.flow_f[r], S.flow_i[r]
+    bf, bi, score, maglev = S.bf[r], S.bi[r], S.score[r], S.maglev[r]
+    values, weights, index, meta = S.values[r], S.weights[r], S.index[r], S.meta[r]
+    log, record = S.log[r], S.record[r]
+    n = si.shape[0]
+    balancers = score.shape[0]
+    rule = pi[P_RULE]
+    table_size = pi[P_TABLE_SIZE]
+    counters = uses_counters(rule)
+    two_choice = is_two_choice(rule)
+    target = rf[R_TARGET]
+    capacity = flow_i.shape[1]
+    # Per pass at most every open flow and the arrival can end.
+    logged = log.shape[0] - 1 if pi[P_SERVICE] == 1 else np.int64(1) << 62
+    recorded = record.shape[0] - 1 if pi[P_RECORD] == 1 else np.int64(1) << 62
+    fullest = 0
+    for j in range(n):
+        fullest = max(fullest, si[j, S_SERVED] + si[j, S_WAITING])
+    while True:
+        if fullest >= capacity:
+            return GROW_FLOWS
+        if ri[R_LOGGED] + ri[R_OPEN] > logged or ri[R_RECORDED] + ri[R_OPEN] > recorded:
+            return GROW_LOG
+        now = rf[R_NEXT_ARRIVAL]
+        arrival = True
+        if events[ri[R_EVENT], 0] <= now:
+            now = events[ri[R_EVENT], 0]
+            arrival = False
+        over = now > target
+        if over:
+            now = target
+            arrival = False
+
+        # Who must have let its flows depart by now: the candidates of a flow, or every server.
+        candidates = n
+        first = 0
+        second = 0
+        b = 0
+        h = np.uint64(0)
+        if arrival:
+            flow_hash = np.uint64(ri[R_NEXT_HASH])
+            b = to_range(flow_hash, balancers)
+            h = dispatch_hash(flow_hash)
+            if ri[R_ACTIVE] == 0:
+                candidates = 0
+            elif two_choice:
+                candidates = min(np.int64(2), ri[R_ACTIVE])
+                one = to_range(h, ri[R_ACTIVE])
+                first = np.int64(active[one])
+                if candidates == 2:
+                    two = to_range(second_hash(h), ri[R_ACTIVE] - 1)
+                    second = np.int64(active[two + 1 if two >= one else two])
+            elif not counters:
+                candidates = 1
+                first = dispatch_by_hash(b, rule, table_size, h, ri, active, bf, bi, maglev)
+        everyone = candidates == n and (counters or not arrival)
+        for i in range(candidates):
+            j = i
+            if not everyone:
+                j = first if i == 0 else second
+            if departure[j] <= now:
+                _depart(
+                    j, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
+                    values, weights, index, meta, log, record,
+                )  # fmt: skip
+
+        if not arrival:
+            for j in range(n):
+                _elapse(j, now, server_f[j, V_CORES], pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, index, meta)
+            if over:
+                return DONE
+            _apply_event(
+                events[ri[R_EVENT]], now, rule, pf, pi, server_f, rf, ri, sf, si, departure, active, heap, flow_f,
+                flow_i, bf, bi, score, maglev, values, weights, index, meta, log, record,
+            )  # fmt: skip
+            ri[R_EVENT] += 1
+            continue
+
+        demand = rf[R_NEXT_DEMAND]
+        if candidates > 0:
+            j = first
+            if counters:
+                if is_oracle(rule):
+                    start = to_range(h, ri[R_ACTIVE])
+                    j = dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i, sf, si)
+                else:
+                    j = first_minimum(score[b], to_range(h, n))
+            elif candidates == 2:
+                j = better_of_two(b, rule, balancers, first, second, bf, bi)
+            _place(
+                b, j, now, demand, rule, pf, pi, server_f, server_i, rf, ri, sf, si, departure, heap, flow_f, flow_i,
+                bf, bi, score, values, weights, index, meta, log, record,
+            )  # fmt: skip
+            fullest = max(fullest, si[j, S_SERVED] + si[j, S_WAITING])
+        else:
+            ri[R_UNROUTED] += 1
+            ri[R_LOST] += 1
+            _log_flow(
+                pi, rf, ri, log, record, np.float64(ri[R_FLOWS]), now, pf[P_TIMEOUT], demand, -1, b, UNROUTED
+            )
+        ri[R_FLOWS] += 1
+        next_arrival(pf, pi, demand_law, levels, rate_events, table, rf, ri)
+
+
+@njit(cache=True, nogil=True)
+def _set_weights(P, S, r, weights):
+    """Hand every balancer its weights; rebuilds a table only when its weights have changed."""
+    bf, bi, score, maglev = S.bf[r], S.bi[r], S.score[r], S.maglev[r]
+    for b in range(weights.shape[0]):
+        changed = False
+        for j in range(weights.shape[1]):
+            if bf[b, j, B_WEIGHT] != weights[b, j]:
+                bf[b, j, B_WEIGHT] = weights[b, j]
+                changed = True
+        if changed:
+            refresh_balancer(
+                b, P.pi[r, P_RULE], P.pi[r, P_TABLE_SIZE], S.ri[r], S.active[r], bf, bi, score, maglev, S.si[r]
+            )
+
+
+@njit(cache=True)
+def _percentile(ordered, n, q):
+    """NumPy's default (linear) percentile of the first ``n`` ascending values."""
+    position = q * (n - 1)
+    low = int(position)
+    if low + 1 >= n:
+        return ordered[n - 1]
+    return ordered[low] + (position - low) * (ordered[low + 1] - ordered[low])
+
+
+@njit(cache=True, nogil=True)
+def _observe(P, S, O, r):
+    """Write what the balancers of replica ``r`` see now, and begin its next interval."""
+    pf, pi = P.pf[r], P.pi[r]
+    rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
+    n = si.shape[0]
+    ri[R_SEQUENCE] += 1
+    O.sequence_id[r] = ri[R_SEQUENCE]
+    O.timestamp[r] = rf[R_CLOCK]
+    O.unrouted[r] = ri[R_UNROUTED]
+    elapsed = rf[R_CLOCK] - rf[R_INTERVAL_START]
+    queue = 0.0
+    for j in range(n):
+        O.active[r, j] = si[j, S_STATUS] == UP
+        O.counts[0, r, j] = si[j, S_STARTED]
+        O.counts[1, r, j] = si[j, S_COMPLETED]
+        O.counts[2, r, j] = si[j, S_REJECTED]
+        O.counts[3, r, j] = si[j, S_FAILED]
+        queue += sf[j, S_QUEUE_INTEGRAL]
+        cores = P.server_f[r, j, V_CORES]
+        held = si[j, S_SERVED] + si[j, S_WAITING]
+        if elapsed > 0.0:
+            busy = (sf[j, S_BUSY_INTEGRAL] - sf[j, S_BUSY_BEFORE]) / (elapsed * cores)
+        else:
+            busy = min(np.float64(si[j, S_SERVED]), cores) / cores
+        sf[j, S_BUSY_BEFORE] = sf[j, S_BUSY_INTEGRAL]
+        memory = P.server_f[r, j, V_MEMORY_IDLE] + held * P.server_f[r, j, V_MEMORY_FLOW]
+        if si[j, S_STATUS] == UP:
+            O.ground_truth[r, j, 0] = min(1.0, max(0.0, busy))
+            O.ground_truth[r, j, 1] = min(1.0, memory / P.server_f[r, j, V_MEMORY])
+            O.ground_truth[r, j, 2] = si[j, S_SERVED]
+        else:
+            O.ground_truth[r, j, :] = 0.0
+    for b in range(S.score.shape[1]):
+        for j in range(n):
+            row = O.stats[r, b, j]
+            row[:] = 0.0
+            if si[j, S_STATUS] != UP:
+                continue
+            row[0] = S.bi[r, b, j, B_OPEN]
+            if pi[P_RESERVOIRS] == 1:
+                for metric in range(2):
+                    result = S.result[r, b, j, metric]
+                    reservoir_features(
+                        S.values[r, b, j, metric],
+                        S.weights[r, b, j, metric],
+                        S.index[r, b, j, metric],
+                        S.meta[r, b, j, metric],
+                        result,
+                        pf[P_LOG_DECAY],
+                    )
+                    for k in range(5):
+                        row[1 + 5 * metric + k] = result[k]
+    service = O.service[r]
+    service[:] = 0.0
+    count = ri[R_LOGGED]
+    if count > 0:
+        fcts = S.log[r, :count]
+        fcts.sort()
+        total = 0.0
+        for k in range(count):
+            total += fcts[k]
+        service[0] = count - ri[R_LOST]
+        service[1] = ri[R_LOST]
+        service[2] = total / count
+        service[3] = _percentile(fcts, count, 0.5)
+        service[4] = _percentile(fcts, count, 0.9)
+        service[5] = _percentile(fcts, count, 0.99)
+        service[6] = rf[R_LOG_SLOWDOWN] / count
+    if elapsed > 0.0:
+        service[7] = (queue - rf[R_QUEUE_INTEGRAL]) / elapsed
+    rf[R_QUEUE_INTEGRAL] = queue
+    rf[R_LOG_SLOWDOWN] = 0.0
+    rf[R_INTERVAL_START] = rf[R_CLOCK]
+    ri[R_LOGGED] = 0
+    ri[R_LOST] = 0
+
+
+@njit(cache=True, nogil=True)
+def reset_replica(P, S, r, seed):
+    """Empty servers at time 0, unit weights, every random stream from ``seed``."""
+    rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
+    rf[:] = 0.0
+    ri[:] = 0
+    sf[:] = 0.0
+    si[:] = 0
+    S.departure[r] = math.inf
+    S.meta[r] = 0
+    S.index[r] = 0
+    S.result[r] = 0.0
+    S.bi[r] = 0
+    S.bf[r] = 0.0
+    n = si.shape[0]
+    balancers = S.score.shape[1]
+    capacity = S.flow_i.shape[2]
+    ri[R_RNG_ARRIVAL] = stream_seed(seed, _ARRIVAL, 0)
+    ri[R_RNG_DEMAND] = stream_seed(seed, _DEMAND, 0)
+    ri[R_RNG_HASH] = stream_seed(seed, _HASH, 0)
+    for j in range(n):
+        sf[j, S_SPEED] = P.server_f[r, j, V_SPEED]
+        si[j, S_RNG_PACKET] = stream_seed(seed, _PACKET, j)
+        sf[j, S_PACKET] = math.inf
+        if P.pi[r, P_RESERVOIRS] == 1 and P.pf[r, P_PACKET_WORK] < math.inf:
+            sf[j, S_PACKET] = P.pf[r, P_PACKET_WORK] * next_exponential(si[j], S_RNG_PACKET)
+        for k in range(capacity):
+            S.flow_i[r, j, k, F_FREE] = capacity - 1 - k
+        for b in range(balancers):
+            S.bf[r, b, j, B_WEIGHT] = 1.0
+            S.bf[r, b, j, B_CURRENT] = 0.0
+            if P.pi[r, P_RESERVOIRS] == 1:
+                for metric in range(2):
+                    S.meta[r, b, j, metric, RNG] = stream_seed(seed, _RESERVOIR, (b * n + j) * 2 + metric)
+    _refresh_active(P.pi[r, P_RULE], P.pi[r, P_TABLE_SIZE], ri, si, S.active[r], S.bf[r], S.bi[r], S.score[r], S.maglev[r])
+    begin_arrivals(P.pf[r], P.pi[r], P.levels[r], P.first_level[r], P.rate_events[r], P.table, rf, ri)
+    next_arrival(P.pf[r], P.pi[r], P.demand[r], P.levels[r], P.rate_events[r], P.table, rf, ri)
+
+
+@njit(cache=True, nogil=True)
+def step_replicas(P, S, O, weights, duration, first, last, status):
+    """One interval of replicas ``first`` to ``last``: weights, ``duration`` seconds, observation.
+
+    ``weights`` is [R, m, N], or has no replica to keep the present ones; a negative ``duration`` starts nothing and only
+    observes. A replica whose ``status`` is not DONE afterwards needs a larger array; the next call goes on where it
+    stopped and leaves the others alone.
+    """
+    for r in range(first, last):
+        if status[r] == DONE:
+            continue
+        if S.ri[r, R_RUNNING] == 0 and duration >= 0.0:
+            if weights.shape[0] > 0:
+                _set_weights(P, S, r, weights[r])
+            S.rf[r, R_TARGET] = S.rf[r, R_CLOCK] + duration
+            S.ri[r, R_RUNNING] = 1
+        if S.ri[r, R_RUNNING] == 1:
+            status[r] = _run(P, S, r)
+            if status[r] != DONE:
+                continue
+            S.ri[r, R_RUNNING] = 0
+            S.rf[r, R_CLOCK] = S.rf[r, R_TARGET]
+        status[r] = DONE
+        _observe(P, S, O, r)
+
+
+@njit(cache=True, nogil=True)
+def reset_replicas(P, S, O, seeds, chosen):
+    """Reset and observe the ``chosen`` replicas; the others' part of ``O`` is left unwritten."""
+    for r in range(seeds.shape[0]):
+        if chosen[r]:
+            reset_replica(P, S, r, seeds[r])
+            _observe(P, S, O, r)

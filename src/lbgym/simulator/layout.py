@@ -1,0 +1,293 @@
+"""The simulator's memory: arrays with the replica axis first, and the names of their columns.
+
+Integer columns of int64 arrays also hold the 64-bit state of random streams.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH, NUM_SERVICE
+from ..features.kernels import META_SIZE, RESULT_SIZE
+
+# Dispatch rules, in the order of lbgym.scenarios.DISPATCH_RULES.
+(
+    ECMP,
+    WCMP,
+    MAGLEV,
+    ROUND_ROBIN,
+    LSQ,
+    SED,
+    SED_SCALED,
+    P2C,
+    P2C_SED,
+    ORACLE_LSQ,
+    ORACLE_SED,
+    ORACLE_LEAST_WORK,
+) = range(12)
+
+POISSON, MODULATED, SINUSOIDAL, TRACE = range(4)
+DETERMINISTIC, EXPONENTIAL, LOGNORMAL, BOUNDED_PARETO, HYPEREXPONENTIAL, EMPIRICAL = range(6)
+EVENT_SPEED, EVENT_DOWN, EVENT_UP, EVENT_DRAIN = range(4)
+UP, DRAINING, DOWN = range(3)
+COMPLETED, REJECTED, FAILED, UNROUTED = range(4)
+
+# What a call of the kernel ends with: the interval is over, or an array must grow before it can go on.
+DONE, GROW_FLOWS, GROW_LOG = range(3)
+
+# Parameters of a replica, float64.
+(
+    P_RATE,
+    P_TIMEOUT,
+    P_PACKET_WORK,  # mean core-seconds of service between two packets of a flow; inf: none
+    P_PROBABILITY,
+    P_LOG_DECAY,
+    P_AMPLITUDE,
+    P_OMEGA,
+    P_PHASE,
+    P_TRACE_PERIOD,
+    NUM_PF,
+) = range(10)
+# Parameters of a replica, int64.
+(
+    P_RULE,
+    P_ARRIVALS,
+    P_DEMAND,
+    P_NUM_LEVELS,
+    P_FIXED_SOJOURNS,
+    P_TABLE_START,
+    P_TABLE_LENGTH,
+    P_TRACE_REPEAT,
+    P_TRACE_RANDOM,
+    P_ALGORITHM,
+    P_RESERVOIRS,
+    P_SERVICE,
+    P_RECORD,
+    P_TABLE_SIZE,  # Maglev: entries in use, a prime
+    NUM_PI,
+) = range(15)
+# Parameters of a server.
+V_CORES, V_SPEED, V_MEMORY, V_MEMORY_IDLE, V_MEMORY_FLOW, NUM_VF = range(6)
+V_WORKERS, V_BACKLOG, NUM_VI = range(3)
+
+# State of a replica, float64.
+(
+    R_CLOCK,
+    R_NEXT_ARRIVAL,
+    R_NEXT_DEMAND,
+    R_MOD_UNTIL,  # when the modulating state changes
+    R_FACTOR,  # arrival rate over the workload's, from rate events
+    R_ANCHOR_TIME,  # trace replay: clock and trace time at the last change of rate
+    R_ANCHOR_TRACE,
+    R_TRACE_BASE,  # trace time of the current repetition's start
+    R_TARGET,  # end of the interval under way
+    R_INTERVAL_START,
+    R_LOG_SLOWDOWN,
+    R_QUEUE_INTEGRAL,  # at the start of the interval
+    NUM_RF,
+) = range(13)
+# State of a replica, int64.
+(
+    R_RNG_ARRIVAL,
+    R_RNG_DEMAND,
+    R_RNG_HASH,
+    R_NEXT_HASH,
+    R_MOD_STATE,
+    R_RATE_EVENT,
+    R_EVENT,
+    R_TRACE_POSITION,
+    R_FLOWS,
+    R_OPEN,
+    R_UNROUTED,
+    R_LOGGED,
+    R_RECORDED,
+    R_LOST,  # rejected, failed and unrouted flows in the interval
+    R_SEQUENCE,
+    R_ACTIVE,
+    R_RUNNING,
+    NUM_RI,
+) = range(18)
+# State of a server, float64.
+(
+    S_CLOCK,
+    S_VIRTUAL,  # service each flow under service has received since the server was last idle
+    S_RATE,  # at which it grows now
+    S_SPEED,
+    S_PACKET,  # aggregate service until the next packet
+    S_QUEUE_INTEGRAL,
+    S_BUSY_INTEGRAL,
+    S_WORK_LEFT,
+    S_WORK_DONE,
+    S_FCT_SUM,
+    S_LOST_TIME,
+    S_BUSY_BEFORE,
+    NUM_SF,
+) = range(13)
+# State of a server, int64.
+(
+    S_SERVED,
+    S_WAITING,
+    S_WAIT_HEAD,
+    S_STATUS,
+    S_STARTED,
+    S_COMPLETED,
+    S_REJECTED,
+    S_FAILED,
+    S_RNG_PACKET,
+    NUM_SI,
+) = range(10)
+# A flow's slot, float64 and int32. Heap position k and the k-th free or waiting slot share the rows.
+F_ARRIVAL, F_DEMAND, F_ID, NUM_FF = range(4)
+F_BALANCER, F_HEAP, F_FREE, F_WAIT, NUM_FI = range(5)
+# A balancer's view of a server.
+B_WEIGHT, B_SCORE, B_CURRENT, B_ALIAS_PROBABILITY, NUM_BF = range(5)
+B_OPEN, B_ALIAS, NUM_BI = range(3)
+# A recorded flow.
+(
+    L_ID,
+    L_ARRIVAL,
+    L_FCT,
+    L_DEMAND,
+    L_SERVER,
+    L_BALANCER,
+    L_STATUS,
+    NUM_RECORD,
+) = range(8)
+
+
+class Parameters(NamedTuple):
+    """What does not change during an episode. R replicas, N servers; other axes as wide as the widest replica."""
+
+    pf: NDArray[np.float64]  # [R, NUM_PF]
+    pi: NDArray[np.int64]  # [R, NUM_PI]
+    server_f: NDArray[np.float64]  # [R, N, NUM_VF]
+    server_i: NDArray[np.int64]  # [R, N, NUM_VI]
+    demand: NDArray[np.float64]  # [R, D]
+    levels: NDArray[np.float64]  # [R, L, 2 + L]: level, mean sojourn, cumulative transition row
+    first_level: NDArray[np.float64]  # [R, L] cumulative stationary law
+    rate_events: NDArray[np.float64]  # [R, E, 2]: time, factor; ends with time inf
+    events: NDArray[np.float64]  # [R, E, 4]: time, kind, server, value; ends with time inf
+    table: NDArray[np.float64]  # [T, 2]: trace times and demands, empirical demands
+
+
+class State(NamedTuple):
+    """What changes. C: flow slots per server; m balancers; K reservoir slots; M Maglev entries; L log entries."""
+
+    rf: NDArray[np.float64]  # [R, NUM_RF]
+    ri: NDArray[np.int64]  # [R, NUM_RI]
+    sf: NDArray[np.float64]  # [R, N, NUM_SF]
+    si: NDArray[np.int64]  # [R, N, NUM_SI]
+    departure: NDArray[np.float64]  # [R, N] time of the next departure
+    active: NDArray[np.int32]  # [R, N] the active servers first
+    heap: NDArray[np.float64]  # [R, N, C] virtual finish times
+    flow_f: NDArray[np.float64]  # [R, N, C, NUM_FF]
+    flow_i: NDArray[np.int32]  # [R, N, C, NUM_FI]
+    bf: NDArray[np.float64]  # [R, m, N, NUM_BF]
+    bi: NDArray[np.int64]  # [R, m, N, NUM_BI]
+    score: NDArray[np.float64]  # [R, m, N]
+    maglev: NDArray[np.int32]  # [R, m, M]
+    values: NDArray[np.float64]  # [R, m, N, 2, K]
+    weights: NDArray[np.float64]  # [R, m, N, 2, K]
+    index: NDArray[np.int16]  # [R, m, N, 2, 3, K]
+    meta: NDArray[np.int64]  # [R, m, N, 2, META_SIZE]
+    result: NDArray[np.float64]  # [R, m, N, 2, RESULT_SIZE]
+    log: NDArray[np.float64]  # [R, L] FCTs that ended in the interval
+    record: NDArray[np.float64]  # [R, L, NUM_RECORD]
+
+
+class Output(NamedTuple):
+    """Where an observation is written: fresh arrays, handed out as a snapshot."""
+
+    sequence_id: NDArray[np.int64]  # [R]
+    timestamp: NDArray[np.float64]  # [R]
+    active: NDArray[np.bool_]  # [R, N]
+    stats: NDArray[np.float32]  # [R, m, N, NUM_FEATURES]
+    ground_truth: NDArray[np.float32]  # [R, N, NUM_GROUND_TRUTH]
+    counts: NDArray[np.int64]  # [4, R, N] started, completed, rejected, failed
+    unrouted: NDArray[np.int64]  # [R]
+    service: NDArray[np.float64]  # [R, NUM_SERVICE]
+
+
+def allocate_state(
+    replicas: int,
+    servers: int,
+    balancers: int,
+    *,
+    flows: int,
+    reservoir: int,
+    maglev: int,
+    log: int,
+    record: int,
+) -> State:
+    """Zeroed state; ``flows`` slots per server, 0 or 1 where a part is not in use."""
+    r, n, m = replicas, servers, balancers
+    kept = n if reservoir else 0
+    return State(
+        rf=np.zeros((r, NUM_RF)),
+        ri=np.zeros((r, NUM_RI), np.int64),
+        sf=np.zeros((r, n, NUM_SF)),
+        si=np.zeros((r, n, NUM_SI), np.int64),
+        departure=np.full((r, n), np.inf),
+        active=np.zeros((r, n), np.int32),
+        heap=np.zeros((r, n, flows)),
+        flow_f=np.zeros((r, n, flows, NUM_FF)),
+        flow_i=np.zeros((r, n, flows, NUM_FI), np.int32),
+        bf=np.zeros((r, m, n, NUM_BF)),
+        bi=np.zeros((r, m, n, NUM_BI), np.int64),
+        score=np.zeros((r, m, n)),
+        maglev=np.zeros((r, m, maglev), np.int32),
+        values=np.zeros((r, m, kept, 2, reservoir)),
+        weights=np.zeros((r, m, kept, 2, reservoir)),
+        index=np.zeros((r, m, kept, 2, 3, reservoir), np.int16),
+        meta=np.zeros((r, m, kept, 2, META_SIZE), np.int64),
+        result=np.zeros((r, m, kept, 2, RESULT_SIZE)),
+        log=np.zeros((r, log)),
+        record=np.zeros((r, record, NUM_RECORD)),
+    )
+
+
+def allocate_output(replicas: int, servers: int, balancers: int) -> Output:
+    """Uninitialised output arrays; the kernel writes every element."""
+    return Output(
+        sequence_id=np.empty(replicas, np.int64),
+        timestamp=np.empty(replicas),
+        active=np.empty((replicas, servers), np.bool_),
+        stats=np.empty((replicas, balancers, servers, NUM_FEATURES), np.float32),
+        ground_truth=np.empty((replicas, servers, NUM_GROUND_TRUTH), np.float32),
+        counts=np.empty((4, replicas, servers), np.int64),
+        unrouted=np.empty(replicas, np.int64),
+        service=np.empty((replicas, NUM_SERVICE)),
+    )
+
+
+def grown(state: State, *, flows: int | None = None, log: int | None = None, record: int | None = None) -> State:
+    """The same state with more flow slots or log entries."""
+    changes: dict[str, NDArray] = {}
+    if flows is not None:
+        old = state.heap.shape[2]
+        for name in ("heap", "flow_f", "flow_i"):
+            array = getattr(state, name)
+            bigger = np.zeros((*array.shape[:2], flows, *array.shape[3:]), array.dtype)
+            bigger[:, :, :old] = array
+            changes[name] = bigger
+        # The first C - (flows held) entries of the free list are valid; the new slots go below them.
+        bigger = changes["flow_i"]
+        held = state.si[..., S_SERVED] + state.si[..., S_WAITING]
+        for r, n in np.ndindex(*held.shape):
+            free = state.flow_i[r, n, : old - held[r, n], F_FREE]
+            bigger[r, n, : flows - old, F_FREE] = np.arange(old, flows)
+            bigger[r, n, flows - old : flows - old + len(free), F_FREE] = free
+            # The ring of waiting slots is unrolled, since it wraps at the capacity.
+            ring = state.flow_i[r, n, :, F_WAIT]
+            bigger[r, n, :old, F_WAIT] = np.roll(ring, -state.si[r, n, S_WAIT_HEAD])
+        state.si[..., S_WAIT_HEAD] = 0
+    for name, size in (("log", log), ("record", record)):
+        if size is not None:
+            array = getattr(state, name)
+            bigger = np.zeros((array.shape[0], size, *array.shape[2:]))
+            bigger[:, : array.shape[1]] = array
+            changes[name] = bigger
+    return state._replace(**changes)

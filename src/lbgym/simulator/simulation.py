@@ -1,0 +1,524 @@
+"""The batched simulation: arrays, compiled kernel, threads."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import InvalidWeightsError, ResetNeeded, ScenarioError, UnknownNameError
+from ..scenarios import model
+from ..snapshot import Snapshot
+from . import layout as at
+
+logger = logging.getLogger("lbgym")
+
+_INITIAL_FLOWS = 32
+_INITIAL_LOG = 256
+_MASK64 = (1 << 64) - 1
+
+_EVENT_KINDS = {"speed": at.EVENT_SPEED, "down": at.EVENT_DOWN, "up": at.EVENT_UP, "drain": at.EVENT_DRAIN}
+
+
+def _kernel() -> Any:
+    """The compiled functions; says so when they are about to be compiled for the first time."""
+    from . import kernel
+
+    global _announced
+    if not _announced:
+        _announced = True
+        from ._cache import is_compiled
+
+        if not is_compiled():
+            logger.warning("compiling the simulator (once per machine and version; takes about 20 seconds) ...")
+            started = time.perf_counter()
+            _warm_up(kernel)
+            logger.warning("compiled in %.0f s", time.perf_counter() - started)
+    return kernel
+
+
+_announced = False
+
+
+def _warm_up(kernel: Any) -> None:
+    scenario = model.Scenario(servers=(model.Server(),), workload=model.Workload(load=0.5))
+    simulation = Simulation(scenario)
+    simulation.reset([0])
+    simulation.step(np.ones((1, 1, 1)), 0.25)
+
+
+def _next_prime(n: int) -> int:
+    while any(n % d == 0 for d in range(2, math.isqrt(n) + 1)):
+        n += 1
+    return n
+
+
+def maglev_table_size(num_servers: int) -> int:
+    """The least prime with at least 100 entries per server: no server is more than about 1 % off its share."""
+    return _next_prime(max(100 * num_servers, 101))
+
+
+class Simulation:
+    """Replicas of one scenario in struct-of-arrays memory, stepped together.
+
+    R replicas, m balancers, N servers. The flows of a replica (arrival times, demands, hashes) depend on its seed and
+    the scenario only, never on weights or dispatch rule; results are the same bit for bit on any number of threads.
+
+    Args:
+        scenario: what to simulate. Replicas may be given others of the same size on ``reset``.
+        num_replicas: R.
+        dispatch: overrides the scenario's dispatch rule.
+        reservoirs: keep the balancers' samples; without them every feature but ``n_flow_on`` is 0.
+        service: keep the FCTs of each interval for ``Snapshot.service``.
+        record_flows: keep every flow that ends, for :meth:`take_flows`.
+        num_threads: threads that share the replicas; None: one per core.
+    """
+
+    def __init__(
+        self,
+        scenario: model.Scenario,
+        num_replicas: int = 1,
+        *,
+        dispatch: str | None = None,
+        reservoirs: bool = True,
+        service: bool = True,
+        record_flows: bool = False,
+        num_threads: int | None = 1,
+    ) -> None:
+        if isinstance(num_replicas, bool) or not isinstance(num_replicas, (int, np.integer)) or num_replicas < 1:
+            raise ScenarioError(f"num_replicas must be a whole number of at least 1, got {num_replicas!r}")
+        if num_threads is None:
+            num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        elif isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
+            raise ScenarioError(f"num_threads must be a whole number of at least 1, or None, got {num_threads!r}")
+        if dispatch is not None and dispatch not in model.DISPATCH_RULES:
+            raise UnknownNameError("dispatch rule", dispatch, model.DISPATCH_RULES)
+        self.scenario = scenario
+        self.num_replicas = int(num_replicas)
+        self.num_balancers = scenario.balancers
+        self.num_servers = scenario.num_servers
+        self.num_threads = min(num_threads, self.num_replicas)
+        self._dispatch = dispatch
+        self._reservoirs, self._service, self._record_flows = reservoirs, service, record_flows
+        self._maglev_size = maglev_table_size(self.num_servers)
+        self._scenarios = [scenario] * self.num_replicas
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_pid = 0
+        self._started = np.zeros(self.num_replicas, np.bool_)
+        self._keep_weights = np.empty((0, self.num_balancers, self.num_servers))
+        self._reservoir_capacity = scenario.sampling.capacity if reservoirs else 0
+        self._state = at.allocate_state(
+            self.num_replicas,
+            self.num_servers,
+            self.num_balancers,
+            flows=_INITIAL_FLOWS,
+            reservoir=self._reservoir_capacity,
+            maglev=self._maglev_size if (dispatch or scenario.dispatch) == "maglev" else 1,
+            log=_INITIAL_LOG if service else 1,
+            record=_INITIAL_LOG if record_flows else 1,
+        )
+        self._build_parameters()
+        self._kernel = _kernel()
+
+    @property
+    def dispatch(self) -> str:
+        """The dispatch rule in force in replica 0."""
+        return self._dispatch or self._scenarios[0].dispatch
+
+    def scenario_of(self, replica: int) -> model.Scenario:
+        """The scenario a replica runs."""
+        return self._scenarios[replica]
+
+    def set_scenario(self, scenario: model.Scenario, mask: NDArray[np.bool_] | None = None) -> None:
+        """Give the masked replicas (None: all) another scenario; takes effect with their next ``reset``.
+
+        Raises:
+            ScenarioError: if it has another number of servers or balancers, or another reservoir capacity.
+        """
+        for what, have, new in (
+            ("servers", self.num_servers, scenario.num_servers),
+            ("balancers", self.num_balancers, scenario.balancers),
+        ):
+            if have != new:
+                raise ScenarioError(
+                    f"scenario {scenario.name!r} has {new} {what}; this simulation was built for {have}"
+                )
+        if self._reservoirs and scenario.sampling.capacity != self._reservoir_capacity:
+            raise ScenarioError(
+                f"scenario {scenario.name!r} has reservoirs of {scenario.sampling.capacity}; "
+                f"this simulation was built for {self._reservoir_capacity}"
+            )
+        chosen = range(self.num_replicas) if mask is None else np.flatnonzero(mask)
+        for r in chosen:
+            self._scenarios[r] = scenario
+            self._started[r] = False
+        if (self._dispatch or scenario.dispatch) == "maglev" and self._state.maglev.shape[2] == 1:
+            shape = (self.num_replicas, self.num_balancers, self._maglev_size)
+            self._state = self._state._replace(maglev=np.zeros(shape, np.int32))
+        self._build_parameters()
+
+    def _build_parameters(self) -> None:
+        self._parameters = build_parameters(
+            self._scenarios,
+            dispatch=self._dispatch,
+            reservoirs=self._reservoirs,
+            service=self._service,
+            record=self._record_flows,
+            maglev_size=self._maglev_size,
+        )
+
+    def reset(
+        self, seeds: Sequence[int], mask: NDArray[np.bool_] | None = None, output: at.Output | None = None
+    ) -> Snapshot:
+        """Empty the masked replicas (None: all) and start their flows from ``seeds``, one per replica.
+
+        Returns the batched snapshot at time 0. With ``output``, the rows of the other replicas keep what it holds.
+        """
+        if len(seeds) != self.num_replicas:
+            raise ScenarioError(f"reset needs {self.num_replicas} seeds, one per replica, got {len(seeds)}")
+        if mask is None:
+            mask = np.ones(self.num_replicas, np.bool_)
+        words = np.array([int(seed) & _MASK64 for seed in seeds], np.uint64)
+        fresh = output is None
+        if output is None:
+            output = at.allocate_output(self.num_replicas, self.num_servers, self.num_balancers)
+        self._kernel.reset_replicas(self._parameters, self._state, output, words, mask)
+        self._started |= mask
+        if fresh and not mask.all():
+            self._call(output, self._keep_weights, -1.0, ~mask & self._started)
+        return self._snapshot(output)
+
+    def step(self, weights: ArrayLike | None, duration: float) -> Snapshot:
+        """Apply ``weights`` float[R, m, N] (None: keep the present ones), run ``duration`` seconds, observe.
+
+        Raises:
+            InvalidWeightsError: for a wrong shape, or weights that are negative or not finite.
+            ResetNeeded: before the first ``reset``.
+        """
+        if not duration >= 0.0 or math.isinf(duration):
+            raise ScenarioError(f"duration must be finite and at least 0 seconds, got {duration!r}")
+        if not self._started.all():
+            raise ResetNeeded("call reset() before step(): no flow has been drawn yet")
+        if weights is None:
+            checked = self._keep_weights
+        else:
+            checked = np.ascontiguousarray(weights, np.float64)
+            shape = (self.num_replicas, self.num_balancers, self.num_servers)
+            if checked.shape != shape:
+                raise InvalidWeightsError(
+                    f"weights must have shape {shape} (replicas, balancers, servers), got {checked.shape}"
+                )
+            # min and max are cheaper than isfinite().all(), and a NaN fails either comparison.
+            if not (checked.min() >= 0.0 and checked.max() < math.inf):
+                raise InvalidWeightsError(f"weights must be finite and at least 0, got {_first_bad(checked)!r}")
+        output = at.allocate_output(self.num_replicas, self.num_servers, self.num_balancers)
+        self._call(output, checked, float(duration), None)
+        return self._snapshot(output)
+
+    def observe(self) -> Snapshot:
+        """A snapshot of this instant; begins a new interval."""
+        return self.step(None, 0.0)
+
+    def _call(
+        self, output: at.Output, weights: NDArray[np.float64], duration: float, mask: NDArray[np.bool_] | None
+    ) -> None:
+        """Run the kernel on the masked replicas, growing arrays as it asks, on all threads."""
+        status = np.ones(self.num_replicas, np.int64)
+        if mask is not None:
+            status[~mask] = at.DONE
+        step = self._kernel.step_replicas
+        while True:
+            if self.num_threads == 1:
+                step(self._parameters, self._state, output, weights, duration, 0, self.num_replicas, status)
+            else:
+                bounds = np.linspace(0, self.num_replicas, self.num_threads + 1).astype(int).tolist()
+                jobs = [
+                    self._threads().submit(
+                        step, self._parameters, self._state, output, weights, duration, first, last, status
+                    )
+                    for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
+                ]
+                step(self._parameters, self._state, output, weights, duration, 0, bounds[1], status)
+                for job in jobs:
+                    job.result()
+            if not status.any():
+                return
+            if (status == at.GROW_FLOWS).any():
+                self._state = at.grown(self._state, flows=2 * self._state.heap.shape[2])
+            if (status == at.GROW_LOG).any():
+                self._grow_logs()
+
+    def _grow_logs(self) -> None:
+        open_flows = self._state.ri[:, at.R_OPEN]
+        sizes: dict[str, int] = {}
+        for name, column, used in (
+            ("log", at.R_LOGGED, self._service),
+            ("record", at.R_RECORDED, self._record_flows),
+        ):
+            if used:
+                needed = int((self._state.ri[:, column] + open_flows).max()) + 2
+                have = getattr(self._state, name).shape[1]
+                if needed > have:
+                    sizes[name] = max(2 * have, needed)
+        self._state = at.grown(self._state, **sizes)
+
+    def _threads(self) -> ThreadPoolExecutor:
+        # A forked child inherits the object but not its threads.
+        if self._pool is None or self._pool_pid != os.getpid():
+            self._pool = ThreadPoolExecutor(self.num_threads - 1, thread_name_prefix="lbgym")
+            self._pool_pid = os.getpid()
+        return self._pool
+
+    def _snapshot(self, output: at.Output) -> Snapshot:
+        started, completed, rejected, failed = output.counts
+        return Snapshot(
+            sequence_id=output.sequence_id,
+            timestamp=output.timestamp,
+            active=output.active,
+            stats=output.stats,
+            ground_truth=output.ground_truth,
+            started=started,
+            completed=completed,
+            rejected=rejected,
+            failed=failed,
+            unrouted=output.unrouted,
+            service=output.service if self._service else None,
+        )
+
+    def take_flows(self, replica: int = 0) -> dict[str, NDArray]:
+        """The flows of a replica that ended since the last call, in the order in which they are known to have ended.
+
+        Keys: ``flow_id`` int64 (order of arrival from 0), ``arrival``, ``fct`` (``reject_timeout`` unless completed),
+        ``demand`` float64, ``server`` int64 (-1: none was active), ``balancer`` int64, ``status`` int64 (0 completed, 1 rejected,
+        2 failed, 3 unrouted).
+
+        Raises:
+            ScenarioError: if the simulation does not record flows.
+        """
+        if not self._record_flows:
+            raise ScenarioError("this simulation records no flows; build it with record_flows=True")
+        count = int(self._state.ri[replica, at.R_RECORDED])
+        rows = self._state.record[replica, :count]
+        self._state.ri[replica, at.R_RECORDED] = 0
+        names = ("flow_id", "arrival", "fct", "demand", "server", "balancer", "status")
+        whole = {"flow_id", "server", "balancer", "status"}
+        return {name: rows[:, i].astype(np.int64 if name in whole else np.float64) for i, name in enumerate(names)}
+
+    def open_flows(self, replica: int = 0) -> dict[str, NDArray]:
+        """The flows of a replica that have not ended: ``flow_id``, ``arrival``, ``demand``, ``server``, ``balancer``."""
+        state = self._state
+        parts: list[tuple[int, NDArray]] = []
+        for j in range(self.num_servers):
+            served = int(state.si[replica, j, at.S_SERVED])
+            waiting = int(state.si[replica, j, at.S_WAITING])
+            head = int(state.si[replica, j, at.S_WAIT_HEAD])
+            ring = (head + np.arange(waiting)) % state.heap.shape[2]
+            flows = state.flow_i[replica, j]
+            parts.append((j, np.concatenate([flows[:served, at.F_HEAP], flows[ring, at.F_WAIT]])))
+        rows = np.concatenate([state.flow_f[replica, j, slots] for j, slots in parts])
+        return {
+            "flow_id": rows[:, at.F_ID].astype(np.int64),
+            "arrival": rows[:, at.F_ARRIVAL].copy(),
+            "demand": rows[:, at.F_DEMAND].copy(),
+            "server": np.concatenate([np.full(len(slots), j) for j, slots in parts]),
+            "balancer": np.concatenate(
+                [state.flow_i[replica, j, slots, at.F_BALANCER].astype(np.int64) for j, slots in parts]
+            ),
+        }
+
+    def integrals(self) -> dict[str, NDArray]:
+        """Exact integrals since reset, per replica and server [R, N], and the clocks [R].
+
+        ``queue``: of flows in the server over time; ``busy``: of busy cores; ``work``: core-seconds served; ``fct_sum``: over
+        completed flows; ``lost_time``: spent in the server by flows that failed; ``age_sum``: of open flows; ``open``:
+        how many. By Little's law queue = fct_sum + lost_time + age_sum.
+        """
+        sf = self._state.sf
+        clock = self._state.rf[:, at.R_CLOCK].copy()
+        age = np.zeros((self.num_replicas, self.num_servers))
+        for r in range(self.num_replicas):
+            flows = self.open_flows(r)
+            np.add.at(age[r], flows["server"], clock[r] - flows["arrival"])
+        return {
+            "queue": sf[..., at.S_QUEUE_INTEGRAL].copy(),
+            "busy": sf[..., at.S_BUSY_INTEGRAL].copy(),
+            "work": sf[..., at.S_WORK_DONE].copy(),
+            "fct_sum": sf[..., at.S_FCT_SUM].copy(),
+            "lost_time": sf[..., at.S_LOST_TIME].copy(),
+            "age_sum": age,
+            "open": self._state.si[..., at.S_SERVED] + self._state.si[..., at.S_WAITING],
+            "clock": clock,
+        }
+
+    def close(self) -> None:
+        """Stop the threads; idempotent."""
+        if self._pool is not None and self._pool_pid == os.getpid():
+            self._pool.shutdown()
+        self._pool = None
+
+
+def _first_bad(weights: NDArray[np.float64]) -> float:
+    bad = weights[~((weights >= 0.0) & (weights < math.inf))]
+    return float(bad[0])
+
+
+def build_parameters(
+    scenarios: Sequence[model.Scenario],
+    *,
+    dispatch: str | None,
+    reservoirs: bool,
+    service: bool,
+    record: bool,
+    maglev_size: int,
+) -> at.Parameters:
+    """Scenarios, one per replica, as the kernel's arrays."""
+    distinct: dict[int, int] = {}
+    rows = [distinct.setdefault(id(scenario), len(distinct)) for scenario in scenarios]
+    unique = list({id(scenario): scenario for scenario in scenarios}.values())
+    table: list[NDArray[np.float64]] = []
+    built = [
+        _scenario_rows(s, dispatch or s.dispatch, reservoirs, service, record, maglev_size, table) for s in unique
+    ]
+
+    def stack(name: str, fill: float = 0.0) -> NDArray:
+        arrays = [one[name] for one in built]
+        shape = tuple(max(a.shape[i] for a in arrays) for i in range(arrays[0].ndim))
+        out = np.full((len(arrays), *shape), fill, arrays[0].dtype)
+        for i, a in enumerate(arrays):
+            out[(i, *(slice(0, n) for n in a.shape))] = a
+        return np.ascontiguousarray(out[rows])
+
+    return at.Parameters(
+        pf=stack("pf"),
+        pi=stack("pi"),
+        server_f=stack("server_f"),
+        server_i=stack("server_i"),
+        demand=stack("demand"),
+        levels=stack("levels"),
+        first_level=stack("first_level", 1.0),
+        rate_events=stack("rate_events", math.inf),
+        events=stack("events", math.inf),
+        table=np.concatenate(table) if table else np.zeros((1, 2)),
+    )
+
+
+def _demand_row(demand: model.Demand) -> tuple[int, list[float]]:
+    match demand:
+        case model.Deterministic():
+            return at.DETERMINISTIC, [demand.mean]
+        case model.Exponential():
+            return at.EXPONENTIAL, [demand.mean]
+        case model.Lognormal():
+            variance = math.log1p(demand.cv**2)
+            return at.LOGNORMAL, [math.log(demand.mean) - variance / 2, math.sqrt(variance)]
+        case model.BoundedPareto():
+            tail = 1.0 - (demand.minimum / demand.maximum) ** demand.alpha
+            return at.BOUNDED_PARETO, [1.0 / demand.alpha, demand.minimum, demand.maximum, tail]
+        case model.Hyperexponential():
+            cumulative = np.cumsum(demand.probabilities).tolist()
+            return at.HYPEREXPONENTIAL, [float(len(cumulative)), *cumulative, *demand.means]
+        case model.Empirical():
+            return at.EMPIRICAL, [0.0]
+
+
+def _modulation(arrivals: model.Arrivals) -> tuple[NDArray, NDArray, bool]:
+    """Levels [L, 2 + L], cumulative stationary law [L], fixed sojourns; levels scaled to a long-run mean of 1."""
+    if isinstance(arrivals, model.OnOff):
+        arrivals = model.ModulatedPoisson(
+            levels=(1.0, arrivals.off_level), sojourns=(arrivals.on, arrivals.off), fixed_sojourns=not arrivals.random
+        )
+    if not isinstance(arrivals, model.ModulatedPoisson):
+        return np.zeros((1, 3)), np.ones(1), False
+    stationary = arrivals.stationary()
+    mean = float(stationary @ np.asarray(arrivals.levels))
+    if mean <= 0.0:
+        raise ScenarioError("ModulatedPoisson: the states that recur have level 0, so no flow would ever arrive")
+    rows = np.column_stack(
+        [np.asarray(arrivals.levels) / mean, np.asarray(arrivals.sojourns), np.cumsum(arrivals.transitions, axis=1)]
+    )
+    return rows, np.cumsum(stationary), arrivals.fixed_sojourns
+
+
+def _scenario_rows(
+    scenario: model.Scenario,
+    dispatch: str,
+    reservoirs: bool,
+    service: bool,
+    record: bool,
+    maglev_size: int,
+    table: list[NDArray[np.float64]],
+) -> dict[str, NDArray]:
+    """One scenario's part of every parameter array; appends its trace or measured demands to ``table``."""
+    workload, sampling = scenario.workload, scenario.sampling
+    pf, pi = np.zeros(at.NUM_PF), np.zeros(at.NUM_PI, np.int64)
+    pf[at.P_RATE] = scenario.rate
+    pf[at.P_TIMEOUT] = scenario.reject_timeout
+    packets = sampling.packets_per_flow
+    pf[at.P_PACKET_WORK] = workload.mean_demand / packets if packets > 0 and workload.mean_demand > 0 else math.inf
+    pf[at.P_PROBABILITY] = sampling.probability
+    pf[at.P_LOG_DECAY] = math.log(sampling.decay)
+    pi[at.P_RULE] = model.DISPATCH_RULES.index(dispatch)
+    pi[at.P_ALGORITHM] = int(sampling.algorithm == "uniform")
+    pi[at.P_RESERVOIRS], pi[at.P_SERVICE], pi[at.P_RECORD] = reservoirs, service, record
+    pi[at.P_TABLE_SIZE] = maglev_size
+
+    demand_kind, demand = _demand_row(workload.demand)
+    levels, first_level, fixed = _modulation(workload.arrivals)
+    entries: NDArray[np.float64] | None = None
+    if workload.trace is not None:
+        trace = workload.trace
+        trace = replace(trace, times=trace.times / (scenario.rate / trace.rate)) if scenario.rate != trace.rate else trace
+        entries = np.column_stack([trace.times, trace.demands])
+        pi[at.P_ARRIVALS] = at.TRACE
+        pf[at.P_TRACE_PERIOD] = trace.period
+        pi[at.P_TRACE_REPEAT], pi[at.P_TRACE_RANDOM] = trace.repeat, trace.random_start
+    else:
+        if isinstance(workload.arrivals, model.Sinusoidal):
+            pi[at.P_ARRIVALS] = at.SINUSOIDAL
+            pf[at.P_AMPLITUDE] = workload.arrivals.amplitude
+            pf[at.P_OMEGA] = 2.0 * math.pi / workload.arrivals.period
+            pf[at.P_PHASE] = workload.arrivals.phase
+            pi[at.P_NUM_LEVELS] = -1
+        elif isinstance(workload.arrivals, (model.ModulatedPoisson, model.OnOff)):
+            pi[at.P_ARRIVALS] = at.MODULATED
+            pi[at.P_NUM_LEVELS] = len(levels)
+            pi[at.P_FIXED_SOJOURNS] = fixed
+        pi[at.P_DEMAND] = demand_kind
+        if isinstance(workload.demand, model.Empirical):
+            entries = np.column_stack([np.zeros(len(workload.demand.values)), workload.demand.values])
+    if entries is not None:
+        pi[at.P_TABLE_START] = sum(len(part) for part in table)
+        pi[at.P_TABLE_LENGTH] = len(entries)
+        table.append(entries)
+
+    rates = [[e.time, e.value] for e in scenario.events if e.kind == "rate"]
+    others = [[e.time, _EVENT_KINDS[e.kind], e.server, e.value or 0.0] for e in scenario.events if e.kind != "rate"]
+    unlimited = 1 << 60
+    return {
+        "pf": pf,
+        "pi": pi,
+        "server_f": np.array(
+            [[s.cores, s.speed, s.memory_mb, s.memory_idle_mb, s.memory_per_flow_mb] for s in scenario.servers],
+            np.float64,
+        ),
+        "server_i": np.array(
+            [
+                [unlimited if s.workers is None else s.workers, unlimited if s.backlog is None else s.backlog]
+                for s in scenario.servers
+            ],
+            np.int64,
+        ),
+        "demand": np.array(demand),
+        "levels": levels,
+        "first_level": first_level,
+        "rate_events": np.array([*rates, [math.inf, 0.0]]),
+        "events": np.array([*others, [math.inf] * 4]),
+    }
