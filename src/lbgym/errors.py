@@ -34,6 +34,14 @@ class InvalidWeightsError(LbgymError, ValueError):
     """Weights of the wrong shape, not finite or negative."""
 
 
+class InvalidRewardError(LbgymError, ValueError):
+    """A reward that cannot be computed as asked for, or a reward function that returned no finite number."""
+
+
+class UnsupportedSpaceError(LbgymError, TypeError):
+    """An environment whose observation or action space a wrapper cannot work on."""
+
+
 class PolicyError(LbgymError, ValueError):
     """A policy or trained model that cannot do what it is asked for, such as one made for another number of servers."""
 
