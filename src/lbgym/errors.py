@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 import gymnasium
 
 
 class LbgymError(Exception):
     """Base class of every exception lbgym raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions come back from worker processes by pickle, and some constructors take other arguments than the message.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[LbgymError], args: tuple[Any, ...], state: dict[str, Any]) -> LbgymError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class UnknownNameError(LbgymError, ValueError):
