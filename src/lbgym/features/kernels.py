@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .compile import compiled
 from .rng import next_u64, to_range, to_unit
 
 ORDER, DIRTY, FLAG = 0, 1, 2
@@ -32,7 +32,7 @@ OVERWRITE, UNIFORM = 0, 1
 _MAX_EXPONENT = 40.0
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def reservoir_add(values, weights, index, meta, value, time, probability, algorithm):
     """Offer one sample; ``time`` must not be before the reservoir's newest sample."""
     if probability < 1.0 and to_unit(next_u64(meta, RNG)) > probability:
@@ -57,7 +57,7 @@ def reservoir_add(values, weights, index, meta, value, time, probability, algori
         meta[NUM_DIRTY] += 1
 
 
-@njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
+@compiled(fastmath={"reassoc", "nsz", "contract"})
 def _sums(values, weights, n):
     total = 0.0
     weight = 0.0
@@ -73,7 +73,15 @@ def _sums(values, weights, n):
     return mean, math.sqrt(square / n), weight, weighted / weight
 
 
-@njit(cache=True)
+@compiled(allocates=True)
+def _sort_dirty(values, dirty, num_dirty):
+    slots = dirty[:num_dirty].copy()
+    ascending = np.argsort(values[slots])
+    for i in range(num_dirty):
+        dirty[i] = slots[ascending[i]]
+
+
+@compiled()
 def _restore_order(values, index, meta):
     """Bring the dirty slots to their places in the ascending order, in one pass over the others."""
     num_dirty = meta[NUM_DIRTY]
@@ -90,10 +98,7 @@ def _restore_order(values, index, meta):
                 k -= 1
             dirty[k + 1] = slot
     else:
-        picked = np.argsort(values[dirty[:num_dirty]])
-        copy = dirty[:num_dirty].copy()
-        for i in range(num_dirty):
-            dirty[i] = copy[picked[i]]
+        _sort_dirty(values, dirty, num_dirty)
     kept = 0
     flag = index[FLAG]
     for k in range(meta[NUM_ORDERED]):
@@ -118,7 +123,7 @@ def _restore_order(values, index, meta):
     meta[NUM_ORDERED] = kept + num_dirty
 
 
-@njit(cache=True)
+@compiled()
 def reservoir_features(values, weights, index, meta, result, log_decay):
     """Refresh ``result``; does nothing when no sample came since the last call."""
     num_dirty = meta[NUM_DIRTY]
@@ -163,7 +168,7 @@ def reservoir_features(values, weights, index, meta, result, log_decay):
     result[P90_DECAY] = values[order[k]]
 
 
-@njit(cache=True)
+@compiled()
 def add_many(values, weights, index, meta, samples, times, probability, algorithm):
     """Offer ``samples`` float64[n] at non-decreasing ``times`` float64[n] to one reservoir."""
     for i in range(samples.shape[0]):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
+
+from .compile import compiled
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -16,7 +17,7 @@ _ONE = np.uint64(1)
 _TO_UNIT = 2.0**-53
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def mix64(x):
     """The finaliser: a bijection of uint64 in which every input bit flips half of the output bits."""
     x = np.uint64(x)
@@ -25,13 +26,13 @@ def mix64(x):
     return x ^ (x >> _S31)
 
 
-@njit(cache=True)
+@compiled()
 def stream_seed(seed, kind, index):
     """The first state (int64) of the ``index``-th stream of a ``kind`` under ``seed``."""
     return np.int64(mix64(mix64(mix64(np.uint64(seed) + _GOLDEN) + np.uint64(kind)) + np.uint64(index)))
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def next_u64(states, i):
     """The next uint64 of stream ``states[i]``."""
     x = np.uint64(states[i]) + _GOLDEN
@@ -39,25 +40,25 @@ def next_u64(states, i):
     return mix64(x)
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def to_unit(x):
     """uint64 to a float64 in (0, 1]."""
     return np.float64((x >> _S11) + _ONE) * _TO_UNIT
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def to_range(x, n):
     """uint64 to an index in [0, n), n below 2**31, from its high 32 bits (Lemire's multiply and shift)."""
     return np.int64(((x >> _S32) * np.uint64(n)) >> _S32)
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def low_unit(x):
     """The low 32 bits of a uint64 as a float64 in [0, 1), independent of ``to_range``."""
     return np.float64(x & _LOW32) * 2.0**-32
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def next_exponential(states, i):
     """A unit exponential from stream ``states[i]``."""
     return -math.log(to_unit(next_u64(states, i)))

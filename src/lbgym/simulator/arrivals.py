@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from ..features.compile import compiled
 from ..features.rng import next_exponential, next_u64, to_range, to_unit
 from .layout import (
     BOUNDED_PARETO,
@@ -47,7 +47,7 @@ from .layout import (
 )
 
 
-@njit(cache=True)
+@compiled()
 def _pick(cumulative, u):
     """Index of the first entry of a cumulative law that reaches u in (0, 1]; the last one if rounding left it below."""
     last = cumulative.shape[0] - 1
@@ -57,7 +57,7 @@ def _pick(cumulative, u):
     return last
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _draw_demand(pi, demand, table, ri):
     kind = pi[P_DEMAND]
     if kind == EXPONENTIAL:
@@ -80,7 +80,7 @@ def _draw_demand(pi, demand, table, ri):
     return math.exp(demand[0] + demand[1] * math.sqrt(-2.0 * math.log(u)) * math.cos(angle))
 
 
-@njit(cache=True)
+@compiled()
 def _enter_level(pi, levels, rf, ri, now, state, first):
     """Begin a visit to a modulating state; a fixed first visit is cut to its uniformly distributed rest."""
     ri[R_MOD_STATE] = state
@@ -92,7 +92,7 @@ def _enter_level(pi, levels, rf, ri, now, state, first):
     rf[R_MOD_UNTIL] = now + sojourn
 
 
-@njit(cache=True)
+@compiled()
 def begin_arrivals(pf, pi, levels, first_level, rate_events, table, rf, ri):
     """Prepare the arrival process at time 0."""
     rf[R_NEXT_ARRIVAL] = 0.0
@@ -114,7 +114,7 @@ def begin_arrivals(pf, pi, levels, first_level, rate_events, table, rf, ri):
             rf[R_ANCHOR_TRACE] = table[pi[P_TABLE_START] + position, 0]
 
 
-@njit(cache=True)
+@compiled()
 def _next_of_trace(pf, pi, rate_events, table, rf, ri):
     position = ri[R_TRACE_POSITION]
     length = pi[P_TABLE_LENGTH]
@@ -144,7 +144,7 @@ def _next_of_trace(pf, pi, rate_events, table, rf, ri):
     ri[R_TRACE_POSITION] = position + 1
 
 
-@njit(cache=True)
+@compiled()
 def _next_modulated(pf, pi, levels, rate_events, rf, ri):
     """A unit exponential is spent at the current rate across changes of level and rate events: exact, no waste.
 
@@ -185,7 +185,7 @@ def _next_modulated(pf, pi, levels, rate_events, rf, ri):
     rf[R_NEXT_ARRIVAL] = now
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def next_arrival(pf, pi, demand, levels, rate_events, table, rf, ri):
     """Draw the next flow: its arrival time, demand and hash."""
     ri[R_NEXT_HASH] = np.int64(next_u64(ri, R_RNG_HASH))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from ..features.compile import compiled
 from ..features.rng import low_unit, mix64, to_range
 from .layout import (
     B_ALIAS,
@@ -50,19 +50,19 @@ _MAGLEV_OFFSET = np.uint64(0xA0761D6478BD642F)
 _MAGLEV_SKIP = np.uint64(0xE7037ED1A0B428DB)
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def dispatch_hash(flow_hash):
     """The part of a flow's hash that chooses the server; independent of the part that chooses the balancer."""
     return mix64(np.uint64(flow_hash) ^ _DISPATCH)
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def second_hash(h):
     """Another one, for the second candidate."""
     return mix64(h ^ _SECOND)
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def flow_score(rule, balancers, open_flows, weight):
     """What ``lsq``, ``sed`` and ``sed_scaled`` minimise, given the flows a server holds of this balancer."""
     if rule == LSQ or rule == P2C:
@@ -74,7 +74,7 @@ def flow_score(rule, balancers, open_flows, weight):
     return (open_flows + 1.0) / weight
 
 
-@njit(cache=True, fastmath={"nnan", "nsz", "reassoc"})
+@compiled(fastmath={"nnan", "nsz", "reassoc"})
 def _minimum(scores):
     low = scores[0]
     for j in range(1, scores.shape[0]):
@@ -82,7 +82,7 @@ def _minimum(scores):
     return low
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def first_minimum(scores, start):
     """Index of the least score, ties to the first from ``start`` on, cyclically."""
     low = _minimum(scores)
@@ -96,9 +96,10 @@ def first_minimum(scores, start):
     return start
 
 
-@njit(cache=True)
-def build_alias(b, active, num_active, bf, bi, stack):
-    """Vose's alias table (1991) over the active servers of balancer ``b``; ``stack`` is int64[2, N] scratch."""
+@compiled(allocates=True)
+def build_alias(b, active, num_active, bf, bi):
+    """Vose's alias table (1991) over the active servers of balancer ``b``."""
+    stack = np.empty((2, num_active), np.int64)
     total = 0.0
     for k in range(num_active):
         total += bf[b, active[k], B_WEIGHT]
@@ -131,7 +132,7 @@ def build_alias(b, active, num_active, bf, bi, stack):
         bf[b, stack[1, k], B_ALIAS_PROBABILITY] = 1.0
 
 
-@njit(cache=True)
+@compiled(allocates=True)
 def build_maglev(b, size, active, num_active, bf, maglev):
     """Weighted Maglev table of a prime ``size`` (Eisenbud et al., NSDI 2016, section 3.4).
 
@@ -167,7 +168,7 @@ def build_maglev(b, size, active, num_active, bf, maglev):
                 break
 
 
-@njit(cache=True)
+@compiled()
 def refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, si):
     """Rebuild what the rule needs after balancer ``b``'s weights, or the active servers, have changed."""
     num_active = ri[R_ACTIVE]
@@ -185,12 +186,12 @@ def refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, si)
             else:
                 score[b, j] = math.inf
     elif rule == WCMP:
-        build_alias(b, active, num_active, bf, bi, np.empty((2, n), np.int64))
+        build_alias(b, active, num_active, bf, bi)
     elif rule == MAGLEV and num_active > 0:
         build_maglev(b, table_size, active, num_active, bf, maglev)
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def dispatch_by_hash(b, rule, table_size, h, ri, active, bf, bi, maglev):
     """The server chosen by the rules that look at no counter."""
     num_active = ri[R_ACTIVE]
@@ -224,7 +225,7 @@ def dispatch_by_hash(b, rule, table_size, h, ri, active, bf, bi, maglev):
     return best
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def better_of_two(b, rule, balancers, one, two, bf, bi):
     """Power of two choices: the first candidate unless the second is strictly better."""
     first = flow_score(rule, balancers, bi[b, one, B_OPEN], bf[b, one, B_WEIGHT])
@@ -232,7 +233,7 @@ def better_of_two(b, rule, balancers, one, two, bf, bi):
     return two if second < first else one
 
 
-@njit(cache=True)
+@compiled()
 def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i, sf, si):
     """The server chosen with global counters and true speeds; ties to the first from ``start`` on."""
     num_active = ri[R_ACTIVE]
@@ -259,22 +260,22 @@ def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i,
     return best
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def uses_counters(rule):
     """Whether every server must be brought up to date before a flow is placed."""
     return rule == LSQ or rule == SED or rule == SED_SCALED or is_oracle(rule)
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def is_oracle(rule):
     return rule == ORACLE_LSQ or rule == ORACLE_SED or rule == ORACLE_LEAST_WORK
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def is_two_choice(rule):
     return rule == P2C or rule == P2C_SED
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def keeps_scores(rule):
     return rule == LSQ or rule == SED or rule == SED_SCALED

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from ..features.compile import compiled
 from ..features.kernels import RNG, reservoir_add, reservoir_features
 from ..features.rng import next_exponential, next_u64, stream_seed, to_range
 from .arrivals import begin_arrivals, next_arrival
@@ -127,7 +127,7 @@ _TINY = 1e-9
 _ARRIVAL, _DEMAND, _HASH, _PACKET, _RESERVOIR = 1, 2, 3, 4, 5
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _log_flow(pi, rf, ri, log, record, flow, arrival, fct, demand, server, balancer, status):
     if pi[P_SERVICE] == 1:
         log[ri[R_LOGGED]] = fct
@@ -145,7 +145,7 @@ def _log_flow(pi, rf, ri, log, record, flow, arrival, fct, demand, server, balan
         ri[R_RECORDED] += 1
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _count_open(rule, b, j, change, bf, bi, score, si):
     """Change balancer ``b``'s count of open flows on server ``j`` and the score that depends on it."""
     bi[b, j, B_OPEN] += change
@@ -153,7 +153,7 @@ def _count_open(rule, b, j, change, bf, bi, score, si):
         score[b, j] = flow_score(rule, score.shape[0], bi[b, j, B_OPEN], bf[b, j, B_SCORE])
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _sift_up(heap, flow_i, k, key, slot):
     while k > 0:
         parent = (k - 1) >> 1
@@ -166,7 +166,7 @@ def _sift_up(heap, flow_i, k, key, slot):
     flow_i[k, F_HEAP] = slot
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _pop_root(heap, flow_i, n):
     """Remove the least of ``n`` keys."""
     key = heap[n - 1]
@@ -188,7 +188,7 @@ def _pop_root(heap, flow_i, n):
     flow_i[k, F_HEAP] = slot
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _schedule(j, cores, sf, si, heap, departure):
     """The rate per flow and the time of the next departure, after the flows in service or the speed have changed."""
     n = si[j, S_SERVED]
@@ -204,7 +204,7 @@ def _schedule(j, cores, sf, si, heap, departure):
     departure[j] = sf[j, S_CLOCK] + (heap[0] - sf[j, S_VIRTUAL]) / rate
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _elapse(j, until, cores, pf, pi, sf, si, flow_f, flow_i, values, weights, index, meta):
     """Let time pass on a server while nothing arrives or departs: integrals, and the packets seen meanwhile."""
     elapsed = until - sf[j, S_CLOCK]
@@ -239,14 +239,14 @@ def _elapse(j, until, cores, pf, pi, sf, si, flow_f, flow_i, values, weights, in
     sf[j, S_CLOCK] = until
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _release(j, slot, sf, si, flow_i):
     """Give a flow's slot back."""
     free = flow_i.shape[0] - si[j, S_SERVED] - si[j, S_WAITING]
     flow_i[free, F_FREE] = slot
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _sample_fct(b, j, fct, now, pf, pi, values, weights, index, meta):
     if pi[P_RESERVOIRS] == 1:
         reservoir_add(
@@ -261,7 +261,7 @@ def _sample_fct(b, j, fct, now, pf, pi, values, weights, index, meta):
         )
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _depart(
     j, until, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
     values, weights, index, meta, log, record,
@@ -302,7 +302,7 @@ def _depart(
         _schedule(j, cores, sf, si, heap[j], departure)
 
 
-@njit(cache=True, forceinline=True)
+@compiled(inline=True)
 def _place(
     b, j, now, demand, rule, pf, pi, server_f, server_i, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
     values, weights, index, meta, log, record,
@@ -340,7 +340,7 @@ def _place(
         si[j, S_WAITING] = waiting + 1
 
 
-@njit(cache=True)
+@compiled()
 def _refresh_active(rule, table_size, ri, si, active, bf, bi, score, maglev):
     n = si.shape[0]
     count = 0
@@ -353,7 +353,7 @@ def _refresh_active(rule, table_size, ri, si, active, bf, bi, score, maglev):
         refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, si)
 
 
-@njit(cache=True)
+@compiled()
 def _fail_flow(
     j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score, values, weights, index, meta, log, record
 ):
@@ -370,7 +370,7 @@ def _fail_flow(
     )
 
 
-@njit(cache=True)
+@compiled()
 def _fail_flows(
     j, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score, values, weights, index, meta, log, record
 ):
@@ -396,7 +396,7 @@ def _fail_flows(
         flow_i[j, k, F_FREE] = capacity - 1 - k
 
 
-@njit(cache=True)
+@compiled()
 def _apply_event(
     event, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, active, heap, flow_f, flow_i, bf, bi, score, maglev,
     values, weights, index, meta, log, record,
@@ -420,7 +420,7 @@ def _apply_event(
     _schedule(j, server_f[j, V_CORES], sf, si, heap[j], departure)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _run(P, S, r):
     """Simulate replica ``r`` until its target time. Returns DONE, or which array must grow before it can go on."""
     pf, pi, server_f, server_i = P.pf[r], P.pi[r], P.server_f[r], P.server_i[r]
@@ -530,7 +530,7 @@ def _run(P, S, r):
         next_arrival(pf, pi, demand_law, levels, rate_events, table, rf, ri)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _set_weights(P, S, r, weights):
     """Hand every balancer its weights; rebuilds a table only when its weights have changed."""
     bf, bi, score, maglev = S.bf[r], S.bi[r], S.score[r], S.maglev[r]
@@ -546,7 +546,12 @@ def _set_weights(P, S, r, weights):
             )
 
 
-@njit(cache=True)
+@compiled(allocates=True)
+def _sort(fcts, count):
+    fcts[:count].sort()
+
+
+@compiled()
 def _percentile(ordered, n, q):
     """NumPy's default (linear) percentile of the first ``n`` ascending values."""
     position = q * (n - 1)
@@ -556,7 +561,7 @@ def _percentile(ordered, n, q):
     return ordered[low] + (position - low) * (ordered[low + 1] - ordered[low])
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _observe(P, S, O, r):
     """Write what the balancers of replica ``r`` see now, and begin its next interval."""
     pf, pi = P.pf[r], P.pi[r]
@@ -613,8 +618,8 @@ def _observe(P, S, O, r):
     service[:] = 0.0
     count = ri[R_LOGGED]
     if count > 0:
-        fcts = S.log[r, :count]
-        fcts.sort()
+        fcts = S.log[r]
+        _sort(fcts, count)
         total = 0.0
         for k in range(count):
             total += fcts[k]
@@ -634,7 +639,7 @@ def _observe(P, S, O, r):
     ri[R_LOST] = 0
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def reset_replica(P, S, r, seed):
     """Empty servers at time 0, unit weights, every random stream from ``seed``."""
     rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
@@ -673,7 +678,7 @@ def reset_replica(P, S, r, seed):
     next_arrival(P.pf[r], P.pi[r], P.demand[r], P.levels[r], P.rate_events[r], P.table, rf, ri)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def step_replicas(P, S, O, weights, duration, first, last, status):
     """One interval of replicas ``first`` to ``last``: weights, ``duration`` seconds, observation.
 
@@ -699,7 +704,7 @@ def step_replicas(P, S, O, weights, duration, first, last, status):
         _observe(P, S, O, r)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def reset_replicas(P, S, O, seeds, chosen):
     """Reset and observe the ``chosen`` replicas; the others' part of ``O`` is left unwritten."""
     for r in range(seeds.shape[0]):
