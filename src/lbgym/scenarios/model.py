@@ -34,6 +34,8 @@ EVENT_KINDS = ("rate", "speed", "down", "up", "drain")
 MAX_SERVERS = 65_536
 #: The simulator counts cores, workers and places in the backlog in 32 bits.
 MAX_COUNT = 2**31 - 1
+#: Largest time (s) and demand (core-seconds) in a trace, so that sums over it stay finite.
+TRACE_LIMIT = 1e15
 
 
 def _shown(value: Any) -> str:
@@ -243,7 +245,7 @@ class Empirical:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        values = _numbers(self.values, "Empirical.values", strict=False)
+        values = _numbers(self.values, "Empirical.values", strict=False, high=TRACE_LIMIT)
         if not values or not any(values):
             raise ScenarioError("Empirical.values needs at least one value above 0")
         _set(self, values=values)
@@ -312,7 +314,8 @@ class ModulatedPoisson:
         visits = np.linalg.lstsq(np.vstack([p.T - np.eye(n), np.ones(n)]), np.append(np.zeros(n), 1.0), rcond=None)[0]
         # Solving leaves rounding noise instead of zeros at states that are never revisited.
         share = np.where(visits > 1e-12, visits, 0.0) * (np.asarray(self.sojourns) / max(self.sojourns))
-        return share / share.sum()
+        with np.errstate(invalid="ignore"):
+            return share / share.sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,8 +389,13 @@ class Trace:
                 f"trace {self.source}: times and demands must be equally long and not empty, "
                 f"got shapes {times.shape} and {demands.shape}"
             )
-        if not (np.isfinite(times).all() and np.isfinite(demands).all()) or (demands < 0).any() or times[0] < 0:
-            raise ScenarioError(f"trace {self.source}: times and demands must be finite and at least 0")
+        for name, values in (("times", times), ("demands", demands)):
+            wrong = ~((values >= 0) & (values <= TRACE_LIMIT))
+            if wrong.any():
+                raise ScenarioError(
+                    f"trace {self.source}: {name} must be from 0 to {TRACE_LIMIT:g}, got {values[wrong][0]} "
+                    f"for flow {int(np.argmax(wrong))}"
+                )
         if (np.diff(times) < 0).any():
             first = int(np.argmax(np.diff(times) < 0)) + 1
             raise ScenarioError(

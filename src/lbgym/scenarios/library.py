@@ -1,0 +1,365 @@
+"""Named scenarios. Demands are in core-seconds; rates follow from the load where none is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import NormalDist
+
+from ..errors import UnknownNameError
+from .model import (
+    MAX_SERVERS,
+    BoundedPareto,
+    Empirical,
+    Event,
+    Exponential,
+    Hyperexponential,
+    Lognormal,
+    ModulatedPoisson,
+    OnOff,
+    Scenario,
+    Server,
+    Sinusoidal,
+    Trace,
+    Workload,
+    _integer,
+    servers_of,
+)
+from .traces import DECODE_RATE, PREFILL_RATE, read_trace
+
+#: Speed of one CPU (a hyper-thread) of the MARLLB testbed: core-seconds of demand it serves per second. The one
+#: constant of ``marllb-large`` that is fitted, by a benchmark, to the published mean FCT of LSQ at 398.5 flows/s.
+MARLLB_CPU_SPEED = 0.7
+#: Apache of the MARLLB testbed: 32 processes and a TCP backlog of 128.
+MARLLB_WORKERS = 32
+MARLLB_BACKLOG = 128
+
+#: A trace of 5,000 synthetic flows that the package ships; see :mod:`lbgym.scenarios.sample`.
+SAMPLE_TRACE = Path(__file__).parent / "data" / "sample_trace.csv.gz"
+
+# Scheduled events are written out to this time, seconds: longer than the longest default episode (10,000 steps).
+_HORIZON = 3600.0
+
+_BUILDERS: dict[str, Callable[[], Scenario]] = {}
+
+
+def scenario_names() -> tuple[str, ...]:
+    """Names of the built-in scenarios, the plainest first."""
+    return tuple(_BUILDERS)
+
+
+def named_scenario(name: str) -> Scenario:
+    """The built-in scenario of that name.
+
+    Raises:
+        UnknownNameError: there is none; the message lists those there are.
+    """
+    if name not in _BUILDERS:
+        raise UnknownNameError("scenario", name, _BUILDERS)
+    return replace(_BUILDERS[name](), name=name)
+
+
+def default_scenario(num_servers: int = 4) -> Scenario:
+    """Servers of 2 and 4 cores in turn, exponential demands of 0.1 core-seconds, load 0.8: some 6 flows a step each.
+
+    Raises:
+        ScenarioError: ``num_servers`` is no whole number from 1 to ``MAX_SERVERS``.
+    """
+    num_servers = _integer(num_servers, "num_servers", low=1, high=MAX_SERVERS)
+    return Scenario(
+        name=f"default-{num_servers}",
+        description=f"{num_servers} servers of 2 and 4 cores in turn, Poisson arrivals at load 0.8.",
+        servers=tuple(Server(cores=4 if i % 2 else 2) for i in range(num_servers)),
+        workload=Workload(demand=Exponential(mean=0.1), load=0.8),
+    )
+
+
+def _named(name: str) -> Callable[[Callable[[], Scenario]], Callable[[], Scenario]]:
+    def register(builder: Callable[[], Scenario]) -> Callable[[], Scenario]:
+        _BUILDERS[name] = builder
+        return builder
+
+    return register
+
+
+@_named("uniform")
+def uniform() -> Scenario:
+    """The plainest cluster: where equal weights are right and only counting flows helps."""
+    return Scenario(
+        description="4 equal servers of 4 cores, exponential demands of 0.1 s, load 0.8: equal weights are right.",
+        servers=servers_of((4, Server(cores=4))),
+        workload=Workload(demand=Exponential(mean=0.1), load=0.8),
+    )
+
+
+@_named("heterogeneous")
+def heterogeneous() -> Scenario:
+    """Two sizes of server and, within a size, throttled and fast ones that the operator's core counts do not show."""
+    return Scenario(
+        description=(
+            "8 servers of 2 or 4 cores at speeds of 0.25 to 2 that the operator does not know, exponential "
+            "demands of 0.1 s, load 0.8: weights from cores help, true weights help more."
+        ),
+        servers=(
+            Server(cores=2, speed=0.25),
+            Server(cores=2, speed=0.5),
+            Server(cores=2, speed=1.5),
+            Server(cores=2, speed=2.0),
+            Server(cores=4, speed=0.25),
+            Server(cores=4, speed=0.25),
+            Server(cores=4, speed=1.5),
+            Server(cores=4, speed=2.0),
+        ),
+        workload=Workload(demand=Exponential(mean=0.1), load=0.8),
+    )
+
+
+@_named("noisy-neighbour")
+def noisy_neighbour() -> Scenario:
+    """Servers that lose half their speed for 30 of every 75 seconds, as under MARLLB's colocated batch job."""
+    noisy = {1: 15.0, 4: 50.0}
+    events = [
+        Event(time=start + 75 * k + after, kind="speed", server=server, value=value)
+        for server, start in noisy.items()
+        for k in range(int(_HORIZON // 75))
+        for after, value in ((0.0, 0.5), (30.0, 1.0))
+    ]
+    return Scenario(
+        description=(
+            "6 equal servers of 4 cores, load 0.75; two of them run at half speed for 30 s of every 75 s, in "
+            "turn: weights must follow."
+        ),
+        servers=servers_of((6, Server(cores=4))),
+        workload=Workload(demand=Exponential(mean=0.1), load=0.75),
+        events=tuple(events),
+        duration=150.0,
+    )
+
+
+@_named("failure")
+def failure() -> Scenario:
+    """Every minute one server crashes and comes back, and another is drained and comes back."""
+    events = []
+    for minute in range(int(_HORIZON // 60)):
+        crashed, drained = (2 * minute) % 6, (2 * minute + 1) % 6
+        events += [
+            Event(time=60.0 * minute + 15, kind="down", server=crashed),
+            Event(time=60.0 * minute + 25, kind="up", server=crashed),
+            Event(time=60.0 * minute + 35, kind="drain", server=drained),
+            Event(time=60.0 * minute + 45, kind="up", server=drained),
+        ]
+    return Scenario(
+        description=(
+            "6 equal servers of 4 cores, load 0.7; each minute one goes down for 10 s and loses its flows, "
+            "another is drained for 10 s: the rest must carry a load of 0.84."
+        ),
+        servers=servers_of((6, Server(cores=4))),
+        workload=Workload(demand=Exponential(mean=0.1), load=0.7),
+        events=tuple(events),
+        duration=60.0,
+    )
+
+
+@_named("diurnal")
+def diurnal() -> Scenario:
+    """A day in a minute: what is right at night is too little at noon."""
+    return Scenario(
+        description=(
+            "3 servers of 2 and 3 of 4 cores; the load swings between 0.3 and 0.96 once a minute: a day in short."
+        ),
+        servers=servers_of((3, Server(cores=2)), (3, Server(cores=4))),
+        workload=Workload(
+            arrivals=Sinusoidal(amplitude=0.525, period=60.0, phase=-math.pi / 2),
+            demand=Exponential(mean=0.1),
+            load=0.63,
+        ),
+        duration=120.0,
+    )
+
+
+@_named("bursty")
+def bursty() -> Scenario:
+    """Bursts beyond the capacity, which queues must absorb."""
+    return Scenario(
+        description=(
+            "3 servers of 2 and 3 of 4 cores; bursts of 2 s at load 1.18 with 6 s at 0.47 between them, in the "
+            "mean: queues build up and drain."
+        ),
+        servers=servers_of((3, Server(cores=2)), (3, Server(cores=4))),
+        workload=Workload(
+            arrivals=OnOff(on=2.0, off=6.0, off_level=0.4, random=True), demand=Exponential(mean=0.1), load=0.65
+        ),
+    )
+
+
+@_named("modulated")
+def modulated() -> Scenario:
+    """Load that jumps between levels at random times."""
+    return Scenario(
+        description=(
+            "3 servers of 2 and 3 of 4 cores; the load stays some 10 s at 0.4, 0.7 or 0.95, then jumps to another "
+            "of them."
+        ),
+        servers=servers_of((3, Server(cores=2)), (3, Server(cores=4))),
+        workload=Workload(
+            arrivals=ModulatedPoisson(
+                levels=(0.4, 0.7, 0.95),
+                sojourns=(10.0, 10.0, 10.0),
+                transitions=((0.0, 0.5, 0.5), (0.5, 0.0, 0.5), (0.5, 0.5, 0.0)),
+            ),
+            demand=Exponential(mean=0.1),
+            load=(0.4 + 0.7 + 0.95) / 3,
+        ),
+        duration=120.0,
+    )
+
+
+@_named("flash-crowd")
+def flash_crowd() -> Scenario:
+    """A sudden doubling of the traffic; servers have limited workers and backlogs, so some flows are rejected."""
+    events = [
+        Event(time=60.0 * minute + after, kind="rate", value=value)
+        for minute in range(int(_HORIZON // 60))
+        for after, value in ((20.0, 2.5), (30.0, 1.0))
+    ]
+    return Scenario(
+        description=(
+            "3 servers of 2 and 3 of 4 cores, load 0.5; for 10 s of each minute 2.5 times the traffic comes: "
+            "backlogs fill up and flows are rejected."
+        ),
+        servers=servers_of((3, Server(cores=2, workers=16, backlog=32)), (3, Server(cores=4, workers=16, backlog=32))),
+        workload=Workload(demand=Exponential(mean=0.1), load=0.5),
+        events=tuple(events),
+        reject_timeout=10.0,
+    )
+
+
+@_named("heavy-tailed")
+def heavy_tailed() -> Scenario:
+    """Few flows carry most of the work; counting flows says little about it."""
+    return Scenario(
+        description=(
+            "3 servers of 2 and 3 of 4 cores, load 0.7, bounded Pareto demands of 25 ms to 25 s: few flows carry "
+            "most of the work."
+        ),
+        servers=servers_of((3, Server(cores=2)), (3, Server(cores=4))),
+        workload=Workload(demand=BoundedPareto(alpha=1.3, minimum=0.025, maximum=25.0), load=0.7),
+        duration=120.0,
+    )
+
+
+@_named("overload")
+def overload() -> Scenario:
+    """More than the cluster can serve: who is rejected, and how long do the others wait?"""
+    return Scenario(
+        description=(
+            "2 servers of 2 and 2 of 4 cores with 8 workers and a backlog of 16 each, load 1.2: a sixth of the "
+            "work must be rejected."
+        ),
+        servers=servers_of((2, Server(cores=2, workers=8, backlog=16)), (2, Server(cores=4, workers=8, backlog=16))),
+        workload=Workload(demand=Lognormal(mean=0.1, cv=1.5), load=1.2),
+        reject_timeout=5.0,
+    )
+
+
+@_named("fleet")
+def fleet() -> Scenario:
+    """A larger cluster behind four balancers, each of which sees a quarter of the flows."""
+    return Scenario(
+        description=(
+            "64 servers of 2 to 8 cores at speeds of 0.75 to 1.25 behind 4 balancers, lognormal demands of 0.1 s, "
+            "load 0.85: partial views at scale."
+        ),
+        servers=tuple(Server(cores=(2, 4, 4, 8)[i % 4], speed=(0.75, 1.0, 1.25)[i % 3]) for i in range(64)),
+        workload=Workload(demand=Lognormal(mean=0.1, cv=1.5), load=0.85),
+        balancers=4,
+    )
+
+
+@_named("marllb-moderate")
+def marllb_moderate() -> Scenario:
+    """The smaller testbed of MARLLB (Yao et al., CIKM 2022, table 1).
+
+    The replayed Wikipedia requests are not published. In their place stands a mixture of 60 % static files (2.5 ms) and
+    40 % wiki pages (55 ms), near the FCTs the paper measured at low load; with it the paper's rates of 518.8 to
+    796.3 flows/s are loads of 0.61 to 0.94.
+    """
+    return Scenario(
+        description=(
+            "2 balancers, 4 servers of 2 and 3 of 4 CPUs, 696.5 flows/s of static files and wiki pages: the "
+            "moderate MARLLB testbed with a stand-in for its Wikipedia replay."
+        ),
+        servers=servers_of(
+            (4, Server(cores=2, workers=MARLLB_WORKERS, backlog=MARLLB_BACKLOG)),
+            (3, Server(cores=4, workers=MARLLB_WORKERS, backlog=MARLLB_BACKLOG)),
+        ),
+        workload=Workload(demand=Hyperexponential(probabilities=(0.6, 0.4), means=(0.0025, 0.055)), rate=696.5),
+        balancers=2,
+    )
+
+
+@_named("marllb-large")
+def marllb_large() -> Scenario:
+    """The larger testbed of MARLLB (Yao et al., CIKM 2022, tables 1 and 7)."""
+    small = Server(cores=4, speed=MARLLB_CPU_SPEED, workers=MARLLB_WORKERS, backlog=MARLLB_BACKLOG)
+    return Scenario(
+        description=(
+            "6 balancers, 12 servers of 4 and 12 of 8 CPUs, exponential demands of 0.2 s, 398.5 flows/s: the "
+            "large MARLLB testbed."
+        ),
+        servers=servers_of((12, small), (12, replace(small, cores=8))),
+        workload=Workload(demand=Exponential(mean=0.2), rate=398.5),
+        balancers=6,
+    )
+
+
+def _token_demand(context: tuple[float, float], generated: tuple[float, float], levels: int = 32) -> Empirical:
+    """Demands of requests whose token counts are independent lognormals of the given (median, sigma).
+
+    Equally likely levels of each stand for its law, so no random numbers are involved.
+    """
+    normal = NormalDist()
+    scores = [normal.inv_cdf((i + 0.5) / levels) for i in range(levels)]
+    read = [context[0] * math.exp(context[1] * z) / PREFILL_RATE for z in scores]
+    write = [generated[0] * math.exp(generated[1] * z) / DECODE_RATE for z in scores]
+    return Empirical(values=tuple(a + b for a in read for b in write))
+
+
+@_named("llm-serving")
+def llm_serving() -> Scenario:
+    """Inference of a language model on accelerators that batch requests.
+
+    A core is a lane of the batch: up to 32 requests are served at full speed (reading ``PREFILL_RATE`` and writing
+    ``DECODE_RATE`` tokens per second each), up to 128 at once with the speed shared.
+    """
+    newer = Server(cores=32, workers=128, backlog=256)
+    return Scenario(
+        description=(
+            "8 accelerators that batch requests, half of them older and slower than the operator knows, prompts "
+            "read at 10,000 and answers written at 80 tokens/s: flows of seconds, load 0.8."
+        ),
+        servers=servers_of((4, newer), (4, replace(newer, speed=0.6))),
+        workload=Workload(demand=_token_demand(context=(800.0, 0.8), generated=(150.0, 0.8)), load=0.8),
+        duration=120.0,
+    )
+
+
+@lru_cache(maxsize=1)
+def _sample() -> Trace:
+    return read_trace(SAMPLE_TRACE, "csv")
+
+
+@_named("sample-trace")
+def sample_trace() -> Scenario:
+    """A trace replayed, without a file of one's own."""
+    return Scenario(
+        description=(
+            "A recorded-style trace of 5,000 synthetic flows that comes with the package, replayed on 2 servers "
+            "of 2 and 2 of 4 cores at load 0.8."
+        ),
+        servers=servers_of((2, Server(cores=2)), (2, Server(cores=4))),
+        workload=Workload(trace=_sample(), load=0.8),
+    )
