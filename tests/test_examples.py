@@ -1,0 +1,173 @@
+"""Every example runs; the one for the keyboard runs on a real (pseudo) terminal and gives it back."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TIMEOUT = 180.0
+
+#: The arguments, if any, that make a run short.
+SHORT = {
+    "random_policy.py": [],
+    "manual_control.py": ["--scenario", "uniform"],
+    "train_ppo.py": ["--seconds", "1"],
+}
+#: Modules an example needs beyond the core.
+NEEDS = {"train_ppo.py": ("torch", "rich", "scipy")}
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "TERM": "xterm"}
+
+
+def run(name: str, *arguments: str, cwd: Path, keys: str = "") -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        input=keys,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(),
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_runs(path: Path, tmp_path: Path) -> None:
+    assert path.name in SHORT, f"say in tests/test_examples.py how to make a short run of {path.name}"
+    for module in NEEDS.get(path.name, ()):
+        pytest.importorskip(module)
+    assert run(path.name, *SHORT[path.name], cwd=tmp_path).strip()
+
+
+def table_row(frame: str, server: int) -> list[str]:
+    return next(re.sub(r"[█▏▎▍▌▋▊▉>]", " ", line).split() for line in frame.splitlines() if re.match(rf"[> ] +{server} ", line))
+
+
+def test_weights_by_script_move_flows(tmp_path: Path) -> None:
+    keys = "0" + "-" * 12 + "2" + "+" * 12 + "." * 40
+    output = run("manual_control.py", "--scenario", "uniform", cwd=tmp_path, keys=keys)
+    frames = output.split("\n\nserver ")
+    assert len(frames) > len(keys)
+    last = frames[-2]
+    assert float(table_row(last, 0)[1]) == pytest.approx(0.1, abs=0.01)
+    assert float(table_row(last, 2)[1]) == pytest.approx(10.0, abs=0.1)
+    # Open flows: a weight a hundred times as large draws them.
+    assert float(table_row(last, 2)[2]) > float(table_row(last, 0)[2])
+    assert re.search(r"\d+ steps, mean FCT so far: yours [\d.]+ s, equal weights [\d.]+ s$", output.strip())
+
+
+class Screen:
+    """A terminal with a program on it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.master, self.slave = pty.openpty()
+        termios.tcsetwinsize(self.slave, (30, 120))
+        self.before = termios.tcgetattr(self.slave)
+        self.text = ""
+        self.process = subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "manual_control.py"), *arguments],
+            stdin=self.slave,
+            stdout=self.slave,
+            stderr=self.slave,
+            env=environment(),
+            start_new_session=True,
+            # The terminal becomes the controlling one, so that Ctrl-C typed on it is a signal.
+            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+        )
+
+    def press(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def wait_for(self, pattern: str) -> str:
+        """Read on until what came since the last call matches."""
+        seen = ""
+        deadline = time.monotonic() + TIMEOUT
+        while not re.search(pattern, seen):
+            assert time.monotonic() < deadline, f"no {pattern!r} in:\n{self.text[-4000:]}"
+            if select.select([self.master], [], [], 0.2)[0]:
+                part = os.read(self.master, 65536).decode(errors="replace")
+                seen += part
+                self.text += part
+            else:
+                assert self.process.poll() is None, self.text[-4000:]
+        return seen
+
+    def finish(self) -> int:
+        deadline = time.monotonic() + TIMEOUT
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.text += os.read(self.master, 65536).decode(errors="replace")
+        while select.select([self.master], [], [], 0.1)[0]:
+            self.text += os.read(self.master, 65536).decode(errors="replace")
+        return self.process.wait(1)
+
+    def is_as_before(self) -> bool:
+        """Line discipline restored, cursor shown, wrapping on, main screen back."""
+        after = self.text[self.text.rindex("\x1b[?1049l") :]
+        restored = "\x1b[?25h" in self.text and "\x1b[?7h" in self.text and "\x1b[?1049h" not in after
+        return restored and termios.tcgetattr(self.slave) == self.before
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def screen() -> Iterator[Screen]:
+    opened = Screen("--scenario", "uniform", "--pace", "50")
+    yield opened
+    opened.close()
+
+
+def test_manual_control_on_a_terminal(screen: Screen) -> None:
+    screen.wait_for(r"server 0: weight 1\.00")
+    screen.press("\x1b[B+")
+    screen.wait_for(r"server 1: weight 1\.25")
+    screen.press("\x1b[D\x1b[D")
+    screen.wait_for(r"server 1: weight 0\.80")
+    screen.press("e")
+    screen.wait_for(r"server 1: weight 1\.00")
+    screen.press(" ")
+    step = re.findall(r"step (\d+)", screen.wait_for("paused"))[-1]
+    screen.press("s")
+    assert re.findall(r"step (\d+)", screen.wait_for(rf"step (?!{step}\b)\d+"))[-1] == str(int(step) + 1)
+    screen.press("r")
+    screen.wait_for(r"step 0\b")
+    screen.press("q")
+    assert screen.finish() == 0
+    assert screen.is_as_before()
+    assert re.search(r"\d+ steps, mean FCT so far", screen.text)
+
+
+def test_ctrl_c_gives_the_terminal_back(screen: Screen) -> None:
+    screen.wait_for(r"server 0: weight")
+    screen.press("\x03")
+    assert screen.finish() == 130
+    assert screen.is_as_before()
+    assert "Traceback" not in screen.text
+
+
+def test_termination_gives_the_terminal_back(screen: Screen) -> None:
+    screen.wait_for(r"server 0: weight")
+    screen.process.send_signal(signal.SIGTERM)
+    assert screen.finish() == 128 + signal.SIGTERM
+    assert screen.is_as_before()

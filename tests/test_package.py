@@ -1,0 +1,189 @@
+"""The package as a whole: what it exports, what importing it costs, who may import whom, what a wheel contains."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import lbgym
+from lbgym.rewards import reward_table
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "lbgym"
+
+#: Modules that cost time or are optional; `import lbgym` must not touch them.
+HEAVY = (
+    "numba",
+    "torch",
+    "matplotlib",
+    "rich",
+    "typer",
+    "pyarrow",
+    "stable_baselines3",
+    "pandas",
+    "scipy",
+    "PIL",
+    "tensorboard",
+)
+
+#: Every module or package of lbgym by level; a module imports its own level's own package and lower levels.
+LEVELS = (
+    ("errors",),
+    ("scenarios", "features", "snapshot"),
+    ("simulator",),
+    ("dataplanes",),
+    ("env", "vector_env", "wrappers", "rendering", "rewards", "actions", "observations"),
+    ("policies",),
+    ("evaluation", "training"),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+#: The environment layer is one room of several files.
+ROOM = dict.fromkeys(LEVELS[4], "environment")
+
+
+def test_exported_names_exist_and_are_documented() -> None:
+    assert len(set(lbgym.__all__)) == len(lbgym.__all__)
+    for name in lbgym.__all__:
+        value = getattr(lbgym, name)
+        if name != "__version__":
+            assert inspect.getdoc(value), f"lbgym.{name} has no docstring"
+
+
+@pytest.mark.parametrize(
+    "package", ["features", "simulator", "dataplanes", "scenarios", "policies", "evaluation", "training"]
+)
+def test_exported_names_of_packages_exist(package: str) -> None:
+    if package == "training":
+        pytest.importorskip("torch")
+        pytest.importorskip("stable_baselines3")
+    module = importlib.import_module(f"lbgym.{package}")
+    assert module.__doc__
+    for name in module.__all__:
+        assert hasattr(module, name), f"lbgym.{package}.{name} is exported and does not exist"
+
+
+def test_import_brings_nothing_heavy() -> None:
+    script = f"import sys, lbgym; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_unknown_attribute_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = lbgym.no_such_name  # type: ignore[attr-defined]
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        yield ".".join(["lbgym", *path.relative_to(SOURCE).with_suffix("").parts]), path
+
+
+def imported(name: str, path: Path) -> set[str]:
+    """Modules of lbgym that a file imports when it runs, wherever in the file, as dotted names."""
+    package = name.split(".")[:-1]
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = [*base, *(node.module or "").split(".")] if node.module else base
+            # `from . import x` and `from lbgym import x` name modules.
+            found.update(".".join([*module, alias.name]) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return {module for module in found if module.split(".")[0] == "lbgym"}
+
+
+@pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=n) for n, p in modules()])
+def test_layers_import_downwards(name: str, path: Path) -> None:
+    part = name.split(".")[1]
+    if part in ("__init__", "__main__"):
+        return
+    assert part in LEVEL, f"lbgym.{part} has no level in tests/test_package.py"
+    for module in imported(name, path):
+        pieces = module.split(".")
+        other = pieces[1] if len(pieces) > 1 else ""
+        # `from lbgym import LoadBalanceEnv` from inside would go through the top.
+        assert other in LEVEL, f"{name} imports {module} through the package's top"
+        same = other == part or (part in ROOM and other in ROOM)
+        assert same or LEVEL[other] < LEVEL[part], f"{name} imports {module}, which is not below it"
+
+
+def test_layer_check_sees_an_upward_import(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text("def f():\n    from ..evaluation.runner import run\n    from .. import training\n")
+    assert imported("lbgym.simulator.module", path) == {"lbgym.evaluation.runner.run", "lbgym.training"}
+
+
+def test_package_is_typed() -> None:
+    assert (SOURCE / "py.typed").is_file()
+
+
+def test_version_has_one_source() -> None:
+    try:
+        installed = version("lbgym")
+    except PackageNotFoundError:
+        pytest.skip("lbgym is not installed, only on the path")
+    assert lbgym.__version__ == installed
+
+
+def test_wheel_contains_what_the_package_needs(tmp_path: Path) -> None:
+    if find_spec("build") is None or find_spec("hatchling") is None:
+        pytest.skip("needs build and hatchling")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("lbgym-*.whl")
+    assert wheel.name.startswith(f"lbgym-{lbgym.__version__}-py3-none-any")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
+    files = {
+        path.relative_to(SOURCE.parent).as_posix()
+        for path in SOURCE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert files <= names
+    assert {name for name in names if not name.startswith("lbgym-")} == files
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    # Lower bounds only: an upper bound in a library is a conflict in somebody's stack.
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    assert required
+    assert not [line for line in required if "<" in line or "==" in line.split(";")[0]]
+
+
+def test_theory_shows_the_registered_rewards() -> None:
+    assert reward_table() in (ROOT / "docs" / "theory.md").read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/theory.md"])
+def test_links_of_documents_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    text = path.read_text()
+    targets = {part.split(")")[0] for part in text.split("](")[1:]}
+    anchors = {
+        "".join(c for c in line.lstrip("# ").lower().replace(" ", "-") if c.isalnum() or c == "-")
+        for line in text.splitlines()
+        if line.startswith("#")
+    }
+    for target in targets:
+        if target.startswith("#"):
+            assert target[1:] in anchors, f"{document} links to {target}"
+        elif "://" not in target:
+            assert (path.parent / target.split("#")[0]).exists(), f"{document} links to {target}"
