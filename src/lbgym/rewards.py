@@ -54,7 +54,7 @@ def _masked(loads: NDArray[Any], active: _Bool) -> _Float:
 
 def _count(active: _Bool) -> Any:
     """Active servers, or a tiny number where there are none, so that 0 / count is 0."""
-    return np.add.reduce(active, -1, np.float64, None, False, _TINY)
+    return np.add.reduce(active, -1, np.float64, initial=_TINY)
 
 
 def _sum(x: _Float) -> Any:
@@ -149,7 +149,7 @@ def _gini(loads: NDArray[Any], active: _Bool) -> Any:
 @functools.lru_cache(maxsize=64)
 def _centred_ranks(width: int) -> _Float:
     """2 i - 2 width - 1 for i = 1..width: with n = width added, 2 i - n - 1."""
-    ranks = 2.0 * np.arange(1, width + 1) - 2 * width - 1.0
+    ranks: _Float = 2.0 * np.arange(1, width + 1, dtype=np.float64) - (2.0 * width + 1.0)
     ranks.setflags(write=False)
     return ranks
 
