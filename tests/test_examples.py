@@ -56,7 +56,8 @@ def test_runs(path: Path, tmp_path: Path) -> None:
 
 
 def table_row(frame: str, server: int) -> list[str]:
-    return next(re.sub(r"[█▏▎▍▌▋▊▉>]", " ", line).split() for line in frame.splitlines() if re.match(rf"[> ] +{server} ", line))
+    line = next(line for line in frame.splitlines() if re.match(rf"[> ] +{server} ", line))
+    return re.sub(r"[█▏▎▍▌▋▊▉>]", " ", line).split()
 
 
 def test_weights_by_script_move_flows(tmp_path: Path) -> None:
