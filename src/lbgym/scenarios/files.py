@@ -135,7 +135,7 @@ def from_toml(
     Raises: as :func:`load_scenario`.
     """
     try:
-        data = tomllib.loads(text.replace("\r\n", "\n"))
+        data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ScenarioError(f"{source} is not valid TOML: {error}") from error
     _check_keys(data, ("base", "servers", "workload", "events", "sampling", *_SCALARS), source)
@@ -149,6 +149,7 @@ def from_toml(
         if data["base"] not in scenario_names():
             raise UnknownNameError("base scenario", data["base"], scenario_names(), where=source)
         base = named_scenario(data["base"])
+        changes.setdefault("description", f"The scenario {base.name!r} with changes.")
     for key in ("servers", "workload"):
         if base is None and key not in data:
             raise ScenarioError(f"{source}: {key!r} is missing; give it, or a base scenario that has it")
@@ -281,17 +282,17 @@ def to_toml(scenario: Scenario) -> str:
         lines += ["", "[[servers]]", f"count = {len(list(group))}", *_pairs(server)]
     workload = scenario.workload
     lines += ["", "[workload]"]
-    lines += [
-        f"{key} = {_value(getattr(workload, key))}" for key in ("rate", "load") if getattr(workload, key) is not None
-    ]
+    for key, number in (("rate", workload.rate), ("load", workload.load)):
+        if number is not None:
+            lines.append(f"{key} = {_value(number)}")
     if workload.trace is None:
         lines.append(f"arrivals = {_inline(workload.arrivals, ARRIVAL_KINDS)}")
         lines.append(f"demand = {_inline(workload.demand, DEMAND_KINDS)}")
     else:
         if workload.trace.origin is None:
             raise ScenarioError(
-                f"scenario {scenario.name!r} cannot be written as TOML: its trace ({workload.trace.source}) was not read "
-                "from a file as it is. Write the flows with write_trace and read them with read_trace"
+                f"scenario {scenario.name!r} cannot be written as TOML: its trace ({workload.trace.source}) is not as "
+                "read from a file. Write the flows with write_trace and read them with read_trace"
             )
         repeated = {"repeat": workload.trace.repeat, "random_start": workload.trace.random_start}
         pairs = ", ".join(f"{key} = {_value(item)}" for key, item in (dict(workload.trace.origin) | repeated).items())
@@ -314,7 +315,7 @@ def _pairs(instance: Any) -> list[str]:
 
 
 def _inline(instance: Any, kinds: Mapping[str, type]) -> str:
-    kind = next(name for name, cls in kinds.items() if type(instance) is cls)
+    kind = next(name for name, cls in kinds.items() if isinstance(instance, cls))
     return f"{{ {', '.join([f'kind = {_value(kind)}', *_pairs(instance)])} }}"
 
 

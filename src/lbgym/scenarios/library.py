@@ -357,7 +357,7 @@ def sample_trace() -> Scenario:
     """A trace replayed, without a file of one's own."""
     return Scenario(
         description=(
-            "A recorded-style trace of 5,000 synthetic flows that comes with the package, replayed on 2 servers "
+            "The trace of 5,000 synthetic flows that comes with the package, replayed on 2 servers "
             "of 2 and 2 of 4 cores at load 0.8."
         ),
         servers=servers_of((2, Server(cores=2)), (2, Server(cores=4))),
