@@ -225,7 +225,9 @@ def _kind(value: Any, kinds: Mapping[str, type], what: str, where: str) -> Any:
     table = _table(value, where, f' such as {{ kind = "{next(iter(kinds))}" }}')
     if "kind" not in table:
         raise ScenarioError(f"{where}: 'kind' is missing; known: {', '.join(kinds)}")
-    if not isinstance(table["kind"], str) or table["kind"] not in kinds:
+    if not isinstance(table["kind"], str):
+        raise ScenarioError(f"{where}: kind must be text, got {_shown(table['kind'])}")
+    if table["kind"] not in kinds:
         raise UnknownNameError(f"kind of {what}", table["kind"], kinds, where=where)
     cls = kinds[table["kind"]]
     # 'kind' counts among the known keys, so that a mistyped one is not the nearest to nothing.

@@ -461,7 +461,9 @@ class Workload:
         _instance(self.demand, Demand, "Workload.demand", "a demand such as Exponential(mean=0.1)")
         _instance(self.trace, Trace | None, "Workload.trace", "a Trace or None")
         if self.rate is not None and self.load is not None:
-            raise ScenarioError(f"Workload takes rate or load, not both; got rate={self.rate!r} and load={self.load!r}")
+            raise ScenarioError(
+                f"Workload takes rate or load, not both; got rate={_shown(self.rate)} and load={_shown(self.load)}"
+            )
         if self.rate is None and self.load is None and self.trace is None:
             raise ScenarioError("Workload needs rate (flows per second), load (fraction of capacity) or a trace")
         for name in ("rate", "load"):
@@ -493,7 +495,7 @@ class Event:
 
     def __post_init__(self) -> None:
         _set(self, time=_number(self.time, "Event.time", strict=False))
-        if not isinstance(self.kind, str) or self.kind not in EVENT_KINDS:
+        if _text(self.kind, "Event.kind") not in EVENT_KINDS:
             raise UnknownNameError("event kind", self.kind, EVENT_KINDS)
         if (self.kind == "rate") != (self.server is None):
             raise ScenarioError(
@@ -543,7 +545,7 @@ class Sampling:
             decay=_number(self.decay, "Sampling.decay", high=1.0),
             packets_per_flow=_number(self.packets_per_flow, "Sampling.packets_per_flow", strict=False),
         )
-        if self.algorithm not in ("overwrite", "uniform"):
+        if _text(self.algorithm, "Sampling.algorithm") not in ("overwrite", "uniform"):
             raise UnknownNameError("sampling algorithm", self.algorithm, ("overwrite", "uniform"))
 
 
@@ -587,7 +589,7 @@ class Scenario:
         _instance(self.sampling, Sampling, f"scenario {self.name!r}: sampling", "a Sampling")
         if not 1 <= len(servers) <= MAX_SERVERS:
             raise ScenarioError(f"scenario {self.name!r}: servers must be 1 to {MAX_SERVERS}, got {len(servers)}")
-        if self.dispatch not in DISPATCH_RULES:
+        if _text(self.dispatch, f"scenario {self.name!r}: dispatch") not in DISPATCH_RULES:
             raise UnknownNameError("dispatch rule", self.dispatch, DISPATCH_RULES, where=f"scenario {self.name!r}")
         events = _items(self.events, f"scenario {self.name!r}: events", "events")
         for i, event in enumerate(events):

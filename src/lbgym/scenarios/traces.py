@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LbgymError, MissingExtraError, ScenarioError, TraceError, UnknownNameError
-from .model import TRACE_LIMIT, Trace, _boolean, _number, _set, _text
+from .model import TRACE_LIMIT, Trace, _boolean, _number, _set, _shown, _text
 
 logger = logging.getLogger(__name__)
 
@@ -136,14 +136,14 @@ def read_trace(
         UnknownNameError: an unknown format or value of ``on_error``.
         MissingExtraError: a Parquet file without pyarrow installed.
     """
-    if not isinstance(format, str) or format not in TRACE_FORMATS:
+    if _text(format, "trace format") not in TRACE_FORMATS:
         raise UnknownNameError("trace format", format, TRACE_FORMATS)
-    if on_error not in ("raise", "skip"):
+    if _text(on_error, "trace on_error") not in ("raise", "skip"):
         raise UnknownNameError("on_error", on_error, ("raise", "skip"))
     speedup, scale = _number(speedup, "trace speedup"), _number(scale, "trace scale")
     repeat, random_start = _boolean(repeat, "trace repeat"), _boolean(random_start, "trace random_start")
     if not isinstance(path, (str, os.PathLike)):
-        raise ScenarioError(f"trace path must be a path, got {path!r}")
+        raise ScenarioError(f"trace path must be a path, got {_shown(path)}")
     given = {
         "time_column": time_column,
         "demand_column": demand_column,
