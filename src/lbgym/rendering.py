@@ -322,7 +322,9 @@ def _seconds(value: float) -> str:
         return "-"
     if value < 0.9995:
         return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
-    return f"{value:.3g} s" if value < 1000 else f"{value:.2e} s"
+    if value < 999.5:
+        return f"{value:.3g} s"
+    return f"{value:.0f} s" if value < 999_999 else f"{value:.1e} s"
 
 
 # Dashboard
