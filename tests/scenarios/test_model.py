@@ -283,9 +283,9 @@ def test_what_is_refused_and_how(build: object, sentence: str) -> None:
 
 def test_a_number_python_refuses_to_print_is_still_refused_by_a_sentence() -> None:
     huge = 10**5000
-    with pytest.raises(ScenarioError, match="Server.cores must be from 1 to 2147483647, got int of too many digits"):
+    with pytest.raises(ScenarioError, match=r"Server.cores must be from 1 to 2147483647, got int of too many digits"):
         Server(cores=huge)
-    with pytest.raises(ScenarioError, match="Event.kind must be text, got int of too many digits"):
+    with pytest.raises(ScenarioError, match=r"Event.kind must be text, got int of too many digits"):
         Event(time=1, kind=huge)
     with pytest.raises(ScenarioError, match="not both; got rate=int of too many digits"):
         Workload(rate=huge, load=1)
