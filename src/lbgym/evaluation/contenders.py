@@ -1,0 +1,122 @@
+"""The contenders of a comparison by name: a dispatch rule with a weight policy, or a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import PolicyError, UnknownNameError
+from ..policies import TRAINED_SUFFIXES, weight_policy_names
+from ..scenarios import DISPATCH_RULES
+
+#: Rules that read the weights a policy sets; the others place flows the same whatever the weights are.
+WEIGHTED_RULES = ("wcmp", "maglev", "round_robin", "sed", "sed_scaled", "p2c_sed")
+
+#: Short names of common contenders.
+SHORTHANDS = {"awcmp": "wcmp+awcmp", "wcmp-uniform": "wcmp+uniform"}
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """Who takes part: what places the flows and what sets the weights.
+
+    Attributes:
+        label: its name in tables and files.
+        dispatch: dispatch rule; None: the one a trained model was trained with, else the scenario's.
+        policy: name of a heuristic; None: ``path``.
+        path: a trained model's file, absolute.
+    """
+
+    label: str
+    dispatch: str | None = None
+    policy: str | None = None
+    path: str | None = None
+
+
+def parse_contender(text: str) -> Contender:
+    """A contender from text.
+
+    * ``RULE``: a dispatch rule; where it reads weights they are the servers' cores, as an operator would configure;
+    * ``RULE+POLICY``: with a heuristic's weights (``sed+latency``, ``wcmp+uniform``, ``p2c_sed+random``);
+    * ``awcmp`` is ``wcmp+awcmp``, ``wcmp-uniform`` is ``wcmp+uniform``;
+    * ``PATH``: a trained model (.pt or .zip) under the rule it was trained with; ``RULE+PATH``: under another;
+    * ``LABEL=CONTENDER``: any of these under another name.
+
+    Underscores and hyphens are alike in the names of rules and policies.
+
+    Raises:
+        UnknownNameError: for an unknown rule or policy; the message lists the known ones.
+        PolicyError: for a model file that does not exist, or a policy under a rule that reads no weights.
+    """
+    text = text.strip()
+    label, equals, rest = text.partition("=")
+    if equals and "/" not in label and not Path(text).is_file():
+        if not label.strip() or not rest.strip():
+            raise PolicyError(f"a label is written LABEL=CONTENDER, got {text!r}")
+        return replace(parse_contender(rest), label=label.strip())
+    full = SHORTHANDS.get(text.lower().replace("_", "-"), text)
+    head, plus, policy = (part.strip() for part in full.partition("+"))
+    rule = head.lower().replace("-", "_")
+    if rule not in DISPATCH_RULES:
+        if _is_model(text):
+            return Contender(Path(text).stem, path=_existing(text))
+        known = (*DISPATCH_RULES, *SHORTHANDS, "RULE+POLICY", *(f"PATH{suffix}" for suffix in TRAINED_SUFFIXES))
+        raise UnknownNameError("dispatch rule" if plus else "contender", head, known)
+    if not plus:
+        return Contender(text.lower(), rule, "cores")
+    if rule not in WEIGHTED_RULES:
+        raise PolicyError(
+            f"the dispatch rule {rule!r} reads no weights, so {text!r} would be {rule!r} under another name; "
+            f"rules that do: {', '.join(WEIGHTED_RULES)}"
+        )
+    if _is_model(policy):
+        return Contender(f"{rule}+{Path(policy).stem}", rule, path=_existing(policy))
+    name = policy.lower().replace("_", "-")
+    known = (*weight_policy_names(), *(f"PATH{suffix}" for suffix in TRAINED_SUFFIXES))
+    if name not in weight_policy_names():
+        raise UnknownNameError("policy", policy, known, where=f"contender {text!r}")
+    return Contender(text.lower(), rule, name)
+
+
+def parse_contenders(items: str | Iterable[str | Contender]) -> list[Contender]:
+    """Contenders from a comma-separated text or from several; labels that would repeat get a number.
+
+    Raises:
+        PolicyError: if there is none, or the same contender is given twice under one label.
+        UnknownNameError: as :func:`parse_contender`.
+    """
+    if isinstance(items, str):
+        items = [part for part in items.split(",") if part.strip()]
+    contenders = [item if isinstance(item, Contender) else parse_contender(item) for item in items]
+    if not contenders:
+        raise PolicyError("a comparison needs at least one contender, such as 'sed' or 'wcmp+latency'")
+    return _distinct(contenders)
+
+
+def _distinct(contenders: Sequence[Contender]) -> list[Contender]:
+    """Models of one file name get their folder's name in front; any other repetition is an error."""
+
+    def labels() -> list[str]:
+        return [contender.label for contender in result]
+
+    result = list(contenders)
+    for i, contender in enumerate(contenders):
+        if contender.path is not None and labels().count(contender.label) > 1:
+            path = Path(contender.path)
+            result[i] = replace(contender, label=contender.label.replace(path.stem, f"{path.parent.name}/{path.stem}"))
+    for label in labels():
+        if labels().count(label) > 1:
+            raise PolicyError(f"two contenders are called {label!r}; tell them apart with LABEL=CONTENDER")
+    return result
+
+
+def _is_model(text: str) -> bool:
+    return text.lower().endswith(TRAINED_SUFFIXES)
+
+
+def _existing(text: str) -> str:
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise PolicyError(f"there is no trained model at {str(path)!r}")
+    return str(path.resolve())

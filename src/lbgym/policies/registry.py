@@ -1,0 +1,64 @@
+"""Heuristics by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnknownNameError
+from .base import EnvPolicy, WeightPolicy
+from .heuristics import (
+    AdaptiveWeights,
+    LatencyWeights,
+    LittlesLawWeights,
+    RandomWeights,
+    StaticWeights,
+    UniformWeights,
+)
+
+if TYPE_CHECKING:
+    from ..scenarios import Scenario
+
+#: What makes a heuristic from a scenario (what an operator would configure) and a seed.
+WeightPolicyFactory = Callable[["Scenario", int | None], WeightPolicy]
+
+_FACTORIES: dict[str, tuple[WeightPolicyFactory, str]] = {
+    "cores": (lambda s, seed: StaticWeights(s.core_weights), "weights in proportion to the cores"),
+    "uniform": (lambda s, seed: UniformWeights(), "every server alike"),
+    "random": (lambda s, seed: RandomWeights(seed=seed), "new weights in [1, 2] at every step"),
+    "awcmp": (lambda s, seed: AdaptiveWeights(s.core_weights), "cores / (busy workers + 1), needs ground truth"),
+    "latency": (lambda s, seed: LatencyWeights(), "inverse of the decayed mean FCT"),
+    "littles-law": (lambda s, seed: LittlesLawWeights(s.core_weights, s.balancers), "capacity from open flows and FCT"),
+}
+
+
+def weight_policy_names() -> dict[str, str]:
+    """Name and one-line description of every heuristic."""
+    return {name: text for name, (_, text) in _FACTORIES.items()}
+
+
+def make_weight_policy(name: str, scenario: Scenario, seed: int | None = None) -> WeightPolicy:
+    """A heuristic by name.
+
+    Args:
+        name: one of :func:`weight_policy_names`; underscores and hyphens are alike.
+        scenario: gives the cores and the number of balancers.
+        seed: of a heuristic that draws.
+
+    Raises:
+        UnknownNameError: for another name.
+    """
+    factory = _FACTORIES.get(name.lower().replace("_", "-"))
+    if factory is None:
+        raise UnknownNameError("policy", name, _FACTORIES)
+    return factory[0](scenario, seed)
+
+
+def make_policy(name: str, env: Any, seed: int | None = None) -> EnvPolicy:
+    """A heuristic by name, fitted to an environment: ``make_policy("latency", env).act(observation, info)``.
+
+    Raises:
+        UnknownNameError: for an unknown name.
+        PolicyError: if it needs ground truth and the environment does not show it.
+    """
+    return make_weight_policy(name, env.unwrapped.scenario, seed).for_env(env)
