@@ -286,7 +286,7 @@ def _cells(line: str, delimiter: str) -> list[str]:
     if '"' not in line:
         return line.split(delimiter)
     try:
-        return next(csv.reader([line], delimiter=delimiter), [])
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
     except csv.Error as error:
         raise ValueError(str(error)) from error
 
@@ -437,8 +437,10 @@ def _collect(
         else:
             raise TraceError(f"{file}:{row[0]}: {row[1]}")
     if not good:
-        first = f"; the first of {len(problems)} malformed lines is {problems[0][0]}: {problems[0][1]}"
-        raise TraceError(f"{file}: no flow in the trace{first if problems else ''}")
+        found = "no flow in the trace"
+        if problems:
+            found += f"; the first of {len(problems)} malformed lines is {problems[0][0]}: {problems[0][1]}"
+        raise TraceError(f"{file}: {found}")
     total = len(good) + len(problems)
     numbers, whole, further, demands = (np.array(column) for column in zip(*good, strict=True))
     if resort:
