@@ -167,12 +167,13 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
     ) -> None:
         RecordConstructorArgs.__init__(self, delay=delay, initial_action=initial_action)
         gymnasium.Wrapper.__init__(self, env)
-        low, high = (delay, delay) if isinstance(delay, (int, np.integer)) else delay
-        if isinstance(delay, bool) or not all(isinstance(d, (int, np.integer)) for d in (low, high)):
-            raise ValueError(f"DelayedAction: delay must be whole steps, got {delay!r}")
-        if not 0 <= low <= high:
-            raise ValueError(f"DelayedAction: delay must be at least 0 and low at most high, got {delay!r}")
-        self._low, self._high = int(low), int(high)
+        bounds = tuple(delay) if isinstance(delay, (tuple, list)) else (delay, delay)
+        whole = all(isinstance(d, (int, np.integer)) and not isinstance(d, bool) for d in bounds)
+        if len(bounds) != 2 or not whole or not 0 <= bounds[0] <= bounds[1]:
+            raise ValueError(
+                f"DelayedAction: delay must be a whole number of steps or (low, high) with 0 <= low <= high, got {delay!r}"
+            )
+        self._low, self._high = int(bounds[0]), int(bounds[1])
         if initial_action is None:
             initial_action = _equal_weights(env.action_space)
         elif initial_action not in env.action_space:
