@@ -171,7 +171,8 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         whole = all(isinstance(d, (int, np.integer)) and not isinstance(d, bool) for d in bounds)
         if len(bounds) != 2 or not whole or not 0 <= bounds[0] <= bounds[1]:
             raise ValueError(
-                f"DelayedAction: delay must be a whole number of steps or (low, high) with 0 <= low <= high, got {delay!r}"
+                "DelayedAction: delay must be a whole number of steps or (low, high) with 0 <= low <= high, "
+                f"got {delay!r}"
             )
         self._low, self._high = int(bounds[0]), int(bounds[1])
         if initial_action is None:
