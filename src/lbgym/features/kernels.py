@@ -3,14 +3,14 @@
 One reservoir is a row of each of these arrays (any leading axes):
 
 * ``values`` float64[K]: the samples;
-* ``weights`` float64[K]: decay weight relative to the reservoir's reference time. A slot overwritten since the last
-  observation is *dirty* and holds its sample's time instead, so that the exponential is paid once per observation;
-* ``index`` int16[3, K]: the slots in ascending order of value; the dirty slots; a flag per slot (1: dirty);
-* ``meta`` int64[META_SIZE]: filled slots, samples accepted, dirty slots, slots in ascending order, random state;
-* ``result`` float64[6]: mean, p90, std, mean_decay, p90_decay as last computed, and the reference time.
+* ``weights`` float64[K]: their decay weights, relative to the reservoir's reference time;
+* ``meta`` int64[META_SIZE]: filled slots, samples accepted, whether one came since the last observation, random state;
+* ``result`` float64[RESULT_SIZE]: mean, p90, std, mean_decay, p90_decay as last computed, and the reference time.
 
 Decay weights are normalised by their sum, hence relative: without a new sample no feature changes, and no weight has to
-be computed again as time goes by.
+be computed again as time goes by. A quantile is searched from where it was last time: passes over all slots without a
+branch, of which a few suffice because an interval's samples move a quantile by a few places. That beats keeping the slots
+in order, whose cost grows with every sample.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ import numpy as np
 from .compile import compiled
 from .rng import next_u64, to_range, to_unit
 
-ORDER, DIRTY, FLAG = 0, 1, 2
-FILLED, ACCEPTED, NUM_DIRTY, NUM_ORDERED, RNG, META_SIZE = 0, 1, 2, 3, 4, 5
-MEAN, P90, STD, MEAN_DECAY, P90_DECAY, REFERENCE, RESULT_SIZE = 0, 1, 2, 3, 4, 5, 6
+FILLED, ACCEPTED, CHANGED, RNG, META_SIZE = 0, 1, 2, 3, 4
+MEAN, P90, STD, MEAN_DECAY, P90_DECAY, REFERENCE, P90_FLOOR, RESULT_SIZE = 0, 1, 2, 3, 4, 5, 6, 7
 
 OVERWRITE, UNIFORM = 0, 1
 
 #: Weights are kept within exp(+-this) of the newest one's, so that none overflows.
 _MAX_EXPONENT = 40.0
+#: A search moves from sample to sample this often before it halves the range of values instead.
+_MAX_MOVES = 8
+
+_LARGEST = 1.7976931348623157e308
+_VECTOR = {"nnan", "nsz", "reassoc", "contract"}
 
 
 @compiled(inline=True)
-def reservoir_add(values, weights, index, meta, value, time, probability, algorithm):
+def reservoir_add(values, weights, meta, result, value, time, probability, algorithm, log_decay):
     """Offer one sample; ``time`` must not be before the reservoir's newest sample."""
     if probability < 1.0 and to_unit(next_u64(meta, RNG)) > probability:
         return
@@ -43,22 +47,33 @@ def reservoir_add(values, weights, index, meta, value, time, probability, algori
     if filled < capacity:
         slot = filled
         meta[FILLED] = filled + 1
+        if filled == 0:
+            result[REFERENCE] = time
     elif algorithm == OVERWRITE:
         slot = to_range(next_u64(meta, RNG), capacity)
     else:
         slot = np.int64(next_u64(meta, RNG) % np.uint64(meta[ACCEPTED]))
         if slot >= capacity:
             return
+    exponent = log_decay * (result[REFERENCE] - time)
+    if exponent > _MAX_EXPONENT:
+        _rebase(weights, meta[FILLED], math.exp(-exponent))
+        result[REFERENCE] = time
+        exponent = 0.0
     values[slot] = value
-    weights[slot] = time
-    if index[FLAG, slot] == 0:
-        index[FLAG, slot] = 1
-        index[DIRTY, meta[NUM_DIRTY]] = slot
-        meta[NUM_DIRTY] += 1
+    weights[slot] = math.exp(exponent)
+    meta[CHANGED] = 1
 
 
-@compiled(fastmath={"reassoc", "nsz", "contract"})
-def _sums(values, weights, n):
+@compiled()
+def _rebase(weights, n, factor):
+    for k in range(n):
+        weights[k] *= factor
+
+
+@compiled(fastmath=_VECTOR)
+def _moments(values, weights, n):
+    """Mean, population standard deviation, sum of weights, weighted mean."""
     total = 0.0
     weight = 0.0
     weighted = 0.0
@@ -73,105 +88,96 @@ def _sums(values, weights, n):
     return mean, math.sqrt(square / n), weight, weighted / weight
 
 
-@compiled(allocates=True)
-def _sort_dirty(values, dirty, num_dirty):
-    slots = dirty[:num_dirty].copy()
-    ascending = np.argsort(values[slots])
-    for i in range(num_dirty):
-        dirty[i] = slots[ascending[i]]
+@compiled(inline=True, fastmath=_VECTOR)
+def _mass(values, weights, n, x, weighted):
+    """The weight (or number) of the samples below x, and of those at or below it."""
+    below = 0.0
+    upto = 0.0
+    for k in range(n):
+        w = weights[k] if weighted else 1.0
+        below += w if values[k] < x else 0.0
+        upto += w if values[k] <= x else 0.0
+    return below, upto
+
+
+@compiled(inline=True, fastmath=_VECTOR)
+def _next_above(values, n, x, none):
+    """The least sample above x; ``none`` if there is none."""
+    low = none
+    for k in range(n):
+        low = min(low, values[k] if values[k] > x else none)
+    return low
+
+
+@compiled(inline=True, fastmath=_VECTOR)
+def _next_below(values, n, x):
+    """The largest sample below x, one of which there is."""
+    high = -1.0
+    for k in range(n):
+        high = max(high, values[k] if values[k] < x else -1.0)
+    return high
+
+
+@compiled(inline=True)
+def _quantile(values, weights, n, target, x, weighted):
+    """The least sample at or below which there is weight (or number) ``target``, and the weight there is.
+
+    The search starts from x and goes from sample to sample; should it have far to go, it halves the range of values
+    now and then. Samples are at least 0. ``target`` is above 0 and at most the weight of all.
+    """
+    largest = _LARGEST
+    low = -1.0
+    high = largest
+    moves = 0
+    while True:
+        below, upto = _mass(values, weights, n, x, weighted)
+        if below < target <= upto:
+            return x, upto
+        moves += 1
+        if upto < target:
+            low = x
+            following = _next_above(values, n, x, largest)
+            if following == largest:
+                return x, upto
+        else:
+            high = x
+            following = _next_below(values, n, x)
+            if following < 0.0:
+                return x, upto
+        if moves % _MAX_MOVES == 0:
+            if high == largest:
+                high = _next_below(values, n, largest)
+            middle = low + 0.5 * (high - low)
+            if low < middle < high:
+                following = middle
+        x = following
 
 
 @compiled()
-def _restore_order(values, index, meta):
-    """Bring the dirty slots to their places in the ascending order, in one pass over the others."""
-    num_dirty = meta[NUM_DIRTY]
-    dirty = index[DIRTY]
-    order = index[ORDER]
-    # Sorting few dirty slots by insertion is cheap; after a burst all slots are dirty and heads for quadratic time.
-    if num_dirty <= 24:
-        for i in range(1, num_dirty):
-            slot = dirty[i]
-            value = values[slot]
-            k = i - 1
-            while k >= 0 and values[dirty[k]] > value:
-                dirty[k + 1] = dirty[k]
-                k -= 1
-            dirty[k + 1] = slot
-    else:
-        _sort_dirty(values, dirty, num_dirty)
-    kept = 0
-    flag = index[FLAG]
-    for k in range(meta[NUM_ORDERED]):
-        slot = order[k]
-        order[kept] = slot
-        kept += 1 - flag[slot]
-    # Merge from the back: nothing kept is overwritten before it has moved.
-    k = kept - 1
-    d = num_dirty - 1
-    out = kept + num_dirty - 1
-    while d >= 0:
-        slot = dirty[d]
-        value = values[slot]
-        while k >= 0 and values[order[k]] > value:
-            order[out] = order[k]
-            out -= 1
-            k -= 1
-        order[out] = slot
-        out -= 1
-        d -= 1
-        flag[slot] = 0
-    meta[NUM_ORDERED] = kept + num_dirty
-
-
-@compiled()
-def reservoir_features(values, weights, index, meta, result, log_decay):
+def reservoir_features(values, weights, meta, result):
     """Refresh ``result``; does nothing when no sample came since the last call."""
-    num_dirty = meta[NUM_DIRTY]
-    if num_dirty == 0:
+    if meta[CHANGED] == 0:
         return
+    meta[CHANGED] = 0
     n = meta[FILLED]
-    newest = -math.inf
-    for i in range(num_dirty):
-        newest = max(newest, weights[index[DIRTY, i]])
-    if meta[NUM_ORDERED] == 0:
-        result[REFERENCE] = newest
-    elif -log_decay * (newest - result[REFERENCE]) > _MAX_EXPONENT:
-        factor = math.exp(log_decay * (newest - result[REFERENCE]))
-        for k in range(n):
-            if index[FLAG, k] == 0:
-                weights[k] *= factor
-        result[REFERENCE] = newest
-    for i in range(num_dirty):
-        slot = index[DIRTY, i]
-        weights[slot] = math.exp(log_decay * (result[REFERENCE] - weights[slot]))
-    _restore_order(values, index, meta)
-    meta[NUM_DIRTY] = 0
-
-    mean, std, weight, mean_decay = _sums(values, weights, n)
-    order = index[ORDER]
+    mean, std, weight, mean_decay = _moments(values, weights, n)
     position = 0.9 * (n - 1)
-    low = int(position)
-    p90 = values[order[low]]
-    if low + 1 < n:
-        p90 += (position - low) * (values[order[low + 1]] - p90)
-    # Smallest value with at least 90 % of the weight at or below it. The slack decides exact ties as NumPy does.
-    above = 0.1 * weight * (1.0 + 1e-12)
-    k = n - 1
-    tail = weights[order[k]]
-    while tail <= above and k > 0:
-        k -= 1
-        tail += weights[order[k]]
+    rank = int(position)
+    p90, upto = _quantile(values, weights, n, rank + 1.0, result[P90_FLOOR], False)
+    result[P90_FLOOR] = p90
+    if rank + 1 < n and upto < rank + 2.0:
+        p90 += (position - rank) * (_next_above(values, n, p90, _LARGEST) - p90)
+    # The slack decides exact ties (equal weights) for the lower sample, as exact arithmetic would.
+    target = 0.9 * weight * (1.0 - 1e-12)
+    result[P90_DECAY], upto = _quantile(values, weights, n, target, result[P90_DECAY], True)
     result[MEAN] = mean
     result[P90] = p90
     result[STD] = std
     result[MEAN_DECAY] = mean_decay
-    result[P90_DECAY] = values[order[k]]
 
 
 @compiled()
-def add_many(values, weights, index, meta, samples, times, probability, algorithm):
+def add_many(values, weights, meta, result, samples, times, probability, algorithm, log_decay):
     """Offer ``samples`` float64[n] at non-decreasing ``times`` float64[n] to one reservoir."""
     for i in range(samples.shape[0]):
-        reservoir_add(values, weights, index, meta, samples[i], times[i], probability, algorithm)
-
-
+        reservoir_add(values, weights, meta, result, samples[i], times[i], probability, algorithm, log_decay)

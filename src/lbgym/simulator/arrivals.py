@@ -169,7 +169,8 @@ def _next_modulated(pf, pi, levels, rate_events, rf, ri):
                 break
             left = next_exponential(ri, R_RNG_ARRIVAL)
             continue
-        if end == math.inf:
+        # Nothing will ever arrive: no end to wait for, or a last rate event of 0 while levels go on changing.
+        if end == math.inf or (rf[R_FACTOR] == 0.0 and change == math.inf):
             now = math.inf
             break
         left -= rate * (end - now)

@@ -205,7 +205,7 @@ def _schedule(j, cores, sf, si, heap, departure):
 
 
 @compiled(inline=True)
-def _elapse(j, until, cores, pf, pi, sf, si, flow_f, flow_i, values, weights, index, meta):
+def _elapse(j, until, cores, pf, pi, sf, si, flow_f, flow_i, values, weights, meta, result):
     """Let time pass on a server while nothing arrives or departs: integrals, and the packets seen meanwhile."""
     elapsed = until - sf[j, S_CLOCK]
     n = si[j, S_SERVED]
@@ -227,12 +227,13 @@ def _elapse(j, until, cores, pf, pi, sf, si, flow_f, flow_i, values, weights, in
                 reservoir_add(
                     values[b, j, DURATION],
                     weights[b, j, DURATION],
-                    index[b, j, DURATION],
                     meta[b, j, DURATION],
+                    result[b, j, DURATION],
                     now - flow_f[slot, F_ARRIVAL],
                     now,
                     pf[P_PROBABILITY],
                     pi[P_ALGORITHM],
+                    pf[P_LOG_DECAY],
                 )
                 packet += pf[P_PACKET_WORK] * next_exponential(si[j], S_RNG_PACKET)
         sf[j, S_PACKET] = packet - work
@@ -247,30 +248,31 @@ def _release(j, slot, sf, si, flow_i):
 
 
 @compiled(inline=True)
-def _sample_fct(b, j, fct, now, pf, pi, values, weights, index, meta):
+def _sample_fct(b, j, fct, now, pf, pi, values, weights, meta, result):
     if pi[P_RESERVOIRS] == 1:
         reservoir_add(
             values[b, j, FCT],
             weights[b, j, FCT],
-            index[b, j, FCT],
             meta[b, j, FCT],
+            result[b, j, FCT],
             fct,
             now,
             pf[P_PROBABILITY],
             pi[P_ALGORITHM],
+            pf[P_LOG_DECAY],
         )
 
 
 @compiled(inline=True)
 def _depart(
     j, until, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
-    values, weights, index, meta, log, record,
+    values, weights, meta, result, log, record,
 ):  # fmt: skip
     """Every departure from server ``j`` up to ``until``, in order; its clock stops at the last one."""
     cores = server_f[j, V_CORES]
     while departure[j] <= until:
         now = departure[j]
-        _elapse(j, now, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, index, meta)
+        _elapse(j, now, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result)
         slot = flow_i[j, 0, F_HEAP]
         sf[j, S_VIRTUAL] = heap[j, 0]
         _pop_root(heap[j], flow_i[j], si[j, S_SERVED])
@@ -283,7 +285,7 @@ def _depart(
         fct = now - arrival
         sf[j, S_FCT_SUM] += fct
         _count_open(rule, b, j, -1, bf, bi, score, si)
-        _sample_fct(b, j, fct, now, pf, pi, values, weights, index, meta)
+        _sample_fct(b, j, fct, now, pf, pi, values, weights, meta, result)
         _log_flow(
             pi, rf, ri, log, record, flow_f[j, slot, F_ID], arrival, fct, flow_f[j, slot, F_DEMAND], j, b, COMPLETED
         )
@@ -305,11 +307,11 @@ def _depart(
 @compiled(inline=True)
 def _place(
     b, j, now, demand, rule, pf, pi, server_f, server_i, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
-    values, weights, index, meta, log, record,
+    values, weights, meta, result, log, record,
 ):  # fmt: skip
     """Give a flow of balancer ``b`` to server ``j``, whose departures up to ``now`` are done."""
     cores = server_f[j, V_CORES]
-    _elapse(j, now, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, index, meta)
+    _elapse(j, now, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result)
     flow = np.float64(ri[R_FLOWS])
     si[j, S_STARTED] += 1
     served = si[j, S_SERVED]
@@ -318,7 +320,7 @@ def _place(
     if not serve and waiting >= server_i[j, V_BACKLOG]:
         si[j, S_REJECTED] += 1
         ri[R_LOST] += 1
-        _sample_fct(b, j, pf[P_TIMEOUT], now, pf, pi, values, weights, index, meta)
+        _sample_fct(b, j, pf[P_TIMEOUT], now, pf, pi, values, weights, meta, result)
         _log_flow(pi, rf, ri, log, record, flow, now, pf[P_TIMEOUT], demand, j, b, REJECTED)
         return
     capacity = flow_i.shape[1]
@@ -355,7 +357,7 @@ def _refresh_active(rule, table_size, ri, si, active, bf, bi, score, maglev):
 
 @compiled()
 def _fail_flow(
-    j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score, values, weights, index, meta, log, record
+    j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score, values, weights, meta, result, log, record
 ):
     b = np.int64(flow_i[j, slot, F_BALANCER])
     arrival = flow_f[j, slot, F_ARRIVAL]
@@ -364,7 +366,7 @@ def _fail_flow(
     ri[R_OPEN] -= 1
     sf[j, S_LOST_TIME] += now - arrival
     _count_open(rule, b, j, -1, bf, bi, score, si)
-    _sample_fct(b, j, pf[P_TIMEOUT], now, pf, pi, values, weights, index, meta)
+    _sample_fct(b, j, pf[P_TIMEOUT], now, pf, pi, values, weights, meta, result)
     _log_flow(
         pi, rf, ri, log, record, flow_f[j, slot, F_ID], arrival, pf[P_TIMEOUT], flow_f[j, slot, F_DEMAND], j, b, FAILED
     )
@@ -372,7 +374,7 @@ def _fail_flow(
 
 @compiled()
 def _fail_flows(
-    j, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score, values, weights, index, meta, log, record
+    j, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score, values, weights, meta, result, log, record
 ):
     """Lose every flow that server ``j`` holds."""
     capacity = flow_i.shape[1]
@@ -380,13 +382,13 @@ def _fail_flows(
         slot = flow_i[j, k, F_HEAP]
         _fail_flow(
             j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score,
-            values, weights, index, meta, log, record,
+            values, weights, meta, result, log, record,
         )  # fmt: skip
     for k in range(si[j, S_WAITING]):
         slot = flow_i[j, (si[j, S_WAIT_HEAD] + k) % capacity, F_WAIT]
         _fail_flow(
             j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score,
-            values, weights, index, meta, log, record,
+            values, weights, meta, result, log, record,
         )  # fmt: skip
     si[j, S_SERVED] = 0
     si[j, S_WAITING] = 0
@@ -399,7 +401,7 @@ def _fail_flows(
 @compiled()
 def _apply_event(
     event, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, active, heap, flow_f, flow_i, bf, bi, score, maglev,
-    values, weights, index, meta, log, record,
+    values, weights, meta, result, log, record,
 ):  # fmt: skip
     kind = int(event[1])
     j = int(event[2])
@@ -410,7 +412,7 @@ def _apply_event(
             si[j, S_STATUS] = DOWN
             _fail_flows(
                 j, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score,
-                values, weights, index, meta, log, record,
+                values, weights, meta, result, log, record,
             )  # fmt: skip
         elif kind == EVENT_UP:
             si[j, S_STATUS] = UP
@@ -428,7 +430,7 @@ def _run(P, S, r):
     rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
     departure, active, heap, flow_f, flow_i = S.departure[r], S.active[r], S.heap[r], S.flow_f[r], S.flow_i[r]
     bf, bi, score, maglev = S.bf[r], S.bi[r], S.score[r], S.maglev[r]
-    values, weights, index, meta = S.values[r], S.weights[r], S.index[r], S.meta[r]
+    values, weights, meta, result = S.values[r], S.weights[r], S.meta[r], S.result[r]
     log, record = S.log[r], S.record[r]
     n = si.shape[0]
     balancers = score.shape[0]
@@ -489,17 +491,17 @@ def _run(P, S, r):
             if departure[j] <= now:
                 _depart(
                     j, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
-                    values, weights, index, meta, log, record,
+                    values, weights, meta, result, log, record,
                 )  # fmt: skip
 
         if not arrival:
             for j in range(n):
-                _elapse(j, now, server_f[j, V_CORES], pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, index, meta)
+                _elapse(j, now, server_f[j, V_CORES], pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result)
             if over:
                 return DONE
             _apply_event(
                 events[ri[R_EVENT]], now, rule, pf, pi, server_f, rf, ri, sf, si, departure, active, heap, flow_f,
-                flow_i, bf, bi, score, maglev, values, weights, index, meta, log, record,
+                flow_i, bf, bi, score, maglev, values, weights, meta, result, log, record,
             )  # fmt: skip
             ri[R_EVENT] += 1
             continue
@@ -517,7 +519,7 @@ def _run(P, S, r):
                 j = better_of_two(b, rule, balancers, first, second, bf, bi)
             _place(
                 b, j, now, demand, rule, pf, pi, server_f, server_i, rf, ri, sf, si, departure, heap, flow_f, flow_i,
-                bf, bi, score, values, weights, index, meta, log, record,
+                bf, bi, score, values, weights, meta, result, log, record,
             )  # fmt: skip
             fullest = max(fullest, si[j, S_SERVED] + si[j, S_WAITING])
         else:
@@ -546,25 +548,53 @@ def _set_weights(P, S, r, weights):
             )
 
 
-@compiled(allocates=True)
-def _sort(fcts, count):
-    fcts[:count].sort()
+@compiled()
+def _select(values, low, high, k):
+    """Hoare's quickselect: afterwards values[k] is in its ascending place among values[low:high + 1]."""
+    while low < high:
+        middle = (low + high) >> 1
+        a, b, c = values[low], values[middle], values[high]
+        pivot = max(min(a, b), min(max(a, b), c))
+        i = low
+        j = high
+        while i <= j:
+            while values[i] < pivot:
+                i += 1
+            while values[j] > pivot:
+                j -= 1
+            if i <= j:
+                values[i], values[j] = values[j], values[i]
+                i += 1
+                j -= 1
+        if k <= j:
+            high = j
+        elif k >= i:
+            low = i
+        else:
+            return
 
 
 @compiled()
-def _percentile(ordered, n, q):
-    """NumPy's default (linear) percentile of the first ``n`` ascending values."""
+def _percentile(values, n, end, q):
+    """NumPy's default (linear) percentile ``q`` of the first ``n`` values, which it partly sorts.
+
+    values[end] and all beyond are known to be in place or above: the larger percentile found before.
+    """
     position = q * (n - 1)
     low = int(position)
+    _select(values, 0, end, low)
     if low + 1 >= n:
-        return ordered[n - 1]
-    return ordered[low] + (position - low) * (ordered[low + 1] - ordered[low])
+        return values[low], low
+    following = values[low + 1]
+    for k in range(low + 2, min(end + 1, n)):
+        following = min(following, values[k])
+    return values[low] + (position - low) * (following - values[low]), low
 
 
 @compiled()
 def _observe(P, S, O, r):
     """Write what the balancers of replica ``r`` see now, and begin its next interval."""
-    pf, pi = P.pf[r], P.pi[r]
+    pi = P.pi[r]
     rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
     n = si.shape[0]
     ri[R_SEQUENCE] += 1
@@ -607,10 +637,8 @@ def _observe(P, S, O, r):
                     reservoir_features(
                         S.values[r, b, j, metric],
                         S.weights[r, b, j, metric],
-                        S.index[r, b, j, metric],
                         S.meta[r, b, j, metric],
                         result,
-                        pf[P_LOG_DECAY],
                     )
                     for k in range(5):
                         row[1 + 5 * metric + k] = result[k]
@@ -619,16 +647,15 @@ def _observe(P, S, O, r):
     count = ri[R_LOGGED]
     if count > 0:
         fcts = S.log[r]
-        _sort(fcts, count)
         total = 0.0
         for k in range(count):
             total += fcts[k]
         service[0] = count - ri[R_LOST]
         service[1] = ri[R_LOST]
         service[2] = total / count
-        service[3] = _percentile(fcts, count, 0.5)
-        service[4] = _percentile(fcts, count, 0.9)
-        service[5] = _percentile(fcts, count, 0.99)
+        service[5], end = _percentile(fcts, count, count - 1, 0.99)
+        service[4], end = _percentile(fcts, count, end, 0.9)
+        service[3], end = _percentile(fcts, count, end, 0.5)
         service[6] = rf[R_LOG_SLOWDOWN] / count
     if elapsed > 0.0:
         service[7] = (queue - rf[R_QUEUE_INTEGRAL]) / elapsed
@@ -649,7 +676,6 @@ def reset_replica(P, S, r, seed):
     si[:] = 0
     S.departure[r] = math.inf
     S.meta[r] = 0
-    S.index[r] = 0
     S.result[r] = 0.0
     S.bi[r] = 0
     S.bf[r] = 0.0

@@ -191,7 +191,6 @@ class State(NamedTuple):
     maglev: NDArray[np.int32]  # [R, m, M]
     values: NDArray[np.float64]  # [R, m, N, 2, K]
     weights: NDArray[np.float64]  # [R, m, N, 2, K]
-    index: NDArray[np.int16]  # [R, m, N, 2, 3, K]
     meta: NDArray[np.int64]  # [R, m, N, 2, META_SIZE]
     result: NDArray[np.float64]  # [R, m, N, 2, RESULT_SIZE]
     log: NDArray[np.float64]  # [R, L] FCTs that ended in the interval
@@ -241,7 +240,6 @@ def allocate_state(
         maglev=np.zeros((r, m, maglev), np.int32),
         values=np.zeros((r, m, kept, 2, reservoir)),
         weights=np.zeros((r, m, kept, 2, reservoir)),
-        index=np.zeros((r, m, kept, 2, 3, reservoir), np.int16),
         meta=np.zeros((r, m, kept, 2, META_SIZE), np.int64),
         result=np.zeros((r, m, kept, 2, RESULT_SIZE)),
         log=np.zeros((r, log)),
