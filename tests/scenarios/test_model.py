@@ -156,6 +156,7 @@ def test_scaling_a_trace() -> None:
         ([0, -1], [1, 1], r"times must be from 0 to 1e\+15, got -1.0 for flow 1"),
         ([0, 1], [1, np.nan], r"demands must be from 0 to 1e\+15, got nan for flow 1"),
         ([0, 2, 1], [1, 1, 1], r"times must not decrease; flow 2 is before flow 1"),
+        ([10**400], [1], r"trace x: times and demands must be arrays of numbers: int too large to convert"),
         (["a"], [1], r"trace x: times and demands must be arrays of numbers: could not convert"),
         ([[0]], [[1]], r"got shapes \(1, 1\) and \(1, 1\)"),
     ],

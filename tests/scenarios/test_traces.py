@@ -287,6 +287,7 @@ def test_a_quoted_cell_beyond_the_limit_of_csv_is_a_malformed_line(file: Any) ->
             {"on_error": "skip"},
             "t.txt: no flow in the trace; the first of 2 malformed lines is 2: time must be a number, got 'x'",
         ),
+        (b"\x1c", {"format": "csv"}, r"t.txt:1: a csv trace needs a header line .* got '\\x1c'"),
         (b"hello world\n", {}, "cannot tell the format of the trace from the first line 'hello world'. Give format="),
         (b"start,work\n0,1\n", {}, r"the first line 'start,work'. Give format= \(one of marllb, csv, .*time_column="),
         (bytes(range(256)) * 9, {}, "cannot tell the format of the trace from binary data"),

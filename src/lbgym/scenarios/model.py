@@ -378,11 +378,12 @@ class Trace:
     origin: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        _text(self.source, "Trace.source")
         try:
             # A copy: the arrays are made read-only below, which must not happen to the caller's.
             times = np.array(self.times, dtype=np.float64)
             demands = np.array(self.demands, dtype=np.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ScenarioError(f"trace {self.source}: times and demands must be arrays of numbers: {error}") from None
         if times.ndim != 1 or times.shape != demands.shape or len(times) == 0:
             raise ScenarioError(

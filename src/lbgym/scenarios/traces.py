@@ -314,7 +314,8 @@ def _read_lines(lines: list[str], kind: str, file: Path, options: Mapping[str, A
     if kind == "clf":
         parse = partial(_parse_clf, base=options["base_demand"], per_byte=options["seconds_per_byte"])
     else:
-        start = next(i for i, line in enumerate(lines) if line.strip())
+        # Text of no letters but control characters counts as blank for text, not for bytes: the header is then line 1.
+        start = next((i for i, line in enumerate(lines) if line.strip()), 0)
         if kind == "marllb" and _MARLLB_LINE.match(lines[start]):
             columns = ("\t", [0, 1])
         else:
