@@ -25,7 +25,7 @@ import numpy as np
 
 import lbgym
 
-HELP = "up/down, 0-9: server   right/left, +/-: weight   e: equal   space: pause   s: one step   r: reset   q: quit"
+HELP = "up/down server, left/right weight, e equal, space pause, s step, r reset, q quit"
 ARROWS = {"\x1b[A": "up", "\x1b[B": "down", "\x1b[C": "+", "\x1b[D": "-"}
 ARROWS |= {code.replace("[", "O"): key for code, key in ARROWS.items()}
 FACTOR = 1.25
