@@ -87,9 +87,9 @@ class Comparison:
         """Mean over the seeds of a metric, with its 95 % confidence interval."""
         return mean_interval(self.values(label, metric))
 
-    def difference(self, label: str, metric: str) -> Difference:
-        """Difference from the baseline, paired by seed, with its 95 % confidence interval."""
-        return paired_difference(self.values(label, metric), self.values(self.baseline, metric))
+    def difference(self, label: str, metric: str, baseline: str | None = None) -> Difference:
+        """Difference from the baseline (or another contender), paired by seed, with its 95 % confidence interval."""
+        return paired_difference(self.values(label, metric), self.values(baseline or self.baseline, metric))
 
     def fct_ccdf(self, label: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Of the flows of all seeds: FCTs (s) and the share of flows that took longer, to 1 % of the FCT."""
@@ -151,6 +151,33 @@ class Comparison:
         from .tables import difference_table
 
         return difference_table(self, stacked=stacked)
+
+    def versus_table(self, label: str, *, stacked: bool = False) -> Table:
+        """The other way round: the paired differences of one contender from each of the others."""
+        from .tables import versus_table
+
+        return versus_table(self, label, stacked=stacked)
+
+    def verdict(self, label: str, metrics: Sequence[str] = ("fct_mean", "fct_p99")) -> str:
+        """In words: than which contenders this one has less of every metric, as far as the 95 % intervals tell."""
+        from .tables import HEADINGS
+
+        names = " and ".join(HEADINGS[metric] for metric in metrics)
+        others = [other for other in self.labels if other != label]
+        better, rest = [], []
+        for other in others:
+            differences = {m: self.difference(label, m, other).relative for m in metrics}
+            if all(d.high < 0 for d in differences.values()):
+                better.append(other)
+            else:
+                shown = (f"{HEADINGS[m]} {d.mean:+.1f} ±{d.half_width:.1f} %" for m, d in differences.items())
+                rest.append(f"{other} ({', '.join(shown)})")
+        parts = []
+        if better:
+            parts.append(f"{label} has a lower {names} FCT than {', '.join(better)}: every 95 % interval is below 0.")
+        if rest:
+            parts.append(f"{label} is not shown to have a lower {names} FCT than {', '.join(rest)}.")
+        return " ".join(parts)
 
     def save(self, folder: str | Path, *, plots: bool = True) -> list[Path]:
         """Write everything into a folder, made if need be; each file is whole or not there.

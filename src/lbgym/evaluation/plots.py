@@ -151,11 +151,9 @@ def _lines(figure: Figure, grid: Any, panels: _Panels, most: float, factor: floa
     load.set_ylim(0, most * (2 if most > 50 else 1.05))
     weight.set_yscale("log")
     weight.set_ylim(0.93 / factor, factor * 1.07)
-    for axis, names in (
-        (weight.yaxis.set_major_formatter, (0.1, 1, 10)),
-        (weight.yaxis.set_minor_formatter, (0.2, 0.5, 2, 5)),
-    ):
-        axis(lambda y, _, names=names: f"{y:.2g}" if any(math.isclose(y, name) for name in names) else "")
+    named = (0.1, 0.2, 0.5, 1, 2, 5, 10)
+    for set_formatter in (weight.yaxis.set_major_formatter, weight.yaxis.set_minor_formatter):
+        set_formatter(lambda y, _: f"{y:g}" if any(math.isclose(y, name) for name in named) else "")
     load.set_ylabel("open flows")
     weight.set_ylabel("weight (mean 1)")
     handles, names = load.get_legend_handles_labels()

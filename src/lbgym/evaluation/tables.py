@@ -63,16 +63,28 @@ def difference_table(comparison: Comparison, *, stacked: bool = False) -> Table:
     Green: better, and the 95 % interval leaves 0 out; red: worse, likewise; dim: the interval does not tell.
     """
     baseline = comparison.baseline
-    table = _table(f"Difference from {baseline} on the same flows: % of its value ± 95 % confidence interval")
+    title = f"Difference from {baseline} on the same flows: % of its value ± 95 % confidence interval"
+    pairs = [(label, label, baseline) for label in comparison.labels if label != baseline]
+    return _differences(comparison, title, pairs, stacked)
+
+
+def versus_table(comparison: Comparison, label: str, *, stacked: bool = False) -> Table:
+    """Paired differences of one contender from each of the others; colours as in :func:`difference_table`."""
+    title = f"Difference of {label} from each on the same flows: % of the other's value ± 95 % confidence interval"
+    pairs = [(other, label, other) for other in comparison.labels if other != label]
+    return _differences(comparison, title, pairs, stacked)
+
+
+def _differences(comparison: Comparison, title: str, pairs: list[tuple[str, str, str]], stacked: bool) -> Table:
+    """A row per (name of the row, contender, what it is compared with)."""
+    table = _table(title)
     for name in METRICS:
         heading = "rejected, pp" if name == "rejected_share" else HEADINGS[name]
         table.add_column(heading, justify="right", no_wrap=True)
-    for label in comparison.labels:
-        if label == baseline:
-            continue
+    for row, label, other in pairs:
         cells = []
         for name in METRICS:
-            difference = comparison.difference(label, name)
+            difference = comparison.difference(label, name, other)
             if name == "rejected_share":
                 interval, scale = difference.absolute, 100.0
             else:
@@ -81,7 +93,7 @@ def difference_table(comparison: Comparison, *, stacked: bool = False) -> Table:
             decimals = 0 if large else 2 if fine or abs(interval.mean * scale) < 1 else 1
             text = _measured(interval, scale, decimals, signed=True, stacked=stacked)
             cells.append(Text(text, style=_verdict(interval, name)))
-        table.add_row(Text(label, style="bold"), *cells)
+        table.add_row(Text(row, style="bold"), *cells)
     return table
 
 
@@ -94,6 +106,8 @@ def _table(caption: str) -> Table:
         pad_edge=False,
         padding=(0, 1),
         collapse_padding=True,
+        # The title is not broken over two lines by a narrow table.
+        min_width=len(caption),
     )
     table.add_column("contender", no_wrap=True)
     return table

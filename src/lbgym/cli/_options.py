@@ -1,0 +1,23 @@
+"""Options of ``lbgym`` itself."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"lbgym {__version__}")
+        raise typer.Exit
+
+
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """A reinforcement-learning environment for network load balancing."""
