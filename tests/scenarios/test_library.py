@@ -28,6 +28,7 @@ from lbgym.scenarios import (
 )
 from lbgym.scenarios.sample import NUM_FLOWS, make_sample_trace
 from lbgym.scenarios.traces import DECODE_RATE, PREFILL_RATE
+from lbgym.simulator import Simulation
 
 STEP = 0.25
 LARGE = {"fleet", "marllb-moderate", "marllb-large"}
@@ -99,6 +100,23 @@ def test_heterogeneous_hides_speeds_behind_equal_cores() -> None:
     capacities = np.array([server.capacity for server in scenario.servers])
     assert np.corrcoef(capacities, scenario.core_weights)[0, 1] < 0.8
     assert scenario.load == pytest.approx(0.8)
+
+
+def test_heterogeneous_rewards_knowing_the_true_speeds() -> None:
+    scenario = named_scenario("heterogeneous")
+    true_weights = np.array([server.capacity for server in scenario.servers])
+
+    def mean_and_p99(weights: np.ndarray) -> np.ndarray:
+        simulation = Simulation(scenario, 4, dispatch="sed", reservoirs=False, service=False, record_flows=True)
+        simulation.reset([1, 2, 3, 4])
+        simulation.step(np.broadcast_to(weights, (4, 1, scenario.num_servers)).copy(), 100.0)
+        fct = np.concatenate([simulation.take_flows(replica)["fct"] for replica in range(4)])
+        return np.array([fct.mean(), np.quantile(fct, 0.99)])
+
+    # The same flows for each: counting alone (LSQ is SED with equal weights), known cores, true speeds.
+    counting, cores, true = map(mean_and_p99, (np.ones(8), np.array(scenario.core_weights), true_weights))
+    assert (cores < 0.95 * counting).all()
+    assert (true < 0.85 * cores).all()
 
 
 def test_noisy_neighbours_halve_the_speed_for_30_of_75_seconds_in_turn() -> None:

@@ -322,7 +322,7 @@ def _read_lines(lines: list[str], kind: str, file: Path, options: Mapping[str, A
             found = _columns(lines[start], kind, options)
             if found is None:
                 raise TraceError(
-                    f"{file}:{start + 1}: a {kind} trace needs a header line with the columns "
+                    f"{file}:{start + 1}: a trace of format {kind!r} needs a header line with the columns "
                     f"{', '.join(map(repr, _required(kind, options)))}, got {_short(lines[start])}"
                 )
             columns = found
