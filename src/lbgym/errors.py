@@ -82,3 +82,7 @@ class MissingExtraError(LbgymError, ImportError):
 
 class DataPlaneTimeout(LbgymError, TimeoutError):
     """A live data plane published nothing new in time."""
+
+
+class InvalidOptionError(LbgymError, ValueError):
+    """A key of an environment, or an option of ``reset``, with a value it cannot have."""

@@ -96,17 +96,16 @@ def parse_contenders(items: str | Iterable[str | Contender]) -> list[Contender]:
 
 def _distinct(contenders: Sequence[Contender]) -> list[Contender]:
     """Models of one file name get their folder's name in front; any other repetition is an error."""
-
-    def labels() -> list[str]:
-        return [contender.label for contender in result]
-
-    result = list(contenders)
-    for i, contender in enumerate(contenders):
-        if contender.path is not None and labels().count(contender.label) > 1:
+    given = [contender.label for contender in contenders]
+    result = []
+    for contender in contenders:
+        if contender.path is not None and given.count(contender.label) > 1:
             path = Path(contender.path)
-            result[i] = replace(contender, label=contender.label.replace(path.stem, f"{path.parent.name}/{path.stem}"))
-    for label in labels():
-        if labels().count(label) > 1:
+            contender = replace(contender, label=contender.label.replace(path.stem, f"{path.parent.name}/{path.stem}"))
+        result.append(contender)
+    labels = [contender.label for contender in result]
+    for label in labels:
+        if labels.count(label) > 1:
             raise PolicyError(f"two contenders are called {label!r}; tell them apart with LABEL=CONTENDER")
     return result
 

@@ -105,10 +105,8 @@ class Controller:
             self._heuristics = [make_weight_policy(name, scenario, int(s)) for s in seeds]
             return
         model = _loaded(contender.path)
-        model.check_servers(n)
         self.dispatch = contender.dispatch or model.dispatch or scenario.dispatch
-        step = model.env_kwargs.get("step_interval")
-        self.interval = None if step is None else float(step)
+        self.interval = model.step_interval
         self._layout, self._codec = model.codecs(n)
         self._models = [model.copy() for _ in range(m)]
 

@@ -105,7 +105,8 @@ def _next_above(values, n, x, none):
     """The least sample above x; ``none`` if there is none."""
     low = none
     for k in range(n):
-        low = min(low, values[k] if values[k] > x else none)
+        value = values[k] if values[k] > x else none
+        low = value if value < low else low
     return low
 
 
@@ -114,7 +115,8 @@ def _next_below(values, n, x):
     """The largest sample below x, one of which there is."""
     high = -1.0
     for k in range(n):
-        high = max(high, values[k] if values[k] < x else -1.0)
+        value = values[k] if values[k] < x else -1.0
+        high = value if value > high else high
     return high
 
 

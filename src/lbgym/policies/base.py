@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..actions import ActionCodec
 from ..errors import PolicyError
 from ..features.columns import GROUND_TRUTH_NAMES, NUM_FEATURES, NUM_GROUND_TRUTH
-
-if TYPE_CHECKING:
-    from ..actions import ActionCodec
-    from ..observations import ObservationLayout
+from ..observations import ObservationLayout
 
 
 @runtime_checkable
@@ -73,8 +71,8 @@ class WeightPolicy(ABC):
 class EnvPolicy:
     """A :class:`WeightPolicy` behind an observation layout and an action codec: a :class:`Policy`.
 
-    Only the ratios of weights matter to a dispatch rule, so they are scaled to fit the range of the action space (the
-    geometric mean of a balancer's weights goes to the middle of the range) before the nearest action is taken.
+    Only the ratios of weights matter to a dispatch rule, so the codec scales them into the range of the action space
+    before it takes the nearest action; ratios beyond that range are cut off.
     """
 
     def __init__(self, policy: WeightPolicy, layout: ObservationLayout, codec: ActionCodec) -> None:

@@ -14,6 +14,8 @@ from .base import WeightPolicy, check_features
 
 _OPEN_FLOWS = column_index("n_flow_on")
 _FCT = column_index("fct_mean_decay")
+# Seconds; no quotient overflows for a flow that took no time at all.
+_LEAST_FCT = 1e-9
 _BUSY = NUM_FEATURES + GROUND_TRUTH_NAMES.index("busy_workers")
 
 #: A learned weight stays within this factor of the servers' mean, so that one bad estimate cannot starve a server
@@ -149,7 +151,7 @@ class LatencyWeights(WeightPolicy):
         """Shapes as in :meth:`WeightPolicy.weights`."""
         fct = check_features(self, features, active)[..., _FCT]
         known = fct > 0
-        raw = np.where(known, fct, 1.0) ** -self._exponent
+        raw = np.where(known, np.maximum(fct, _LEAST_FCT), 1.0) ** -self._exponent
         new = np.log(_relative(raw, known & active))
         if self._log is not None and self._log.shape == new.shape:
             new = self._smoothing * self._log + (1 - self._smoothing) * new
@@ -219,7 +221,9 @@ class LittlesLawWeights(WeightPolicy):
         fct = features[..., _FCT]
         known = fct > 0
         met = self._balancers * self._sum / self._total + 1
-        capacity = np.maximum(met, self._cores.weights(features, active)) / np.where(known, fct, 1.0)
+        capacity = np.maximum(met, self._cores.weights(features, active)) / np.where(
+            known, np.maximum(fct, _LEAST_FCT), 1.0
+        )
         return _relative(capacity, known & active) ** self._trust(fct)
 
 

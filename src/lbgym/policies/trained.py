@@ -13,8 +13,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from ..actions import ActionCodec, make_action_codec
 from ..errors import MissingExtraError, PolicyError
 from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH
+from ..observations import ObservationLayout
 from .base import Policy
 
 #: File names that mean a trained model.
@@ -22,6 +24,9 @@ TRAINED_SUFFIXES = (".pt", ".zip")
 
 #: Attribute of a Stable-Baselines3 model, hence a key of its zip file: the keys of the environment it was trained on.
 ENV_KWARGS_ATTRIBUTE = "lbgym_env_kwargs"
+
+# Columns of an observation without and with the ground truth.
+_WIDTHS = (NUM_FEATURES, NUM_FEATURES + NUM_GROUND_TRUTH)
 
 
 class TrainedPolicy:
@@ -31,11 +36,17 @@ class TrainedPolicy:
         path: where it was read from.
         env_kwargs: keys of the environment that its observations and actions are of: ``observation``, ``normalize``,
             ``use_ground_truth``, ``action_type`` and so on. ``LoadBalanceEnv(**env_kwargs, scenario=...)`` makes one.
-        num_servers: the only number of servers it takes; None: any.
+        spaces: observation and action space it was trained on, and so a number of servers; None: it takes any number.
     """
 
-    def __init__(self, model: Policy, path: Path, env_kwargs: Mapping[str, Any], num_servers: int | None) -> None:
-        self.path, self.env_kwargs, self.num_servers = path, dict(env_kwargs), num_servers
+    def __init__(
+        self,
+        model: Policy,
+        path: Path,
+        env_kwargs: Mapping[str, Any],
+        spaces: tuple[gymnasium.Space[Any], gymnasium.Space[Any]] | None = None,
+    ) -> None:
+        self.path, self.env_kwargs, self.spaces = path, dict(env_kwargs), spaces
         self._model = model
 
     @property
@@ -43,6 +54,12 @@ class TrainedPolicy:
         """The dispatch rule it was trained with, if that was another than the scenario's own."""
         rule = self.env_kwargs.get("dispatch")
         return None if rule is None else str(rule)
+
+    @property
+    def step_interval(self) -> float | None:
+        """Seconds per step it was trained with, if recorded."""
+        step = self.env_kwargs.get("step_interval")
+        return None if step is None else float(step)
 
     def reset(self) -> None:
         """Begin an episode."""
@@ -54,16 +71,44 @@ class TrainedPolicy:
 
     def copy(self) -> TrainedPolicy:
         """One with its own memory of the episode, and the same network."""
-        return TrainedPolicy(copy.copy(self._model), self.path, self.env_kwargs, self.num_servers)
+        return TrainedPolicy(copy.copy(self._model), self.path, self.env_kwargs, self.spaces)
 
-    def check_servers(self, num_servers: int) -> None:
-        """Refuse a number of servers the model does not take.
+    def codecs(self, num_servers: int) -> tuple[ObservationLayout, ActionCodec]:
+        """What turns snapshots of so many servers into its observations, and its actions into weights.
 
         Raises:
-            PolicyError: naming both numbers.
+            PolicyError: if the model was trained on other spaces than these.
         """
-        if self.num_servers is not None and self.num_servers != num_servers:
-            raise PolicyError(f"{self.path} was trained on {self.num_servers} servers and cannot balance {num_servers}")
+        keys = self.env_kwargs
+        layout = ObservationLayout(
+            num_servers,
+            keys.get("observation", "matrix"),
+            normalize=bool(keys.get("normalize", False)),
+            use_ground_truth=bool(keys.get("use_ground_truth", False)),
+        )
+        weights = {k: keys[k] for k in ("action_weights", "min_weight", "max_weight") if k in keys}
+        codec = make_action_codec(num_servers, keys.get("action_type", "discrete"), **weights)
+        if self.spaces is not None:
+            for what, trained, here in zip(
+                ("observations", "actions"), self.spaces, (layout.space, codec.space), strict=True
+            ):
+                if _shape(trained) != _shape(here):
+                    raise PolicyError(
+                        f"{self.path} was trained on {what} {trained}, but {num_servers} servers and its environment's "
+                        f"keys {keys} make them {here}"
+                    )
+        return layout, codec
+
+
+def _shape(space: gymnasium.Space[Any]) -> Any:
+    """What two spaces must have in common for a model of one to serve in the other."""
+    if isinstance(space, gymnasium.spaces.Dict):
+        return {name: part.shape for name, part in space.spaces.items()}
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, gymnasium.spaces.MultiDiscrete):
+        return tuple(space.nvec.tolist())
+    return type(space), space.shape
 
 
 class SB3Policy:
@@ -122,7 +167,7 @@ def _load_checkpoint(path: Path, deterministic: bool, env_kwargs: dict[str, Any]
     from ..training import load_policy as load_ppo
 
     model = load_ppo(path, deterministic=deterministic)
-    return TrainedPolicy(model, path, {**model.env_kwargs, **env_kwargs}, None)
+    return TrainedPolicy(model, path, {**model.env_kwargs, **env_kwargs})
 
 
 def _load_sb3(path: Path, deterministic: bool, env_kwargs: dict[str, Any], algorithm: Any) -> TrainedPolicy:
@@ -149,8 +194,9 @@ def _load_sb3(path: Path, deterministic: bool, env_kwargs: dict[str, Any], algor
         ):
             raise PolicyError(f"{str(path)!r} is not a model of Stable-Baselines3: it records no policy")
         network = _network(data, parameters["policy"])
-    inferred, num_servers = _inferred_env_kwargs(network.observation_space, network.action_space, path)
-    return TrainedPolicy(SB3Policy(network, deterministic), path, {**inferred, **recorded, **env_kwargs}, num_servers)
+    spaces = network.observation_space, network.action_space
+    known = {**_inferred_env_kwargs(*spaces, path), **recorded, **env_kwargs}
+    return TrainedPolicy(SB3Policy(network, deterministic), path, known, spaces)
 
 
 def _no_schedule(progress: float) -> float:
@@ -180,55 +226,38 @@ def _recorded_env_kwargs(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _inferred_env_kwargs(observation: Any, action: Any, path: Path) -> tuple[dict[str, Any], int]:
-    """Environment keys and number of servers that the spaces of a model show."""
+def _inferred_env_kwargs(observation: Any, action: Any, path: Path) -> dict[str, Any]:
+    """Environment keys that the spaces of a model show."""
     spaces = gymnasium.spaces
-    widths = (NUM_FEATURES, NUM_FEATURES + NUM_GROUND_TRUTH)
-    refusal = PolicyError(
-        f"{str(path)!r} was not trained on an lbgym environment: its spaces are {observation} and {action}"
-    )
     layout, features = "matrix", observation
     if isinstance(observation, spaces.Dict):
         layout, features = "dict", observation.spaces.get("features")
-    if not isinstance(features, spaces.Box):
-        raise refusal
-    n = _num_servers(action)
-    if len(features.shape) == 2:
-        n = n or features.shape[0]
-        width = features.shape[1]
-        if features.shape[0] != n:
-            raise refusal
-    elif len(features.shape) == 1 and layout == "matrix":
-        layout, size = "flat", features.shape[0]
-        n = n or next((size // (1 + w) for w in widths if size % (1 + w) == 0), 0)
-        width = size // n - 1 if n and size % n == 0 else 0
-    else:
-        raise refusal
-    if width not in widths:
-        raise refusal
+    shape = features.shape if isinstance(features, spaces.Box) else ()
+    width = shape[1] if len(shape) == 2 else 0
+    if len(shape) == 1 and layout == "matrix":
+        layout = "flat"
+        width = next((w for w in _WIDTHS if shape[0] % (1 + w) == 0 and _serves(action, shape[0] // (1 + w))), 0)
+    if width not in _WIDTHS:
+        raise PolicyError(
+            f"{str(path)!r} was not trained on an lbgym environment: its spaces are {observation} and {action}"
+        )
     keys: dict[str, Any] = {
         "observation": layout,
-        "use_ground_truth": width == widths[1],
+        "use_ground_truth": width == _WIDTHS[1],
         "normalize": bool(np.all(features.high <= 1)),
     }
-    if isinstance(action, spaces.Box):
-        if np.all(action.low == -1) and np.all(action.high == 1):
-            keys["action_type"] = "normalized"
-        else:
-            keys |= {
-                "action_type": "continuous",
-                "min_weight": float(action.low.flat[0]),
-                "max_weight": float(action.high.flat[0]),
-            }
-    else:
+    if not isinstance(action, spaces.Box):
         keys["action_type"] = "joint" if isinstance(action, spaces.Discrete) else "discrete"
-    return keys, n
+    elif np.all(action.low == -1) and np.all(action.high == 1):
+        keys["action_type"] = "normalized"
+    else:
+        keys |= {"action_type": "continuous", "min_weight": float(action.low.min())}
+        keys |= {"max_weight": float(action.high.max())}
+    return keys
 
 
-def _num_servers(action: Any) -> int:
-    """Servers that an action space is for; 0 where it does not show."""
-    if isinstance(action, gymnasium.spaces.MultiDiscrete):
-        return len(action.nvec)
-    if isinstance(action, gymnasium.spaces.Box) and len(action.shape) == 1:
-        return int(action.shape[0])
-    return 0
+def _serves(action: Any, num_servers: int) -> bool:
+    """Whether an action space can be that of so many servers."""
+    if isinstance(action, gymnasium.spaces.Discrete):
+        return round(float(action.n) ** (1 / num_servers)) ** num_servers == int(action.n)
+    return tuple(action.shape) == (num_servers,)

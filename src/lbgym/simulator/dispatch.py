@@ -78,7 +78,7 @@ def flow_score(rule, balancers, open_flows, weight):
 def _minimum(scores):
     low = scores[0]
     for j in range(1, scores.shape[0]):
-        low = min(low, scores[j])
+        low = scores[j] if scores[j] < low else low
     return low
 
 

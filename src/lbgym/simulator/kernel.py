@@ -708,26 +708,22 @@ def reset_replica(P, S, r, seed):
 def step_replicas(P, S, O, weights, duration, first, last, status):
     """One interval of replicas ``first`` to ``last``: weights, ``duration`` seconds, observation.
 
-    ``weights`` is [R, m, N], or has no replica to keep the present ones; a negative ``duration`` starts nothing and only
-    observes. A replica whose ``status`` is not DONE afterwards needs a larger array; the next call goes on where it
-    stopped and leaves the others alone.
+    ``weights`` is [R, m, N], or has no replica to keep the present ones. A replica whose ``status`` is DONE is left alone;
+    one whose status is not DONE afterwards needs a larger array, and the next call goes on where it stopped.
     """
     for r in range(first, last):
         if status[r] == DONE:
             continue
-        if S.ri[r, R_RUNNING] == 0 and duration >= 0.0:
+        if S.ri[r, R_RUNNING] == 0:
             if weights.shape[0] > 0:
                 _set_weights(P, S, r, weights[r])
             S.rf[r, R_TARGET] = S.rf[r, R_CLOCK] + duration
             S.ri[r, R_RUNNING] = 1
-        if S.ri[r, R_RUNNING] == 1:
-            status[r] = _run(P, S, r)
-            if status[r] != DONE:
-                continue
+        status[r] = _run(P, S, r)
+        if status[r] == DONE:
             S.ri[r, R_RUNNING] = 0
             S.rf[r, R_CLOCK] = S.rf[r, R_TARGET]
-        status[r] = DONE
-        _observe(P, S, O, r)
+            _observe(P, S, O, r)
 
 
 @compiled()

@@ -113,6 +113,8 @@ class Simulation:
         self._pool: ThreadPoolExecutor | None = None
         self._pool_pid = 0
         self._started = np.zeros(self.num_replicas, np.bool_)
+        self._all_started = False
+        self._output: at.Output | None = None
         self._keep_weights = np.empty((0, self.num_balancers, self.num_servers))
         self._reservoir_capacity = scenario.sampling.capacity if reservoirs else 0
         self._state = at.allocate_state(
@@ -160,6 +162,7 @@ class Simulation:
         for r in chosen:
             self._scenarios[r] = scenario
             self._started[r] = False
+        self._all_started = False
         if (self._dispatch or scenario.dispatch) == "maglev" and self._state.maglev.shape[2] == 1:
             shape = (self.num_replicas, self.num_balancers, self._maglev_size)
             self._state = self._state._replace(maglev=np.zeros(shape, np.int32))
@@ -175,37 +178,54 @@ class Simulation:
             maglev_size=self._maglev_size,
         )
 
-    def reset(
-        self, seeds: Sequence[int], mask: NDArray[np.bool_] | None = None, output: at.Output | None = None
-    ) -> Snapshot:
+    def reset(self, seeds: Sequence[int], mask: NDArray[np.bool_] | None = None) -> Snapshot:
         """Empty the masked replicas (None: all) and start their flows from ``seeds``, one per replica.
 
-        Returns the batched snapshot at time 0. With ``output``, the rows of the other replicas keep what it holds.
+        Returns the batched snapshot, at time 0 for the replicas that were reset; the others' rows are those of the snapshot
+        before.
         """
-        if len(seeds) != self.num_replicas:
-            raise ScenarioError(f"reset needs {self.num_replicas} seeds, one per replica, got {len(seeds)}")
+        words = self._words(seeds)
+        if mask is None or self._output is None:
+            output = at.allocate_output(self.num_replicas, self.num_servers, self.num_balancers)
+        else:
+            output = at.Output(*(array.copy() for array in self._output))
         if mask is None:
             mask = np.ones(self.num_replicas, np.bool_)
-        words = np.array([int(seed) & _MASK64 for seed in seeds], np.uint64)
-        fresh = output is None
-        if output is None:
-            output = at.allocate_output(self.num_replicas, self.num_servers, self.num_balancers)
-        self._kernel.reset_replicas(self._parameters, self._state, output, words, mask)
-        self._started |= mask
-        if fresh and not mask.all():
-            self._call(output, self._keep_weights, -1.0, ~mask & self._started)
+        elif self._output is None:
+            for array in output:
+                array[...] = 0
+        self._reset(output, words, mask)
         return self._snapshot(output)
 
-    def step(self, weights: ArrayLike | None, duration: float) -> Snapshot:
+    def _words(self, seeds: Sequence[int]) -> NDArray[np.uint64]:
+        if len(seeds) != self.num_replicas:
+            raise ScenarioError(f"reset needs {self.num_replicas} seeds, one per replica, got {len(seeds)}")
+        return np.array([int(seed) & _MASK64 for seed in seeds], np.uint64)
+
+    def _reset(self, output: at.Output, words: NDArray[np.uint64], mask: NDArray[np.bool_]) -> None:
+        self._kernel.reset_replicas(self._parameters, self._state, output, words, mask)
+        self._started |= mask
+        self._all_started = bool(self._started.all())
+
+    def step(
+        self,
+        weights: ArrayLike | None,
+        duration: float,
+        *,
+        seeds: Sequence[int] | None = None,
+        reset: NDArray[np.bool_] | None = None,
+    ) -> Snapshot:
         """Apply ``weights`` float[R, m, N] (None: keep the present ones), run ``duration`` seconds, observe.
+
+        The replicas marked in ``reset`` begin again from their ``seeds`` instead.
 
         Raises:
             InvalidWeightsError: for a wrong shape, or weights that are negative or not finite.
             ResetNeeded: before the first ``reset``.
         """
-        if not duration >= 0.0 or math.isinf(duration):
+        if not 0.0 <= duration < math.inf:
             raise ScenarioError(f"duration must be finite and at least 0 seconds, got {duration!r}")
-        if not self._started.all():
+        if not self._all_started:
             raise ResetNeeded("call reset() before step(): no flow has been drawn yet")
         if weights is None:
             checked = self._keep_weights
@@ -220,7 +240,12 @@ class Simulation:
             if not (checked.min() >= 0.0 and checked.max() < math.inf):
                 raise InvalidWeightsError(f"weights must be finite and at least 0, got {_first_bad(checked)!r}")
         output = at.allocate_output(self.num_replicas, self.num_servers, self.num_balancers)
-        self._call(output, checked, float(duration), None)
+        if reset is None:
+            self._call(output, checked, float(duration), None)
+        else:
+            assert seeds is not None
+            self._call(output, checked, float(duration), ~reset)
+            self._reset(output, self._words(seeds), reset)
         return self._snapshot(output)
 
     def observe(self) -> Snapshot:
@@ -278,6 +303,7 @@ class Simulation:
         return self._pool
 
     def _snapshot(self, output: at.Output) -> Snapshot:
+        self._output = output
         started, completed, rejected, failed = output.counts
         return Snapshot(
             sequence_id=output.sequence_id,

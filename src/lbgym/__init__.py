@@ -1,0 +1,59 @@
+"""lbgym: a reinforcement-learning environment for network load balancing.
+
+Importing it registers ``lbgym/LoadBalance-v0`` with Gymnasium and costs no more than NumPy and Gymnasium; the simulator,
+torch, Matplotlib and the rest come when they are first needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+
+if TYPE_CHECKING:
+    from .env import LoadBalanceEnv
+    from .features import ReservoirSampler
+    from .scenarios import Scenario, load_scenario, scenario_names
+    from .snapshot import Snapshot
+    from .vector_env import LoadBalanceVectorEnv
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoadBalanceEnv": "env",
+    "LoadBalanceVectorEnv": "vector_env",
+    "ReservoirSampler": "features",
+    "Scenario": "scenarios",
+    "Snapshot": "snapshot",
+    "load_scenario": "scenarios",
+    "scenario_names": "scenarios",
+}
+
+__all__ = [
+    "LoadBalanceEnv",
+    "LoadBalanceVectorEnv",
+    "ReservoirSampler",
+    "Scenario",
+    "Snapshot",
+    "__version__",
+    "load_scenario",
+    "scenario_names",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+gymnasium.register(
+    id="lbgym/LoadBalance-v0",
+    entry_point="lbgym.env:LoadBalanceEnv",
+    vector_entry_point="lbgym.vector_env:LoadBalanceVectorEnv",
+)

@@ -1,0 +1,217 @@
+"""From an agent's action to weights, and back."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import InvalidActionError, InvalidOptionError, UnknownNameError
+
+ACTION_TYPES = ("discrete", "joint", "continuous", "normalized")
+MAX_JOINT_ACTIONS = 4096
+
+
+class ActionCodec(ABC):
+    """The actions of one kind on N servers, for one environment or a batch of them."""
+
+    def __init__(self, num_servers: int) -> None:
+        self.num_servers = num_servers
+
+    @property
+    @abstractmethod
+    def space(self) -> spaces.Space[Any]:
+        """The action space of one environment."""
+
+    @abstractmethod
+    def to_weights(self, action: Any, num_envs: int | None = None) -> NDArray[np.float64]:
+        """Weights float64[N] of one action, or float64[num_envs, N] of a batch.
+
+        Raises:
+            InvalidActionError: for a wrong shape or type, an index out of range, a value that is not finite.
+        """
+
+    @abstractmethod
+    def encode(self, weights: ArrayLike) -> Any:
+        """The action whose weights come nearest, in ratio, to ``weights`` float[..., N].
+
+        Weights are relative, so they are scaled to the middle of the allowed range where they do not fit into it.
+        """
+
+    def _array(self, action: Any, num_envs: int | None, *, per_server: bool, whole: bool) -> NDArray[Any]:
+        shape = (() if num_envs is None else (num_envs,)) + ((self.num_servers,) if per_server else ())
+        try:
+            array = np.asarray(action)
+        except (ValueError, TypeError) as error:
+            raise InvalidActionError(f"an action must be an array of shape {shape}, got {action!r}") from error
+        kinds = "iu" if whole else "fiu"
+        if array.dtype.kind not in kinds:
+            what = "whole numbers" if whole else "numbers"
+            raise InvalidActionError(f"an action must hold {what} in shape {shape}, got {action!r}")
+        if array.shape != shape:
+            raise InvalidActionError(f"an action must have shape {shape}, got shape {array.shape}")
+        return array
+
+
+def _fit(weights: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
+    """Weights scaled, where they lie outside [low, high], so that the middle of their logarithms is that range's."""
+    values = np.asarray(weights, np.float64)
+    if values.size and low <= values.min() and values.max() <= high:
+        return values
+    positive = np.where(values > 0.0, values, np.nan)
+    largest = np.fmax.reduce(positive, axis=-1, keepdims=True)
+    smallest = np.fmin.reduce(positive, axis=-1, keepdims=True)
+    scale = np.nan_to_num(math.sqrt(low * high) / np.sqrt(largest) / np.sqrt(smallest), nan=1.0)
+    return np.clip(values * scale, low, high)
+
+
+class DiscreteActions(ActionCodec):
+    """``MultiDiscrete([K] * N)``: an index into ``levels`` per server."""
+
+    def __init__(self, num_servers: int, levels: Sequence[float]) -> None:
+        super().__init__(num_servers)
+        self.levels = np.array(levels, np.float64)
+        self._k = len(self.levels)
+
+    @property
+    def space(self) -> spaces.Space[Any]:
+        return spaces.MultiDiscrete([self._k] * self.num_servers)
+
+    def to_weights(self, action: Any, num_envs: int | None = None) -> NDArray[np.float64]:
+        array = self._array(action, num_envs, per_server=True, whole=True)
+        if array.min() < 0 or array.max() >= self._k:
+            bad = array[(array < 0) | (array >= self._k)].flat[0]
+            raise InvalidActionError(f"an action must hold indices from 0 to {self._k - 1}, got {bad}")
+        return self.levels[array]
+
+    def encode(self, weights: ArrayLike) -> NDArray[np.int64]:
+        fitted = _fit(weights, self.levels.min(), self.levels.max())
+        return np.abs(np.log(fitted)[..., None] - np.log(self.levels)).argmin(axis=-1)
+
+
+class JointActions(ActionCodec):
+    """``Discrete(K ** N)``: one index for all servers; the last server's level varies fastest."""
+
+    def __init__(self, num_servers: int, levels: Sequence[float]) -> None:
+        super().__init__(num_servers)
+        self._parts = DiscreteActions(num_servers, levels)
+        k = len(levels)
+        # Compared by logarithm: K ** N of a large cluster has thousands of digits.
+        if num_servers * math.log(k) > math.log(MAX_JOINT_ACTIONS) + 1e-9:
+            raise InvalidOptionError(
+                f"action_type 'joint' has {k} ** {num_servers} actions for {k} action_weights and {num_servers} servers; "
+                f"allowed: {MAX_JOINT_ACTIONS:,}. Use 'discrete', or fewer action_weights"
+            )
+        self._n = k**num_servers
+        self._shape = (k,) * num_servers
+
+    @property
+    def space(self) -> spaces.Space[Any]:
+        return spaces.Discrete(self._n)
+
+    def to_weights(self, action: Any, num_envs: int | None = None) -> NDArray[np.float64]:
+        array = self._array(action, num_envs, per_server=False, whole=True)
+        if array.min() < 0 or array.max() >= self._n:
+            bad = array[(array < 0) | (array >= self._n)].flat[0]
+            raise InvalidActionError(f"an action must be from 0 to {self._n - 1}, got {bad}")
+        return self._parts.levels[np.stack(np.unravel_index(array, self._shape), axis=-1)]
+
+    def encode(self, weights: ArrayLike) -> Any:
+        parts = np.moveaxis(self._parts.encode(weights), -1, 0)
+        return np.int64(np.ravel_multi_index(tuple(parts), self._shape))
+
+
+class ContinuousActions(ActionCodec):
+    """``Box(min_weight, max_weight, (N,))``: the weights themselves, clipped to these bounds."""
+
+    def __init__(self, num_servers: int, low: float, high: float) -> None:
+        super().__init__(num_servers)
+        self.low, self.high = low, high
+
+    @property
+    def space(self) -> spaces.Space[Any]:
+        return spaces.Box(self.low, self.high, (self.num_servers,), np.float32)
+
+    def to_weights(self, action: Any, num_envs: int | None = None) -> NDArray[np.float64]:
+        return np.minimum(np.maximum(self._finite(action, num_envs), self.low), self.high)
+
+    def encode(self, weights: ArrayLike) -> NDArray[np.float32]:
+        return _fit(weights, self.low, self.high).astype(np.float32).clip(np.float32(self.low), np.float32(self.high))
+
+    def _finite(self, action: Any, num_envs: int | None) -> NDArray[np.float64]:
+        array = self._array(action, num_envs, per_server=True, whole=False).astype(np.float64)
+        # The sum of finite actions is finite short of 1e308 / N; only then is each looked at.
+        if not math.isfinite(array.sum()) and not np.isfinite(array).all():
+            bad = array[~np.isfinite(array)].flat[0]
+            raise InvalidActionError(f"an action must be finite, got {bad}")
+        return array
+
+
+class NormalizedActions(ContinuousActions):
+    """``Box(-1, 1, (N,))``, mapped to [min_weight, max_weight] by logarithm: -1, 0, 1 are the least, the geometric mean and
+    the largest weight. Clipped to [-1, 1]."""  # noqa: D205, D209
+
+    def __init__(self, num_servers: int, low: float, high: float) -> None:
+        super().__init__(num_servers, low, high)
+        self._middle = 0.5 * (math.log(low) + math.log(high))
+        self._half = 0.5 * (math.log(high) - math.log(low))
+
+    @property
+    def space(self) -> spaces.Space[Any]:
+        return spaces.Box(-1.0, 1.0, (self.num_servers,), np.float32)
+
+    def to_weights(self, action: Any, num_envs: int | None = None) -> NDArray[np.float64]:
+        array = np.minimum(np.maximum(self._finite(action, num_envs), -1.0), 1.0)
+        weights = np.exp(self._middle + self._half * array)
+        return np.minimum(np.maximum(weights, self.low), self.high)
+
+    def encode(self, weights: ArrayLike) -> NDArray[np.float32]:
+        fitted = _fit(weights, self.low, self.high)
+        scaled = (np.log(fitted) - self._middle) / self._half if self._half > 0.0 else np.zeros_like(fitted)
+        return scaled.astype(np.float32).clip(-1.0, 1.0)
+
+
+def make_action_codec(
+    num_servers: int,
+    action_type: str = "discrete",
+    *,
+    action_weights: Sequence[float] = (1.0, 1.5, 2.0),
+    min_weight: float = 0.1,
+    max_weight: float = 10.0,
+) -> ActionCodec:
+    """The codec of an ``action_type`` (``ACTION_TYPES``).
+
+    Raises:
+        UnknownNameError: for another action type.
+        InvalidOptionError: for weights that are not finite and above 0, an empty list of them, bounds out of order, or
+            more than 4,096 joint actions.
+    """
+    if action_type not in ACTION_TYPES:
+        raise UnknownNameError("action type", action_type, ACTION_TYPES)
+    if action_type in ("discrete", "joint"):
+        try:
+            levels = [float(w) for w in action_weights]
+        except (TypeError, ValueError):
+            levels = []
+        if not levels or not all(math.isfinite(w) and w > 0.0 for w in levels):
+            raise InvalidOptionError(
+                f"action_weights must be one or more finite numbers above 0, got {action_weights!r}"
+            )
+        return (DiscreteActions if action_type == "discrete" else JointActions)(num_servers, levels)
+    low, high = _bound("min_weight", min_weight), _bound("max_weight", max_weight)
+    if low > high:
+        raise InvalidOptionError(f"min_weight must be at most max_weight {max_weight}, got {min_weight}")
+    return (ContinuousActions if action_type == "continuous" else NormalizedActions)(num_servers, low, high)
+
+
+def _bound(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise InvalidOptionError(f"{name} must be a finite number above 0, got {value!r}")
+    if not (math.isfinite(value) and value > 0.0):
+        raise InvalidOptionError(f"{name} must be a finite number above 0, got {value!r}")
+    return float(value)

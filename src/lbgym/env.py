@@ -1,0 +1,311 @@
+"""The environment of one balancer: :class:`LoadBalanceEnv`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from .actions import make_action_codec
+from .errors import InvalidOptionError, ResetNeeded, UnknownNameError
+from .observations import ObservationLayout
+from .rendering import RENDER_MODES, Viewer
+from .rewards import make_reward
+from .scenarios import DISPATCH_RULES, Scenario, default_scenario, load_scenario
+from .snapshot import Snapshot
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise InvalidOptionError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+class Setup:
+    """The keys of an environment, checked, and what they stand for. Shared by the single and the vector form.
+
+    Raises:
+        UnknownNameError: for an unknown name of an action type, layout, reward, field, dispatch rule, render mode or
+            scenario.
+        InvalidOptionError: for a value out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_servers: int | None = None,
+        action_type: str = "discrete",
+        action_weights: Sequence[float] = (1.0, 1.5, 2.0),
+        min_weight: float = 0.1,
+        max_weight: float = 10.0,
+        step_interval: float = 0.25,
+        reward_type: str | Mapping[str, float] | Callable[[Snapshot], Any] = "jain",
+        reward_field: str = "flow_duration_avg_decay",
+        max_steps: int = 10_000,
+        max_episode_steps: int | None = None,
+        use_ground_truth: bool = False,
+        observation: str = "matrix",
+        normalize: bool = False,
+        scenario: Scenario | str | PathLike[str] | None = None,
+        dispatch: str | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        if num_servers is not None:
+            num_servers = _whole("num_servers", num_servers)
+        self.scenario = default_scenario(num_servers or 4) if scenario is None else load_scenario(scenario)
+        if num_servers is not None and num_servers != self.scenario.num_servers:
+            raise InvalidOptionError(
+                f"num_servers={num_servers}, but scenario {self.scenario.name!r} has {self.scenario.num_servers} servers; "
+                "leave num_servers out, or give it no scenario"
+            )
+        if dispatch is not None and dispatch not in DISPATCH_RULES:
+            raise UnknownNameError("dispatch rule", dispatch, DISPATCH_RULES)
+        if isinstance(step_interval, bool) or not isinstance(step_interval, (int, float, np.integer, np.floating)):
+            raise InvalidOptionError(f"step_interval must be a number of seconds above 0, got {step_interval!r}")
+        if not (math.isfinite(step_interval) and step_interval > 0.0):
+            raise InvalidOptionError(f"step_interval must be finite and above 0 seconds, got {step_interval!r}")
+        if render_mode is not None and render_mode not in RENDER_MODES:
+            raise UnknownNameError("render mode", render_mode, RENDER_MODES)
+        self.max_steps = _whole("max_steps", max_steps)
+        if max_episode_steps is not None:
+            self.max_steps = min(self.max_steps, _whole("max_episode_steps", max_episode_steps))
+        self.num_servers = self.scenario.num_servers
+        self.dispatch = dispatch
+        self.step_interval = float(step_interval)
+        self.render_mode = render_mode
+        self.codec = make_action_codec(
+            self.num_servers,
+            action_type,
+            action_weights=action_weights,
+            min_weight=min_weight,
+            max_weight=max_weight,
+        )
+        self.layout = ObservationLayout(
+            self.num_servers, observation, normalize=normalize, use_ground_truth=use_ground_truth
+        )
+        self.reward = make_reward(reward_type, reward_field)
+
+    def viewer(self) -> Viewer | None:
+        """What draws the environment in its render mode, if it has one."""
+        if self.render_mode is None:
+            return None
+        return Viewer(self.render_mode, self.scenario, dispatch=self.dispatch)
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse what cannot be a seed, in the words of this package."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0):
+        raise InvalidOptionError(f"seed must be a whole number of at least 0, or None, got {seed!r}")
+
+
+class LoadBalanceEnv(gymnasium.Env[Any, Any]):
+    """Set the weights of N servers once per interval; the data plane places every flow by them.
+
+    **Observation**: per server 11 features (``lbgym.features.FEATURE_NAMES``: open flows; mean, 90th percentile, standard
+    deviation, decayed mean and decayed 90th percentile of flow completion time and of flow duration, seconds), with
+    ``use_ground_truth`` 3 more (CPU use, memory use, busy workers). Layouts: see
+    :class:`~lbgym.observations.ObservationLayout`.
+
+    **Action**: "discrete" ``MultiDiscrete([K] * N)`` into ``action_weights``; "joint" ``Discrete(K ** N)``, at most 4,096;
+    "continuous" ``Box(min_weight, max_weight, (N,))``; "normalized" ``Box(-1, 1, (N,))``, mapped by logarithm.
+    Continuous actions are clipped to their bounds; anything else that does not fit is an error.
+
+    **Reward**: ``reward_type`` of ``reward_field`` over the active servers (:mod:`lbgym.rewards`): a name, a mapping of names to
+    weights, or a function of the :class:`~lbgym.Snapshot`.
+
+    **End**: balancing load never ends by itself, so ``terminated`` is always False; ``truncated`` after ``max_steps`` steps.
+
+    **Info**: ``sequence_id``, ``timestamp`` (s), ``active_servers`` bool[N], ``weights`` float64[N], and of the flows that ended
+    during the step ``completed``, ``rejected`` (or failed), ``fct_mean``, ``fct_p50``, ``fct_p90``, ``fct_p99`` (s; a rejected flow
+    counts with the scenario's ``reject_timeout``).
+
+    On a scenario with several balancers the environment sees balancer 0, and its weights go to all.
+
+    Args:
+        num_servers: N of the built-in scenario, 4 by default; with a scenario, its number of servers.
+        action_type: "discrete", "joint", "continuous" or "normalized".
+        action_weights: the K levels of a discrete action.
+        min_weight: least weight of a continuous action.
+        max_weight: largest weight of a continuous action.
+        step_interval: seconds of data-plane time per step.
+        reward_type: name, mapping or callable.
+        reward_field: the feature or ground-truth column that fairness rewards compare.
+        max_steps: steps per episode.
+        max_episode_steps: the same by Gymnasium's name; the smaller one counts.
+        use_ground_truth: append the 3 columns that only the servers themselves know.
+        observation: "matrix", "flat" or "dict".
+        normalize: map every feature to [0, 1] by a fixed logarithmic scale.
+        scenario: a Scenario, the name of one, or the path of a TOML file; None: alternating servers of 2 and 4 cores.
+        dispatch: dispatch rule instead of the scenario's.
+        render_mode: "human", "ansi" or "rgb_array".
+
+    Raises:
+        UnknownNameError: for an unknown name, with the nearest known one.
+        InvalidOptionError: for a value out of its range.
+    """
+
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium's own declaration
+
+    def __init__(
+        self,
+        *,
+        num_servers: int | None = None,
+        action_type: str = "discrete",
+        action_weights: Sequence[float] = (1.0, 1.5, 2.0),
+        min_weight: float = 0.1,
+        max_weight: float = 10.0,
+        step_interval: float = 0.25,
+        reward_type: str | Mapping[str, float] | Callable[[Snapshot], Any] = "jain",
+        reward_field: str = "flow_duration_avg_decay",
+        max_steps: int = 10_000,
+        max_episode_steps: int | None = None,
+        use_ground_truth: bool = False,
+        observation: str = "matrix",
+        normalize: bool = False,
+        scenario: Scenario | str | PathLike[str] | None = None,
+        dispatch: str | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        setup = Setup(
+            num_servers=num_servers,
+            action_type=action_type,
+            action_weights=action_weights,
+            min_weight=min_weight,
+            max_weight=max_weight,
+            step_interval=step_interval,
+            reward_type=reward_type,
+            reward_field=reward_field,
+            max_steps=max_steps,
+            max_episode_steps=max_episode_steps,
+            use_ground_truth=use_ground_truth,
+            observation=observation,
+            normalize=normalize,
+            scenario=scenario,
+            dispatch=dispatch,
+            render_mode=render_mode,
+        )
+        from .dataplanes import DataPlane, SimulatedDataPlane
+
+        self._data_plane: DataPlane = SimulatedDataPlane(
+            setup.scenario, dispatch=setup.dispatch, interval=setup.step_interval
+        )
+        self.scenario = setup.scenario
+        self.num_servers = setup.num_servers
+        self.max_steps = setup.max_steps
+        self.render_mode = setup.render_mode
+        self.action_codec = setup.codec
+        self.observation_layout = setup.layout
+        self.feature_columns = setup.layout.columns
+        self.observation_space = setup.layout.space
+        self.action_space = setup.codec.space
+        self._reward = setup.reward
+        self._viewer = setup.viewer()
+        self._snapshot: Snapshot | None = None
+        self._weights = np.ones(self.num_servers)
+        self._last_reward: float | None = None
+        self._steps = 0
+        self._over = True
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode: empty servers, unit weights.
+
+        Args:
+            seed: of this and all following episodes; None: go on with the present generator.
+            options: for this episode only: ``scenario``, ``load`` or ``rate``, ``events``
+                (:func:`lbgym.dataplanes.scenario_with_options`).
+
+        Raises:
+            UnknownNameError, InvalidOptionError, ScenarioError: for options that make no sense; the episode under way
+                is left as it was.
+        """
+        check_seed(seed)
+        super().reset(seed=seed)
+        self._snapshot = self._data_plane.reset(int(self.np_random.integers(1 << 63)), dict(options or {}))
+        self._weights = np.ones(self.num_servers)
+        self._last_reward = None
+        self._steps = 0
+        self._over = False
+        if self._viewer is not None:
+            self._viewer.reset()
+            if self.render_mode == "human":
+                self.render()
+        return self._observation(self._snapshot), self._info(self._snapshot)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Set the weights of ``action``, let one interval pass, observe.
+
+        Raises:
+            InvalidActionError: for an action that does not fit; nothing has happened then.
+            ResetNeeded: before ``reset`` or after the end of an episode.
+        """
+        if self._over:
+            when = "call reset() before step()" if self._snapshot is None else "the episode is over: call reset()"
+            raise ResetNeeded(when)
+        self._weights = self.action_codec.to_weights(action)
+        snapshot = self._snapshot = self._data_plane.step(self._weights)
+        self._steps += 1
+        reward = self._last_reward = float(self._reward(snapshot))
+        self._over = self._steps >= self.max_steps
+        if self.render_mode == "human":
+            self.render()
+        return self._observation(snapshot), reward, False, self._over, self._info(snapshot)
+
+    def render(self) -> Any:
+        """The last snapshot in the render mode: a string, uint8[H, W, 3], or None for "human" and no mode.
+
+        Raises:
+            ResetNeeded: before the first reset.
+        """
+        if self._snapshot is None:
+            raise ResetNeeded("call reset() before render(): there is nothing to see yet")
+        if self._viewer is None:
+            return None
+        return self._viewer.render(
+            self._snapshot, weights=self._weights, reward=self._last_reward, step=self._steps
+        )
+
+    def close(self) -> None:
+        """Close the data plane; idempotent."""
+        self._data_plane.close()
+
+    def _observation(self, snapshot: Snapshot) -> Any:
+        return self.observation_layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active)
+
+    def _info(self, snapshot: Snapshot) -> dict[str, Any]:
+        info: dict[str, Any] = {
+            "sequence_id": snapshot.sequence_id,
+            "timestamp": snapshot.timestamp,
+            "active_servers": snapshot.active.copy(),
+            "weights": self._weights.copy(),
+        }
+        if snapshot.service is not None:
+            completed, rejected, mean, p50, p90, p99 = snapshot.service.tolist()[:6]
+            info["completed"] = int(completed)
+            info["rejected"] = int(rejected)
+            info["fct_mean"], info["fct_p50"], info["fct_p90"], info["fct_p99"] = mean, p50, p90, p99
+        return info
+
+
+def batch_info(snapshot: Snapshot, weights: NDArray[np.float64], mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """What :class:`LoadBalanceEnv` tells in ``info``, of a batch: arrays, and a ``_key`` mask of who tells it."""
+    info: dict[str, Any] = {
+        "sequence_id": snapshot.sequence_id.copy(),
+        "timestamp": snapshot.timestamp.copy(),
+        "active_servers": snapshot.active.copy(),
+        "weights": weights.copy(),
+    }
+    if snapshot.service is not None:
+        info["completed"] = snapshot.service[:, 0].astype(np.int64)
+        info["rejected"] = snapshot.service[:, 1].astype(np.int64)
+        for i, name in enumerate(("fct_mean", "fct_p50", "fct_p90", "fct_p99")):
+            info[name] = snapshot.service[:, 2 + i].copy()
+    for name in tuple(info):
+        info[f"_{name}"] = mask.copy()
+    return info

@@ -1,0 +1,144 @@
+"""From what a balancer sees to what an agent is given: layouts and normalisation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from .errors import InvalidOptionError, UnknownNameError
+from .features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
+
+LAYOUTS = ("matrix", "flat", "dict")
+
+#: A count c is mapped to log(1 + c) / log(1 + MAX_COUNT), a time t to log(1 + t / TIME_UNIT) / log(1 + MAX_TIME / TIME_UNIT),
+#: both at most 1; CPU and memory use are fractions already.
+MAX_COUNT = 10_000.0
+TIME_UNIT = 1e-3
+MAX_TIME = 100.0
+
+_COUNT_GAIN = 1.0 / math.log1p(MAX_COUNT)
+_TIME_GAIN = 1.0 / math.log1p(MAX_TIME / TIME_UNIT)
+_FRACTIONS = {"cpu_usage", "memory_usage"}
+_COUNTS = {"n_flow_on", "busy_workers"}
+
+
+def _scales(columns: tuple[str, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Per column: what to multiply with before the logarithm, and after."""
+    units = [1.0 if name in _COUNTS else 1.0 / TIME_UNIT for name in columns]
+    gains = [_COUNT_GAIN if name in _COUNTS else _TIME_GAIN for name in columns]
+    return np.array(units, np.float32), np.array(gains, np.float32)
+
+
+class ObservationLayout:
+    """How the features of N servers are laid out for an agent; the same for one snapshot and for a batch.
+
+    C columns: the 11 features, and with ``use_ground_truth`` CPU use, memory use and busy workers.
+
+    * "matrix": float32[..., N, C];
+    * "flat": float32[..., N + N * C], a 0/1 per server that says whether it is active, then the matrix row by row;
+    * "dict": ``features`` float32[..., N, C] and ``mask`` int8[..., N].
+
+    Values are flows and seconds, or with ``normalize`` in [0, 1] on a logarithmic scale that depends on nothing but the
+    column (``MAX_COUNT``, ``TIME_UNIT``, ``MAX_TIME``). Rows of inactive servers are zero.
+
+    Raises:
+        UnknownNameError: for another layout.
+    """
+
+    def __init__(
+        self, num_servers: int, observation: str = "matrix", *, normalize: bool = False, use_ground_truth: bool = False
+    ) -> None:
+        if observation not in LAYOUTS:
+            raise UnknownNameError("observation layout", observation, LAYOUTS)
+        self.num_servers = num_servers
+        self.observation = observation
+        self.normalize = normalize
+        self.use_ground_truth = use_ground_truth
+        #: Names of the C columns.
+        self.columns: tuple[str, ...] = FEATURE_NAMES + (GROUND_TRUTH_NAMES if use_ground_truth else ())
+        self._units, self._gains = _scales(self.columns)
+        self._fractions = [i for i, name in enumerate(self.columns) if name in _FRACTIONS]
+
+    @property
+    def space(self) -> spaces.Space[Any]:
+        """The observation space of one environment."""
+        n, c = self.num_servers, len(self.columns)
+        high = 1.0 if self.normalize else np.inf
+        matrix = spaces.Box(0.0, high, (n, c), np.float32)
+        if not self.normalize:
+            for i in self._fractions:
+                matrix.high[:, i] = 1.0
+            # A Box compares and prints by these, too.
+            matrix = spaces.Box(matrix.low, matrix.high, dtype=np.float32)
+        if self.observation == "matrix":
+            return matrix
+        if self.observation == "dict":
+            return spaces.Dict({"features": matrix, "mask": spaces.MultiBinary(n)})
+        high_row = np.concatenate([np.ones(n, np.float32), matrix.high.ravel()])
+        return spaces.Box(np.zeros_like(high_row), high_row, dtype=np.float32)
+
+    def encode(
+        self, stats: NDArray[np.float32], ground_truth: NDArray[np.float32] | None, active: NDArray[np.bool_]
+    ) -> Any:
+        """An observation, in fresh arrays, from stats [..., N, 11], ground truth [..., N, 3] and active [..., N].
+
+        Raises:
+            InvalidOptionError: if ground truth is asked for and the data plane has none.
+        """
+        if self.use_ground_truth:
+            if ground_truth is None:
+                raise InvalidOptionError(
+                    "use_ground_truth=True, but this data plane knows nothing of its servers' CPU, memory or workers"
+                )
+            features = np.concatenate([stats, ground_truth], axis=-1)
+        else:
+            features = stats.copy()
+        if self.normalize:
+            self._normalize(features)
+        if self.observation == "matrix":
+            return features
+        if self.observation == "dict":
+            return {"features": features, "mask": active.astype(np.int8)}
+        rows = features.reshape(*features.shape[:-2], -1)
+        return np.concatenate([active, rows], axis=-1, dtype=np.float32)
+
+    def _normalize(self, features: NDArray[np.float32]) -> None:
+        # log(1 + x), since NumPy has a vectorised float32 log and no log1p.
+        fractions = features[..., self._fractions] if self._fractions else None
+        features *= self._units
+        features += np.float32(1.0)
+        np.log(features, out=features)
+        features *= self._gains
+        np.minimum(features, np.float32(1.0), out=features)
+        if fractions is not None:
+            features[..., self._fractions] = fractions
+
+    def decode(self, observation: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Features float32[..., N, C] in flows and seconds, and active bool[..., N], back from an observation.
+
+        The matrix layout has no mask: there a server counts as inactive when its row is all zero and another's is not.
+        """
+        n, c = self.num_servers, len(self.columns)
+        if self.observation == "dict":
+            features, active = observation["features"], np.asarray(observation["mask"]) > 0
+        elif self.observation == "flat":
+            observation = np.asarray(observation)
+            active = observation[..., :n] > 0
+            features = observation[..., n:].reshape(*observation.shape[:-1], n, c)
+        else:
+            features = np.asarray(observation)
+            seen = features.any(axis=-1)
+            active = seen | ~seen.any(axis=-1, keepdims=True)
+        features = np.array(features, np.float32)
+        if self.normalize:
+            fractions = features[..., self._fractions]
+            features = np.expm1(features / self._gains) / self._units
+            features[..., self._fractions] = fractions
+        return features, active
+
+
+__all__ = ["LAYOUTS", "MAX_COUNT", "MAX_TIME", "TIME_UNIT", "ObservationLayout"]

@@ -1,0 +1,49 @@
+"""Recipes that train policies: PPO in plain torch, and Stable-Baselines3 through a thin adapter.
+
+Importing this package imports neither torch nor Stable-Baselines3; the names below load them when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ppo import PPOConfig, PPOPolicy, Progress, TrainingResult, load_policy, read_checkpoint, train_ppo
+    from .sb3 import SB3Config, SB3VecEnv, train_sb3_ppo
+
+_HOMES = {
+    "PPOConfig": "ppo",
+    "PPOPolicy": "ppo",
+    "Progress": "ppo",
+    "TrainingResult": "ppo",
+    "load_policy": "ppo",
+    "read_checkpoint": "ppo",
+    "train_ppo": "ppo",
+    "SB3Config": "sb3",
+    "SB3VecEnv": "sb3",
+    "train_sb3_ppo": "sb3",
+}
+
+__all__ = [
+    "PPOConfig",
+    "PPOPolicy",
+    "Progress",
+    "SB3Config",
+    "SB3VecEnv",
+    "TrainingResult",
+    "load_policy",
+    "read_checkpoint",
+    "train_ppo",
+    "train_sb3_ppo",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

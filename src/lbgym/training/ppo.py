@@ -1,0 +1,930 @@
+"""Proximal policy optimisation over :class:`lbgym.LoadBalanceVectorEnv`, in one file.
+
+Schulman et al., "Proximal Policy Optimization Algorithms" (2017) and "High-Dimensional Continuous Control Using
+Generalized Advantage Estimation" (2016). What is particular to load balancing:
+
+* The network shares its parameters over the servers and is equivariant to their order, so one trained policy serves
+  any number of servers and leaves inactive ones out.
+* Load balancing never terminates: every episode ends by truncation, and the value of its last observation is
+  bootstrapped.
+* Arrivals do not depend on the actions, so several replicas live through the same flows and their mean advantage is
+  subtracted: a baseline that removes the luck of the arrivals (Mao et al., "Variance Reduction for Reinforcement
+  Learning in Input-Driven Environments", 2019).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError, LbgymError, MissingExtraError
+
+try:
+    import torch
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    raise MissingExtraError("torch", "train", "training with PPO") from error
+
+if TYPE_CHECKING:
+    from ..scenarios import Scenario
+    from ..vector_env import LoadBalanceVectorEnv
+
+FORMAT = "lbgym-ppo"
+VERSION = 1
+CHECKPOINT_NAME = "ppo.pt"
+LOSSES = ("policy", "value", "entropy", "kl", "clipped")
+
+
+@dataclass(kw_only=True)
+class PPOConfig:
+    """What to train on and how."""
+
+    scenario: str | Path | Scenario | None = "heterogeneous"
+    """a scenario's name, a TOML path or a Scenario"""
+    num_servers: int | None = None
+    """servers; None: the scenario's"""
+    action_type: str = "normalized"
+    """"normalized" (continuous), "discrete" or "joint"; see ``LoadBalanceEnv``"""
+    reward_type: Any = "open_flows"
+    """what is maximised; any ``reward_type`` of the environment"""
+    reward_field: str | None = None
+    """the feature that a fairness reward is taken on; None: the environment's default"""
+    dispatch: str | None = None
+    """dispatch rule; None: the scenario's"""
+    max_steps: int = 256
+    """steps of an episode; the episode is then truncated and the replicas start again, empty"""
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """further keys of ``LoadBalanceVectorEnv``"""
+
+    seed: int = 1
+    """seeds the network, the actions, the minibatches and every replica"""
+    total_steps: int | None = 1_500_000
+    """environment steps, all replicas together; None: no limit"""
+    seconds: float | None = None
+    """wall-clock limit, without the compilation of the simulator; None: no limit"""
+    num_envs: int = 256
+    """replicas"""
+    replicas_per_seed: int = 4
+    """replicas that see the same flows; their mean advantage is the baseline. 1: no such baseline"""
+    num_steps: int = 64
+    """steps of every replica between two updates"""
+
+    learning_rate: float = 1e-3
+    """step size of Adam"""
+    anneal_lr: bool = True
+    """let the step size fall linearly to zero over the budget"""
+    gamma: float = 0.95
+    """discount per step"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate"""
+    epochs: int = 4
+    """passes over the rollout per update"""
+    minibatches: int = 4
+    """minibatches per pass"""
+    normalize_advantage: bool = True
+    """scale the advantages of each minibatch to mean 0 and standard deviation 1"""
+    clip: float = 0.2
+    """the probability ratio is clipped to [1 - clip, 1 + clip]"""
+    clip_value: bool = False
+    """clip the change of the value, in standard deviations of the return, likewise"""
+    entropy_coefficient: float = 0.0
+    """weight of the entropy bonus"""
+    value_coefficient: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """gradients are scaled down to this norm"""
+    target_kl: float | None = None
+    """stop an update's passes once the mean KL divergence exceeds this"""
+
+    memory: float = 0.9
+    """share of the moving averages of the observations that a step keeps; 0: no memory"""
+    hidden: int = 32
+    """width of every layer"""
+    log_std: float = -1.0
+    """initial log standard deviation of continuous actions"""
+
+    torch_threads: int = 1
+    """threads of torch; more than one rarely pays for a network this small"""
+    checkpoint_every: float = 30.0
+    """seconds between checkpoints"""
+
+    def __post_init__(self) -> None:
+        if self.total_steps is None and self.seconds is None:
+            raise LbgymError("PPOConfig needs total_steps, seconds or both, got neither")
+        for name in ("num_envs", "replicas_per_seed", "num_steps", "max_steps", "epochs", "minibatches", "hidden"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise LbgymError(f"PPOConfig.{name} must be a whole number of at least 1, got {value!r}")
+        if self.num_envs % self.replicas_per_seed:
+            raise LbgymError(
+                f"PPOConfig.num_envs must be a multiple of replicas_per_seed={self.replicas_per_seed}, "
+                f"got {self.num_envs}"
+            )
+        if self.num_envs * self.num_steps < self.minibatches:
+            raise LbgymError(
+                f"PPOConfig.minibatches must be at most num_envs * num_steps = {self.num_envs * self.num_steps}, "
+                f"got {self.minibatches}"
+            )
+
+    def observation_kwargs(self) -> dict[str, Any]:
+        """The environment keys that a policy's observations and actions depend on."""
+        keys: dict[str, Any] = {
+            "action_type": self.action_type,
+            "observation": "flat",
+            "normalize": True,
+            "dispatch": self.dispatch,
+        }
+        return keys | {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
+
+    def make_env(self) -> LoadBalanceVectorEnv:
+        """The vector environment to train on."""
+        from ..vector_env import LoadBalanceVectorEnv
+
+        keys: dict[str, Any] = {
+            "scenario": self.scenario,
+            "num_servers": self.num_servers,
+            "reward_type": self.reward_type,
+            "max_steps": self.max_steps,
+            "action_type": self.action_type,
+            "dispatch": self.dispatch,
+        }
+        if self.reward_field is not None:
+            keys["reward_field"] = self.reward_field
+        keys |= self.env_kwargs
+        keys |= {"observation": "flat", "normalize": True, "autoreset_mode": AutoresetMode.DISABLED}
+        return LoadBalanceVectorEnv(num_envs=self.num_envs, **keys)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A configuration as plain data. A Scenario object or a callable reward has no plain form and becomes None."""
+    plain = {f.name: getattr(config, f.name) for f in fields(config)}
+    if isinstance(config.scenario, Path):
+        plain["scenario"] = str(config.scenario)
+    elif not isinstance(config.scenario, str):
+        plain["scenario"] = None
+    if callable(config.reward_type):
+        plain["reward_type"] = None
+    elif isinstance(config.reward_type, Mapping):
+        plain["reward_type"] = dict(config.reward_type)
+    return plain
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback is told after every update.
+
+    Attributes:
+        step: environment steps so far, all replicas together.
+        seconds: training time so far, with the time before a resume.
+        fraction: share of the budget that is used, 0 to 1.
+        steps_per_second: environment steps per second of the last update, learning included.
+        reward: mean reward per step over the last rollout.
+        fct_mean: mean FCT, seconds, of the flows that ended in the last rollout; NaN when none did.
+        losses: ``policy``, ``value``, ``entropy``, ``kl``, ``clipped`` (share of clipped ratios) and
+            ``explained_variance``.
+    """
+
+    step: int
+    seconds: float
+    fraction: float
+    steps_per_second: float
+    reward: float
+    fct_mean: float
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """A finished training run: the policy, the last checkpoint (None without ``out``) and the history of updates."""
+
+    policy: PPOPolicy
+    checkpoint: Path | None
+    history: list[Progress]
+
+
+# The network
+
+
+@dataclass(frozen=True)
+class ActionKind:
+    """How the actions of an environment are made of one choice per server.
+
+    ``choices`` is the number of weights to choose from per server, 0 for a continuous action in [-1, 1].
+    ``joint``: the choices are numbered together, the last server's varying fastest.
+    """
+
+    choices: int
+    joint: bool
+
+    @classmethod
+    def of(cls, space: gymnasium.Space[Any], num_servers: int) -> ActionKind:
+        """The kind of a single environment's action space.
+
+        Raises:
+            LbgymError: for a space this recipe cannot act in.
+        """
+        if isinstance(space, gymnasium.spaces.Box):
+            if np.all(space.low == -1) and np.all(space.high == 1):
+                return cls(0, False)
+            raise LbgymError(f'PPO acts in [-1, 1]: use action_type="normalized" instead of {space}')
+        if isinstance(space, gymnasium.spaces.MultiDiscrete):
+            return cls(int(space.nvec[0]), False)
+        if isinstance(space, gymnasium.spaces.Discrete):
+            return cls(round(float(space.n) ** (1 / num_servers)), True)
+        raise LbgymError(f"PPO knows Box(-1, 1), MultiDiscrete and Discrete action spaces, got {space}")
+
+    def encode(self, choice: NDArray[Any]) -> Any:
+        """Environment actions of choices [B, N]."""
+        if not self.choices:
+            return np.clip(choice, -1.0, 1.0).astype(np.float32)
+        if not self.joint:
+            return choice.astype(np.int64)
+        return choice.astype(np.int64) @ (self.choices ** np.arange(choice.shape[-1])[::-1])
+
+
+class Moments(nn.Module):
+    """Running mean and standard deviation of features [F], kept with the parameters."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.count: Tensor
+        self.mean: Tensor
+        self.var: Tensor
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+
+    @property
+    def std(self) -> Tensor:
+        return torch.sqrt(self.var + 1e-6)
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Merge rows [B, F] into the moments (the parallel form of Chan, Golub and LeVeque)."""
+        n = len(rows)
+        if n == 0:
+            return
+        mean, var = rows.mean(0), rows.var(0, unbiased=False)
+        total = self.count + n
+        share = (n / total).float()
+        delta = mean - self.mean
+        if self.count == 0:
+            self.var.copy_(var)
+        else:
+            self.var.mul_(1 - share).add_(share * var + share * (1 - share) * delta**2)
+        self.mean.add_(share * delta)
+        self.count.copy_(total)
+
+
+class ServerNetwork(nn.Module):
+    """Actor and critic that share their parameters over the servers.
+
+    Every server's features, and how they differ from the mean over the active servers, pass through one encoder; the
+    mean and the maximum over the active servers are the context that each server's head and the critic see.
+    """
+
+    def __init__(self, features: int, hidden: int, choices: int, log_std: float = -1.0) -> None:
+        super().__init__()
+        self.choices = choices
+        self.moments = Moments(features)
+        self.returns = Moments(1)
+        self.encoder = _linear(2 * features, hidden, math.sqrt(2))
+        self.own = _linear(hidden, hidden, 1.0)
+        self.context = _linear(2 * hidden, hidden, 1.0)
+        self.head = _linear(hidden, choices or 1, 0.01)
+        self.critic = nn.Sequential(_linear(2 * hidden, hidden, math.sqrt(2)), nn.ReLU(), _linear(hidden, 1, 1.0))
+        self.log_std = nn.Parameter(torch.tensor(log_std))
+
+    def scale(self, inputs: Tensor, active: Tensor) -> Tensor:
+        """Features [B, N, F] -> [B, N, 2 F]: normalised, and relative to the active servers' mean; 0 where inactive."""
+        mask = active.unsqueeze(-1)
+        z = ((inputs - self.moments.mean) / self.moments.std).clamp_(-10, 10).mul_(mask)
+        relative = (z - _mean_over_servers(z, active).unsqueeze(1)).mul_(mask)
+        return torch.cat([z, relative], -1)
+
+    def forward(self, scaled: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Scaled [B, N, 2 F], active [B, N] -> means [B, N] or logits [B, N, K], and normalised values [B]."""
+        h = torch.relu(self.encoder(scaled))
+        if not active.all():
+            h = h * active.unsqueeze(-1)
+        # no feature is negative, so that an inactive server's 0 is never above an active one's
+        pooled = torch.cat([_mean_over_servers(h, active), h.amax(1)], -1)
+        out = self.head(torch.relu(self.own(h) + self.context(pooled).unsqueeze(1)))
+        return out if self.choices else out.squeeze(-1), self.critic(pooled).squeeze(-1)
+
+    def value(self, inputs: Tensor, active: Tensor) -> Tensor:
+        """Values [B] in units of reward, of features [B, N, F]."""
+        return self.denormalize(self(self.scale(inputs, active), active)[1])
+
+    def denormalize(self, value: Tensor) -> Tensor:
+        return value * self.returns.std + self.returns.mean
+
+    def sample(self, out: Tensor, active: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Choices [B, N] drawn from the heads' output; inactive servers get the mode."""
+        if not self.choices:
+            noise = torch.randn(out.shape, generator=generator)
+            return torch.where(active, out + self.log_std.exp() * noise, out)
+        drawn = torch.multinomial(out.flatten(0, 1).softmax(-1), 1, generator=generator).view(active.shape)
+        return torch.where(active, drawn, out.argmax(-1))
+
+    def log_prob(self, out: Tensor, active: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability [B] of choices [B, N] and the entropy [B], both summed over the active servers."""
+        if not self.choices:
+            z = (choice - out) * torch.exp(-self.log_std)
+            each = -0.5 * z * z - self.log_std - 0.5 * math.log(2 * math.pi)
+            entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(out)
+        else:
+            log_p = out.log_softmax(-1)
+            each = log_p.gather(-1, choice.long().unsqueeze(-1)).squeeze(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1)
+        mask = active.to(out.dtype)
+        return (each * mask).sum(-1), (entropy * mask).sum(-1)
+
+
+def _mean_over_servers(x: Tensor, active: Tensor) -> Tensor:
+    """Mean [B, F] of x [B, N, F], which is 0 where inactive, over the active servers."""
+    return x.sum(1) / active.sum(1, keepdim=True).clamp(min=1)
+
+
+def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Encoder:
+    """Turns flat observations and the weights in force into what the network sees, with a short memory.
+
+    Per server: the F features of the observation; the logarithm of its weight relative to the active servers'
+    geometric mean (dispatch rules know no other scale), without which the policy could not tell a slow server from one
+    that was given too much; and the exponential moving averages of both, since one observation of a
+    queue is mostly noise.
+    """
+
+    def __init__(self, features: int, memory: float) -> None:
+        self.features, self.memory = features, memory
+        self.average: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Inputs per server."""
+        return 2 * (self.features + 1)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.average = None
+
+    def __call__(
+        self, observation: Any, weights: Any, fresh: NDArray[np.bool_] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Observations [B, N (1 + F)] and weights [B, N] -> inputs [B, N, 2 (F + 1)] and active [B, N].
+
+        Rows of ``fresh`` bool[B] begin an episode; None: none does, except after :meth:`reset`.
+        """
+        flat = torch.from_numpy(np.ascontiguousarray(observation, dtype=np.float32))
+        n = flat.shape[-1] // (1 + self.features)
+        active = flat[:, :n] > 0.5
+        log_w = torch.from_numpy(np.asarray(weights, dtype=np.float32)).clamp(min=1e-6).log_()
+        mask = active.to(log_w.dtype)
+        log_w = (log_w - (log_w * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
+        now = torch.cat([flat[:, n:].reshape(-1, n, self.features), log_w.unsqueeze(-1)], -1)
+        if self.average is None or self.average.shape != now.shape:
+            self.average = now.clone()
+        else:
+            if fresh is not None:
+                self.average[torch.from_numpy(fresh)] = now[torch.from_numpy(fresh)]
+            self.average.lerp_(now, 1 - self.memory)
+        return torch.cat([now, self.average], -1), active
+
+
+def gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Generalised advantage estimates [T, R].
+
+    Args:
+        rewards: of step t, [T, R].
+        values: of the observation before step t, [T, R].
+        next_values: of the observation after step t *before any reset*, [T, R].
+        terminated: bool[T, R], the observation after step t has no future; truncation alone does not set it.
+        ended: bool[T, R], the episode ended (either way) with step t, so that later steps say nothing about it.
+        gamma: discount.
+        lam: lambda.
+    """
+    delta = rewards + gamma * next_values * (~terminated) - values
+    carry = gamma * lam * (~ended)
+    advantages = torch.empty_like(delta)
+    running = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        running = delta[t] + carry[t] * running
+        advantages[t] = running
+    return advantages
+
+
+# Training
+
+
+def train_ppo(
+    config: PPOConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
+    callback: Callable[[Progress], bool | None] | None = None,
+    tensorboard: bool = False,
+) -> TrainingResult:
+    """Train a policy with PPO.
+
+    Args:
+        config: None: the defaults, or the checkpoint's with ``resume_from``.
+        out: the checkpoint's file, ending in .pt, or a folder for ``ppo.pt``; always written whole or not at all. None:
+            keep nothing.
+        resume_from: a checkpoint to continue: parameters, optimiser, random states, step count and schedule. From a
+            checkpoint at the end of an episode the run goes on bit for bit as if it had not been interrupted; from
+            any other it first repeats the begun episode's flows from their start.
+        callback: told the progress after every update; returning True stops the training.
+        tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
+
+    On KeyboardInterrupt the state after the last whole update is saved before the exception goes on.
+
+    Raises:
+        CheckpointError: if the checkpoint does not fit the environment.
+        MissingExtraError: if TensorBoard is asked for and not installed.
+    """
+    saved = None
+    if resume_from is not None:
+        saved = read_checkpoint(resume_from)
+        config = config or config_of(saved, resume_from)
+    config = config or PPOConfig()
+    checkpoint = output_file(out, CHECKPOINT_NAME)
+    logs = checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
+    with torch_threads(config.torch_threads), _summary_writer(logs) as writer:
+        trainer = _Trainer(config)
+        try:
+            if saved is not None:
+                trainer.restore(saved, Path(resume_from or ""))
+            return trainer.run(checkpoint, callback, writer)
+        finally:
+            trainer.env.close()
+
+
+class _Trainer:
+    """The state of a run and the loop over it."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.config = config
+        self.env = config.make_env()
+        observation = self.env.single_observation_space
+        action = self.env.single_action_space
+        self.num_servers = _num_servers(self.env)
+        assert observation.shape is not None
+        self.features = observation.shape[0] // self.num_servers - 1
+        self.kind = ActionKind.of(action, self.num_servers)
+        self.shapes = {
+            "features": self.features,
+            "choices": self.kind.choices,
+            "joint": self.kind.joint,
+            "hidden": config.hidden,
+            "num_servers": self.num_servers,
+            "observation": str(observation),
+            "action": str(action),
+        }
+        self.encoder = Encoder(self.features, config.memory)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.network = ServerNetwork(self.encoder.size, config.hidden, self.kind.choices, config.log_std)
+        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, eps=1e-5)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.step = self.iteration = self.episode = 0
+        self.seconds = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint holds, as copies."""
+        from .. import __version__
+
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "lbgym": __version__,
+            "torch": str(torch.__version__),
+            "config": plain_config(self.config),
+            "env_kwargs": self.config.observation_kwargs(),
+            "shapes": dict(self.shapes),
+            "network": {k: v.clone() for k, v in self.network.state_dict().items()},
+            "optimiser": _clone(self.optimiser.state_dict()),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "iteration": self.iteration,
+            "episode": self.episode,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, saved: dict[str, Any], path: Path) -> None:
+        for key in ("features", "choices", "joint", "hidden"):
+            if saved["shapes"][key] != self.shapes[key]:
+                raise CheckpointError(
+                    f"checkpoint {path} has {key}={saved['shapes'][key]} ({saved['shapes']['observation']} -> "
+                    f"{saved['shapes']['action']}), but the environment to train on needs {key}={self.shapes[key]} "
+                    f"({self.shapes['observation']} -> {self.shapes['action']})"
+                )
+        self.network.load_state_dict(saved["network"])
+        self.optimiser.load_state_dict(_clone(saved["optimiser"]))
+        self.generator.set_state(saved["generator"])
+        self.step, self.iteration, self.episode = saved["step"], saved["iteration"], saved["episode"]
+        self.seconds = saved["seconds"]
+
+    def fraction(self) -> float:
+        """Share of the budget that is used."""
+        config = self.config
+        by_steps = self.step / config.total_steps if config.total_steps is not None else 0.0
+        by_time = self.seconds / config.seconds if config.seconds is not None else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def run(
+        self, checkpoint: Path | None, callback: Callable[[Progress], bool | None] | None, writer: Any
+    ) -> TrainingResult:
+        config = self.config
+        self.env.reset(seed=config.seed)
+        self.env.step(self.env.action_space.sample())  # compiles the simulator outside the time budget
+        self.reset_env(None)
+        history: list[Progress] = []
+        state = self.state()
+        started, written = time.perf_counter() - self.seconds, time.perf_counter()
+        try:
+            while self.fraction() < 1.0:
+                begun = self.seconds
+                if config.anneal_lr:
+                    for group in self.optimiser.param_groups:
+                        group["lr"] = config.learning_rate * (1.0 - self.fraction())
+                rollout = self.collect()
+                losses = self.update(rollout)
+                self.step += config.num_envs * config.num_steps
+                self.iteration += 1
+                self.seconds = time.perf_counter() - started
+                progress = Progress(
+                    step=self.step,
+                    seconds=self.seconds,
+                    fraction=self.fraction(),
+                    steps_per_second=config.num_envs * config.num_steps / (self.seconds - begun),
+                    reward=float(rollout.rewards.mean()),
+                    fct_mean=rollout.fct_mean,
+                    losses=losses,
+                )
+                history.append(progress)
+                state = self.state()
+                if writer is not None:
+                    _log(writer, progress)
+                if checkpoint is not None and time.perf_counter() - written >= config.checkpoint_every:
+                    write_whole(checkpoint, partial(torch.save, state))
+                    written = time.perf_counter()
+                if callback is not None and callback(progress):
+                    break
+        except KeyboardInterrupt:
+            # an update may be half done: keep the state after the last whole one
+            if checkpoint is not None:
+                write_whole(checkpoint, partial(torch.save, state))
+            raise
+        if checkpoint is not None:
+            write_whole(checkpoint, partial(torch.save, state))
+        return TrainingResult(PPOPolicy(state), checkpoint, history)
+
+    def reset_env(self, mask: NDArray[np.bool_] | None) -> None:
+        """Begin the episode numbered ``self.episode`` in the replicas of ``mask`` (None: in all)."""
+        config = self.config
+        sequence = np.random.SeedSequence([config.seed, self.episode])
+        seeds = sequence.generate_state(config.num_envs // config.replicas_per_seed)
+        repeated = [int(s) for s in np.repeat(seeds, config.replicas_per_seed)]
+        if mask is None:
+            self.encoder.reset()
+        options = None if mask is None or mask.all() else {"reset_mask": mask}
+        observation, info = self.env.reset(seed=repeated, options=options)
+        self.inputs, self.active = self.encoder(observation, info["weights"], mask)
+
+    @torch.no_grad()
+    def collect(self) -> _Rollout:
+        """Step every replica ``num_steps`` times with actions drawn from the policy."""
+        config, net = self.config, self.network
+        shape = (config.num_steps, config.num_envs)
+        rollout = _Rollout(shape, self.num_servers, self.encoder.size)
+        fct_sum = ended_flows = 0.0
+        for t in range(config.num_steps):
+            out, value = net(net.scale(self.inputs, self.active), self.active)
+            choice = net.sample(out, self.active, self.generator)
+            rollout.inputs[t], rollout.active[t], rollout.choices[t] = self.inputs, self.active, choice
+            rollout.log_probs[t] = net.log_prob(out, self.active, choice)[0]
+            rollout.values[t] = net.denormalize(value)
+            if t:
+                rollout.next_values[t - 1] = rollout.values[t]
+            observation, reward, terminated, truncated, info = self.env.step(self.kind.encode(choice.numpy()))
+            self.inputs, self.active = self.encoder(observation, info["weights"])
+            rollout.rewards[t] = torch.from_numpy(np.asarray(reward, dtype=np.float32))
+            rollout.terminated[t] = torch.from_numpy(terminated)
+            ended = terminated | truncated
+            rollout.ended[t] = torch.from_numpy(ended)
+            flows = info["completed"] + info["rejected"]
+            fct_sum += float((info["fct_mean"] * flows).sum())
+            ended_flows += float(flows.sum())
+            if ended.any():
+                # what is bootstrapped is the episode's last observation, not the first of the next episode
+                rollout.final_values[t] = net.value(self.inputs, self.active)
+                self.episode += 1
+                self.reset_env(ended)
+        rollout.next_values[-1] = net.value(self.inputs, self.active)
+        rollout.next_values = torch.where(rollout.ended, rollout.final_values, rollout.next_values)
+        rollout.fct_mean = fct_sum / ended_flows if ended_flows else math.nan
+        return rollout
+
+    def update(self, rollout: _Rollout) -> dict[str, float]:
+        """Improve the network on a rollout; returns the mean losses."""
+        config, net = self.config, self.network
+        advantages = gae(
+            rollout.rewards,
+            rollout.values,
+            rollout.next_values,
+            rollout.terminated,
+            rollout.ended,
+            config.gamma,
+            config.gae_lambda,
+        )
+        returns = advantages + rollout.values
+        residual = float((returns - rollout.values).var() / returns.var().clamp(min=1e-12))
+        if config.replicas_per_seed > 1:
+            groups = advantages.view(config.num_steps, -1, config.replicas_per_seed)
+            advantages = (groups - groups.mean(-1, keepdim=True)).view_as(advantages)
+        first = bool(net.moments.count == 0)
+        net.returns.update(returns.reshape(-1, 1))
+        if first:
+            # nothing is learnt on features of unknown scale
+            net.moments.update(rollout.inputs[rollout.active])
+            return dict.fromkeys(LOSSES, 0.0) | {"explained_variance": 1 - residual}
+
+        inputs, active = rollout.inputs.flatten(0, 1), rollout.active.flatten(0, 1)
+        scaled = net.scale(inputs, active)
+        choices, old_log_probs = rollout.choices.flatten(0, 1), rollout.log_probs.flatten()
+        targets = ((returns - net.returns.mean) / net.returns.std).flatten()
+        old_values = ((rollout.values - net.returns.mean) / net.returns.std).flatten()
+        flat_advantages = advantages.flatten()
+        size = math.ceil(len(inputs) / config.minibatches)
+        sums = torch.zeros(5)
+        batches = 0
+        for _ in range(config.epochs):
+            kl_of_epoch = 0.0
+            for index in torch.randperm(len(inputs), generator=self.generator).split(size):
+                mask = active[index]
+                out, value = net(scaled[index], mask)
+                log_probs, entropy = net.log_prob(out, mask, choices[index])
+                log_ratio = log_probs - old_log_probs[index]
+                ratio = log_ratio.exp()
+                advantage = flat_advantages[index]
+                if config.normalize_advantage:
+                    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+                policy_loss = -torch.minimum(advantage * ratio, advantage * clipped).mean()
+                target, old = targets[index], old_values[index]
+                value_loss = (value - target).square()
+                if config.clip_value:
+                    near = old + (value - old).clamp(-config.clip, config.clip)
+                    value_loss = torch.maximum(value_loss, (near - target).square())
+                value_loss = 0.5 * value_loss.mean()
+                mean_entropy = entropy.mean()
+                loss = policy_loss + config.value_coefficient * value_loss - config.entropy_coefficient * mean_entropy
+                self.optimiser.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(net.parameters(), config.max_grad_norm)
+                self.optimiser.step()
+                with torch.no_grad():
+                    # an estimate of the KL divergence that is never negative (Schulman, "Approximating KL Divergence")
+                    kl = (ratio - 1 - log_ratio).mean()
+                    share = ((ratio - 1).abs() > config.clip).float().mean()
+                    sums += torch.stack([policy_loss, value_loss, mean_entropy, kl, share])
+                batches += 1
+                kl_of_epoch = float(kl)
+            if config.target_kl is not None and kl_of_epoch > config.target_kl:
+                break
+        net.moments.update(rollout.inputs[rollout.active])
+        losses = {name: float(x) for name, x in zip(LOSSES, sums / batches, strict=True)}
+        return losses | {"explained_variance": 1 - residual}
+
+
+class _Rollout:
+    """Buffers of one rollout, [T, R, ...]."""
+
+    def __init__(self, shape: tuple[int, int], num_servers: int, features: int) -> None:
+        self.inputs = torch.empty(*shape, num_servers, features)
+        self.active = torch.empty(*shape, num_servers, dtype=torch.bool)
+        self.choices = torch.empty(*shape, num_servers)
+        self.log_probs = torch.empty(shape)
+        self.values = torch.empty(shape)
+        self.next_values = torch.empty(shape)
+        self.final_values = torch.zeros(shape)
+        self.rewards = torch.empty(shape)
+        self.terminated = torch.empty(shape, dtype=torch.bool)
+        self.ended = torch.empty(shape, dtype=torch.bool)
+        self.fct_mean = math.nan
+
+
+def _num_servers(env: Any) -> int:
+    return int(env.num_servers)
+
+
+def _clone(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {k: _clone(v) for k, v in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_clone(v) for v in tree)
+    return tree
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use this many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _summary_writer(folder: Path | None) -> Iterator[Any]:
+    """A TensorBoard writer, or None without a folder."""
+    if folder is None:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("tensorboard", "train", "logging to TensorBoard") from error
+    writer = SummaryWriter(str(folder))
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def _log(writer: Any, progress: Progress) -> None:
+    values = asdict(progress)
+    for name, value in values.pop("losses").items():
+        writer.add_scalar(f"losses/{name}", value, progress.step)
+    for name in ("reward", "fct_mean"):
+        writer.add_scalar(f"rollout/{name}", values[name], progress.step)
+    writer.add_scalar("time/steps_per_second", progress.steps_per_second, progress.step)
+
+
+# Checkpoints
+
+
+def output_file(out: str | os.PathLike[str] | None, name: str) -> Path | None:
+    """The file to write: ``out`` if it ends as ``name`` does, else ``name`` in the folder ``out``, which is made."""
+    if out is None:
+        return None
+    path = Path(out)
+    if path.suffix != Path(name).suffix:
+        path = path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that is whole or not there: to a temporary file beside it, then renamed."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint; only tensors and plain data are unpickled.
+
+    Raises:
+        CheckpointError: if the file is missing, is no checkpoint of this recipe or is of another version.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {os.fspath(path)} does not exist") from error
+    except Exception as error:
+        raise CheckpointError(f"{os.fspath(path)} is not a checkpoint that can be read: {error}") from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
+        raise CheckpointError(f"{os.fspath(path)} is no {FORMAT} checkpoint: its format is {found!r}")
+    if saved["version"] != VERSION:
+        raise CheckpointError(
+            f"checkpoint {os.fspath(path)} has format version {saved['version']}, written by lbgym {saved['lbgym']}; "
+            f"this lbgym reads version {VERSION}"
+        )
+    return saved
+
+
+def config_of(saved: dict[str, Any], path: str | os.PathLike[str]) -> PPOConfig:
+    """The configuration that a checkpoint, read from ``path``, was trained with.
+
+    Raises:
+        CheckpointError: if it had a part with no plain form.
+    """
+    plain = dict(saved["config"])
+    for name in ("scenario", "reward_type"):
+        if plain[name] is None:
+            raise CheckpointError(
+                f"checkpoint {os.fspath(path)} was trained with a {name} that is a Python object: resume it from "
+                f"Python with a config that has it"
+            )
+    return PPOConfig(**plain)
+
+
+class PPOPolicy:
+    """A trained policy: maps observations to actions for any number of servers.
+
+    Attributes:
+        env_kwargs: the environment keys it needs (observation layout, action type, ...).
+        config: what it was trained with, as plain data.
+        step: environment steps it was trained for.
+    """
+
+    def __init__(self, state: dict[str, Any], *, deterministic: bool = True, seed: int | None = None) -> None:
+        """Build from the content of a checkpoint; ``seed`` is for drawn actions (``deterministic=False``)."""
+        shapes = state["shapes"]
+        self.env_kwargs: dict[str, Any] = dict(state["env_kwargs"])
+        self.config: dict[str, Any] = dict(state["config"])
+        self.step: int = state["step"]
+        self.deterministic = deterministic
+        self.features: int = shapes["features"]
+        self.kind = ActionKind(shapes["choices"], shapes["joint"])
+        self.encoder = Encoder(self.features, state["config"]["memory"])
+        self.network = ServerNetwork(self.encoder.size, shapes["hidden"], shapes["choices"])
+        self.network.load_state_dict(state["network"])
+        self.network.requires_grad_(False)
+        self._generator = torch.Generator()
+        self._seed = seed
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin an episode: forget what was seen; drawn actions start over from the seed."""
+        self.encoder.reset()
+        if self._seed is not None:
+            self._generator.manual_seed(self._seed)
+
+    def act(self, observation: Any, info: Mapping[str, Any]) -> Any:
+        """The action for a flat observation [N (1 + F)], or one per row of [R, N (1 + F)].
+
+        ``info["weights"]`` are the weights in force, [N] or [R, N].
+
+        Raises:
+            CheckpointError: for an observation that is not made of ``1 + F`` numbers per server.
+        """
+        flat = np.asarray(observation)
+        weights = np.asarray(info["weights"])
+        single = flat.ndim == 1
+        if flat.ndim not in (1, 2) or flat.shape[-1] != weights.shape[-1] * (1 + self.features):
+            n = weights.shape[-1]
+            raise CheckpointError(
+                f"the policy was trained on flat observations of {1 + self.features} numbers per server; for "
+                f"{n} servers it takes shape ({n * (1 + self.features)},), got {flat.shape}"
+            )
+        with torch.inference_mode():
+            inputs, active = self.encoder(np.atleast_2d(flat), np.atleast_2d(weights))
+            out, _ = self.network(self.network.scale(inputs, active), active)
+            if self.deterministic:
+                choice = out.argmax(-1) if self.kind.choices else out
+            else:
+                choice = self.network.sample(out, active, self._generator)
+        actions = self.kind.encode(choice.numpy())
+        return actions[0] if single else actions
+
+
+def load_policy(path: str | os.PathLike[str], *, deterministic: bool = True, seed: int | None = None) -> PPOPolicy:
+    """The policy of a checkpoint; build its environment with ``LoadBalanceEnv(**policy.env_kwargs, scenario=...)``.
+
+    Raises:
+        CheckpointError: if the file cannot be read or is of another version.
+    """
+    return PPOPolicy(read_checkpoint(path), deterministic=deterministic, seed=seed)

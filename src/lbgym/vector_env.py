@@ -1,0 +1,266 @@
+"""Many environments in one: :class:`LoadBalanceVectorEnv`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from .env import LoadBalanceEnv, Setup, batch_info, check_seed
+from .errors import InvalidOptionError, ResetNeeded, UnknownNameError
+from .rendering import Viewer
+from .snapshot import Snapshot
+
+
+class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
+    """``num_envs`` replicas of :class:`~lbgym.LoadBalanceEnv` in one kernel call per step, on all cores.
+
+    Equal, replica by replica and bit for bit, to single environments with the same seeds: ``reset(seed=s)`` seeds replica i with
+    s + i, or takes a seed per replica. Observations, actions, rewards and ends are those of the single environment with
+    a leading axis; ``info`` holds arrays and, for each ``key``, a mask ``_key`` of the replicas that tell it.
+
+    Args:
+        num_envs: replicas.
+        autoreset_mode: NEXT_STEP (a replica whose episode has ended is reset by the next step, which ignores its action and
+            rewards it with 0), SAME_STEP (at once; the last observation and info are in ``info["final_obs"]`` and
+            ``info["final_info"]``) or DISABLED (``reset(options={"reset_mask": bool[num_envs]})``).
+        num_threads: threads that share the replicas; None: one per core. Results do not depend on it.
+        keys: those of :class:`~lbgym.LoadBalanceEnv`. A callable ``reward_type`` is given the batched snapshot and returns
+            float[num_envs].
+
+    Raises:
+        UnknownNameError, InvalidOptionError: as the single environment.
+    """
+
+    # ``make_vec`` wants the mode in here, too; each instance has its own.
+    metadata: dict[str, Any] = LoadBalanceEnv.metadata | {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        num_threads: int | None = None,
+        **keys: Any,
+    ) -> None:
+        if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
+            raise InvalidOptionError(f"num_envs must be a whole number of at least 1, got {num_envs!r}")
+        try:
+            self.autoreset_mode = AutoresetMode(autoreset_mode)
+        except ValueError:
+            modes = [mode.value for mode in AutoresetMode]
+            raise UnknownNameError("autoreset mode", autoreset_mode, modes) from None
+        setup = Setup(**keys)
+        from .simulator import Simulation
+
+        self.metadata = LoadBalanceEnv.metadata | {"autoreset_mode": self.autoreset_mode}
+        self.num_envs = int(num_envs)
+        self.scenario = setup.scenario
+        self.num_servers = setup.num_servers
+        self.max_steps = setup.max_steps
+        self.render_mode = setup.render_mode
+        self.action_codec = setup.codec
+        self.observation_layout = setup.layout
+        self.feature_columns = setup.layout.columns
+        self.single_observation_space = setup.layout.space
+        self.single_action_space = setup.codec.space
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._setup = setup
+        self._simulation = Simulation(
+            setup.scenario, self.num_envs, dispatch=setup.dispatch, num_threads=num_threads
+        )
+        self._viewers: list[Viewer] = []
+        self._snapshot: Snapshot | None = None
+        self._rewards: NDArray[np.float64] = np.zeros(self.num_envs)
+        self._weights = np.ones((self.num_envs, self.num_servers))
+        self._steps = np.zeros(self.num_envs, np.int64)
+        # Replicas whose episode has ended, or has not begun.
+        self._over = np.ones(self.num_envs, np.bool_)
+        self._generators: list[np.random.Generator | None] = [None] * self.num_envs
+        self._all = np.ones(self.num_envs, np.bool_)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin episodes: all, or those marked in ``options["reset_mask"]`` (bool[num_envs], at least one).
+
+        The other options are those of :meth:`LoadBalanceEnv.reset <lbgym.LoadBalanceEnv.reset>` and hold for the episodes that begin
+        here. Nothing is taken out of ``options``.
+
+        Raises:
+            InvalidOptionError: for a bad mask or seeds, and as the single environment.
+        """
+        mask, rest = self._split(options)
+        seeds = self._seeds(seed)
+        from .dataplanes import scenario_with_options
+
+        scenario = scenario_with_options(self.scenario, rest)
+        self._restore(mask, scenario)
+        for i in np.flatnonzero(mask):
+            check_seed(seeds[i])
+            if seeds[i] is not None or self._generators[i] is None:
+                self._generators[i] = seeding.np_random(seeds[i])[0]
+        self._snapshot = self._view(self._simulation.reset(self._draw_seeds(mask), mask))
+        self._begin(mask)
+        if self._setup.render_mode == "human":
+            self.render()
+        return self._observation(self._snapshot), batch_info(self._snapshot, self._weights, mask)
+
+    def step(
+        self, actions: Any
+    ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """One interval of every replica.
+
+        Raises:
+            InvalidActionError: for actions that do not fit; nothing has happened then.
+            ResetNeeded: before ``reset``; in DISABLED mode also while the episode of a replica is over.
+        """
+        if self._snapshot is None:
+            raise ResetNeeded("call reset() before step()")
+        again = self._over if self._over.any() else None
+        if again is not None and self.autoreset_mode != AutoresetMode.NEXT_STEP:
+            ended = np.flatnonzero(again)
+            raise ResetNeeded(
+                f"{len(ended)} replicas have ended or were never reset (the first is {ended[0]}); "
+                'call reset(options={"reset_mask": ...}) with them marked'
+            )
+        weights = self.action_codec.to_weights(actions, self.num_envs)
+        self._weights = weights
+        batch = np.broadcast_to(
+            weights[:, None], (self.num_envs, self._simulation.num_balancers, self.num_servers)
+        )
+        if again is None:
+            snapshot = self._view(self._simulation.step(batch, self._setup.step_interval))
+        else:
+            again = again.copy()
+            self._restore(again, self.scenario)
+            seeds = self._draw_seeds(again)
+            snapshot = self._view(
+                self._simulation.step(batch, self._setup.step_interval, seeds=seeds, reset=again)
+            )
+        self._snapshot = snapshot
+        self._steps += 1
+        rewards = np.array(self._setup.reward(snapshot), np.float64)
+        if again is not None:
+            self._begin(again)
+            rewards[again] = 0.0
+        self._rewards = rewards
+        truncated = self._steps >= self.max_steps
+        self._over = truncated.copy()
+        observation = self._observation(snapshot)
+        info = batch_info(snapshot, self._weights, self._all)
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and truncated.any():
+            observation, info = self._reset_at_once(truncated, observation, info)
+        if self._setup.render_mode == "human":
+            self.render()
+        return observation, rewards.copy(), np.zeros(self.num_envs, np.bool_), truncated, info
+
+    def _reset_at_once(
+        self, ended: NDArray[np.bool_], observation: Any, info: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        final = np.full(self.num_envs, None, dtype=object)
+        for i in np.flatnonzero(ended):
+            final[i] = (
+                {key: part[i] for key, part in observation.items()} if isinstance(observation, dict) else observation[i]
+            )
+        final_info = {
+            key: (value & ended if value.dtype == np.bool_ and key.startswith("_") else value)
+            for key, value in info.items()
+        }
+        self._restore(ended, self.scenario)
+        self._snapshot = self._view(self._simulation.reset(self._draw_seeds(ended), ended))
+        self._begin(ended)
+        info = batch_info(self._snapshot, self._weights, self._all)
+        info |= {"final_obs": final, "_final_obs": ended.copy(), "final_info": final_info, "_final_info": ended.copy()}
+        return self._observation(self._snapshot), info
+
+    def render(self) -> tuple[Any, ...] | None:
+        """A frame per replica, as :meth:`LoadBalanceEnv.render <lbgym.LoadBalanceEnv.render>`; "human" shows replica 0."""
+        if self._snapshot is None:
+            raise ResetNeeded("call reset() before render(): there is nothing to see yet")
+        if self._setup.render_mode is None:
+            return None
+        human = self._setup.render_mode == "human"
+        if not self._viewers:
+            self._viewers = [v for _ in range(1 if human else self.num_envs) if (v := self._setup.viewer())]
+        frames = tuple(
+            viewer.render(
+                _replica(self._snapshot, i),
+                weights=self._weights[i],
+                reward=float(self._rewards[i]) if self._steps[i] else None,
+                step=int(self._steps[i]),
+            )
+            for i, viewer in enumerate(self._viewers)
+        )
+        return None if human else frames
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Stop the threads."""
+        self._simulation.close()
+
+    def _split(self, options: Mapping[str, Any] | None) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+        rest = dict(options or {})
+        if rest.get("reset_mask") is None:
+            rest.pop("reset_mask", None)
+            return np.ones(self.num_envs, np.bool_), rest
+        mask = rest.pop("reset_mask")
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (self.num_envs,):
+            raise InvalidOptionError(
+                f"the option reset_mask must be a NumPy array of {self.num_envs} booleans, got {mask!r}"
+            )
+        if not mask.any():
+            raise InvalidOptionError("the option reset_mask must mark at least one replica, got none")
+        return mask.copy(), rest
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, (int, np.integer)):
+            check_seed(seed)
+            return [int(seed) + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise InvalidOptionError(f"reset takes {self.num_envs} seeds, one per replica, got {len(seed)}")
+        return seed
+
+    def _draw_seeds(self, mask: NDArray[np.bool_]) -> list[int]:
+        """The seed of the next episode of each masked replica, from its own generator as the single environment does."""
+        seeds = [0] * self.num_envs
+        for i in np.flatnonzero(mask):
+            generator = self._generators[i]
+            assert generator is not None
+            seeds[i] = int(generator.integers(1 << 63))
+        return seeds
+
+    def _restore(self, mask: NDArray[np.bool_], scenario: Any) -> None:
+        """Give the masked replicas ``scenario`` where they run another."""
+        other = [bool(m) and self._simulation.scenario_of(i) is not scenario for i, m in enumerate(mask.tolist())]
+        if any(other):
+            self._simulation.set_scenario(scenario, np.array(other))
+
+    def _begin(self, mask: NDArray[np.bool_]) -> None:
+        self._steps[mask] = 0
+        self._over[mask] = False
+        self._weights = np.where(mask[:, None], 1.0, self._weights)
+        self._rewards = np.where(mask, 0.0, self._rewards)
+        for viewer, new in zip(self._viewers, mask, strict=False):
+            if new:
+                viewer.reset()
+
+    def _view(self, batch: Snapshot) -> Snapshot:
+        """Balancer 0's part of the batch."""
+        batch.stats = batch.stats[:, 0]
+        return batch
+
+    def _observation(self, snapshot: Snapshot) -> Any:
+        return self.observation_layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active)
+
+
+def _replica(batch: Snapshot, i: int) -> Snapshot:
+    parts = {name: getattr(batch, name) for name in Snapshot.__slots__}
+    return Snapshot(**{name: None if part is None else part[i] for name, part in parts.items()})
