@@ -79,10 +79,10 @@ class PPOConfig:
     """replicas"""
     replicas_per_seed: int = 4
     """replicas that see the same flows; their mean advantage is the baseline. 1: no such baseline"""
-    num_steps: int = 64
+    num_steps: int = 32
     """steps of every replica between two updates"""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """step size of Adam"""
     anneal_lr: bool = True
     """let the step size fall linearly to zero over the budget"""
@@ -113,7 +113,7 @@ class PPOConfig:
     """share of the moving averages of the observations that a step keeps; 0: no memory"""
     hidden: int = 32
     """width of every layer"""
-    log_std: float = -1.0
+    log_std: float = -1.2
     """initial log standard deviation of continuous actions"""
 
     torch_threads: int = 1
@@ -146,6 +146,7 @@ class PPOConfig:
             "observation": "flat",
             "normalize": True,
             "dispatch": self.dispatch,
+            "step_interval": 0.25,
         }
         return keys | {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
 
@@ -388,9 +389,7 @@ class Encoder:
         """Forget everything."""
         self.average = None
 
-    def __call__(
-        self, observation: Any, weights: Any, fresh: NDArray[np.bool_] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, observation: Any, weights: Any, fresh: NDArray[np.bool_] | None = None) -> tuple[Tensor, Tensor]:
         """Observations [B, N (1 + F)] and weights [B, N] -> inputs [B, N, 2 (F + 1)] and active [B, N].
 
         Rows of ``fresh`` bool[B] begin an episode; None: none does, except after :meth:`reset`.
@@ -489,7 +488,7 @@ class _Trainer:
         self.env = config.make_env()
         observation = self.env.single_observation_space
         action = self.env.single_action_space
-        self.num_servers = _num_servers(self.env)
+        self.num_servers = self.env.num_servers
         assert observation.shape is not None
         self.features = observation.shape[0] // self.num_servers - 1
         self.kind = ActionKind.of(action, self.num_servers)
@@ -736,10 +735,6 @@ class _Rollout:
         self.fct_mean = math.nan
 
 
-def _num_servers(env: Any) -> int:
-    return int(env.num_servers)
-
-
 def _clone(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return tree.clone()
@@ -886,6 +881,15 @@ class PPOPolicy:
         self._generator = torch.Generator()
         self._seed = seed
         self.reset()
+
+    def __copy__(self) -> PPOPolicy:
+        """One with its own memory of the episode, and the same network."""
+        twin = object.__new__(PPOPolicy)
+        twin.__dict__.update(self.__dict__)
+        twin.encoder = Encoder(self.features, self.encoder.memory)
+        twin._generator = torch.Generator()
+        twin.reset()
+        return twin
 
     def reset(self) -> None:
         """Begin an episode: forget what was seen; drawn actions start over from the seed."""
