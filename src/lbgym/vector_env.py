@@ -202,7 +202,9 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the threads."""
-        self._simulation.close()
+        # Gymnasium before 1.4 closes whatever it collects, also what a refused argument left half made.
+        if hasattr(self, "_simulation"):
+            self._simulation.close()
 
     def _split(self, options: Mapping[str, Any] | None) -> tuple[NDArray[np.bool_], dict[str, Any]]:
         rest = dict(options or {})
