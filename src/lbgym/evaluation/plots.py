@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 # Distinct in hue and in lightness, so that they stay apart in grey and for the colour-blind (after Okabe and Ito).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#4d4d4d")
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-_GRID = {"color": "#e3e3e3", "linewidth": 0.7}
 _TEXT = "#333333"
 
 #: Servers that are drawn as lines; more become a picture of one row each.
@@ -219,7 +218,7 @@ def _interesting(comparison: Comparison) -> list[str]:
 
 
 def _dress(axes: Axes) -> None:
-    axes.grid(True, which="major", **_GRID)
+    axes.grid(True, which="major", color="#e3e3e3", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")

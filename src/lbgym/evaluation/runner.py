@@ -112,7 +112,8 @@ class Controller:
 
     def reset(self) -> None:
         """Forget the former run."""
-        for policy in (*self._heuristics, *self._models):
+        policies: list[WeightPolicy | TrainedPolicy] = [*self._heuristics, *self._models]
+        for policy in policies:
             policy.reset()
 
     def __call__(self, snapshot: Any) -> NDArray[np.float64]:

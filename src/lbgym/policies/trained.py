@@ -203,7 +203,7 @@ def _no_schedule(progress: float) -> float:
     return 0.0
 
 
-def _network(data: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
+def _network(data: Mapping[str, Any], parameters: Any) -> Any:
     """The policy network alone: acting needs neither the algorithm nor its replay buffer."""
     make, kwargs = data["policy_class"], dict(data.get("policy_kwargs") or {})
     if "use_sde" in inspect.signature(make).parameters and "use_sde" in data:
