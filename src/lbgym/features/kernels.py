@@ -32,8 +32,9 @@ _MAX_EXPONENT = 40.0
 #: A search moves from sample to sample this often before it halves the range of values instead.
 _MAX_MOVES = 8
 
-_LARGEST = 1.7976931348623157e308
-_VECTOR = {"nnan", "nsz", "reassoc", "contract"}
+#: The bits of an infinite float64.
+_INFINITY = np.int64(0x7FF0000000000000)
+_VECTOR = {"nsz", "reassoc", "contract"}
 
 
 @compiled(inline=True)
@@ -89,67 +90,61 @@ def _moments(values, weights, n):
 
 
 @compiled(inline=True, fastmath=_VECTOR)
-def _mass(values, weights, n, x, weighted):
+def _mass(bits, weights, n, x, weighted):
     """The weight (or number) of the samples below x, and of those at or below it."""
     below = 0.0
     upto = 0.0
     for k in range(n):
         w = weights[k] if weighted else 1.0
-        below += w if values[k] < x else 0.0
-        upto += w if values[k] <= x else 0.0
+        below += w if bits[k] < x else 0.0
+        upto += w if bits[k] <= x else 0.0
     return below, upto
 
 
-@compiled(inline=True, fastmath=_VECTOR)
-def _next_above(values, n, x, none):
-    """The least sample above x; ``none`` if there is none."""
-    low = none
+@compiled(inline=True)
+def _next_above(bits, n, x):
+    """The least sample above x; ``_INFINITY`` if there is none."""
+    low = _INFINITY
     for k in range(n):
-        value = values[k] if values[k] > x else none
-        low = value if value < low else low
+        low = min(low, bits[k] if bits[k] > x else _INFINITY)
     return low
 
 
-@compiled(inline=True, fastmath=_VECTOR)
-def _next_below(values, n, x):
-    """The largest sample below x, one of which there is."""
-    high = -1.0
+@compiled(inline=True)
+def _next_below(bits, n, x):
+    """The largest sample below x; -1 if there is none."""
+    high = np.int64(-1)
     for k in range(n):
-        value = values[k] if values[k] < x else -1.0
-        high = value if value > high else high
+        high = max(high, bits[k] if bits[k] < x else np.int64(-1))
     return high
 
 
 @compiled(inline=True)
-def _quantile(values, weights, n, target, x, weighted):
+def _quantile(bits, weights, n, target, x, weighted):
     """The least sample at or below which there is weight (or number) ``target``, and the weight there is.
 
-    The search starts from x and goes from sample to sample; should it have far to go, it halves the range of values
-    now and then. Samples are at least 0. ``target`` is above 0 and at most the weight of all.
+    The search starts from x and goes from sample to sample; should it have far to go, it halves the range now and then.
     """
-    largest = _LARGEST
-    low = -1.0
-    high = largest
+    low = np.int64(-1)
+    high = _INFINITY
     moves = 0
     while True:
-        below, upto = _mass(values, weights, n, x, weighted)
+        below, upto = _mass(bits, weights, n, x, weighted)
         if below < target <= upto:
             return x, upto
         moves += 1
         if upto < target:
             low = x
-            following = _next_above(values, n, x, largest)
-            if following == largest:
+            following = _next_above(bits, n, x)
+            if following == _INFINITY:
                 return x, upto
         else:
             high = x
-            following = _next_below(values, n, x)
-            if following < 0.0:
+            following = _next_below(bits, n, x)
+            if following < 0:
                 return x, upto
         if moves % _MAX_MOVES == 0:
-            if high == largest:
-                high = _next_below(values, n, largest)
-            middle = low + 0.5 * (high - low)
+            middle = low + ((high - low) >> 1)
             if low < middle < high:
                 following = middle
         x = following
@@ -163,15 +158,18 @@ def reservoir_features(values, weights, meta, result):
     meta[CHANGED] = 0
     n = meta[FILLED]
     mean, std, weight, mean_decay = _moments(values, weights, n)
+    # Floats of one sign are ordered as the integers of the same bits, on which a minimum is a vector instruction.
+    bits = values.view(np.int64)
+    found = result.view(np.int64)
     position = 0.9 * (n - 1)
     rank = int(position)
-    p90, upto = _quantile(values, weights, n, rank + 1.0, result[P90_FLOOR], False)
-    result[P90_FLOOR] = p90
-    if rank + 1 < n and upto < rank + 2.0:
-        p90 += (position - rank) * (_next_above(values, n, p90, _LARGEST) - p90)
+    x, upto = _quantile(bits, weights, n, rank + 1.0, found[P90_FLOOR], False)
+    found[P90_FLOOR] = x
+    found[P90] = _next_above(bits, n, x) if rank + 1 < n and upto < rank + 2.0 else x
+    p90 = result[P90_FLOOR] + (position - rank) * (result[P90] - result[P90_FLOOR])
     # The slack decides exact ties (equal weights) for the lower sample, as exact arithmetic would.
     target = 0.9 * weight * (1.0 - 1e-12)
-    result[P90_DECAY], upto = _quantile(values, weights, n, target, result[P90_DECAY], True)
+    found[P90_DECAY], upto = _quantile(bits, weights, n, target, found[P90_DECAY], True)
     result[MEAN] = mean
     result[P90] = p90
     result[STD] = std

@@ -74,11 +74,13 @@ def flow_score(rule, balancers, open_flows, weight):
     return (open_flows + 1.0) / weight
 
 
-@compiled(fastmath={"nnan", "nsz", "reassoc"})
+@compiled()
 def _minimum(scores):
-    low = scores[0]
-    for j in range(1, scores.shape[0]):
-        low = scores[j] if scores[j] < low else low
+    """The least score, of scores at least 0: compared as integers of the same bits, several at a time."""
+    bits = scores.view(np.int64)
+    low = bits[0]
+    for j in range(1, bits.shape[0]):
+        low = min(low, bits[j])
     return low
 
 
@@ -86,12 +88,13 @@ def _minimum(scores):
 def first_minimum(scores, start):
     """Index of the least score, ties to the first from ``start`` on, cyclically."""
     low = _minimum(scores)
+    bits = scores.view(np.int64)
     n = scores.shape[0]
     for j in range(start, n):
-        if scores[j] == low:
+        if bits[j] == low:
             return j
     for j in range(start):
-        if scores[j] == low:
+        if bits[j] == low:
             return j
     return start
 
