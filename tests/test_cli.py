@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lbgym
+from lbgym.scenarios import Trace, from_toml, load_scenario, scenario_names, write_trace
+from lbgym.simulator import Simulation
+
+SMALL = """
+name = "small"
+duration = 6.0
+reject_timeout = 2.0
+[[servers]]
+count = 2
+cores = 2
+[[servers]]
+cores = 1
+[workload]
+load = 0.6
+demand = { kind = "exponential", mean = 0.05 }
+"""
+
+
+def lbgym_command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lbgym", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    from lbgym.cli import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main([*map(str, arguments)])
+    captured = capsys.readouterr()
+    code = exit_.value.code
+    return int(code or 0), captured.out, captured.err
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """No command has to say that it compiles the simulator."""
+    Simulation(load_scenario("uniform")).close()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return path
+
+
+def test_version_and_help() -> None:
+    done = lbgym_command("--version")
+    assert (done.returncode, done.stdout) == (0, f"lbgym {lbgym.__version__}\n")
+    done = lbgym_command("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("compare", "train", "scenarios", "describe"))
+
+
+def test_the_command_line_starts_without_what_it_may_not_need() -> None:
+    script = (
+        "import sys\nfrom lbgym.cli import main\n"
+        "try: main(['scenarios', '--json'])\n"
+        "except SystemExit: pass\n"
+        "heavy = 'torch', 'numba', 'matplotlib', 'scipy', 'pyarrow', 'stable_baselines3'\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_without_typer_it_says_what_to_install() -> None:
+    script = "import sys\nsys.modules['typer'] = None\nfrom lbgym.cli import main\nmain([])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "'typer'" in done.stderr and "pip install 'lbgym[eval]'" in done.stderr
+
+
+def test_scenarios(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = in_process(capsys, "scenarios")
+    assert code == 0 and all(name in out for name in scenario_names())
+    code, out, _ = in_process(capsys, "scenarios", "--json")
+    listed = json.loads(out)
+    assert [s["name"] for s in listed] == list(scenario_names())
+    assert listed[0]["servers"] == load_scenario(listed[0]["name"]).num_servers
+
+
+@pytest.mark.parametrize("name", scenario_names())
+def test_describe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    scenario = load_scenario(name)
+    code, out, _ = in_process(capsys, "describe", name)
+    assert code == 0 and f"{scenario.rate:.4g} flows/s" in out and max(map(len, out.splitlines())) <= 120
+    code, out, _ = in_process(capsys, "describe", name, "--json")
+    data = json.loads(out)
+    assert len(data["servers"]) == scenario.num_servers and data["load"] == pytest.approx(scenario.load)
+    assert data["flows_per_step"] == pytest.approx(scenario.rate / 4) and len(data["events"]) == len(scenario.events)
+
+
+def test_describe_as_toml_reads_back(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = in_process(capsys, "describe", small, "--toml")
+    assert code == 0 and from_toml(out) == load_scenario(small)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("describe", "heterogenous"), "unknown scenario 'heterogenous'. Did you mean 'heterogeneous'"),
+        (("describe", "uniform", "--json", "--toml"), "--json or --toml"),
+        (("compare", "--policies", "sedd"), "unknown contender 'sedd'. Did you mean 'sed'"),
+        (("compare", "--policies", "sed", "--baseline", "lsq"), "unknown baseline 'lsq'"),
+        (("compare", "--policies", "sed,none.pt"), "no trained model at 'none.pt'"),
+        (("compare", "--load", "0.5", "--rate", "3"), "--load or --rate, not both"),
+        (("compare", "--load", "-1"), "load must be"),
+        (("compare", "--speedup", "2"), "need --trace"),
+        (("compare", "--flows"), "--out, which is missing"),
+        (("compare", "--trace", "none.csv"), "none.csv"),
+        (("compare", "--warmup", "100"), "warmup must be"),
+        (("compare", "--trace", "x", "--trace-option", "spedup=2"), "unknown trace option 'spedup'"),
+        (("compare", "--trace", "x", "--trace-option", "scale"), "KEY=VALUE"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = in_process(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("lbgym: error: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_faults_of_our_own_keep_their_traceback(capsys: pytest.CaptureFixture[str], small: Path) -> None:
+    from lbgym.cli import _guarded
+
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        _guarded(broken)()
+
+
+def test_compare_prints_tables_and_writes_files(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = lbgym_command("compare", "-s", small, "-p", "ecmp,sed,mine=wcmp+latency", "-n", 3, "--out", out, "--flows")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and "…" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert sum(line.split()[:1] == ["mine"] for line in lines) == 2 and "Difference from ecmp" in done.stdout
+    written = {Path(line.removeprefix("wrote ")).name for line in lines if line.startswith("wrote ")}
+    assert written == {p.name for p in out.iterdir()} and {"summary.json", "fct_distribution.png"} <= written
+
+
+def test_compare_as_json(small: Path, tmp_path: Path) -> None:
+    arguments = ("compare", "-s", small, "-p", "ecmp,sed", "-n", 2, "--load", 0.3, "--baseline", "sed", "--json")
+    done = lbgym_command(*arguments, "--out", tmp_path / "out", "--no-plots")
+    data = json.loads(done.stdout)
+    assert data == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert data["baseline"] == "sed" and data["scenario"]["load"] == pytest.approx(0.3) and data["seeds"] == [0, 1]
+    again = json.loads(lbgym_command(*arguments, "--processes", 1).stdout)
+    assert again["contenders"] == data["contenders"]
+    shifted = json.loads(lbgym_command(*arguments, "--first-seed", 1).stdout)
+    assert shifted["contenders"][0]["runs"][0] == data["contenders"][0]["runs"][1]
+
+
+def test_compare_replays_a_trace(small: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    trace = tmp_path / "flows.csv.gz"
+    write_trace(Trace(times=np.cumsum(rng.exponential(0.01, 3000)), demands=rng.exponential(0.02, 3000)), trace)
+    arguments = ("compare", "-s", small, "-p", "sed,lsq", "-n", 2, "--trace", trace, "--json", "--processes", 1)
+    data = json.loads(lbgym_command(*arguments).stdout)
+    assert data["scenario"]["trace"] == str(trace) and data["scenario"]["rate"] == pytest.approx(100, rel=0.1)
+    # the whole trace, which lasts some 30 s
+    assert data["settings"]["duration"] == pytest.approx(30, rel=0.1)
+    flows = [run["flows"] for run in data["contenders"][0]["runs"]]
+    assert flows[0] == pytest.approx(2500, rel=0.05) and flows[0] != flows[1]
+    heavy = json.loads(lbgym_command(*arguments, "--load", 0.8, "--scale", 0.5).stdout)
+    assert heavy["scenario"]["load"] == pytest.approx(0.8)
+    assert heavy["settings"]["duration"] == pytest.approx(3000 * 0.01 / (0.8 * 5 / 100 / 0.01), rel=0.1)
+    fast = json.loads(lbgym_command(*arguments, "--speedup", 2, "--duration", 5, "--warmup", 0).stdout)
+    assert fast["scenario"]["rate"] == pytest.approx(200, rel=0.1)
+    assert fast["contenders"][0]["runs"][0]["flows"] == pytest.approx(1000, rel=0.15)
+
+
+def test_compare_reads_a_trace_with_options(small: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "odd.csv"
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(["at", "cost"])
+    writer.writerows([[f"{0.02 * i:.2f}", "0.01"] for i in range(400)])
+    trace.write_text(stream.getvalue() + "oops,1\n")
+    columns = ("--trace-option", "time-column=at", "--trace-option", "demand_column=cost")
+    arguments = ("compare", "-s", small, "-p", "sed", "-n", 1, "--trace", trace, "--json", "--processes", 1, *columns)
+    bad = lbgym_command(*arguments)
+    assert bad.returncode == 2 and f"{trace}:402" in bad.stderr
+    good = lbgym_command(*arguments, "--skip-malformed")
+    assert good.returncode == 0 and "1" in good.stderr and json.loads(good.stdout)["scenario"]["rate"] > 0
+
+
+def test_a_closed_pipe_is_no_fault() -> None:
+    command = f"{sys.executable} -m lbgym describe failure --toml | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("name") and done.stderr == ""
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and no zombie, which whoever inherits it may be slow to bury."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_ctrl_c_leaves_whole_files_and_exit_code_130(
+    processes: int, whole_group: bool, small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "summary.json").write_text("{}")
+    leader, follower = pty.openpty()
+    arguments = ["compare", "-s", str(small), "-p", "sed,lsq", "-n", "100000", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lbgym", *arguments, "--processes", str(processes)],
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        start_new_session=True,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+    )
+    os.close(follower)
+    shown = b""
+    deadline = time.monotonic() + 120
+    # a bar that has counted a run means that all is under way
+    while not re.search(rb"[1-9]\d*/200000", shown):
+        assert time.monotonic() < deadline and process.poll() is None, shown
+        if select.select([leader], [], [], 1.0)[0]:
+            shown += os.read(leader, 65536)
+    children = children_of(process.pid)
+    assert len(children) >= (2 if processes == 2 else 0)
+    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    while time.monotonic() < deadline:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:  # Linux says so when nobody holds the other end any more
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(leader)
+    stdout, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, shown
+    assert b"interrupted" in shown and b"Traceback" not in shown
+    assert stdout == b""
+    assert [p.name for p in out.iterdir()] == ["summary.json"] and (out / "summary.json").read_text() == "{}"
+    while any(running(child) for child in children):
+        assert time.monotonic() < deadline, "a process outlived the command"
+        time.sleep(0.05)
