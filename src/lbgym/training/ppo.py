@@ -79,7 +79,7 @@ class PPOConfig:
     """replicas"""
     replicas_per_seed: int = 4
     """replicas that see the same flows; their mean advantage is the baseline. 1: no such baseline"""
-    num_steps: int = 32
+    num_steps: int = 16
     """steps of every replica between two updates"""
 
     learning_rate: float = 3e-3
@@ -90,7 +90,7 @@ class PPOConfig:
     """discount per step"""
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimate"""
-    epochs: int = 4
+    epochs: int = 2
     """passes over the rollout per update"""
     minibatches: int = 4
     """minibatches per pass"""
@@ -293,8 +293,8 @@ class Moments(nn.Module):
 class ServerNetwork(nn.Module):
     """Actor and critic that share their parameters over the servers.
 
-    Every server's features, and how they differ from the mean over the active servers, pass through one encoder; the
-    mean and the maximum over the active servers are the context that each server's head and the critic see.
+    Every server's features pass through one encoder, together with their mean over the active servers; the mean and the
+    maximum of what comes out are the context that each server's head and the critic see.
     """
 
     def __init__(self, features: int, hidden: int, choices: int, log_std: float = -1.0) -> None:
@@ -302,7 +302,8 @@ class ServerNetwork(nn.Module):
         self.choices = choices
         self.moments = Moments(features)
         self.returns = Moments(1)
-        self.encoder = _linear(2 * features, hidden, math.sqrt(2))
+        self.encoder = _linear(features, hidden, math.sqrt(2))
+        self.others = _linear(features, hidden, math.sqrt(2))
         self.own = _linear(hidden, hidden, 1.0)
         self.context = _linear(2 * hidden, hidden, 1.0)
         self.head = _linear(hidden, choices or 1, 0.01)
@@ -310,15 +311,12 @@ class ServerNetwork(nn.Module):
         self.log_std = nn.Parameter(torch.tensor(log_std))
 
     def scale(self, inputs: Tensor, active: Tensor) -> Tensor:
-        """Features [B, N, F] -> [B, N, 2 F]: normalised, and relative to the active servers' mean; 0 where inactive."""
-        mask = active.unsqueeze(-1)
-        z = ((inputs - self.moments.mean) / self.moments.std).clamp_(-10, 10).mul_(mask)
-        relative = (z - _mean_over_servers(z, active).unsqueeze(1)).mul_(mask)
-        return torch.cat([z, relative], -1)
+        """Features [B, N, F], normalised; 0 where inactive."""
+        return ((inputs - self.moments.mean) / self.moments.std).clamp_(-10, 10).mul_(active.unsqueeze(-1))
 
     def forward(self, scaled: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled [B, N, 2 F], active [B, N] -> means [B, N] or logits [B, N, K], and normalised values [B]."""
-        h = torch.relu(self.encoder(scaled))
+        """Scaled features [B, N, F], active [B, N] -> means [B, N] or logits [B, N, K], and normalised values [B]."""
+        h = torch.relu(self.encoder(scaled) + self.others(_mean_over_servers(scaled, active)).unsqueeze(1))
         if not active.all():
             h = h * active.unsqueeze(-1)
         # no feature is negative, so that an inactive server's 0 is never above an active one's

@@ -6,12 +6,13 @@ many times slower than stepping all replicas at once.
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import gymnasium
 import numpy as np
@@ -22,10 +23,11 @@ from ..errors import CheckpointError, LbgymError, MissingExtraError
 
 try:
     from stable_baselines3 import PPO
+    from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import configure
     from stable_baselines3.common.save_util import load_from_zip_file
-    from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+    from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
     from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "training with Stable-Baselines3") from error
@@ -230,7 +232,9 @@ class _Watch(BaseCallback):
         self.stop = False
 
     def _on_step(self) -> bool:
-        self.reward += float(self.locals["rewards"].mean())
+        normalizer = self.training_env
+        assert isinstance(normalizer, VecNormalize)
+        self.reward += float(normalizer.get_original_reward().mean())
         self.steps += 1
         return not self.stop
 
@@ -255,7 +259,7 @@ class _Watch(BaseCallback):
         self.begun, self.reward, self.steps = now, 0.0, 0
         self.model.lbgym_seconds = seconds  # type: ignore[attr-defined]
         if self.checkpoint is not None and now - self.written >= config.checkpoint_every:
-            write_whole(self.checkpoint, self.model.save)
+            write_whole(self.checkpoint, _saver(self.model))
             self.written = now
         told = bool(self.told(progress)) if self.told is not None else False
         self.stop = told or (config.seconds is not None and seconds >= config.seconds)
@@ -278,7 +282,8 @@ def train_sb3_ppo(
         config: None: the defaults.
         out: the model's file, ending in .zip, or a folder for ``sb3-ppo.zip``; always written whole or not at all.
             None: keep nothing.
-        resume_from: a model saved here to go on with: parameters, optimiser and step count.
+        resume_from: a model saved here to go on with: parameters, optimiser and step count. The scale of the rewards is
+            estimated anew.
         callback: told the progress after every rollout; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the model.
 
@@ -295,7 +300,8 @@ def train_sb3_ppo(
         try:
             vector.reset(seed=config.seed)
             vector.step(vector.action_space.sample())  # compiles the simulator outside the time budget
-            env = VecMonitor(SB3VecEnv(vector))
+            # the networks learn from rewards of any scale; observations are in [0, 1] already
+            env = VecNormalize(VecMonitor(SB3VecEnv(vector)), norm_obs=False, gamma=config.gamma)
             model = _load(resume_from, env) if resume_from is not None else _new(config, env)
             model.set_logger(configure(str(logs), ["tensorboard"]) if logs is not None else configure(None, []))
             model.lbgym_env_kwargs = config.observation_kwargs()  # type: ignore[attr-defined]
@@ -306,9 +312,12 @@ def train_sb3_ppo(
             try:
                 if remaining > 0:
                     model.learn(remaining, callback=watch, reset_num_timesteps=False)
+                if watch.stop:
+                    # a callback can only stop in a step; that one was not learnt from
+                    model.num_timesteps = watch.history[-1].step
             finally:
                 if checkpoint is not None:
-                    write_whole(checkpoint, model.save)
+                    write_whole(checkpoint, _saver(model))
         finally:
             vector.close()
     return SB3Result(model, checkpoint, watch.history)
@@ -332,11 +341,19 @@ def _new(config: SB3Config, env: VecEnv) -> PPO:
     return model
 
 
+def _saver(model: BaseAlgorithm) -> Callable[[BinaryIO], None]:
+    def save(stream: BinaryIO) -> None:
+        assert isinstance(stream, io.BufferedIOBase)
+        model.save(stream)
+
+    return save
+
+
 def _load(path: str | os.PathLike[str], env: VecEnv) -> PPO:
     try:
-        return PPO.load(path, env=env, device="cpu")
+        return PPO.load(Path(path), env=env, device="cpu")
     except ValueError as error:
-        saved = PPO.load(path, device="cpu")
+        saved = PPO.load(Path(path), device="cpu")
         raise CheckpointError(
             f"model {os.fspath(path)} takes observations {saved.observation_space} and gives actions "
             f"{saved.action_space}, but the environment to train on has {env.observation_space} and {env.action_space}"
@@ -352,7 +369,7 @@ def config_of(path: str | os.PathLike[str]) -> SB3Config:
         CheckpointError: if the file is no model saved here, or its configuration had a part with no plain form.
     """
     try:
-        data, _, _ = load_from_zip_file(path, device="cpu")
+        data, _, _ = load_from_zip_file(Path(path), device="cpu")
     except FileNotFoundError as error:
         raise CheckpointError(f"model {os.fspath(path)} does not exist") from error
     except (ValueError, OSError) as error:
