@@ -1,7 +1,7 @@
 """lbgym: a reinforcement-learning environment for network load balancing.
 
-Importing it registers ``lbgym/LoadBalance-v0`` with Gymnasium and costs no more than NumPy and Gymnasium; the simulator,
-torch, Matplotlib and the rest come when they are first needed.
+Importing it registers ``lbgym/LoadBalance-v0`` with Gymnasium and costs no more than NumPy and Gymnasium; the
+simulator, torch, Matplotlib and the rest come when they are first needed.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ class JointActions(ActionCodec):
         # Compared by logarithm: K ** N of a large cluster has thousands of digits.
         if num_servers * math.log(k) > math.log(MAX_JOINT_ACTIONS) + 1e-9:
             raise InvalidOptionError(
-                f"action_type 'joint' has {k} ** {num_servers} actions for {k} action_weights and {num_servers} servers; "
-                f"allowed: {MAX_JOINT_ACTIONS:,}. Use 'discrete', or fewer action_weights"
+                f"action_type 'joint' has {k} ** {num_servers} actions for {k} action_weights and {num_servers} "
+                f"servers; allowed: {MAX_JOINT_ACTIONS:,}. Use 'discrete', or fewer action_weights"
             )
         self._n = k**num_servers
         self._shape = (k,) * num_servers
@@ -153,8 +153,10 @@ class ContinuousActions(ActionCodec):
 
 
 class NormalizedActions(ContinuousActions):
-    """``Box(-1, 1, (N,))``, mapped to [min_weight, max_weight] by logarithm: -1, 0, 1 are the least, the geometric mean and
-    the largest weight. Clipped to [-1, 1]."""  # noqa: D205, D209
+    """``Box(-1, 1, (N,))``, clipped, then mapped to [min_weight, max_weight] by logarithm.
+
+    -1, 0 and 1 are the least weight, the geometric mean of both and the largest weight.
+    """
 
     def __init__(self, num_servers: int, low: float, high: float) -> None:
         super().__init__(num_servers, low, high)

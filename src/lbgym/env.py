@@ -9,6 +9,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
 from .actions import make_action_codec
@@ -60,8 +61,8 @@ class Setup:
         self.scenario = default_scenario(num_servers or 4) if scenario is None else load_scenario(scenario)
         if num_servers is not None and num_servers != self.scenario.num_servers:
             raise InvalidOptionError(
-                f"num_servers={num_servers}, but scenario {self.scenario.name!r} has {self.scenario.num_servers} servers; "
-                "leave num_servers out, or give it no scenario"
+                f"num_servers={num_servers}, but scenario {self.scenario.name!r} has {self.scenario.num_servers} "
+                "servers; leave num_servers out, or give it no scenario"
             )
         if dispatch is not None and dispatch not in DISPATCH_RULES:
             raise UnknownNameError("dispatch rule", dispatch, DISPATCH_RULES)
@@ -90,11 +91,11 @@ class Setup:
         )
         self.reward = make_reward(reward_type, reward_field)
 
-    def viewer(self) -> Viewer | None:
-        """What draws the environment in its render mode, if it has one."""
+    def viewer(self, scenario: Scenario | None) -> Viewer | None:
+        """What draws ``scenario`` in the environment's render mode, if it has one."""
         if self.render_mode is None:
             return None
-        return Viewer(self.render_mode, self.scenario, dispatch=self.dispatch)
+        return Viewer(self.render_mode, scenario, dispatch=self.dispatch)
 
 
 def check_seed(seed: Any) -> None:
@@ -106,23 +107,24 @@ def check_seed(seed: Any) -> None:
 class LoadBalanceEnv(gymnasium.Env[Any, Any]):
     """Set the weights of N servers once per interval; the data plane places every flow by them.
 
-    **Observation**: per server 11 features (``lbgym.features.FEATURE_NAMES``: open flows; mean, 90th percentile, standard
-    deviation, decayed mean and decayed 90th percentile of flow completion time and of flow duration, seconds), with
-    ``use_ground_truth`` 3 more (CPU use, memory use, busy workers). Layouts: see
+    **Observation**: per server 11 features (``lbgym.features.FEATURE_NAMES``: open flows; mean, 90th percentile,
+    standard deviation, decayed mean and decayed 90th percentile of flow completion time and of flow duration,
+    seconds), with ``use_ground_truth`` 3 more (CPU use, memory use, busy workers). Layouts: see
     :class:`~lbgym.observations.ObservationLayout`.
 
-    **Action**: "discrete" ``MultiDiscrete([K] * N)`` into ``action_weights``; "joint" ``Discrete(K ** N)``, at most 4,096;
-    "continuous" ``Box(min_weight, max_weight, (N,))``; "normalized" ``Box(-1, 1, (N,))``, mapped by logarithm.
+    **Action**: "discrete" ``MultiDiscrete([K] * N)`` into ``action_weights``; "joint" ``Discrete(K ** N)``, at most
+    4,096; "continuous" ``Box(min_weight, max_weight, (N,))``; "normalized" ``Box(-1, 1, (N,))``, mapped by logarithm.
     Continuous actions are clipped to their bounds; anything else that does not fit is an error.
 
-    **Reward**: ``reward_type`` of ``reward_field`` over the active servers (:mod:`lbgym.rewards`): a name, a mapping of names to
-    weights, or a function of the :class:`~lbgym.Snapshot`.
+    **Reward**: ``reward_type`` of ``reward_field`` over the active servers (:mod:`lbgym.rewards`): a name, a mapping
+    of names to weights, or a function of the :class:`~lbgym.Snapshot`.
 
-    **End**: balancing load never ends by itself, so ``terminated`` is always False; ``truncated`` after ``max_steps`` steps.
+    **End**: balancing load never ends by itself, so ``terminated`` is always False; ``truncated`` after ``max_steps``
+    steps.
 
-    **Info**: ``sequence_id``, ``timestamp`` (s), ``active_servers`` bool[N], ``weights`` float64[N], and of the flows that ended
-    during the step ``completed``, ``rejected`` (or failed), ``fct_mean``, ``fct_p50``, ``fct_p90``, ``fct_p99`` (s; a rejected flow
-    counts with the scenario's ``reject_timeout``).
+    **Info**: ``sequence_id``, ``timestamp`` (s), ``active_servers`` bool[N], ``weights`` float64[N], and of the flows
+    that ended during the step ``completed``, ``rejected`` (or failed), ``fct_mean``, ``fct_p50``, ``fct_p90``,
+    ``fct_p99`` (s; a rejected flow counts with the scenario's ``reject_timeout``).
 
     On a scenario with several balancers the environment sees balancer 0, and its weights go to all.
 
@@ -203,17 +205,15 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         self.feature_columns = setup.layout.columns
         self.observation_space = setup.layout.space
         self.action_space = setup.codec.space
-        self._reward = setup.reward
-        self._viewer = setup.viewer()
+        self._viewer: Viewer | None = None
+        self._setup = setup
         self._snapshot: Snapshot | None = None
         self._weights = np.ones(self.num_servers)
         self._last_reward: float | None = None
         self._steps = 0
         self._over = True
 
-    def reset(
-        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode: empty servers, unit weights.
 
         Args:
@@ -226,16 +226,23 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
                 is left as it was.
         """
         check_seed(seed)
-        super().reset(seed=seed)
-        self._snapshot = self._data_plane.reset(int(self.np_random.integers(1 << 63)), dict(options or {}))
+        generator = self.np_random if seed is None else seeding.np_random(seed)[0]
+        state = generator.bit_generator.state
+        try:
+            self._snapshot = self._data_plane.reset(int(generator.integers(1 << 63)), dict(options or {}))
+        except Exception:
+            generator.bit_generator.state = state
+            raise
+        self.np_random = generator
+        if seed is not None:
+            self._np_random_seed = int(seed)
         self._weights = np.ones(self.num_servers)
         self._last_reward = None
         self._steps = 0
         self._over = False
-        if self._viewer is not None:
-            self._viewer.reset()
-            if self.render_mode == "human":
-                self.render()
+        self._viewer = self._setup.viewer(self._data_plane.scenario)
+        if self.render_mode == "human":
+            self.render()
         return self._observation(self._snapshot), self._info(self._snapshot)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -251,7 +258,7 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         self._weights = self.action_codec.to_weights(action)
         snapshot = self._snapshot = self._data_plane.step(self._weights)
         self._steps += 1
-        reward = self._last_reward = float(self._reward(snapshot))
+        reward = self._last_reward = float(self._setup.reward(snapshot))
         self._over = self._steps >= self.max_steps
         if self.render_mode == "human":
             self.render()
@@ -267,9 +274,7 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
             raise ResetNeeded("call reset() before render(): there is nothing to see yet")
         if self._viewer is None:
             return None
-        return self._viewer.render(
-            self._snapshot, weights=self._weights, reward=self._last_reward, step=self._steps
-        )
+        return self._viewer.render(self._snapshot, weights=self._weights, reward=self._last_reward, step=self._steps)
 
     def close(self) -> None:
         """Close the data plane; idempotent."""

@@ -14,8 +14,8 @@ from .features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 
 LAYOUTS = ("matrix", "flat", "dict")
 
-#: A count c is mapped to log(1 + c) / log(1 + MAX_COUNT), a time t to log(1 + t / TIME_UNIT) / log(1 + MAX_TIME / TIME_UNIT),
-#: both at most 1; CPU and memory use are fractions already.
+#: A count c is mapped to log(1 + c) / log(1 + MAX_COUNT), a time t to log(1 + t / TIME_UNIT) / log(1 + MAX_TIME /
+#: TIME_UNIT), both at most 1; CPU and memory use are fractions already.
 MAX_COUNT = 10_000.0
 TIME_UNIT = 1e-3
 MAX_TIME = 100.0
@@ -132,7 +132,7 @@ class ObservationLayout:
         else:
             features = np.asarray(observation)
             seen = features.any(axis=-1)
-            active = seen | ~seen.any(axis=-1, keepdims=True)
+            active = np.logical_or(seen, ~seen.any(axis=-1, keepdims=True))
         features = np.array(features, np.float32)
         if self.normalize:
             fractions = features[..., self._fractions]

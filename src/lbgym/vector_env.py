@@ -20,17 +20,20 @@ from .snapshot import Snapshot
 class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
     """``num_envs`` replicas of :class:`~lbgym.LoadBalanceEnv` in one kernel call per step, on all cores.
 
-    Equal, replica by replica and bit for bit, to single environments with the same seeds: ``reset(seed=s)`` seeds replica i with
-    s + i, or takes a seed per replica. Observations, actions, rewards and ends are those of the single environment with
-    a leading axis; ``info`` holds arrays and, for each ``key``, a mask ``_key`` of the replicas that tell it.
+    Equal, replica by replica and bit for bit, to single environments with the same seeds: ``reset(seed=s)`` seeds
+    replica i with s + i, or takes a seed per replica. Observations, actions, rewards and ends are those of the single
+    environment with a leading axis; ``info`` holds arrays and, for each ``key``, a mask ``_key`` of the replicas that
+    tell it.
 
     Args:
         num_envs: replicas.
-        autoreset_mode: NEXT_STEP (a replica whose episode has ended is reset by the next step, which ignores its action and
+        autoreset_mode: NEXT_STEP (a replica whose episode has ended is reset by the next step, which ignores its
+            action and
             rewards it with 0), SAME_STEP (at once; the last observation and info are in ``info["final_obs"]`` and
             ``info["final_info"]``) or DISABLED (``reset(options={"reset_mask": bool[num_envs]})``).
         num_threads: threads that share the replicas; None: one per core. Results do not depend on it.
-        keys: those of :class:`~lbgym.LoadBalanceEnv`. A callable ``reward_type`` is given the batched snapshot and returns
+        keys: those of :class:`~lbgym.LoadBalanceEnv`. A callable ``reward_type`` is given the batched snapshot and
+            returns
             float[num_envs].
 
     Raises:
@@ -38,7 +41,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
     """
 
     # ``make_vec`` wants the mode in here, too; each instance has its own.
-    metadata: dict[str, Any] = LoadBalanceEnv.metadata | {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
+    metadata: dict[str, Any] = LoadBalanceEnv.metadata | {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
     def __init__(
         self,
@@ -72,9 +75,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._setup = setup
-        self._simulation = Simulation(
-            setup.scenario, self.num_envs, dispatch=setup.dispatch, num_threads=num_threads
-        )
+        self._simulation = Simulation(setup.scenario, self.num_envs, dispatch=setup.dispatch, num_threads=num_threads)
         self._viewers: list[Viewer] = []
         self._snapshot: Snapshot | None = None
         self._rewards: NDArray[np.float64] = np.zeros(self.num_envs)
@@ -90,8 +91,8 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
     ) -> tuple[Any, dict[str, Any]]:
         """Begin episodes: all, or those marked in ``options["reset_mask"]`` (bool[num_envs], at least one).
 
-        The other options are those of :meth:`LoadBalanceEnv.reset <lbgym.LoadBalanceEnv.reset>` and hold for the episodes that begin
-        here. Nothing is taken out of ``options``.
+        The other options are those of :meth:`LoadBalanceEnv.reset <lbgym.LoadBalanceEnv.reset>` and hold for the
+        episodes that begin here. Nothing is taken out of ``options``.
 
         Raises:
             InvalidOptionError: for a bad mask or seeds, and as the single environment.
@@ -102,7 +103,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
 
         scenario = scenario_with_options(self.scenario, rest)
         self._restore(mask, scenario)
-        for i in np.flatnonzero(mask):
+        for i in np.flatnonzero(mask).tolist():
             check_seed(seeds[i])
             if seeds[i] is not None or self._generators[i] is None:
                 self._generators[i] = seeding.np_random(seeds[i])[0]
@@ -132,18 +133,14 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
             )
         weights = self.action_codec.to_weights(actions, self.num_envs)
         self._weights = weights
-        batch = np.broadcast_to(
-            weights[:, None], (self.num_envs, self._simulation.num_balancers, self.num_servers)
-        )
+        batch = np.broadcast_to(weights[:, None], (self.num_envs, self._simulation.num_balancers, self.num_servers))
         if again is None:
             snapshot = self._view(self._simulation.step(batch, self._setup.step_interval))
         else:
             again = again.copy()
             self._restore(again, self.scenario)
             seeds = self._draw_seeds(again)
-            snapshot = self._view(
-                self._simulation.step(batch, self._setup.step_interval, seeds=seeds, reset=again)
-            )
+            snapshot = self._view(self._simulation.step(batch, self._setup.step_interval, seeds=seeds, reset=again))
         self._snapshot = snapshot
         self._steps += 1
         rewards = np.array(self._setup.reward(snapshot), np.float64)
@@ -181,14 +178,15 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         return self._observation(self._snapshot), info
 
     def render(self) -> tuple[Any, ...] | None:
-        """A frame per replica, as :meth:`LoadBalanceEnv.render <lbgym.LoadBalanceEnv.render>`; "human" shows replica 0."""
+        """A frame per replica, as of the single environment; "human" shows replica 0 and returns None."""
         if self._snapshot is None:
             raise ResetNeeded("call reset() before render(): there is nothing to see yet")
         if self._setup.render_mode is None:
             return None
         human = self._setup.render_mode == "human"
         if not self._viewers:
-            self._viewers = [v for _ in range(1 if human else self.num_envs) if (v := self._setup.viewer())]
+            shown = range(1 if human else self.num_envs)
+            self._viewers = [v for i in shown if (v := self._setup.viewer(self._simulation.scenario_of(i)))]
         frames = tuple(
             viewer.render(
                 _replica(self._snapshot, i),
@@ -231,9 +229,9 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         return seed
 
     def _draw_seeds(self, mask: NDArray[np.bool_]) -> list[int]:
-        """The seed of the next episode of each masked replica, from its own generator as the single environment does."""
+        """The seed of the next episode of each masked replica, from its own generator like a single environment's."""
         seeds = [0] * self.num_envs
-        for i in np.flatnonzero(mask):
+        for i in np.flatnonzero(mask).tolist():
             generator = self._generators[i]
             assert generator is not None
             seeds[i] = int(generator.integers(1 << 63))
@@ -250,9 +248,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         self._over[mask] = False
         self._weights = np.where(mask[:, None], 1.0, self._weights)
         self._rewards = np.where(mask, 0.0, self._rewards)
-        for viewer, new in zip(self._viewers, mask, strict=False):
-            if new:
-                viewer.reset()
+        self._viewers = []
 
     def _view(self, batch: Snapshot) -> Snapshot:
         """Balancer 0's part of the batch."""
@@ -264,5 +260,6 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
 
 
 def _replica(batch: Snapshot, i: int) -> Snapshot:
-    parts = {name: getattr(batch, name) for name in Snapshot.__slots__}
-    return Snapshot(**{name: None if part is None else part[i] for name, part in parts.items()})
+    parts: Any = {name: getattr(batch, name) for name in Snapshot.__slots__}
+    rows: Any = {name: None if part is None else part[i] for name, part in parts.items()}
+    return Snapshot(**rows)

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ..scenarios import Scenario
 from ..snapshot import Snapshot
 
 
@@ -15,6 +16,10 @@ class DataPlane(Protocol):
     """Anything that moves flows by weights: simulated, or real behind shared memory."""
 
     num_servers: int
+
+    @property
+    def scenario(self) -> Scenario | None:
+        """What is known to run there since the last reset; None for a real data plane."""
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> Snapshot:
         """Begin an episode and return the first snapshot."""

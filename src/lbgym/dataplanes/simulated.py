@@ -19,8 +19,8 @@ RESET_OPTIONS = ("scenario", "load", "rate", "events")
 def scenario_with_options(base: Scenario, options: Mapping[str, Any] | None) -> Scenario:
     """The scenario of an episode: ``base`` under the ``options`` of a reset.
 
-    Options: ``scenario`` (a Scenario, its name or a TOML path), ``load`` or ``rate`` (as in ``Workload``), ``events`` (a list of
-    ``Event``, instead of the scenario's).
+    Options: ``scenario`` (a Scenario, its name or a TOML path), ``load`` or ``rate`` (as in ``Workload``), ``events``
+    (a list of ``Event``, instead of the scenario's).
 
     Raises:
         UnknownNameError: for another option.
@@ -54,15 +54,20 @@ class SimulatedDataPlane:
     """
 
     def __init__(self, scenario: Scenario, *, dispatch: str | None = None, interval: float = 0.25) -> None:
-        self.scenario = scenario
+        self._base = scenario
         self.interval = interval
         self.simulation = Simulation(scenario, dispatch=dispatch)
         self.num_servers = scenario.num_servers
         self._weights = np.empty((1, scenario.balancers, scenario.num_servers))
 
+    @property
+    def scenario(self) -> Scenario:
+        """The scenario of the episode under way."""
+        return self.simulation.scenario_of(0)
+
     def reset(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Snapshot:
         """Begin an episode; ``options`` as in :func:`scenario_with_options`. No seed: one from the operating system."""
-        scenario = scenario_with_options(self.scenario, options)
+        scenario = scenario_with_options(self._base, options)
         if scenario is not self.simulation.scenario_of(0):
             self.simulation.set_scenario(scenario)
         if seed is None:

@@ -24,11 +24,11 @@ def compiled(*, allocates: bool = False, inline: bool = False, **options: Any) -
     A function that creates no array is compiled without reference counts: counting the references to every view of
     every array took nine tenths of the time of a flow.
     """
-    # Said either way, because a callee inherits what is left unsaid from its caller.
-    decorate = njit(cache=True, nogil=True, error_model="numpy", forceinline=inline, _nrt=allocates, **options)
+    # _nrt is said either way, because a callee inherits what is left unsaid from its caller.
+    options |= {"cache": True, "nogil": True, "error_model": "numpy", "forceinline": inline, "_nrt": allocates}
 
     def decorator(function: Any) -> Any:
-        dispatcher = decorate(function)
+        dispatcher: Any = njit(**options)(function)
         # Numba's cache looks for changes in the function's own file only; what it calls is compiled into it.
         index = getattr(dispatcher._cache, "_cache_file", None)
         if hasattr(index, "_source_stamp"):

@@ -9,8 +9,8 @@ One reservoir is a row of each of these arrays (any leading axes):
 
 Decay weights are normalised by their sum, hence relative: without a new sample no feature changes, and no weight has to
 be computed again as time goes by. A quantile is searched from where it was last time: passes over all slots without a
-branch, of which a few suffice because an interval's samples move a quantile by a few places. That beats keeping the slots
-in order, whose cost grows with every sample.
+branch, of which a few suffice because an interval's samples move a quantile by a few places. That beats keeping the
+slots in order, whose cost grows with every sample.
 """
 
 from __future__ import annotations

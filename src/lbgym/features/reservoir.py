@@ -27,13 +27,13 @@ def _mix64(x: int) -> int:
 class ReservoirSampler:
     """A reservoir of (value, time) samples and the five statistics drawn from it.
 
-    The first ``capacity`` samples fill the slots. After that "overwrite" puts each sample in a uniformly random slot, so
-    that a sample survives n further ones with probability (1 - 1/capacity)**n: exponential forgetting, as in the
+    The first ``capacity`` samples fill the slots. After that "overwrite" puts each sample in a uniformly random slot,
+    so that a sample survives n further ones with probability (1 - 1/capacity)**n: exponential forgetting, as in the
     MARLLB data plane (arXiv 2201.11727, Algorithm 2). "uniform" is Vitter's Algorithm R (1985): every sample ever
     offered is in the reservoir with equal probability, so it never forgets.
 
-    Statistics over the filled slots: mean, population standard deviation and 90th percentile (linear interpolation); and
-    mean and 90th percentile (inverted distribution function) under weights ``decay ** age`` divided by their sum.
+    Statistics over the filled slots: mean, population standard deviation and 90th percentile (linear interpolation);
+    and mean and 90th percentile (inverted distribution function) under weights ``decay ** age`` divided by their sum.
     Dividing by the sum makes ages relative: the statistics of an idle server stay as they are. An empty reservoir
     gives 0 everywhere.
 

@@ -28,7 +28,6 @@ from .layout import (
     P2C,
     P2C_SED,
     R_ACTIVE,
-    ROUND_ROBIN,
     S_CLOCK,
     S_RATE,
     S_SERVED,
@@ -271,14 +270,17 @@ def uses_counters(rule):
 
 @compiled(inline=True)
 def is_oracle(rule):
+    """Whether the rule sees what no balancer can."""
     return rule == ORACLE_LSQ or rule == ORACLE_SED or rule == ORACLE_LEAST_WORK
 
 
 @compiled(inline=True)
 def is_two_choice(rule):
+    """Whether the rule compares two candidates."""
     return rule == P2C or rule == P2C_SED
 
 
 @compiled(inline=True)
 def keeps_scores(rule):
+    """Whether the rule's scores are kept up to date for every server."""
     return rule == LSQ or rule == SED or rule == SED_SCALED

@@ -1,8 +1,8 @@
 """The event loop of one replica, compiled.
 
-A server is brought up to date only when somebody looks at it: when a flow is placed on it, when a rule reads its counters,
-at an event and at the end of an interval. Between looks its flows finish in its own order of virtual time; servers do not
-influence each other but through the dispatch of arrivals, so this is exact.
+A server is brought up to date only when somebody looks at it: when a flow is placed on it, when a rule reads its
+counters, at an event and at the end of an interval. Between looks its flows finish in its own order of virtual time;
+servers do not influence each other but through the dispatch of arrivals, so this is exact.
 """
 
 from __future__ import annotations
@@ -357,7 +357,27 @@ def _refresh_active(rule, table_size, ri, si, active, bf, bi, score, maglev):
 
 @compiled()
 def _fail_flow(
-    j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score, values, weights, meta, result, log, record
+    j,
+    slot,
+    now,
+    rule,
+    pf,
+    pi,
+    rf,
+    ri,
+    sf,
+    si,
+    flow_f,
+    flow_i,
+    bf,
+    bi,
+    score,
+    values,
+    weights,
+    meta,
+    result,
+    log,
+    record,
 ):
     b = np.int64(flow_i[j, slot, F_BALANCER])
     arrival = flow_f[j, slot, F_ARRIVAL]
@@ -463,8 +483,8 @@ def _run(P, S, r):
 
         # Who must have let its flows depart by now: the candidates of a flow, or every server.
         candidates = n
-        first = 0
-        second = 0
+        first = np.int64(0)
+        second = np.int64(0)
         b = 0
         h = np.uint64(0)
         if arrival:
@@ -496,7 +516,9 @@ def _run(P, S, r):
 
         if not arrival:
             for j in range(n):
-                _elapse(j, now, server_f[j, V_CORES], pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result)
+                _elapse(
+                    j, now, server_f[j, V_CORES], pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result
+                )
             if over:
                 return DONE
             _apply_event(
@@ -525,9 +547,7 @@ def _run(P, S, r):
         else:
             ri[R_UNROUTED] += 1
             ri[R_LOST] += 1
-            _log_flow(
-                pi, rf, ri, log, record, np.float64(ri[R_FLOWS]), now, pf[P_TIMEOUT], demand, -1, b, UNROUTED
-            )
+            _log_flow(pi, rf, ri, log, record, np.float64(ri[R_FLOWS]), now, pf[P_TIMEOUT], demand, -1, b, UNROUTED)
         ri[R_FLOWS] += 1
         next_arrival(pf, pi, demand_law, levels, rate_events, table, rf, ri)
 
@@ -592,23 +612,23 @@ def _percentile(values, n, end, q):
 
 
 @compiled()
-def _observe(P, S, O, r):
+def _observe(P, S, out, r):
     """Write what the balancers of replica ``r`` see now, and begin its next interval."""
     pi = P.pi[r]
     rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
     n = si.shape[0]
     ri[R_SEQUENCE] += 1
-    O.sequence_id[r] = ri[R_SEQUENCE]
-    O.timestamp[r] = rf[R_CLOCK]
-    O.unrouted[r] = ri[R_UNROUTED]
+    out.sequence_id[r] = ri[R_SEQUENCE]
+    out.timestamp[r] = rf[R_CLOCK]
+    out.unrouted[r] = ri[R_UNROUTED]
     elapsed = rf[R_CLOCK] - rf[R_INTERVAL_START]
     queue = 0.0
     for j in range(n):
-        O.active[r, j] = si[j, S_STATUS] == UP
-        O.counts[0, r, j] = si[j, S_STARTED]
-        O.counts[1, r, j] = si[j, S_COMPLETED]
-        O.counts[2, r, j] = si[j, S_REJECTED]
-        O.counts[3, r, j] = si[j, S_FAILED]
+        out.active[r, j] = si[j, S_STATUS] == UP
+        out.counts[0, r, j] = si[j, S_STARTED]
+        out.counts[1, r, j] = si[j, S_COMPLETED]
+        out.counts[2, r, j] = si[j, S_REJECTED]
+        out.counts[3, r, j] = si[j, S_FAILED]
         queue += sf[j, S_QUEUE_INTEGRAL]
         cores = P.server_f[r, j, V_CORES]
         held = si[j, S_SERVED] + si[j, S_WAITING]
@@ -619,14 +639,14 @@ def _observe(P, S, O, r):
         sf[j, S_BUSY_BEFORE] = sf[j, S_BUSY_INTEGRAL]
         memory = P.server_f[r, j, V_MEMORY_IDLE] + held * P.server_f[r, j, V_MEMORY_FLOW]
         if si[j, S_STATUS] == UP:
-            O.ground_truth[r, j, 0] = min(1.0, max(0.0, busy))
-            O.ground_truth[r, j, 1] = min(1.0, memory / P.server_f[r, j, V_MEMORY])
-            O.ground_truth[r, j, 2] = si[j, S_SERVED]
+            out.ground_truth[r, j, 0] = min(1.0, max(0.0, busy))
+            out.ground_truth[r, j, 1] = min(1.0, memory / P.server_f[r, j, V_MEMORY])
+            out.ground_truth[r, j, 2] = si[j, S_SERVED]
         else:
-            O.ground_truth[r, j, :] = 0.0
+            out.ground_truth[r, j, :] = 0.0
     for b in range(S.score.shape[1]):
         for j in range(n):
-            row = O.stats[r, b, j]
+            row = out.stats[r, b, j]
             row[:] = 0.0
             if si[j, S_STATUS] != UP:
                 continue
@@ -642,7 +662,7 @@ def _observe(P, S, O, r):
                     )
                     for k in range(5):
                         row[1 + 5 * metric + k] = result[k]
-    service = O.service[r]
+    service = out.service[r]
     service[:] = 0.0
     count = ri[R_LOGGED]
     if count > 0:
@@ -699,17 +719,19 @@ def reset_replica(P, S, r, seed):
             if P.pi[r, P_RESERVOIRS] == 1:
                 for metric in range(2):
                     S.meta[r, b, j, metric, RNG] = stream_seed(seed, _RESERVOIR, (b * n + j) * 2 + metric)
-    _refresh_active(P.pi[r, P_RULE], P.pi[r, P_TABLE_SIZE], ri, si, S.active[r], S.bf[r], S.bi[r], S.score[r], S.maglev[r])
+    _refresh_active(
+        P.pi[r, P_RULE], P.pi[r, P_TABLE_SIZE], ri, si, S.active[r], S.bf[r], S.bi[r], S.score[r], S.maglev[r]
+    )
     begin_arrivals(P.pf[r], P.pi[r], P.levels[r], P.first_level[r], P.rate_events[r], P.table, rf, ri)
     next_arrival(P.pf[r], P.pi[r], P.demand[r], P.levels[r], P.rate_events[r], P.table, rf, ri)
 
 
 @compiled()
-def step_replicas(P, S, O, weights, duration, first, last, status):
+def step_replicas(P, S, out, weights, duration, first, last, status):
     """One interval of replicas ``first`` to ``last``: weights, ``duration`` seconds, observation.
 
-    ``weights`` is [R, m, N], or has no replica to keep the present ones. A replica whose ``status`` is DONE is left alone;
-    one whose status is not DONE afterwards needs a larger array, and the next call goes on where it stopped.
+    ``weights`` is [R, m, N], or has no replica to keep the present ones. A replica whose ``status`` is DONE is left
+    alone; one whose status is not DONE afterwards needs a larger array, and the next call goes on where it stopped.
     """
     for r in range(first, last):
         if status[r] == DONE:
@@ -723,13 +745,13 @@ def step_replicas(P, S, O, weights, duration, first, last, status):
         if status[r] == DONE:
             S.ri[r, R_RUNNING] = 0
             S.rf[r, R_CLOCK] = S.rf[r, R_TARGET]
-            _observe(P, S, O, r)
+            _observe(P, S, out, r)
 
 
 @compiled()
-def reset_replicas(P, S, O, seeds, chosen):
-    """Reset and observe the ``chosen`` replicas; the others' part of ``O`` is left unwritten."""
+def reset_replicas(P, S, out, seeds, chosen):
+    """Reset and observe the ``chosen`` replicas; the others' part of ``out`` is left unwritten."""
     for r in range(seeds.shape[0]):
         if chosen[r]:
             reset_replica(P, S, r, seeds[r])
-            _observe(P, S, O, r)
+            _observe(P, S, out, r)

@@ -5,7 +5,7 @@ Integer columns of int64 arrays also hold the 64-bit state of random streams.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -263,7 +263,7 @@ def allocate_output(replicas: int, servers: int, balancers: int) -> Output:
 
 def grown(state: State, *, flows: int | None = None, log: int | None = None, record: int | None = None) -> State:
     """The same state with more flow slots or log entries."""
-    changes: dict[str, NDArray] = {}
+    changes: dict[str, NDArray[Any]] = {}
     if flows is not None:
         old = state.heap.shape[2]
         for name in ("heap", "flow_f", "flow_i"):

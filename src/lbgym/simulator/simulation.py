@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -181,14 +182,14 @@ class Simulation:
     def reset(self, seeds: Sequence[int], mask: NDArray[np.bool_] | None = None) -> Snapshot:
         """Empty the masked replicas (None: all) and start their flows from ``seeds``, one per replica.
 
-        Returns the batched snapshot, at time 0 for the replicas that were reset; the others' rows are those of the snapshot
-        before.
+        Returns the batched snapshot, at time 0 for the replicas that were reset; the others' rows are those of the
+        snapshot before.
         """
         words = self._words(seeds)
         if mask is None or self._output is None:
             output = at.allocate_output(self.num_replicas, self.num_servers, self.num_balancers)
         else:
-            output = at.Output(*(array.copy() for array in self._output))
+            output = at.Output._make([array.copy() for array in self._output])
         if mask is None:
             mask = np.ones(self.num_replicas, np.bool_)
         elif self._output is None:
@@ -269,7 +270,7 @@ class Simulation:
                     self._threads().submit(
                         step, self._parameters, self._state, output, weights, duration, first, last, status
                     )
-                    for first, last in zip(bounds[1:-1], bounds[2:], strict=True)
+                    for first, last in pairwise(bounds[1:])
                 ]
                 step(self._parameters, self._state, output, weights, duration, 0, bounds[1], status)
                 for job in jobs:
@@ -319,12 +320,12 @@ class Simulation:
             service=output.service if self._service else None,
         )
 
-    def take_flows(self, replica: int = 0) -> dict[str, NDArray]:
+    def take_flows(self, replica: int = 0) -> dict[str, NDArray[Any]]:
         """The flows of a replica that ended since the last call, in the order in which they are known to have ended.
 
         Keys: ``flow_id`` int64 (order of arrival from 0), ``arrival``, ``fct`` (``reject_timeout`` unless completed),
-        ``demand`` float64, ``server`` int64 (-1: none was active), ``balancer`` int64, ``status`` int64 (0 completed, 1 rejected,
-        2 failed, 3 unrouted).
+        ``demand`` float64, ``server`` int64 (-1: none was active), ``balancer`` int64, ``status`` int64 (0 completed,
+        1 rejected, 2 failed, 3 unrouted).
 
         Raises:
             ScenarioError: if the simulation does not record flows.
@@ -338,10 +339,10 @@ class Simulation:
         whole = {"flow_id", "server", "balancer", "status"}
         return {name: rows[:, i].astype(np.int64 if name in whole else np.float64) for i, name in enumerate(names)}
 
-    def open_flows(self, replica: int = 0) -> dict[str, NDArray]:
-        """The flows of a replica that have not ended: ``flow_id``, ``arrival``, ``demand``, ``server``, ``balancer``."""
+    def open_flows(self, replica: int = 0) -> dict[str, NDArray[Any]]:
+        """The flows of a replica that have not ended: flow_id, arrival, demand, server, balancer."""
         state = self._state
-        parts: list[tuple[int, NDArray]] = []
+        parts: list[tuple[int, NDArray[Any]]] = []
         for j in range(self.num_servers):
             served = int(state.si[replica, j, at.S_SERVED])
             waiting = int(state.si[replica, j, at.S_WAITING])
@@ -360,12 +361,12 @@ class Simulation:
             ),
         }
 
-    def integrals(self) -> dict[str, NDArray]:
+    def integrals(self) -> dict[str, NDArray[Any]]:
         """Exact integrals since reset, per replica and server [R, N], and the clocks [R].
 
-        ``queue``: of flows in the server over time; ``busy``: of busy cores; ``work``: core-seconds served; ``fct_sum``: over
-        completed flows; ``lost_time``: spent in the server by flows that failed; ``age_sum``: of open flows; ``open``:
-        how many. By Little's law queue = fct_sum + lost_time + age_sum.
+        ``queue``: of flows in the server over time; ``busy``: of busy cores; ``work``: core-seconds served;
+        ``fct_sum``: over completed flows; ``lost_time``: spent in the server by flows that failed; ``age_sum``: of
+        open flows; ``open``: how many. By Little's law queue = fct_sum + lost_time + age_sum.
         """
         sf = self._state.sf
         clock = self._state.rf[:, at.R_CLOCK].copy()
@@ -410,16 +411,15 @@ def build_parameters(
     rows = [distinct.setdefault(id(scenario), len(distinct)) for scenario in scenarios]
     unique = list({id(scenario): scenario for scenario in scenarios}.values())
     table: list[NDArray[np.float64]] = []
-    built = [
-        _scenario_rows(s, dispatch or s.dispatch, reservoirs, service, record, maglev_size, table) for s in unique
-    ]
+    built = [_scenario_rows(s, dispatch or s.dispatch, reservoirs, service, record, maglev_size, table) for s in unique]
 
-    def stack(name: str, fill: float = 0.0) -> NDArray:
+    def stack(name: str, fill: float = 0.0) -> NDArray[Any]:
         arrays = [one[name] for one in built]
         shape = tuple(max(a.shape[i] for a in arrays) for i in range(arrays[0].ndim))
         out = np.full((len(arrays), *shape), fill, arrays[0].dtype)
         for i, a in enumerate(arrays):
-            out[(i, *(slice(0, n) for n in a.shape))] = a
+            window: tuple[Any, ...] = (i, *(slice(0, n) for n in a.shape))
+            out[window] = a
         return np.ascontiguousarray(out[rows])
 
     return at.Parameters(
@@ -455,7 +455,7 @@ def _demand_row(demand: model.Demand) -> tuple[int, list[float]]:
             return at.EMPIRICAL, [0.0]
 
 
-def _modulation(arrivals: model.Arrivals) -> tuple[NDArray, NDArray, bool]:
+def _modulation(arrivals: model.Arrivals) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
     """Levels [L, 2 + L], cumulative stationary law [L], fixed sojourns; levels scaled to a long-run mean of 1."""
     if isinstance(arrivals, model.OnOff):
         arrivals = model.ModulatedPoisson(
@@ -468,7 +468,11 @@ def _modulation(arrivals: model.Arrivals) -> tuple[NDArray, NDArray, bool]:
     if mean <= 0.0:
         raise ScenarioError("ModulatedPoisson: the states that recur have level 0, so no flow would ever arrive")
     rows = np.column_stack(
-        [np.asarray(arrivals.levels) / mean, np.asarray(arrivals.sojourns), np.cumsum(arrivals.transitions, axis=1)]
+        [
+            np.asarray(arrivals.levels) / mean,
+            np.asarray(arrivals.sojourns),
+            np.cumsum(np.asarray(arrivals.transitions), axis=1),
+        ]
     )
     return rows, np.cumsum(stationary), arrivals.fixed_sojourns
 
@@ -481,7 +485,7 @@ def _scenario_rows(
     record: bool,
     maglev_size: int,
     table: list[NDArray[np.float64]],
-) -> dict[str, NDArray]:
+) -> dict[str, NDArray[Any]]:
     """One scenario's part of every parameter array; appends its trace or measured demands to ``table``."""
     workload, sampling = scenario.workload, scenario.sampling
     pf, pi = np.zeros(at.NUM_PF), np.zeros(at.NUM_PI, np.int64)
@@ -501,7 +505,9 @@ def _scenario_rows(
     entries: NDArray[np.float64] | None = None
     if workload.trace is not None:
         trace = workload.trace
-        trace = replace(trace, times=trace.times / (scenario.rate / trace.rate)) if scenario.rate != trace.rate else trace
+        trace = (
+            replace(trace, times=trace.times / (scenario.rate / trace.rate)) if scenario.rate != trace.rate else trace
+        )
         entries = np.column_stack([trace.times, trace.demands])
         pi[at.P_ARRIVALS] = at.TRACE
         pf[at.P_TRACE_PERIOD] = trace.period
