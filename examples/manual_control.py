@@ -20,6 +20,7 @@ import time
 import tty
 from collections import deque
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -93,9 +94,10 @@ class Game:
     """An environment under manual weights, and the same flows under equal ones."""
 
     def __init__(self, scenario: str, load: float | None, seed: int) -> None:
-        make = {"scenario": scenario, "action_type": "continuous", "max_steps": 1_000_000}
+        make: dict[str, Any] = {"scenario": scenario, "action_type": "continuous", "max_steps": 1_000_000}
         self.env = lbgym.LoadBalanceEnv(**make, render_mode="ansi")
         self.equal = lbgym.LoadBalanceEnv(**make)
+        self.actions: Any = self.env.action_space
         self.seed, self.options = seed, {} if load is None else {"load": load}
         self.selected = 0
         self.reset()
@@ -104,7 +106,7 @@ class Game:
         for env in (self.env, self.equal):
             env.reset(seed=self.seed, options=self.options)
         self.steps = 0
-        self.weights = np.ones(self.env.action_space.shape, dtype=np.float32)
+        self.weights = np.ones(self.actions.shape, dtype=np.float32)
         self.flows, self.fct = np.zeros(2), np.zeros(2)
 
     def step(self) -> None:
@@ -118,14 +120,13 @@ class Game:
 
     def press(self, key: str) -> None:
         """Keys that change the weights, the selection or begin again."""
-        low, high = self.env.action_space.low, self.env.action_space.high
         if key in ("up", "k", "down", "j"):
             self.selected = (self.selected + (1 if key in ("down", "j") else -1)) % len(self.weights)
         elif key.isdigit() and int(key) < len(self.weights):
             self.selected = int(key)
         elif key in ("+", "=", "-"):
             self.weights[self.selected] *= 1 / FACTOR if key == "-" else FACTOR
-            self.weights = np.clip(self.weights, low, high)
+            self.weights = np.clip(self.weights, self.actions.low, self.actions.high)
         elif key == "e":
             self.weights[:] = 1
         elif key == "r":
@@ -150,8 +151,7 @@ def play(game: Game, terminal: Terminal, pace: float) -> None:
     paused = False
     due = time.monotonic()
     while True:
-        game_time = 0.0 if not terminal.interactive else max(0.0, due - time.monotonic())
-        keys = terminal.keys(3600.0 if paused else game_time)
+        keys = terminal.keys(3600.0 if paused else max(0.0, due - time.monotonic()))
         for key in keys:
             if key == "q":
                 return

@@ -16,7 +16,7 @@ class LbgymError(Exception):
     """Base class of every exception lbgym raises on purpose."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exceptions come back from worker processes by pickle, and some constructors take other arguments than the message.
+        # Exceptions come back from worker processes by pickle, and some constructors take more than the message.
         return _restored, (type(self), self.args, self.__dict__)
 
 
@@ -77,7 +77,9 @@ class MissingExtraError(LbgymError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
     def __init__(self, module: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs {module!r}, which is not installed: pip install 'lbgym[{extra}]'", name=module)
+        super().__init__(
+            f"{purpose} needs {module!r}, which is not installed: pip install 'lbgym[{extra}]'", name=module
+        )
 
 
 class DataPlaneTimeout(LbgymError, TimeoutError):
