@@ -12,6 +12,7 @@ PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BENCHMARKS := $(filter-out __init__ common,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
 export OMP_NUM_THREADS ?= 1
@@ -28,10 +29,12 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.all: pyproject.toml constraints.txt $(VENV)/.torch
+	@echo "installing into $(VENV), about a minute ..."
 	$(PIP) -e '.[all]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
+	@echo "installing into $(VENV), about a minute ..."
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.all
 
@@ -59,7 +62,10 @@ test: lint ## lint, then the tests with coverage
 
 .PHONY: bench
 bench: $(VENV)/.dev ## every benchmark, with what it must reach
-	$(BIN)/python benchmarks/run.py
+	@failed=; for name in $(BENCHMARKS); do \
+		echo "python -m benchmarks.$$name"; \
+		$(BIN)/python -m benchmarks.$$name --out out/bench || failed="$$failed $$name"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 .PHONY: clean
 clean: ## remove what was made, also the virtual environment
