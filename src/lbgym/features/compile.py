@@ -30,7 +30,7 @@ def compiled(*, allocates: bool = False, inline: bool = False, **options: Any) -
     def decorator(function: Any) -> Any:
         dispatcher: Any = njit(**options)(function)
         # Numba's cache looks for changes in the function's own file only; what it calls is compiled into it.
-        index = getattr(dispatcher._cache, "_cache_file", None)
+        index: Any = getattr(dispatcher._cache, "_cache_file", None)
         if hasattr(index, "_source_stamp"):
             index._source_stamp = _sources()
         return dispatcher

@@ -28,6 +28,7 @@ from .layout import (
     P_TRACE_PERIOD,
     P_TRACE_RANDOM,
     P_TRACE_REPEAT,
+    POISSON,
     R_ANCHOR_TIME,
     R_ANCHOR_TRACE,
     R_FACTOR,
@@ -193,7 +194,7 @@ def next_arrival(pf, pi, demand, levels, rate_events, table, rf, ri):
     if pi[P_ARRIVALS] == TRACE:
         _next_of_trace(pf, pi, rate_events, table, rf, ri)
         return
-    if pi[P_NUM_LEVELS] == 0 and rate_events[ri[R_RATE_EVENT], 0] == math.inf and rf[R_FACTOR] > 0.0:
+    if pi[P_ARRIVALS] == POISSON and rate_events[ri[R_RATE_EVENT], 0] == math.inf and rf[R_FACTOR] > 0.0:
         rf[R_NEXT_ARRIVAL] += next_exponential(ri, R_RNG_ARRIVAL) / (pf[P_RATE] * rf[R_FACTOR])
     else:
         _next_modulated(pf, pi, levels, rate_events, rf, ri)

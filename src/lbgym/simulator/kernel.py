@@ -505,19 +505,19 @@ def _run(P, S, r):
                 first = dispatch_by_hash(b, rule, table_size, h, ri, active, bf, bi, maglev)
         everyone = candidates == n and (counters or not arrival)
         for i in range(candidates):
-            j = i
+            k = np.int64(i)
             if not everyone:
-                j = first if i == 0 else second
-            if departure[j] <= now:
+                k = first if i == 0 else second
+            if departure[k] <= now:
                 _depart(
-                    j, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
+                    k, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
                     values, weights, meta, result, log, record,
                 )  # fmt: skip
 
         if not arrival:
-            for j in range(n):
+            for i in range(n):
                 _elapse(
-                    j, now, server_f[j, V_CORES], pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result
+                    i, now, server_f[i, V_CORES], pf, pi, sf, si, flow_f[i], flow_i[i], values, weights, meta, result
                 )
             if over:
                 return DONE

@@ -518,7 +518,6 @@ def _scenario_rows(
             pf[at.P_AMPLITUDE] = workload.arrivals.amplitude
             pf[at.P_OMEGA] = 2.0 * math.pi / workload.arrivals.period
             pf[at.P_PHASE] = workload.arrivals.phase
-            pi[at.P_NUM_LEVELS] = -1
         elif isinstance(workload.arrivals, (model.ModulatedPoisson, model.OnOff)):
             pi[at.P_ARRIVALS] = at.MODULATED
             pi[at.P_NUM_LEVELS] = len(levels)
