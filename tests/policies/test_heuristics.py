@@ -39,6 +39,14 @@ def features(*, fct: list[float] | None = None, on: list[float] | None = None, b
 ALL = np.ones(N, dtype=bool)
 
 
+def settled(policy: WeightPolicy, *, fct: list[float], on: list[float] | None = None):
+    """Weights once the same has been seen for so long, with news at every step, that it is believed."""
+    policy.reset()
+    for step in range(80):
+        last = policy.weights(features(fct=[x * (1 + 1e-12 * (step % 2)) for x in fct], on=on), ALL)
+    return last
+
+
 def every_policy() -> list[WeightPolicy]:
     scenario = Scenario(servers=tuple(Server(cores=c) for c in (1, 2, 4, 8)), workload=Workload(load=0.5))
     return [make_weight_policy(name, scenario, seed=0) for name in weight_policy_names()]
@@ -128,20 +136,19 @@ def test_adaptive_weights_divide_by_the_busy_workers() -> None:
 
 
 def test_latency_weights_are_inverse_to_the_fct() -> None:
-    weights = LatencyWeights(smoothing=0.0).weights(features(fct=[0.1, 0.2, 0.4, 0.4]), ALL)
+    weights = settled(LatencyWeights(), fct=[0.1, 0.2, 0.4, 0.4])
     assert weights / weights[0] == pytest.approx([1, 0.5, 0.25, 0.25])
 
 
 def test_latency_weights_do_not_depend_on_the_unit_of_time() -> None:
     fct = np.array([0.1, 0.2, 0.4, 0.3])
-    weights = [LatencyWeights().weights(features(fct=list(unit * fct)), ALL) for unit in (1.0, 1000.0)]
+    weights = [settled(LatencyWeights(), fct=list(unit * fct)) for unit in (1.0, 1000.0)]
     assert weights[0] == pytest.approx(weights[1])
 
 
-@pytest.mark.parametrize("policy", [LatencyWeights(smoothing=0.0), LittlesLawWeights(smoothing=0.0)])
+@pytest.mark.parametrize("policy", [LatencyWeights(), LittlesLawWeights()])
 def test_a_server_nobody_came_back_from_is_neutral(policy: WeightPolicy) -> None:
-    policy.reset()
-    weights = policy.weights(features(fct=[0.1, 0.3, 0.0, 0.2], on=[1, 1, 5, 1]), ALL)
+    weights = settled(policy, fct=[0.1, 0.3, 0.0, 0.2], on=[1, 1, 5, 1])
     assert weights[2] == pytest.approx(weights[[0, 1, 3]].mean())
     policy.reset()
     assert policy.weights(features(on=[3, 0, 1, 2]), ALL).tolist() == [1.0] * N
@@ -149,37 +156,47 @@ def test_a_server_nobody_came_back_from_is_neutral(policy: WeightPolicy) -> None
 
 @pytest.mark.parametrize("policy", [LatencyWeights(smoothing=0.0, half_life=4), LittlesLawWeights(half_life=4)])
 def test_a_weight_that_no_flow_confirms_returns_to_neutral(policy: WeightPolicy) -> None:
-    policy.reset()
     fct = np.array([0.1, 0.1, 0.1, 5.0])
-    first = policy.weights(features(fct=list(fct)), ALL)
+    first = settled(policy, fct=list(fct))
     assert first[3] < 0.5
     for step in range(1, 41):
         fct[:3] = 0.1 + 1e-6 * (step % 2)  # news from the others
         last = policy.weights(features(fct=list(fct)), ALL)
     assert last[3] == pytest.approx(1.0, abs=0.01)
     assert last[:3] == pytest.approx(first[:3], rel=0.01)
+    assert np.array_equal(settled(policy, fct=[0.1, 0.1, 0.1, 5.0]), first)
+
+
+@pytest.mark.parametrize("policy", [LatencyWeights(), LittlesLawWeights()])
+def test_the_first_flows_are_not_believed_at_once(policy: WeightPolicy) -> None:
+    fct, on = [0.01, 0.2, 0.2, 0.2], [0.0, 1.0, 1.0, 1.0]
+    believed = settled(policy, fct=fct, on=on)
     policy.reset()
-    assert np.array_equal(policy.weights(features(fct=[0.1, 0.1, 0.1, 5.0]), ALL), first)
+    distances = []
+    for step in range(6):
+        weights = policy.weights(features(fct=[x * (1 + 1e-12 * step) for x in fct], on=on), ALL)
+        distances.append(np.abs(np.log(weights / believed)).max())
+    assert (np.diff(distances) < 0).all() and distances[0] > 0.5 * np.abs(np.log(believed)).max()
 
 
 def test_littles_law_gives_the_capacity_of_processor_sharing_servers_at_any_load() -> None:
     # n = rho / (1 - rho) and T = 1 / (C (1 - rho)): capacities 1, 2, 4, 8 at four loads
     capacity, load = np.array([1.0, 2.0, 4.0, 8.0]), np.array([0.1, 0.5, 0.9, 0.99])
     on, fct = load / (1 - load), 1 / (capacity * (1 - load))
-    weights = LittlesLawWeights().weights(features(on=list(on), fct=list(fct)), ALL)
+    weights = settled(LittlesLawWeights(), on=list(on), fct=list(fct))
     assert weights / weights[0] == pytest.approx(capacity)
     # three balancers, each with a third of the flows open
-    weights = LittlesLawWeights(num_balancers=3).weights(features(on=list(on / 3), fct=list(fct)), ALL)
+    weights = settled(LittlesLawWeights(num_balancers=3), on=list(on / 3), fct=list(fct))
     assert weights / weights[0] == pytest.approx(capacity)
 
 
 def test_littles_law_knows_that_idle_cores_are_capacity() -> None:
     cores = [1.0, 2.0, 4.0, 8.0]
-    weights = LittlesLawWeights(cores).weights(features(fct=[0.1] * N, on=[0] * N), ALL)
+    weights = settled(LittlesLawWeights(cores), fct=[0.1] * N, on=[0] * N)
     assert weights / weights[0] == pytest.approx(cores)
 
 
-@pytest.mark.parametrize("rule", ["wcmp", "sed"])
+@pytest.mark.parametrize("rule", ["sed", "p2c_sed"])
 def test_littles_law_finds_capacities_in_the_simulator(rule: str) -> None:
     servers = tuple(Server(cores=c, speed=s) for c, s in ((1, 1.0), (1, 3.0), (4, 0.5), (4, 2.0)))
     scenario = Scenario(servers=servers, workload=Workload(load=0.7), dispatch=rule)
@@ -194,7 +211,8 @@ def test_littles_law_finds_capacities_in_the_simulator(rule: str) -> None:
         if step >= 400:
             logs.append(np.log(weights / weights.sum()))
     found = np.exp(np.mean(logs, axis=0))
-    assert found / found.sum() == pytest.approx(capacity / capacity.sum(), rel=0.3)
+    # equal weights would be wrong by a factor of 3.5
+    assert found / found.sum() == pytest.approx(capacity / capacity.sum(), rel=0.5)
 
 
 def test_unknown_names_list_the_known_ones() -> None:

@@ -186,8 +186,8 @@ def _report(comparison: Comparison, files: list[Path]) -> None:
     console.print(
         f"[bold]{scenario.name}[/bold]{source}: {scenario.num_servers} servers, "
         f"{scenario.balancers} balancer{'s' * (scenario.balancers > 1)}, load {scenario.load:.2f}, "
-        f"{scenario.rate:.4g} flows/s\n{flows:,.0f} flows per seed count, those that arrive from {settings.warmup:g} to "
-        f"{settings.duration:g} s"
+        f"{scenario.rate:.4g} flows/s\n{flows:,.0f} flows per seed count, those that arrive from {settings.warmup:.4g} "
+        f"to {settings.duration:.4g} s"
     )
     console.print()
     trained = [contender.label for contender in comparison.contenders if contender.path is not None]
@@ -199,8 +199,8 @@ def _report(comparison: Comparison, files: list[Path]) -> None:
         if len(comparison.labels) > 1:
             console.print(comparison.verdict(label))
     still = {label: comparison.values(label, "open").mean() for label in comparison.labels}
-    if any(still.values()):
-        counts = ", ".join(f"{label} {count:,.1f}" for label, count in still.items() if count)
+    if max(still.values()) >= 0.5:
+        counts = ", ".join(f"{label} {count:,.0f}" for label, count in still.items() if count >= 0.5)
         console.print(
             f"Flows per seed still open {settings.drain:g} s after the end, which count with their age: {counts}."
         )

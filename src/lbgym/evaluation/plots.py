@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .runner import Run, Series
 
 # Distinct in hue and in lightness, so that they stay apart in grey and for the colour-blind (after Okabe and Ito).
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#4d4d4d")
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#8c8c8c")
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _TEXT = "#333333"
 
@@ -40,15 +40,15 @@ def fct_distribution(comparison: Comparison) -> Figure:
     floor = max(1e-6, min(1e-2, 10 / flows))
     ends: list[float] = []
     starts: list[float] = []
-    for i, label in enumerate(comparison.labels):
+    trained = [contender.label for contender in comparison.contenders if contender.path is not None]
+    heuristics = [label for label in comparison.labels if label not in trained]
+    for label in comparison.labels:
         fct, longer = comparison.fct_ccdf(label)
         shown = (longer >= floor) & (longer < 1)
         axes.plot(
             fct[shown],
             longer[shown],
-            color=_COLOURS[i % len(_COLOURS)],
-            linestyle=_STYLES[i // len(_COLOURS) % len(_STYLES)],
-            linewidth=2.4 if label == comparison.baseline else 1.7,
+            **(_agent_line(trained.index(label)) if label in trained else _line(heuristics.index(label))),
             label=f"{label} (baseline)" if label == comparison.baseline else label,
         )
         if shown.any():
@@ -82,6 +82,19 @@ def fct_distribution(comparison: Comparison) -> Figure:
     return figure
 
 
+def _line(i: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[i % len(_COLOURS)],
+        "linestyle": _STYLES[i // len(_COLOURS) % len(_STYLES)],
+        "linewidth": 1.7,
+    }
+
+
+def _agent_line(i: int) -> dict[str, Any]:
+    """Trained models are what one looks for: black, heavier, on top."""
+    return {"color": "black", "linestyle": _STYLES[i % len(_STYLES)], "linewidth": 2.2, "zorder": 3}
+
+
 def load_and_weights(comparison: Comparison, labels: Sequence[str] | None = None) -> Figure:
     """Open flows of every server and balancer 0's weights over time, first seed, one column per contender.
 
@@ -100,7 +113,7 @@ def load_and_weights(comparison: Comparison, labels: Sequence[str] | None = None
         raise ScenarioError("no run of the comparison has a time series")
     figure = Figure(figsize=(max(6.4, 3.4 * len(panels) + 1.4), 5.8), layout="constrained")
     grid = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
-    most = max(float(series.open_flows.max()) for _, series in panels)
+    most = max(float(_smooth(column).max()) for _, series in panels for column in series.open_flows.T)
     factor = max(_spread(series) for run, series in panels)
     draw = _lines if comparison.scenario.num_servers <= MAX_LINES else _pictures
     draw(figure, grid, panels, most, factor)
@@ -145,7 +158,7 @@ def _lines(figure: Figure, grid: Any, panels: _Panels, most: float, factor: floa
     load, weight = grid[:, 0]
     # Linear while it fits, since a few flows more or less is what there is to see; never a queue that hides all others.
     if most > 50:
-        load.set_yscale("symlog", linthresh=10, linscale=1)
+        load.set_yscale("symlog", linthresh=10, linscale=1.6)
         load.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     load.set_ylim(0, most * (2 if most > 50 else 1.05))
     weight.set_yscale("log")

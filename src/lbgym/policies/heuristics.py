@@ -97,37 +97,42 @@ class AdaptiveWeights(WeightPolicy):
 
 
 class _Trust:
-    """How far an estimate from FCTs is trusted: 1, and half as far for every ``half_life`` steps without news.
+    """How far an estimate from FCTs is trusted: more with every step that brings news, less with every step without.
 
-    A weight too low keeps flows away, so no FCT comes back that would correct it. Where a reservoir gets no sample its
-    features stand still, which is how it shows.
+    The first few FCTs say little. And a weight too low keeps flows away, so no FCT comes back that would correct it.
+    Where a reservoir gets no sample its features stand still, which is how it shows.
+
+    Args:
+        half_life: steps without news until trust is halved.
+        evidence: steps with news until trust is half of what it can be.
     """
 
-    def __init__(self, half_life: float) -> None:
+    def __init__(self, half_life: float, evidence: float = 3.0) -> None:
         if not half_life > 0:
             raise PolicyError(f"half_life must be above 0 steps, got {half_life!r}")
-        self._half_life = half_life
+        self._half_life, self._evidence = half_life, evidence
         self.reset()
 
     def reset(self) -> None:
         self._fct: NDArray[np.float64] | None = None
-        self._age: NDArray[np.float64] | None = None
+        self._since = self._news = np.zeros(0)
 
     def __call__(self, fct: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Trust in (0, 1] per server after a step that shows ``fct``."""
-        if self._fct is None or self._age is None or self._fct.shape != fct.shape:
-            self._age = np.zeros(fct.shape)
-        else:
-            self._age = np.where(fct == self._fct, self._age + 1, 0.0)
+        """Trust in [0, 1] per server after a step that shows ``fct``."""
+        if self._fct is None or self._fct.shape != fct.shape:
+            self._fct = self._since = self._news = np.zeros(fct.shape)
+        news = fct != self._fct
+        self._since = np.where(news, 0.0, self._since + 1)
+        self._news = self._news + news
         self._fct = fct.copy()
-        return 0.5 ** (self._age / self._half_life)
+        return 0.5 ** (self._since / self._half_life) * (1 - 0.5 ** (self._news / self._evidence))
 
 
 class LatencyWeights(WeightPolicy):
     """Weights in inverse proportion to the decayed mean FCT.
 
-    A server from which no flow has come back yet gets the mean weight of the others, and a weight that no further flow
-    confirms returns to it.
+    A server from which no flow has come back yet gets the mean weight of the others; a weight departs from it as flows
+    confirm it, and returns to it when none does.
 
     Args:
         smoothing: share of the former weight (its logarithm) that a step keeps, in [0, 1). Without it the balancer
@@ -177,9 +182,13 @@ class LittlesLawWeights(WeightPolicy):
 
     A balancer that is one of m alike has n / m of the flows open, hence ``num_balancers``.
 
+    All this holds in a steady state. From a server whose queue grows only the short flows come back, T stays behind n,
+    and the estimate is too high. Dispatch rules that count open flows (``sed``, ``p2c_sed``) relieve such a server
+    whatever its weight; under ``wcmp`` nothing does.
+
     T is the decayed mean FCT, which looks back several seconds; n is smoothed to look back as far, since the ratio of
     an instant to a long mean is mostly noise. A server from which no flow has come back yet gets the mean weight of the
-    others, and a weight that no further flow confirms returns to it.
+    others; a weight departs from it as flows confirm it, and returns to it when none does.
 
     Args:
         cores: cores of each server, which an operator knows, or None for one each.
