@@ -42,9 +42,12 @@ def train(
     action_type: Annotated[str | None, typer.Option(help='"normalized" (continuous), "discrete" or "joint".')] = None,
     dispatch: Annotated[str | None, typer.Option(help="Dispatch rule.", show_default="the scenario's")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Step size of Adam.")] = None,
-    out: Annotated[Path, typer.Option(help="The checkpoint's file (.pt, .zip), or a folder for it.")] = Path(
-        "out/train"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The checkpoint's file (.pt, .zip), or a folder for it.", show_default="out/train, or --resume"
+        ),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="A checkpoint to go on with.")] = None,
     tensorboard: Annotated[
         bool | None,
@@ -72,6 +75,7 @@ def train(
     if steps is not None or seconds is not None:
         changes |= {"total_steps": steps, "seconds": seconds}
 
+    out = out or resume or Path("out/train")
     run = _ppo(changes, resume) if algo is Algorithm.PPO else _sb3(changes, resume)
     if tensorboard is None:
         tensorboard = find_spec("tensorboard") is not None
@@ -94,7 +98,9 @@ def _ppo(changes: dict[str, Any], resume: Path | None) -> Run:
     from ..training.ppo import PPOConfig, config_of, read_checkpoint, train_ppo
 
     saved = config_of(read_checkpoint(resume), resume) if resume is not None else PPOConfig()
-    config = replace(saved, **changes)
+    # any number of replicas will do: share the flows among as many as go into it
+    replicas = math.gcd(saved.replicas_per_seed, changes.get("num_envs", saved.num_envs))
+    config = replace(saved, **changes, replicas_per_seed=replicas)
 
     def run(out: Path, callback: Callable[[Progress], bool], tensorboard: bool) -> tuple[Path, list[Progress]]:
         result = train_ppo(config, out=out, resume_from=resume, callback=callback, tensorboard=tensorboard)

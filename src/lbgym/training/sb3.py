@@ -171,8 +171,8 @@ class SB3Config:
     """lambda of the generalised advantage estimate"""
     epochs: int = 4
     """passes over the rollout per update"""
-    minibatch_size: int = 4096
-    """samples per minibatch"""
+    minibatches: int = 4
+    """minibatches per pass"""
     hidden: int = 64
     """width of the two layers of actor and critic"""
     log_std: float = -1.0
@@ -329,7 +329,7 @@ def _new(config: SB3Config, env: VecEnv) -> PPO:
         env,
         learning_rate=config.learning_rate,
         n_steps=config.num_steps,
-        batch_size=config.minibatch_size,
+        batch_size=max(2, config.num_envs * config.num_steps // config.minibatches),
         n_epochs=config.epochs,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,

@@ -1,0 +1,121 @@
+"""``lbgym train`` on the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("typer")
+
+from lbgym.policies import load_policy
+from lbgym.training import read_checkpoint
+
+SHORT = ("--num-envs", "6", "--scenario", "uniform", "--no-tensorboard")
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    from lbgym.cli import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert isinstance(exit_.value.code, int | None)
+    return exit_.value.code or 0, captured.out, captured.err
+
+
+def result_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    code, out, _ = in_process(capsys, *arguments, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert isinstance(result, dict)
+    return result
+
+
+def test_training_says_where_the_checkpoint_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "agent.pt"
+    code, out, err = in_process(capsys, *SHORT, "--steps", 200, "--reward", "mean_fct", "--seed", 3, "--out", path)
+    assert code == 0, err
+    assert f"checkpoint: {path}" in out.replace("\n", "")
+    saved = read_checkpoint(path)
+    assert saved["config"]["reward_type"] == "mean_fct"
+    assert saved["config"]["seed"] == 3
+    assert saved["step"] >= 200
+
+
+def test_json_and_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    first = result_of(capsys, *SHORT, "--steps", 200, "--out", tmp_path)
+    assert first["checkpoint"] == str(tmp_path / "ppo.pt")
+    assert first["interrupted"] is False
+    assert first["steps"] >= 200
+    assert first["fct_mean"] > 0
+    second = result_of(capsys, "--resume", tmp_path / "ppo.pt", "--steps", 400, "--no-tensorboard")
+    assert second["checkpoint"] == first["checkpoint"]
+    assert 400 <= second["steps"] < 600
+    assert read_checkpoint(tmp_path / "ppo.pt")["config"]["scenario"] == "uniform"
+
+
+def test_stable_baselines3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
+    arguments = (*SHORT, "--algo", "sb3-ppo", "--steps", 400, "--action-type", "discrete")
+    result = result_of(capsys, *arguments, "--out", tmp_path)
+    assert result["checkpoint"] == str(tmp_path / "sb3-ppo.zip")
+    assert load_policy(tmp_path / "sb3-ppo.zip").env_kwargs["action_type"] == "discrete"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scenario", "heterogenous"), "Did you mean 'heterogeneous'?"),
+        (("--reward", "jane"), "Did you mean 'jain'?"),
+        (("--resume", "none.pt"), "none.pt does not exist"),
+        (("--action-type", "continuous"), 'use action_type="normalized"'),
+    ],
+)
+def test_what_the_user_can_put_right(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, _, err = in_process(capsys, "--steps", 100, "--num-envs", 4, "--out", tmp_path, *arguments)
+    assert code == 2
+    assert message in err.replace("\n", " ")
+
+
+def test_ctrl_c_saves_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lbgym", "train", *SHORT, "--seconds", "1000", "--out", str(tmp_path)]
+    # the bar moves only on a terminal
+    here, there = pty.openpty()
+    environment = os.environ | {"COLUMNS": "120", "TERM": "xterm"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=there, text=True, env=environment)
+    os.close(there)
+    seen = ""
+    try:
+        deadline = time.monotonic() + 120
+        while "steps/s" not in seen and time.monotonic() < deadline:
+            if select.select([here], [], [], 1.0)[0]:
+                seen += os.read(here, 4096).decode(errors="replace")
+        assert "steps/s" in seen, seen
+        process.send_signal(signal.SIGINT)
+        # what the bar still writes must not fill the terminal's buffer
+        while process.poll() is None and time.monotonic() < deadline:
+            if select.select([here], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):
+                    seen += os.read(here, 4096).decode(errors="replace")
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        os.close(here)
+    assert process.returncode == 130, seen
+    assert [p.name for p in tmp_path.iterdir()] == ["ppo.pt"]
+    assert read_checkpoint(tmp_path / "ppo.pt")["step"] > 0
+    assert str(tmp_path / "ppo.pt") in out.replace("\n", "")
