@@ -4,8 +4,8 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 PYTHON ?= python3
-# Where pip looks for torch first: on Linux, PyPI's wheel needs gigabytes of CUDA libraries. Empty: only the usual index.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# An index to take torch from first, such as PyTorch's own of CPU wheels, which saves gigabytes of CUDA libraries.
+TORCH_INDEX ?=
 SCENARIO ?= heterogeneous
 SECONDS ?= 60
 PYTEST_ARGS ?= -n 2
@@ -24,8 +24,7 @@ help: ## what there is to make
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"lbgym needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	@test -z "$(TORCH_INDEX)" || $(PIP) --no-deps --retries 1 --timeout 15 --index-url "$(TORCH_INDEX)" torch \
-		|| echo "no torch from $(TORCH_INDEX), taking it from the usual index"
+	@test -z "$(TORCH_INDEX)" || $(PIP) --no-deps --index-url "$(TORCH_INDEX)" torch
 	@touch $@
 
 $(VENV)/.all: pyproject.toml constraints.txt $(VENV)/.torch
