@@ -92,4 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"lbgym: error: the command line needs {missing!r}: pip install 'lbgym[eval]'", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     app(args=None if arguments is None else list(arguments), prog_name="lbgym")
