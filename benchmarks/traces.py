@@ -1,8 +1,8 @@
 """Heuristics on recorded requests: one table per trace file.
 
-Every file of the folder is replayed on the cluster that suits its kind: requests of the MARLLB testbed at their own rate on
-``marllb-large``; LLM requests on ``llm-serving`` and web requests on ``heterogeneous``, both sped up or slowed down to a
-load of 0.8. Each seed begins at another flow of the trace.
+Every file of the folder is replayed on the cluster that suits its kind: requests of the MARLLB testbed at their own
+rate on ``marllb-large``; LLM requests on ``llm-serving`` and web requests on ``heterogeneous``, both sped up or slowed
+down to a load of 0.8. Each seed begins at another flow of the trace.
 """
 
 from __future__ import annotations
