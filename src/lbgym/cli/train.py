@@ -76,7 +76,7 @@ def train(
         changes |= {"total_steps": steps, "seconds": seconds}
 
     out = out or resume or Path("out/train")
-    run = _ppo(changes, resume) if algo is Algorithm.PPO else _sb3(changes, resume)
+    scenario, run = _ppo(changes, resume) if algo is Algorithm.PPO else _sb3(changes, resume)
     if tensorboard is None:
         tensorboard = find_spec("tensorboard") is not None
     with _interruptible() as interrupted, _Display(quiet=as_json) as display:
@@ -86,7 +86,7 @@ def train(
             return interrupted.is_set()
 
         checkpoint, history = run(out, callback, tensorboard)
-    _report(checkpoint, history, interrupted.is_set(), as_json)
+    _report(scenario, checkpoint, history, interrupted.is_set(), as_json)
     if interrupted.is_set():
         raise typer.Exit(130)
 
@@ -94,7 +94,7 @@ def train(
 Run = Callable[[Path, Callable[["Progress"], bool], bool], tuple[Path, list["Progress"]]]
 
 
-def _ppo(changes: dict[str, Any], resume: Path | None) -> Run:
+def _ppo(changes: dict[str, Any], resume: Path | None) -> tuple[str, Run]:
     from ..training.ppo import PPOConfig, config_of, read_checkpoint, train_ppo
 
     saved = config_of(read_checkpoint(resume), resume) if resume is not None else PPOConfig()
@@ -107,10 +107,10 @@ def _ppo(changes: dict[str, Any], resume: Path | None) -> Run:
         assert result.checkpoint is not None
         return result.checkpoint, result.history
 
-    return run
+    return str(config.scenario), run
 
 
-def _sb3(changes: dict[str, Any], resume: Path | None) -> Run:
+def _sb3(changes: dict[str, Any], resume: Path | None) -> tuple[str, Run]:
     from ..training.sb3 import SB3Config, config_of, train_sb3_ppo
 
     config = replace(config_of(resume) if resume is not None else SB3Config(), **changes)
@@ -120,7 +120,7 @@ def _sb3(changes: dict[str, Any], resume: Path | None) -> Run:
         assert result.checkpoint is not None
         return result.checkpoint, result.history
 
-    return run
+    return str(config.scenario), run
 
 
 @contextmanager
@@ -176,7 +176,7 @@ class _Display:
         self.bar.update(self.task, completed=progress.fraction, status="  ".join(parts))
 
 
-def _report(checkpoint: Path, history: list[Progress], interrupted: bool, as_json: bool) -> None:
+def _report(scenario: str, checkpoint: Path, history: list[Progress], interrupted: bool, as_json: bool) -> None:
     last = history[-1] if history else None
     if as_json:
         result: dict[str, Any] = {"checkpoint": str(checkpoint), "interrupted": interrupted}
@@ -188,4 +188,4 @@ def _report(checkpoint: Path, history: list[Progress], interrupted: bool, as_jso
     if last is not None:
         typer.echo(f"{last.step:,} steps in {last.seconds:.1f} s, {last.step / last.seconds:,.0f} steps/s")
     typer.echo(f"checkpoint: {checkpoint}")
-    typer.echo(f"compare it: lbgym compare --policies lsq,sed,{checkpoint}")
+    typer.echo(f"compare it: lbgym compare --scenario {scenario} --policies lsq,sed,{checkpoint}")
