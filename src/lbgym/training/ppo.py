@@ -141,14 +141,9 @@ class PPOConfig:
 
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a policy's observations and actions depend on."""
-        keys: dict[str, Any] = {
-            "action_type": self.action_type,
-            "observation": "flat",
-            "normalize": True,
-            "dispatch": self.dispatch,
-            "step_interval": 0.25,
-        }
-        return keys | {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
+        keys: dict[str, Any] = {"action_type": self.action_type, "dispatch": self.dispatch, "step_interval": 0.25}
+        keys |= {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
+        return keys | {"observation": "flat", "normalize": True}
 
     def make_env(self) -> LoadBalanceVectorEnv:
         """The vector environment to train on."""

@@ -189,7 +189,7 @@ class SB3Config:
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a policy's observations and actions depend on."""
         keys: dict[str, Any] = {"observation": "flat", "normalize": True, "action_type": self.action_type}
-        keys |= {"dispatch": self.dispatch}
+        keys |= {"dispatch": self.dispatch, "step_interval": 0.25}
         return keys | {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
 
     def make_env(self) -> LoadBalanceVectorEnv:
