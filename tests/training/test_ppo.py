@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -413,7 +414,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         ({"minibatches": 1000}, r"minibatches must be at most num_envs \* num_steps = 64, got 1000"),
     ],
 )
-def test_configurations_that_make_no_sense(changes: dict[str, object], message: str) -> None:
+def test_configurations_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(LbgymError, match=message):
         replace(SMALL, **changes)
 
