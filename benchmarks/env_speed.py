@@ -130,7 +130,7 @@ def scaling(steps: int, rounds: int, quick: bool) -> dict[str, list[dict[str, fl
 
 def plot_scaling(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     figure = Figure(figsize=(11.0, 3.8), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
@@ -153,6 +153,8 @@ def plot_scaling(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
         axis.set_xticks(x)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         axis.set_xlabel(label)
         axis.grid(True, which="major", color="0.9", lw=0.8)
