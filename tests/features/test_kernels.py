@@ -24,7 +24,6 @@ class CompiledReservoir:
     def __init__(self, capacity=128, seed=0, *, probability=1.0, algorithm="overwrite", decay=0.9):
         self.values = np.zeros(capacity)
         self.weights = np.zeros(capacity)
-        self.index = np.zeros((3, capacity), np.int16)
         self.meta = np.zeros(k.META_SIZE, np.int64)
         self.meta[k.RNG] = np.uint64(seed).astype(np.int64)
         self.result = np.zeros(k.RESULT_SIZE)
@@ -34,16 +33,17 @@ class CompiledReservoir:
         k.add_many(
             self.values,
             self.weights,
-            self.index,
             self.meta,
+            self.result,
             np.asarray(samples, np.float64),
             np.asarray(times, np.float64),
             self.probability,
             self.algorithm,
+            self.log_decay,
         )
 
     def features(self):
-        k.reservoir_features(self.values, self.weights, self.index, self.meta, self.result, self.log_decay)
+        k.reservoir_features(self.values, self.weights, self.meta, self.result)
         return self.result[:5].copy()
 
     @property

@@ -29,7 +29,7 @@ def test_erlang_formulas():
 
 def test_a_false_closed_form_is_noticed():
     """3 % off the true mean sojourn fails by far more than four standard errors."""
-    window = exactness.measure(exactness.cluster(0.5, exactness.Server()), 400_000, warm_up=200.0, seed=1)
+    window = exactness.measure(exactness.cluster(0.5, exactness.Server()), 1_000_000, warm_up=200.0, seed=1)
     arguments = window.delta["fct_sum"][:, 0], window.completed[:, 0], window.flows
     assert exactness.from_replicas("true", 2.0, *arguments).passed
     assert not exactness.from_replicas("false", 2.06, *arguments).passed

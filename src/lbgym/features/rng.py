@@ -58,7 +58,43 @@ def low_unit(x):
     return np.float64(x & _LOW32) * 2.0**-32
 
 
+def _exponential_layers() -> tuple[np.ndarray, np.ndarray]:
+    """Right ends and heights of 256 layers of equal area under exp(-x), the first with the tail beyond ``_TAIL``."""
+    area = math.exp(-_TAIL) * (_TAIL + 1.0)
+    ends = [area * math.exp(_TAIL), _TAIL]
+    while len(ends) < 256:
+        ends.append(-math.log(area / ends[-1] + math.exp(-ends[-1])))
+    ends.append(0.0)
+    return np.array(ends), np.exp(-np.array(ends))
+
+
+_TAIL = 7.697117470131050
+_ENDS, _HEIGHTS = _exponential_layers()
+_LAYER = np.uint64(0xFF)
+
+
 @compiled(inline=True)
 def next_exponential(states, i):
-    """A unit exponential from stream ``states[i]``."""
-    return -math.log(to_unit(next_u64(states, i)))
+    """A unit exponential from stream ``states[i]``, by the ziggurat method (Marsaglia and Tsang, 2000)."""
+    x = next_u64(states, i)
+    layer = np.int64(x & _LAYER)
+    value = to_unit(x) * _ENDS[layer]
+    if value < _ENDS[layer + 1]:
+        return value
+    return _exponential_at_edge(states, i, layer, value)
+
+
+@compiled()
+def _exponential_at_edge(states, i, layer, value):
+    """The one case in a hundred in which the layer alone does not decide."""
+    while True:
+        if layer == 0:
+            return _TAIL - math.log(to_unit(next_u64(states, i)))
+        height = _HEIGHTS[layer] + to_unit(next_u64(states, i)) * (_HEIGHTS[layer + 1] - _HEIGHTS[layer])
+        if height < math.exp(-value):
+            return value
+        x = next_u64(states, i)
+        layer = np.int64(x & _LAYER)
+        value = to_unit(x) * _ENDS[layer]
+        if value < _ENDS[layer + 1]:
+            return value

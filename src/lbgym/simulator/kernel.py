@@ -87,6 +87,7 @@ from .layout import (
     R_RNG_HASH,
     R_RUNNING,
     R_SEQUENCE,
+    R_SLOWDOWN,
     R_TARGET,
     R_UNROUTED,
     REJECTED,
@@ -132,7 +133,12 @@ def _log_flow(pi, rf, ri, log, record, flow, arrival, fct, demand, server, balan
     if pi[P_SERVICE] == 1:
         log[ri[R_LOGGED]] = fct
         ri[R_LOGGED] += 1
-        rf[R_LOG_SLOWDOWN] += math.log(max(fct, _TINY) / max(demand, _TINY))
+        # The sum of logarithms as the logarithm of products, taken before they can overflow.
+        product = rf[R_SLOWDOWN] * (max(fct, _TINY) / max(demand, _TINY))
+        if product > 1e150 or product < 1e-150:
+            rf[R_LOG_SLOWDOWN] += math.log(product)
+            product = 1.0
+        rf[R_SLOWDOWN] = product
     if pi[P_RECORD] == 1:
         row = record[ri[R_RECORDED]]
         row[L_ID] = flow
@@ -676,11 +682,12 @@ def _observe(P, S, out, r):
         service[5], end = _percentile(fcts, count, count - 1, 0.99)
         service[4], end = _percentile(fcts, count, end, 0.9)
         service[3], end = _percentile(fcts, count, end, 0.5)
-        service[6] = rf[R_LOG_SLOWDOWN] / count
+        service[6] = (rf[R_LOG_SLOWDOWN] + math.log(rf[R_SLOWDOWN])) / count
     if elapsed > 0.0:
         service[7] = (queue - rf[R_QUEUE_INTEGRAL]) / elapsed
     rf[R_QUEUE_INTEGRAL] = queue
     rf[R_LOG_SLOWDOWN] = 0.0
+    rf[R_SLOWDOWN] = 1.0
     rf[R_INTERVAL_START] = rf[R_CLOCK]
     ri[R_LOGGED] = 0
     ri[R_LOST] = 0
@@ -691,6 +698,7 @@ def reset_replica(P, S, r, seed):
     """Empty servers at time 0, unit weights, every random stream from ``seed``."""
     rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
     rf[:] = 0.0
+    rf[R_SLOWDOWN] = 1.0
     ri[:] = 0
     sf[:] = 0.0
     si[:] = 0

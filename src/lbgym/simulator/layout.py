@@ -85,10 +85,11 @@ V_WORKERS, V_BACKLOG, NUM_VI = range(3)
     R_TRACE_BASE,  # trace time of the current repetition's start
     R_TARGET,  # end of the interval under way
     R_INTERVAL_START,
-    R_LOG_SLOWDOWN,
+    R_LOG_SLOWDOWN,  # sum of the logarithms of slowdowns,
+    R_SLOWDOWN,  # and the product of those not in it yet
     R_QUEUE_INTEGRAL,  # at the start of the interval
     NUM_RF,
-) = range(13)
+) = range(14)
 # State of a replica, int64.
 (
     R_RNG_ARRIVAL,
