@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lbgym.errors import ScenarioError
 from lbgym.scenarios import (
     BoundedPareto,
     Deterministic,
@@ -98,6 +99,19 @@ def test_modulated_poisson_is_stationary_from_the_start():
     counts = np.array([len(arrivals(shape, rate, 1.0, seed=seed)) for seed in range(runs)])
     t = (counts.mean() - rate) / (counts.std(ddof=1) / math.sqrt(runs))
     assert abs(t) < 4
+
+
+@pytest.mark.parametrize("stays", [((1.0, 0.0), (0.0, 1.0)), ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.3, 0.3, 0.4))])
+def test_states_that_never_meet_are_refused(stays):
+    """A start in a closed group of level 0 would wait for a flow for ever."""
+    levels = (0.0, 1.0, 2.0)[: len(stays)]
+    with pytest.raises(ScenarioError, match="every state leads to"):
+        ModulatedPoisson(levels=levels, sojourns=(1.0,) * len(levels), transitions=stays)
+
+
+def test_a_state_that_is_left_for_good():
+    shape = ModulatedPoisson(levels=(0.0, 1.0), sojourns=(5.0, 1.0), transitions=((0.5, 0.5), (0.0, 1.0)))
+    assert len(arrivals(shape, 10.0, 1000.0)) == pytest.approx(10_000, rel=0.05)
 
 
 def test_levels_show_in_the_gaps():

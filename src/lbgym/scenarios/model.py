@@ -297,6 +297,12 @@ class ModulatedPoisson:
             rows = tuple(_numbers(row, f"{name}[{i}]", strict=False, high=1.0) for i, row in enumerate(given))
         if len(rows) != n or any(len(row) != n or not math.isclose(sum(row), 1.0, rel_tol=1e-9) for row in rows):
             raise ScenarioError(f"ModulatedPoisson.transitions must be {n} rows of {n} probabilities that sum to 1")
+        # Closed groups of states would each have a long-run mean of their own, or none, depending on the first state.
+        reached = np.eye(n, dtype=np.bool_) | (np.asarray(rows) > 0)
+        for _ in range(n.bit_length()):
+            reached = reached @ reached
+        if not reached.all(axis=0).any():
+            raise ScenarioError("ModulatedPoisson.transitions must have a state that every state leads to, got none")
         fixed = _boolean(self.fixed_sojourns, "ModulatedPoisson.fixed_sojourns")
         _set(self, levels=levels, sojourns=sojourns, transitions=rows, fixed_sojourns=fixed)
         mean = float(self.stationary() @ np.asarray(levels))
