@@ -31,7 +31,8 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
             action and
             rewards it with 0), SAME_STEP (at once; the last observation and info are in ``info["final_obs"]`` and
             ``info["final_info"]``) or DISABLED (``reset(options={"reset_mask": bool[num_envs]})``).
-        num_threads: threads that share the replicas; None: one per core. Results do not depend on it.
+        num_threads: threads that share the replicas; None: one per core, fewer where there is little to share. Results
+            do not depend on it.
         keys: those of :class:`~lbgym.LoadBalanceEnv`. A callable ``reward_type`` is given the batched snapshot and
             returns
             float[num_envs].

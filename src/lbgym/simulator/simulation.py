@@ -24,6 +24,8 @@ logger = logging.getLogger("lbgym")
 
 _INITIAL_FLOWS = 32
 _INITIAL_LOG = 256
+#: Servers, over all replicas, from which another thread pays.
+_SERVERS_PER_THREAD = 128
 _MASK64 = (1 << 64) - 1
 
 _EVENT_KINDS = {"speed": at.EVENT_SPEED, "down": at.EVENT_DOWN, "up": at.EVENT_UP, "drain": at.EVENT_DRAIN}
@@ -80,7 +82,7 @@ class Simulation:
         reservoirs: keep the balancers' samples; without them every feature but ``n_flow_on`` is 0.
         service: keep the FCTs of each interval for ``Snapshot.service``.
         record_flows: keep every flow that ends, for :meth:`take_flows`.
-        num_threads: threads that share the replicas; None: one per core.
+        num_threads: threads that share the replicas; None: one per core, fewer where there is little to share.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class Simulation:
         if isinstance(num_replicas, bool) or not isinstance(num_replicas, (int, np.integer)) or num_replicas < 1:
             raise ScenarioError(f"num_replicas must be a whole number of at least 1, got {num_replicas!r}")
         if num_threads is None:
-            num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            # A thread must be worth waking: about 0.1 ms of work each.
+            num_threads = max(1, min(cores, num_replicas * scenario.num_servers // _SERVERS_PER_THREAD))
         elif isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
             raise ScenarioError(f"num_threads must be a whole number of at least 1, or None, got {num_threads!r}")
         if dispatch is not None and dispatch not in model.DISPATCH_RULES:
