@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from lbgym.features import FEATURE_NAMES, ReservoirSampler
 from lbgym.scenarios import Deterministic, Exponential, Sampling, Scenario, Server, Workload
@@ -141,17 +142,21 @@ def test_ages_under_processor_sharing():
     assert error < 0.05
 
 
-@pytest.mark.parametrize("packets", [0.5, 4.0])
-def test_packets_per_flow(packets):
-    """The number of samples, seen as the share of flows without any: exp(-packets) for equal demands."""
-    flows, runs = 40, 60
-    scenario = trace_scenario([0.0], [1.0], sampling=Sampling(packets_per_flow=packets, capacity=64))
-    without = 0
-    for seed in range(flows * runs):
-        without += duration_features(scenario, 2.0, seed=seed)["duration_mean"] == 0.0
-    share = without / (flows * runs)
-    law = np.exp(-packets)
-    assert abs(share - law) < 4 * np.sqrt(law * (1 - law) / (flows * runs))
+@pytest.mark.parametrize("packets", [0.5, 4.0, 12.0])
+def test_packets_are_a_poisson_process(packets):
+    """One flow of demand 1, many replicas, reservoirs of one place: the age at the last packet of the flow.
+
+    No packet with probability exp(-packets); backwards from the end, the first packet is exponential.
+    """
+    replicas = 10_000
+    scenario = trace_scenario([0.0], [1.0], sampling=Sampling(packets_per_flow=packets, capacity=1))
+    sim = Simulation(scenario, replicas)
+    sim.reset(list(range(replicas)))
+    last = sim.step(None, 2.0).stats[:, 0, 0, statistic("duration_mean")]
+    none = np.exp(-packets)
+    assert stats.binomtest(int((last == 0).sum()), replicas, none).pvalue > 1e-4
+    law = stats.truncexpon(packets, scale=1 / packets)
+    assert stats.kstest(1.0 - last[last > 0].astype(float), law.cdf).pvalue > 1e-4
 
 
 def test_no_packets_no_samples():
