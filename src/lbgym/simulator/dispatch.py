@@ -29,7 +29,7 @@ from .layout import (
     P2C_SED,
     R_ACTIVE,
     S_CLOCK,
-    S_RATE,
+    S_PACE,
     S_SERVED,
     S_SPEED,
     S_STATUS,
@@ -254,7 +254,7 @@ def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i,
             if rule == ORACLE_SED:
                 score = (held + 1.0) / capacity
             else:
-                left = sf[j, S_WORK_LEFT] - sf[j, S_RATE] * si[j, S_SERVED] * (now - sf[j, S_CLOCK])
+                left = sf[j, S_WORK_LEFT] - si[j, S_SERVED] * (now - sf[j, S_CLOCK]) / sf[j, S_PACE]
                 score = (max(0.0, left) + demand) / capacity
         if score < low:
             low = score

@@ -97,10 +97,11 @@ from .layout import (
     S_COMPLETED,
     S_FAILED,
     S_FCT_SUM,
+    S_INVERSE_SPEED,
     S_LOST_TIME,
+    S_PACE,
     S_PACKET,
     S_QUEUE_INTEGRAL,
-    S_RATE,
     S_REJECTED,
     S_RNG_PACKET,
     S_SERVED,
@@ -116,6 +117,7 @@ from .layout import (
     UP,
     V_BACKLOG,
     V_CORES,
+    V_INVERSE_CORES,
     V_MEMORY,
     V_MEMORY_FLOW,
     V_MEMORY_IDLE,
@@ -195,30 +197,33 @@ def _pop_root(heap, flow_i, n):
 
 
 @compiled(inline=True)
-def _schedule(j, cores, sf, si, heap, departure):
-    """The rate per flow and the time of the next departure, after the flows in service or the speed have changed."""
+def _schedule(j, server_f, sf, si, heap, departure):
+    """The flows' pace and the time of the next departure, after the flows in service or the speed have changed."""
     n = si[j, S_SERVED]
     if n == 0:
-        sf[j, S_RATE] = 0.0
+        sf[j, S_PACE] = math.inf
         sf[j, S_VIRTUAL] = 0.0
         departure[j] = math.inf
         return
-    rate = sf[j, S_SPEED]
-    if n > cores:
-        rate *= cores / n
-    sf[j, S_RATE] = rate
-    departure[j] = sf[j, S_CLOCK] + (heap[0] - sf[j, S_VIRTUAL]) / rate
+    # Seconds per core-second, the inverse of the rate: products where there would be divisions.
+    pace = sf[j, S_INVERSE_SPEED]
+    if n > server_f[j, V_CORES]:
+        pace *= n * server_f[j, V_INVERSE_CORES]
+    sf[j, S_PACE] = pace
+    departure[j] = sf[j, S_CLOCK] + (heap[0] - sf[j, S_VIRTUAL]) * pace
 
 
 @compiled(inline=True)
-def _elapse(j, until, cores, pf, pi, sf, si, flow_f, flow_i, values, weights, meta, result):
-    """Let time pass on a server while nothing arrives or departs: integrals, and the packets seen meanwhile."""
+def _elapse(j, until, gained, cores, pf, pi, sf, si, flow_f, flow_i, values, weights, meta, result):
+    """Let time pass on a server while nothing arrives or departs: integrals, and the packets seen meanwhile.
+
+    ``gained`` is the service that each flow under service receives until then, core-seconds.
+    """
     elapsed = until - sf[j, S_CLOCK]
     n = si[j, S_SERVED]
     if n > 0 and elapsed > 0.0:
-        aggregate = sf[j, S_RATE] * n
-        work = aggregate * elapsed
-        sf[j, S_VIRTUAL] += sf[j, S_RATE] * elapsed
+        work = gained * n
+        sf[j, S_VIRTUAL] += gained
         sf[j, S_QUEUE_INTEGRAL] += elapsed * (n + si[j, S_WAITING])
         sf[j, S_BUSY_INTEGRAL] += elapsed * min(np.float64(n), cores)
         sf[j, S_WORK_DONE] += work
@@ -229,7 +234,7 @@ def _elapse(j, until, cores, pf, pi, sf, si, flow_f, flow_i, values, weights, me
             while packet <= work:
                 slot = flow_i[to_range(next_u64(si[j], S_RNG_PACKET), n), F_HEAP]
                 b = flow_i[slot, F_BALANCER]
-                now = start + packet / aggregate
+                now = start + packet * sf[j, S_PACE] / n
                 reservoir_add(
                     values[b, j, DURATION],
                     weights[b, j, DURATION],
@@ -278,7 +283,8 @@ def _depart(
     cores = server_f[j, V_CORES]
     while departure[j] <= until:
         now = departure[j]
-        _elapse(j, now, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result)
+        gained = heap[j, 0] - sf[j, S_VIRTUAL]
+        _elapse(j, now, gained, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result)
         slot = flow_i[j, 0, F_HEAP]
         sf[j, S_VIRTUAL] = heap[j, 0]
         _pop_root(heap[j], flow_i[j], si[j, S_SERVED])
@@ -307,7 +313,7 @@ def _depart(
             si[j, S_SERVED] += 1
         elif si[j, S_SERVED] == 0:
             sf[j, S_WORK_LEFT] = 0.0
-        _schedule(j, cores, sf, si, heap[j], departure)
+        _schedule(j, server_f, sf, si, heap[j], departure)
 
 
 @compiled(inline=True)
@@ -317,7 +323,8 @@ def _place(
 ):  # fmt: skip
     """Give a flow of balancer ``b`` to server ``j``, whose departures up to ``now`` are done."""
     cores = server_f[j, V_CORES]
-    _elapse(j, now, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result)
+    gained = (now - sf[j, S_CLOCK]) / sf[j, S_PACE]
+    _elapse(j, now, gained, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result)
     flow = np.float64(ri[R_FLOWS])
     si[j, S_STARTED] += 1
     served = si[j, S_SERVED]
@@ -341,7 +348,7 @@ def _place(
     if serve:
         _sift_up(heap[j], flow_i[j], served, sf[j, S_VIRTUAL] + demand, slot)
         si[j, S_SERVED] = served + 1
-        _schedule(j, cores, sf, si, heap[j], departure)
+        _schedule(j, server_f, sf, si, heap[j], departure)
     else:
         position = si[j, S_WAIT_HEAD] + waiting
         flow_i[j, position if position < capacity else position - capacity, F_WAIT] = slot
@@ -433,6 +440,7 @@ def _apply_event(
     j = int(event[2])
     if kind == EVENT_SPEED:
         sf[j, S_SPEED] = server_f[j, V_SPEED] * event[3]
+        sf[j, S_INVERSE_SPEED] = 1.0 / sf[j, S_SPEED]
     else:
         if kind == EVENT_DOWN:
             si[j, S_STATUS] = DOWN
@@ -445,7 +453,7 @@ def _apply_event(
         elif si[j, S_STATUS] == UP:
             si[j, S_STATUS] = DRAINING
         _refresh_active(rule, pi[P_TABLE_SIZE], ri, si, active, bf, bi, score, maglev)
-    _schedule(j, server_f[j, V_CORES], sf, si, heap[j], departure)
+    _schedule(j, server_f, sf, si, heap[j], departure)
 
 
 @compiled()
@@ -522,9 +530,11 @@ def _run(P, S, r):
 
         if not arrival:
             for i in range(n):
+                gained = (now - sf[i, S_CLOCK]) / sf[i, S_PACE]
                 _elapse(
-                    i, now, server_f[i, V_CORES], pf, pi, sf, si, flow_f[i], flow_i[i], values, weights, meta, result
-                )
+                    i, now, gained, server_f[i, V_CORES], pf, pi, sf, si, flow_f[i], flow_i[i], values, weights, meta,
+                    result,
+                )  # fmt: skip
             if over:
                 return DONE
             _apply_event(
@@ -715,6 +725,8 @@ def reset_replica(P, S, r, seed):
     ri[R_RNG_HASH] = stream_seed(seed, _HASH, 0)
     for j in range(n):
         sf[j, S_SPEED] = P.server_f[r, j, V_SPEED]
+        sf[j, S_INVERSE_SPEED] = 1.0 / sf[j, S_SPEED]
+        sf[j, S_PACE] = math.inf
         si[j, S_RNG_PACKET] = stream_seed(seed, _PACKET, j)
         sf[j, S_PACKET] = math.inf
         if P.pi[r, P_RESERVOIRS] == 1 and P.pf[r, P_PACKET_WORK] < math.inf:

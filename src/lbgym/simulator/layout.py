@@ -70,7 +70,7 @@ DONE, GROW_FLOWS, GROW_LOG = range(3)
     NUM_PI,
 ) = range(15)
 # Parameters of a server.
-V_CORES, V_SPEED, V_MEMORY, V_MEMORY_IDLE, V_MEMORY_FLOW, NUM_VF = range(6)
+V_CORES, V_INVERSE_CORES, V_SPEED, V_MEMORY, V_MEMORY_IDLE, V_MEMORY_FLOW, NUM_VF = range(7)
 V_WORKERS, V_BACKLOG, NUM_VI = range(3)
 
 # State of a replica, float64.
@@ -115,8 +115,9 @@ V_WORKERS, V_BACKLOG, NUM_VI = range(3)
 (
     S_CLOCK,
     S_VIRTUAL,  # service each flow under service has received since the server was last idle
-    S_RATE,  # at which it grows now
+    S_PACE,  # seconds in which it grows by 1 now
     S_SPEED,
+    S_INVERSE_SPEED,
     S_PACKET,  # aggregate service until the next packet
     S_QUEUE_INTEGRAL,
     S_BUSY_INTEGRAL,
@@ -126,7 +127,7 @@ V_WORKERS, V_BACKLOG, NUM_VI = range(3)
     S_LOST_TIME,
     S_BUSY_BEFORE,
     NUM_SF,
-) = range(13)
+) = range(14)
 # State of a server, int64.
 (
     S_SERVED,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,6 +17,7 @@ from ..errors import InvalidWeightsError, ResetNeeded, ScenarioError, UnknownNam
 from ..scenarios import model
 from ..snapshot import Snapshot
 from . import layout as at
+from .threads import Workers, available_cores
 
 logger = logging.getLogger("lbgym")
 
@@ -99,9 +98,8 @@ class Simulation:
         if isinstance(num_replicas, bool) or not isinstance(num_replicas, (int, np.integer)) or num_replicas < 1:
             raise ScenarioError(f"num_replicas must be a whole number of at least 1, got {num_replicas!r}")
         if num_threads is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             # A thread must be worth waking: about 0.1 ms of work each.
-            num_threads = max(1, min(cores, num_replicas * scenario.num_servers // _SERVERS_PER_THREAD))
+            num_threads = max(1, min(available_cores(), num_replicas * scenario.num_servers // _SERVERS_PER_THREAD))
         elif isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
             raise ScenarioError(f"num_threads must be a whole number of at least 1, or None, got {num_threads!r}")
         if dispatch is not None and dispatch not in model.DISPATCH_RULES:
@@ -111,12 +109,14 @@ class Simulation:
         self.num_balancers = scenario.balancers
         self.num_servers = scenario.num_servers
         self.num_threads = min(num_threads, self.num_replicas)
+        count = min(4 * self.num_threads, self.num_replicas)
+        bounds = np.linspace(0, self.num_replicas, count + 1).astype(int).tolist()
+        self._parts = list(pairwise(bounds))
         self._dispatch = dispatch
         self._reservoirs, self._service, self._record_flows = reservoirs, service, record_flows
         self._maglev_size = maglev_table_size(self.num_servers)
         self._scenarios = [scenario] * self.num_replicas
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_pid = 0
+        self._workers = Workers(self.num_threads - 1)
         self._started = np.zeros(self.num_replicas, np.bool_)
         self._all_started = False
         self._output: at.Output | None = None
@@ -269,16 +269,14 @@ class Simulation:
             if self.num_threads == 1:
                 step(self._parameters, self._state, output, weights, duration, 0, self.num_replicas, status)
             else:
-                bounds = np.linspace(0, self.num_replicas, self.num_threads + 1).astype(int).tolist()
-                jobs = [
-                    self._threads().submit(
-                        step, self._parameters, self._state, output, weights, duration, first, last, status
-                    )
-                    for first, last in pairwise(bounds[1:])
-                ]
-                step(self._parameters, self._state, output, weights, duration, 0, bounds[1], status)
-                for job in jobs:
-                    job.result()
+                # Whoever is free takes the next part, so that a core that is busy elsewhere does not hold up the rest.
+                parts = iter(self._parts)
+
+                def work(parts: Iterator[tuple[int, int]] = parts) -> None:
+                    for first, last in parts:
+                        step(self._parameters, self._state, output, weights, duration, first, last, status)
+
+                self._workers.run(work)
             if not status.any():
                 return
             if (status == at.GROW_FLOWS).any():
@@ -299,13 +297,6 @@ class Simulation:
                 if needed > have:
                     sizes[name] = max(2 * have, needed)
         self._state = at.grown(self._state, **sizes)
-
-    def _threads(self) -> ThreadPoolExecutor:
-        # A forked child inherits the object but not its threads.
-        if self._pool is None or self._pool_pid != os.getpid():
-            self._pool = ThreadPoolExecutor(self.num_threads - 1, thread_name_prefix="lbgym")
-            self._pool_pid = os.getpid()
-        return self._pool
 
     def _snapshot(self, output: at.Output) -> Snapshot:
         self._output = output
@@ -391,9 +382,7 @@ class Simulation:
 
     def close(self) -> None:
         """Stop the threads; idempotent."""
-        if self._pool is not None and self._pool_pid == os.getpid():
-            self._pool.shutdown()
-        self._pool = None
+        self._workers.close()
 
 
 def _first_bad(weights: NDArray[np.float64]) -> float:
@@ -541,7 +530,10 @@ def _scenario_rows(
         "pf": pf,
         "pi": pi,
         "server_f": np.array(
-            [[s.cores, s.speed, s.memory_mb, s.memory_idle_mb, s.memory_per_flow_mb] for s in scenario.servers],
+            [
+                [s.cores, 1.0 / s.cores, s.speed, s.memory_mb, s.memory_idle_mb, s.memory_per_flow_mb]
+                for s in scenario.servers
+            ],
             np.float64,
         ),
         "server_i": np.array(

@@ -1,0 +1,75 @@
+"""Threads that work beside the one that calls."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _current_core() -> Callable[[], int] | None:
+    """Tells the core of the calling thread, where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    try:
+        return ctypes.CDLL(None).sched_getcpu
+    except (OSError, AttributeError):
+        return None
+
+
+class Workers:
+    """``count`` threads besides the calling one, started when first needed.
+
+    On Linux they are kept off the caller's core. A thread that the system wakes there waits behind the caller until the
+    next tick, 4 ms on many kernels, while another core is idle: longer than a whole step of a vector environment.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = 0
+        self._threads: list[int] = []
+        self._placed: tuple[int, int] = (-1, 0)
+        self._core = _current_core()
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Call ``work`` on every thread, the calling one included, and wait for all."""
+        # A forked child inherits the object but not its threads.
+        if self._pool is None or self._process != os.getpid():
+            self._process = os.getpid()
+            self._threads = []
+            self._pool = ThreadPoolExecutor(
+                self._count,
+                thread_name_prefix="lbgym",
+                initializer=lambda: self._threads.append(threading.get_native_id()),
+            )
+        self._keep_off_this_core()
+        jobs = [self._pool.submit(work) for _ in range(self._count)]
+        work()
+        for job in jobs:
+            job.result()
+
+    def _keep_off_this_core(self) -> None:
+        if self._core is None:
+            return
+        place = (self._core(), len(self._threads))
+        if place == self._placed:
+            return
+        self._placed = place
+        elsewhere = os.sched_getaffinity(0) - {place[0]}
+        if elsewhere:
+            for thread in self._threads:
+                os.sched_setaffinity(thread, elsewhere)
+
+    def close(self) -> None:
+        """End the threads; idempotent."""
+        if self._pool is not None and self._process == os.getpid():
+            self._pool.shutdown()
+        self._pool = None
