@@ -27,6 +27,12 @@ def cluster_of(file: Path) -> tuple[str, float | None]:
     return "heterogeneous", 0.8
 
 
+def plain(mean: float, half_width: float) -> str:
+    """An interval with as many decimals as its size deserves."""
+    decimals = 0 if mean >= 1000 else 1 if mean >= 10 else 3
+    return f"{mean:,.{decimals}f} ±{half_width:,.{decimals}f}"
+
+
 def main() -> int:
     options = parser(__doc__ or "")
     options.add_argument(
@@ -55,9 +61,9 @@ def main() -> int:
             cells = [label]
             for metric, scale in (("fct_mean", 1e3), ("fct_p50", 1e3), ("fct_p99", 1e3), ("jain", 1.0)):
                 interval = comparison.interval(label, metric)
-                cells.append(f"{interval.mean * scale:.4g} ±{interval.half_width * scale:.2g}")
+                cells.append(plain(interval.mean * scale, interval.half_width * scale))
             paired = comparison.difference(label, "fct_mean").relative
-            cells.append("" if label == comparison.labels[0] else f"{paired.mean:+.3g} ±{paired.half_width:.2g}")
+            cells.append("" if label == comparison.labels[0] else f"{paired.mean:+,.1f} ±{paired.half_width:,.1f}")
             rows.append(cells)
         text.append(
             f"{scenario.name}: {len(trace.times):,} flows, load {scenario.load:.2f}, {scenario.rate:.4g} flows/s, "

@@ -32,7 +32,7 @@ from .traces import DECODE_RATE, PREFILL_RATE, read_trace
 
 #: Speed of one CPU (a hyper-thread) of the MARLLB testbed: core-seconds of demand it serves per second. The one
 #: constant of ``marllb-large`` that is fitted, by a benchmark, to the published mean FCT of LSQ at 398.5 flows/s.
-MARLLB_CPU_SPEED = 0.721
+MARLLB_CPU_SPEED = 0.722
 #: Apache of the MARLLB testbed: 32 processes and a TCP backlog of 128.
 MARLLB_WORKERS = 32
 MARLLB_BACKLOG = 128

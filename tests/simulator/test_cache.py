@@ -1,0 +1,46 @@
+"""The kernel's cache on disk: it must notice a change in any file that is compiled into it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import lbgym
+from lbgym.features.compile import _sources
+from lbgym.simulator import kernel
+from lbgym.simulator._cache import is_compiled
+
+DIGEST = "from lbgym.features.compile import _sources; print(_sources())"
+
+
+def digest_of(folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", DIGEST], cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode().strip()
+
+
+def test_the_digest_follows_every_source(tmp_path: Path) -> None:
+    package = Path(lbgym.__file__).parent
+    shutil.copytree(package, tmp_path / "lbgym", ignore=shutil.ignore_patterns("__pycache__"))
+    before = digest_of(tmp_path)
+    assert before == _sources()
+    for name in ("features/rng.py", "simulator/dispatch.py"):
+        file = tmp_path / "lbgym" / name
+        file.write_text(file.read_text() + "\n# changed\n")
+        after = digest_of(tmp_path)
+        assert after != before, name
+        before = after
+
+
+def test_numba_keeps_the_digest_as_its_stamp() -> None:
+    """Uses what is private to Numba; should it move, this fails instead of the cache going stale unnoticed."""
+    assert kernel.step_replicas._cache._cache_file._source_stamp == _sources()
+
+
+def test_a_compiled_kernel_is_known_to_be_on_disk() -> None:
+    lbgym.LoadBalanceEnv().reset(seed=0)
+    assert is_compiled()
