@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+
+#: Seconds for which the caller looks again and again whether the others are done, before it sleeps.
+_PATIENCE = 0.002
 
 
 def available_cores() -> int:
@@ -53,6 +57,10 @@ class Workers:
         self._keep_off_this_core()
         jobs = [self._pool.submit(work) for _ in range(self._count)]
         work()
+        # What is left takes less than a part of the work; to be woken takes longer where the system is slow at it.
+        patience = time.perf_counter() + _PATIENCE
+        while not all(job.done() for job in jobs) and time.perf_counter() < patience:
+            time.sleep(0)
         for job in jobs:
             job.result()
 
