@@ -140,6 +140,35 @@ def test_equal_for_rewards_rules_and_scenarios(changes: dict[str, Any]) -> None:
     compare(keys_of(**changes), AutoresetMode.NEXT_STEP, steps=10, num_envs=3)
 
 
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_equal_when_options_end_with_their_episode(mode: AutoresetMode) -> None:
+    native = LoadBalanceVectorEnv(num_envs=3, autoreset_mode=mode, **keys_of())
+    reference = SyncVectorEnv([lambda: LoadBalanceEnv(**keys_of())] * 3, autoreset_mode=mode)
+    options = {"load": 0.2}
+    equal(native.reset(seed=4, options=options)[0], reference.reset(seed=4, options=options)[0])
+    action = np.array([[0, 1, 2]] * 3)
+    ended = 0
+    for _ in range(20):
+        one, two = native.step(action), reference.step(action)
+        for a, b in zip(one[:4], two[:4], strict=True):
+            equal(a, b)
+        equal_infos(one[4], two[4])
+        ended += int(one[3].sum())
+    assert ended >= 6
+
+
+def test_a_refused_seed_changes_nothing() -> None:
+    def rewards(refuse: bool) -> np.ndarray:
+        env = LoadBalanceVectorEnv(num_envs=3, **keys_of())
+        env.reset(seed=4)
+        if refuse:
+            with pytest.raises(ValueError, match="seed"):
+                env.reset(seed=[1, 2, -3], options={"load": 0.2})
+        return np.array([run_to_end(env, 1)[1] for _ in range(15)])
+
+    np.testing.assert_array_equal(rewards(True), rewards(False))
+
+
 def test_equal_with_a_callable_reward() -> None:
     def total(snapshot: Any) -> Any:
         return -snapshot.stats[..., 0].sum(axis=-1, dtype=np.float64)

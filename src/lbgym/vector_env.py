@@ -100,12 +100,13 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         """
         mask, rest = self._split(options)
         seeds = self._seeds(seed)
+        for one in seeds:
+            check_seed(one)
         from .dataplanes import scenario_with_options
 
         scenario = scenario_with_options(self.scenario, rest)
         self._restore(mask, scenario)
         for i in np.flatnonzero(mask).tolist():
-            check_seed(seeds[i])
             if seeds[i] is not None or self._generators[i] is None:
                 self._generators[i] = seeding.np_random(seeds[i])[0]
         self._snapshot = self._view(self._simulation.reset(self._draw_seeds(mask), mask))

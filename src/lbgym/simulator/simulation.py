@@ -230,7 +230,8 @@ class Simulation:
         """
         if not 0.0 <= duration < math.inf:
             raise ScenarioError(f"duration must be finite and at least 0 seconds, got {duration!r}")
-        if not self._all_started:
+        ready = self._all_started if reset is None else (self._started | reset).all()
+        if not ready:
             raise ResetNeeded("call reset() before step(): no flow has been drawn yet")
         if weights is None:
             checked = self._keep_weights
