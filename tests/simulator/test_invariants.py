@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from lbgym.errors import ScenarioError
 from lbgym.features import FEATURE_NAMES, SERVICE_NAMES
 from lbgym.scenarios import DISPATCH_RULES, Exponential, Scenario, Server, Workload
 from lbgym.simulator import Simulation
@@ -338,3 +339,13 @@ def test_a_thousand_servers(rule):
     assert snapshot.started.sum() > 9000
     # By expected delay a flow prefers a big busy server to an idle small one.
     assert (snapshot.started > 0).mean() > 0.7
+
+
+def test_a_reset_without_its_seeds_is_refused_before_anything_runs():
+    sim = Simulation(Scenario(servers=(Server(),), workload=Workload(load=0.5)), 2)
+    before = sim.reset([1, 2]).sequence_id.tolist()
+    for seeds in (None, [1]):
+        with pytest.raises(ScenarioError, match="2 seeds"):
+            sim.step(None, 1.0, seeds=seeds, reset=np.array([True, False]))
+    assert sim.observe().sequence_id.tolist() == [n + 1 for n in before]
+    assert sim.integrals()["clock"].tolist() == [0.0, 0.0]

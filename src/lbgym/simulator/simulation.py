@@ -226,6 +226,7 @@ class Simulation:
 
         Raises:
             InvalidWeightsError: for a wrong shape, or weights that are negative or not finite.
+            ScenarioError: for a bad duration, or seeds that are not one per replica; nothing has happened then.
             ResetNeeded: before the first ``reset``.
         """
         if not 0.0 <= duration < math.inf:
@@ -245,13 +246,11 @@ class Simulation:
             # min and max are cheaper than isfinite().all(), and a NaN fails either comparison.
             if not (checked.min() >= 0.0 and checked.max() < math.inf):
                 raise InvalidWeightsError(f"weights must be finite and at least 0, got {_first_bad(checked)!r}")
+        words = None if reset is None else self._words(seeds or ())
         output = at.allocate_output(self.num_replicas, self.num_servers, self.num_balancers)
-        if reset is None:
-            self._call(output, checked, float(duration), None)
-        else:
-            assert seeds is not None
-            self._call(output, checked, float(duration), ~reset)
-            self._reset(output, self._words(seeds), reset)
+        self._call(output, checked, float(duration), None if reset is None else ~reset)
+        if reset is not None and words is not None:
+            self._reset(output, words, reset)
         return self._snapshot(output)
 
     def observe(self) -> Snapshot:
