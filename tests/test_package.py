@@ -40,11 +40,11 @@ HEAVY = (
 LEVELS = (
     ("errors",),
     ("scenarios", "features", "snapshot"),
-    ("simulator",),
-    ("dataplanes",),
+    ("simulator", "sharedmemory"),
+    ("dataplanes", "drivers"),
     ("env", "vector_env", "wrappers", "rendering", "rewards", "actions", "observations"),
     ("policies",),
-    ("evaluation", "training"),
+    ("evaluation", "training", "controller", "recording"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -65,7 +65,8 @@ def test_exported_names_exist_and_are_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["features", "simulator", "dataplanes", "scenarios", "policies", "evaluation", "training"]
+    "package",
+    ["features", "simulator", "sharedmemory", "dataplanes", "scenarios", "policies", "evaluation", "training"],
 )
 def test_exported_names_of_packages_exist(package: str) -> None:
     if package == "training":

@@ -82,6 +82,26 @@ class MissingExtraError(LbgymError, ImportError):
         )
 
 
+class RegionError(LbgymError):
+    """A region of shared memory that cannot be made or used as asked for."""
+
+
+class RegionExistsError(RegionError, FileExistsError):
+    """The name is taken: by a region whose producer lives, or by a file that is no region."""
+
+
+class RegionNotFoundError(RegionError, FileNotFoundError):
+    """There is no region of this name."""
+
+
+class RegionFormatError(RegionError, ValueError):
+    """A file that is no region, a region of another version, or one with contents that no producer may write."""
+
+
+class RegionBusyError(RegionError, BlockingIOError):
+    """Another process has the role that was asked for: there is one producer and one agent per region."""
+
+
 class DataPlaneTimeout(LbgymError, TimeoutError):
     """A live data plane published nothing new in time."""
 

@@ -9,13 +9,17 @@ from typing import Any
 
 from numba import njit
 
+#: Packages whose functions call each other, and so are compiled into each other.
+_TOGETHER = (("features", "simulator"), ("sharedmemory",))
+
 
 @cache
-def _sources() -> str:
-    """A digest of every file that compiled functions come from."""
-    package = Path(__file__).parents[1]
-    files = sorted([*package.glob("features/*.py"), *package.glob("simulator/*.py")])
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+def _sources(package: str) -> str:
+    """A digest of every file that compiled functions of a package come from."""
+    root = Path(__file__).parents[1]
+    packages = next(group for group in _TOGETHER if package in group)
+    files = sorted(file for name in packages for file in (root / name).glob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in [Path(__file__), *files])).hexdigest()
 
 
 def compiled(*, allocates: bool = False, inline: bool = False, **options: Any) -> Any:
@@ -32,7 +36,7 @@ def compiled(*, allocates: bool = False, inline: bool = False, **options: Any) -
         # Numba's cache looks for changes in the function's own file only; what it calls is compiled into it.
         index: Any = getattr(dispatcher._cache, "_cache_file", None)
         if hasattr(index, "_source_stamp"):
-            index._source_stamp = _sources()
+            index._source_stamp = _sources(function.__module__.split(".")[1])
         return dispatcher
 
     return decorator
