@@ -461,7 +461,7 @@ def test_columns_of_a_server(library):
         server.packet(opened, now)
         duration.add(1e-9 * step, 1e-9 * now)
         server.closed(opened, now + 3 * step)
-        fct.add(3e-9 * step, 1e-9 * (now + 3 * step))
+        fct.add(4e-9 * step, 1e-9 * (now + 3 * step))
         now += 3 * step
     expected = {"n_flow_on": float(len(clock))}
     for prefix, sampler in (("fct", fct), ("duration", duration)):

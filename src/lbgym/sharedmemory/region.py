@@ -352,7 +352,7 @@ class SharedMemoryRegion:
         weights = buffer.weights[:n].tolist()
         servers = {}
         for i in active:
-            servers[i] = _by_name(*stats[i], weights[i])
+            servers[i] = _by_name(*stats[i], weights[i])  # type: ignore[call-arg]
         return {
             "sequence_id": buffer.sequence_id,
             "timestamp": buffer.timestamp,
