@@ -15,12 +15,12 @@
  *     lbgym_server_stats(&copy, LBGYM_DECAY, scratch, columns);
  *
  * From the packet path to the features. A reservoir has one writer and no lock. The worker that writes it is also the
- * one to copy it: between two bursts of packets, when a control interval has passed, `copy = server;` (4 KB, some tens
- * of nanoseconds) into a buffer that the reader does not use, which it then hands over with a release store of the
- * buffer's number or through a ring. A structure holds no pointer, so that a copy is complete and may live in memory
- * shared with another process. Where another thread must copy, the worker makes a sequence number odd before a burst
- * and even after it, and the reader copies again until the number is even and the same before and after; a copy made
- * without either is a data race, and may pair a value with another sample's time.
+ * one to copy it: between two bursts of packets, when a control interval has passed, `copy = server;` (4 KB by default)
+ * into a buffer that the reader does not use, which it then hands over with a release store of the buffer's number or
+ * through a ring. A structure holds no pointer, so that a copy is complete and may live in memory shared with another
+ * process. Where another thread must copy, the worker makes a sequence number odd before a burst and even after it, and
+ * the reader copies again until the number is even and the same before and after; a copy made without either is a data
+ * race, and may pair a value with another sample's time.
  *
  * Several workers: each has its own lbgym_server per server, and a flow stays on the worker that opened it. The counts
  * of open flows add up. Where one statistic per server is wanted, the samples of the workers, one behind the other in
@@ -132,7 +132,8 @@ static inline bool lbgym_reservoir_init(lbgym_reservoir *r, uint64_t seed, size_
     return true;
 }
 
-/* Offers a sample. Any numbers will do: a time before that of earlier samples makes an older sample. */
+/* Offers a sample. Any numbers will do: a time before that of earlier samples makes an older sample. One that is far in
+ * the future makes all others old, so that the features with decay are its alone until its slot is overwritten. */
 static inline void lbgym_reservoir_add(lbgym_reservoir *r, uint64_t value_ns, uint64_t time_ns)
 {
     uint64_t slot;
