@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -13,7 +14,7 @@ from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
 from .actions import make_action_codec
-from .errors import InvalidOptionError, ResetNeeded, UnknownNameError
+from .errors import InvalidOptionError, InvalidRewardError, ResetNeeded, UnknownNameError
 from .observations import ObservationLayout
 from .rendering import RENDER_MODES, Viewer
 from .rewards import make_reward
@@ -29,6 +30,10 @@ def _whole(name: str, value: Any) -> int:
 
 class Setup:
     """The keys of an environment, checked, and what they stand for. Shared by the single and the vector form.
+
+    Args:
+        live: whether the data plane is a real one, with ``num_servers`` servers. The scenario then is what is known of
+            its cluster, and None if nothing is.
 
     Raises:
         UnknownNameError: for an unknown name of an action type, layout, reward, field, dispatch rule, render mode or
@@ -55,17 +60,26 @@ class Setup:
         scenario: Scenario | str | PathLike[str] | None = None,
         dispatch: str | None = None,
         render_mode: str | None = None,
+        live: bool = False,
     ) -> None:
         if num_servers is not None:
             num_servers = _whole("num_servers", num_servers)
-        self.scenario = default_scenario(num_servers or 4) if scenario is None else load_scenario(scenario)
-        if num_servers is not None and num_servers != self.scenario.num_servers:
+        self.scenario: Scenario | None = None
+        if scenario is not None:
+            self.scenario = load_scenario(scenario)
+        elif not live:
+            self.scenario = default_scenario(num_servers or 4)
+        if self.scenario is not None and num_servers not in (None, self.scenario.num_servers):
             raise InvalidOptionError(
                 f"num_servers={num_servers}, but scenario {self.scenario.name!r} has {self.scenario.num_servers} "
                 "servers; leave num_servers out, or give it no scenario"
             )
         if dispatch is not None and dispatch not in DISPATCH_RULES:
             raise UnknownNameError("dispatch rule", dispatch, DISPATCH_RULES)
+        if dispatch is not None and live:
+            raise InvalidOptionError(
+                f"dispatch={dispatch!r} with shm_name: a live data plane is configured with its own dispatch rule"
+            )
         if isinstance(step_interval, bool) or not isinstance(step_interval, (int, float, np.integer, np.floating)):
             raise InvalidOptionError(f"step_interval must be a number of seconds above 0, got {step_interval!r}")
         if not (math.isfinite(step_interval) and step_interval > 0.0):
@@ -75,7 +89,10 @@ class Setup:
         self.max_steps = _whole("max_steps", max_steps)
         if max_episode_steps is not None:
             self.max_steps = min(self.max_steps, _whole("max_episode_steps", max_episode_steps))
-        self.num_servers = self.scenario.num_servers
+        if num_servers is None:
+            assert self.scenario is not None
+            num_servers = self.scenario.num_servers
+        self.num_servers = num_servers
         self.dispatch = dispatch
         self.step_interval = float(step_interval)
         self.render_mode = render_mode
@@ -90,6 +107,11 @@ class Setup:
             self.num_servers, observation, normalize=normalize, use_ground_truth=use_ground_truth
         )
         self.reward = make_reward(reward_type, reward_field)
+        if live and self.reward.needs_service:
+            raise InvalidRewardError(
+                f"reward_type={reward_type!r} looks at the FCT of every flow in a step, which a live data plane does "
+                "not publish; use a fairness reward or a function of the Snapshot"
+            )
 
     def viewer(self, scenario: Scenario | None) -> Viewer | None:
         """What draws ``scenario`` in the environment's render mode, if it has one."""
@@ -128,8 +150,15 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
 
     On a scenario with several balancers the environment sees balancer 0, and its weights go to all.
 
+    **Live**: with ``shm_name`` the environment drives the data plane that publishes in that region of shared memory, in
+    real time. It attaches at construction. A step writes the weights and waits for the observation one interval on;
+    ``info`` then also has what :class:`~lbgym.dataplanes.SharedMemoryDataPlane` tells (which action the observation
+    reflects and how long that took, missed deadlines, restarts). ``reset`` begins an episode and changes nothing. The
+    FCT quantiles of a step are unknown, and so are rewards made of them.
+
     Args:
-        num_servers: N of the built-in scenario, 4 by default; with a scenario, its number of servers.
+        num_servers: N of the built-in scenario, 4 by default; with a scenario, its number of servers. Live: as many as
+            the data plane has, or more, so that others can join.
         action_type: "discrete", "joint", "continuous" or "normalized".
         action_weights: the K levels of a discrete action.
         min_weight: least weight of a continuous action.
@@ -143,12 +172,17 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         observation: "matrix", "flat" or "dict".
         normalize: map every feature to [0, 1] by a fixed logarithmic scale.
         scenario: a Scenario, the name of one, or the path of a TOML file; None: alternating servers of 2 and 4 cores.
+            Live: what is known of the cluster, for policies and pictures; None: nothing.
         dispatch: dispatch rule instead of the scenario's.
+        shm_name: region of shared memory of a live data plane; None: simulate.
+        shm_timeout: seconds to wait for that region, and for an observation after its deadline.
         render_mode: "human", "ansi" or "rgb_array".
 
     Raises:
         UnknownNameError: for an unknown name, with the nearest known one.
         InvalidOptionError: for a value out of its range.
+        RegionNotFoundError, RegionBusyError, DataPlaneTimeout: if there is no such live data plane, if it has an agent,
+            or if it publishes nothing.
     """
 
     metadata = {"render_modes": list(RENDER_MODES), "render_fps": 4}  # noqa: RUF012 - Gymnasium's own declaration
@@ -171,9 +205,18 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         normalize: bool = False,
         scenario: Scenario | str | PathLike[str] | None = None,
         dispatch: str | None = None,
+        shm_name: str | None = None,
+        shm_timeout: float = 2.0,
         render_mode: str | None = None,
     ) -> None:
-        setup = Setup(
+        from .dataplanes import DataPlane, SharedMemoryDataPlane, SimulatedDataPlane
+
+        live: SharedMemoryDataPlane | None = None
+        if shm_name is not None:
+            live = SharedMemoryDataPlane(shm_name, interval=step_interval, timeout=shm_timeout, num_servers=num_servers)
+            num_servers = live.num_servers
+        make = functools.partial(
+            Setup,
             num_servers=num_servers,
             action_type=action_type,
             action_weights=action_weights,
@@ -190,12 +233,25 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
             scenario=scenario,
             dispatch=dispatch,
             render_mode=render_mode,
+            live=live is not None,
         )
-        from .dataplanes import DataPlane, SimulatedDataPlane
-
-        self._data_plane: DataPlane = SimulatedDataPlane(
-            setup.scenario, dispatch=setup.dispatch, interval=setup.step_interval
-        )
+        self._data_plane: DataPlane
+        if live is None:
+            setup = make()
+            assert setup.scenario is not None
+            self._data_plane = SimulatedDataPlane(setup.scenario, dispatch=setup.dispatch, interval=setup.step_interval)
+        else:
+            try:
+                setup = make()
+                if not live.has_ground_truth and (use_ground_truth or setup.reward.needs_ground_truth):
+                    raise InvalidOptionError(
+                        f"use_ground_truth={use_ground_truth}, reward_field={reward_field!r}, but the data plane of "
+                        f"region {shm_name!r} knows nothing of its servers' CPU, memory or workers"
+                    )
+            except BaseException:
+                live.close()
+                raise
+            self._data_plane = live
         self.scenario = setup.scenario
         self.num_servers = setup.num_servers
         self.max_steps = setup.max_steps
@@ -236,11 +292,11 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         self.np_random = generator
         if seed is not None:
             self._np_random_seed = int(seed)
-        self._weights = np.ones(self.num_servers)
+        self._weights = self._data_plane.info.get("weights_in_force", np.ones(self.num_servers))
         self._last_reward = None
         self._steps = 0
         self._over = False
-        self._viewer = self._setup.viewer(self._data_plane.scenario)
+        self._viewer = self._setup.viewer(self._data_plane.scenario or self.scenario)
         if self.render_mode == "human":
             self.render()
         return self._observation(self._snapshot), self._info(self._snapshot)
@@ -295,6 +351,7 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
             info["completed"] = int(completed)
             info["rejected"] = int(rejected)
             info["fct_mean"], info["fct_p50"], info["fct_p90"], info["fct_p99"] = mean, p50, p90, p99
+        info.update(self._data_plane.info)
         return info
 
 

@@ -59,11 +59,17 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         except ValueError:
             modes = [mode.value for mode in AutoresetMode]
             raise UnknownNameError("autoreset mode", autoreset_mode, modes) from None
-        setup = Setup(**keys)
+        if keys.get("shm_name") is not None:
+            raise InvalidOptionError(
+                f"shm_name={keys['shm_name']!r}: a region is one data plane, not {num_envs} replicas; with "
+                'vectorization_mode="sync" each LoadBalanceEnv can have one of its own'
+            )
+        setup = Setup(**{key: value for key, value in keys.items() if key not in ("shm_name", "shm_timeout")})
         from .simulator import Simulation
 
         self.metadata = LoadBalanceEnv.metadata | {"autoreset_mode": self.autoreset_mode}
         self.num_envs = int(num_envs)
+        assert setup.scenario is not None  # only a live environment may have none
         self.scenario = setup.scenario
         self.num_servers = setup.num_servers
         self.max_steps = setup.max_steps
@@ -76,7 +82,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._setup = setup
-        self._simulation = Simulation(setup.scenario, self.num_envs, dispatch=setup.dispatch, num_threads=num_threads)
+        self._simulation = Simulation(self.scenario, self.num_envs, dispatch=setup.dispatch, num_threads=num_threads)
         self._viewers: list[Viewer] = []
         self._snapshot: Snapshot | None = None
         self._rewards: NDArray[np.float64] = np.zeros(self.num_envs)

@@ -16,6 +16,8 @@ class DataPlane(Protocol):
     """Anything that moves flows by weights: simulated, or real behind shared memory."""
 
     num_servers: int
+    #: What it tells of the last reset or step beyond the snapshot; the environment adds it to ``info``.
+    info: dict[str, Any]
 
     @property
     def scenario(self) -> Scenario | None:

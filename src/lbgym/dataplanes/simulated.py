@@ -55,6 +55,7 @@ class SimulatedDataPlane:
 
     def __init__(self, scenario: Scenario, *, dispatch: str | None = None, interval: float = 0.25) -> None:
         self._base = scenario
+        self.info: dict[str, Any] = {}
         self.interval = interval
         self.simulation = Simulation(scenario, dispatch=dispatch)
         self.num_servers = scenario.num_servers

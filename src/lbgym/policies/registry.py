@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnknownNameError
+from ..errors import PolicyError, UnknownNameError
 from .base import EnvPolicy, WeightPolicy
 from .heuristics import (
     AdaptiveWeights,
@@ -19,8 +19,8 @@ from .heuristics import (
 if TYPE_CHECKING:
     from ..scenarios import Scenario
 
-#: What makes a heuristic from a scenario (what an operator would configure) and a seed.
-WeightPolicyFactory = Callable[["Scenario", int | None], WeightPolicy]
+#: What makes a heuristic from a scenario (what an operator would configure; some need none) and a seed.
+WeightPolicyFactory = Callable[[Any, int | None], WeightPolicy]
 
 _FACTORIES: dict[str, tuple[WeightPolicyFactory, str]] = {
     "cores": (lambda s, seed: StaticWeights(s.core_weights), "weights in proportion to the cores"),
@@ -32,25 +32,33 @@ _FACTORIES: dict[str, tuple[WeightPolicyFactory, str]] = {
 }
 
 
+#: Those that can do without a scenario.
+_BLIND = ("uniform", "random", "latency")
+
+
 def weight_policy_names() -> dict[str, str]:
     """Name and one-line description of every heuristic."""
     return {name: text for name, (_, text) in _FACTORIES.items()}
 
 
-def make_weight_policy(name: str, scenario: Scenario, seed: int | None = None) -> WeightPolicy:
+def make_weight_policy(name: str, scenario: Scenario | None, seed: int | None = None) -> WeightPolicy:
     """A heuristic by name.
 
     Args:
         name: one of :func:`weight_policy_names`; underscores and hyphens are alike.
-        scenario: gives the cores and the number of balancers.
+        scenario: gives the cores and the number of balancers; None where nothing is known of the cluster.
         seed: of a heuristic that draws.
 
     Raises:
         UnknownNameError: for another name.
+        PolicyError: for one that must know the cluster, without a scenario.
     """
-    factory = _FACTORIES.get(name.lower().replace("_", "-"))
+    key = name.lower().replace("_", "-")
+    factory = _FACTORIES.get(key)
     if factory is None:
         raise UnknownNameError("policy", name, _FACTORIES)
+    if scenario is None and key not in _BLIND:
+        raise PolicyError(f"policy {name!r} must know the cores of the servers: give it a scenario")
     return factory[0](scenario, seed)
 
 

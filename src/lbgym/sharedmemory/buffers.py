@@ -115,9 +115,14 @@ class ObservationBuffer:
         return self._integers[_FCT_COUNT]
 
     @property
-    def fct_sum(self) -> float:
-        """Seconds, the sum of their FCTs."""
-        return self._integers[_FCT_SUM] / _NS
+    def fct_sum_ns(self) -> int:
+        """Ns, the sum of their FCTs."""
+        return self._integers[_FCT_SUM]
+
+    @property
+    def unrouted(self) -> int:
+        """Flows that found no active server so far."""
+        return self._integers[_UNROUTED]
 
     def snapshot(self, num_servers: int | None = None) -> Snapshot:
         """As a :class:`~lbgym.Snapshot` with arrays of its own.
@@ -148,7 +153,7 @@ class ObservationBuffer:
             completed=completed,
             rejected=rejected,
             failed=failed,
-            unrouted=self._integers[_UNROUTED],
+            unrouted=self.unrouted,
             service=None,
         )
 

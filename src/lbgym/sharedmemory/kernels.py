@@ -421,3 +421,26 @@ def load_word(words, at):
 def store_word(words, at, value):
     """A word, so that what was written before it is seen with it."""
     _store(words, at, np.uint64(value))
+
+
+def warm_up() -> None:
+    """Compile everything, or load it from disk, so that no first call is late."""
+    layout = abi.Layout(1)
+    words = np.zeros(layout.total_size // 8, np.uint64)
+    frame = np.zeros(layout.frame_size // 8, np.uint64)
+    frame[_FRAME_COUNTS] = 1
+    frames = np.array([layout.frames_offset // 8, frame.shape[0], abi.NUM_FRAMES, 1])
+    frame_sections = np.array(list(layout.frame_sections.values())) // 8
+    actions = np.array([layout.actions_offset // 8, layout.action_size // 8, abi.NUM_ACTIONS, 1])
+    action_sections = np.array(list(layout.action_sections.values())) // 8
+    halves = np.zeros(1, np.uint32)
+    frame_is_valid(frame_sections, frame)
+    publish_frame(words, frames, frame_sections, frame, 1, 1)
+    read_frame(words, frames, frame_sections, frame)
+    write_action(
+        words, actions, action_sections, np.ones(1), 1, 1, 1, halves, halves, np.zeros(1, np.int64), np.ones(1)
+    )
+    read_action(words, actions, action_sections, np.zeros(layout.action_size // 8, np.uint64), 0)
+    raise_flag(words, LATEST)
+    store_word(words, HEARTBEAT, 1)
+    load_word(words, LATEST)

@@ -454,7 +454,7 @@ class SharedMemoryRegion:
             self._action_sections,
             checked,
             sequence_id,
-            0 if lease > _DAY * 36_500 else int(lease * _NS),
+            0 if lease > _DAY * 36_500 else max(1, int(lease * _NS)),
             now,
             self._threshold,
             self._alias,

@@ -1,0 +1,336 @@
+"""A real data plane behind shared memory, in real time."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import DataPlaneTimeout, InvalidOptionError, RegionFormatError, RegionNotFoundError, UnknownNameError
+from ..sharedmemory import DEFAULT_LEASE, ObservationBuffer, SharedMemoryRegion, kernels
+from ..snapshot import Snapshot
+
+logger = logging.getLogger("lbgym")
+
+_NS = 1_000_000_000
+#: Longest sleep before another look at whether the producer lives, seconds.
+_LOOK = 0.1
+#: An observation counts as an interval newer if no more than this part of a publication is missing: timers jitter.
+_SLACK = 0.25
+
+
+class SharedMemoryDataPlane:
+    """The data plane that publishes in a region; as long as this exists, its agent.
+
+    A step writes the weights and then waits for the first observation taken at or after the step's deadline. Deadlines
+    lie on a grid of whole intervals on the data plane's clock, so a late observation does not make the next one later.
+    An agent that calls ``step`` after its deadline skips the deadlines that have passed, and ``info`` says so.
+
+    ``info`` after each reset and step:
+
+    * ``applied_sequence_id``: int, the sequence id of the action that was in force when the observation was taken, -1
+      before the first; ``action_sequence_id``: int, that of the action this step wrote, -1 after a reset.
+    * ``action_delay``: float, seconds on the data plane's clock from the writing of this step's action to when the data
+      plane put it in force; NaN if the observation does not reflect it yet.
+    * ``safe_weights``: bool, whether the safe weights were in force instead, as after the end of a lease.
+    * ``missed_observations``: int, deadlines that passed without an observation of their own.
+    * ``overrun``: float, seconds (real time) by which ``step`` was called after its deadline; 0 if in time.
+    * ``producer_restarted``: bool, whether another producer has taken over since the last observation.
+    * ``clock_jumped``: bool, whether the data plane's clock or sequence jumped, so that the grid began anew.
+    * ``completed``, ``rejected``: int, flows since the last observation (rejected: or failed, or unrouted);
+      ``fct_mean``: float, seconds, of those whose FCT the data plane knows; NaN if there are none.
+    * ``weights_in_force``: float64[N], the data plane's own word.
+
+    Args:
+        name: of the region.
+        interval: seconds of the data plane's clock per step.
+        timeout: seconds (real time) to wait for a region, and for an observation after its deadline.
+        num_servers: N, at least as many as the data plane has now, so that others can join; None: as many as it has.
+        lease: seconds (real time) that weights stay good without another step.
+
+    Raises:
+        RegionNotFoundError: without a live producer in time.
+        RegionBusyError: if another agent drives the region.
+        DataPlaneTimeout: if the producer publishes nothing in time.
+        InvalidOptionError: for a value out of its range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        interval: float = 0.25,
+        timeout: float = 2.0,
+        num_servers: int | None = None,
+        lease: float = DEFAULT_LEASE,
+    ) -> None:
+        for key, value in (("interval", interval), ("timeout", timeout), ("lease", lease)):
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not value > 0.0:
+                raise InvalidOptionError(f"{key} must be a number of seconds above 0, got {value!r}")
+        if not (math.isfinite(interval) and math.isfinite(timeout)):
+            raise InvalidOptionError(f"interval and timeout must be finite, got {interval!r} and {timeout!r}")
+        self.name, self.timeout, self.lease = name, float(timeout), float(lease)
+        self.interval = float(interval)
+        self._interval = round(interval * _NS)
+        self.info: dict[str, Any] = {}
+        self._action_id = self._written_at = self._deadline = 0
+        self._weights: NDArray[np.float64] | None = None
+        self._restarted = self._jumped = self._warned = False
+        kernels.warm_up()
+        region = SharedMemoryRegion.attach(name, timeout=timeout, live=True)
+        try:
+            self._take(region)
+            self._await_first()
+            known = self._buffer.num_servers
+            if num_servers is not None and num_servers < known:
+                raise InvalidOptionError(
+                    f"num_servers={num_servers}, but the data plane of region {name!r} has {known} servers"
+                )
+            self.num_servers = known if num_servers is None else num_servers
+            if self.num_servers > self._region.capacity:
+                raise InvalidOptionError(
+                    f"num_servers={num_servers}, but region {name!r} has room for {self._region.capacity}"
+                )
+        except BaseException:
+            region.close()
+            raise
+
+    @property
+    def region(self) -> SharedMemoryRegion:
+        """The region it is attached to now."""
+        return self._region
+
+    @property
+    def scenario(self) -> None:
+        """Unknown: a real data plane has a cluster of its own."""
+        return None
+
+    @property
+    def has_ground_truth(self) -> bool:
+        """Whether the last observation had CPU use, memory use and busy workers."""
+        return self._buffer.has_ground_truth
+
+    def reset(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Snapshot:
+        """Begin an episode with the next observation. The data plane goes on as it is: no flow ends, no weight changes.
+
+        Args:
+            seed: of no effect, real traffic has none.
+            options: none; the scenario is what it is.
+
+        Raises:
+            UnknownNameError: for any option.
+            DataPlaneTimeout: if nothing is published in time.
+        """
+        for key in options or ():
+            raise UnknownNameError("option of reset", key, (), f"the live region {self.name!r}")
+        self._restarted = self._jumped = False
+        wait = self._period / _NS + self.timeout
+        if not self._next(self._region.latest, time.monotonic() + wait):
+            raise self._silence(wait)
+        self._deadline = self._buffer.timestamp_ns
+        return self._observed(-1, 0, 0)
+
+    def step(self, weights: NDArray[np.float64]) -> Snapshot:
+        """Write float[N] weights, wait for the observation one interval on.
+
+        Raises:
+            InvalidWeightsError: for weights that are negative, not finite or all 0; nothing has happened then.
+            DataPlaneTimeout: if there is no such observation in time; the next step tries anew.
+            RegionFormatError: if the data plane publishes what is no observation.
+        """
+        self._restarted = self._jumped = False
+        self._action_id += 1
+        self._weights = np.array(weights, np.float64)
+        self._write()
+        deadline = self._deadline + self._interval
+        called = time.monotonic_ns()
+        late = called - self._instant(deadline)
+        missed = 0
+        if late > 0:
+            missed = int(late * self._region.clock_rate) // self._interval + 1
+            deadline += missed * self._interval
+        limit = max(called, self._instant(deadline)) / _NS + self.timeout
+        self._wait_for(deadline, limit)
+        if self._restarted or self._jumped:
+            self._deadline = self._buffer.timestamp_ns
+        else:
+            skipped = max(0, self._buffer.timestamp_ns + self._slack - deadline) // self._interval
+            missed += skipped
+            self._deadline = deadline + skipped * self._interval
+        return self._observed(self._action_id, missed, max(0, late))
+
+    def close(self) -> None:
+        """Let another agent have the region; the data plane keeps the last weights until their lease is over."""
+        self._region.close()
+
+    def withdraw(self) -> None:
+        """Give the weights up before their lease is over: the data plane puts its safe ones in force at once."""
+        self._action_id += 1
+        safe = self._buffer.safe_weights[: self._buffer.num_servers]
+        self._region.write_action(sequence_id=self._action_id, weights=safe, lease=1e-9)
+
+    # Waiting
+
+    def _wait_for(self, deadline: int, limit: float) -> None:
+        """Until the buffer holds an observation of ``deadline`` (data plane's clock) or later, or of another grid."""
+        enough = deadline - self._slack
+        while True:
+            # Publications well before the deadline need not wake us.
+            early = (self._instant(deadline) - self._period - time.monotonic_ns()) / _NS
+            if early > 0.0 and not self._restarted:
+                time.sleep(min(early, _LOOK))
+                if early > _LOOK and self._region.producer_alive:
+                    continue
+            if not self._next(self._buffer.sequence_id, limit):
+                raise self._silence(self.timeout)
+            if self._restarted or self._jumped or self._buffer.timestamp_ns >= enough:
+                return
+
+    def _next(self, after: int, limit: float) -> bool:
+        """Read the next observation into the buffer; false if there is none by ``limit`` (monotonic clock, seconds)."""
+        while True:
+            region, buffer = self._region, self._buffer
+            left = limit - time.monotonic()
+            if region.wait_observation(after, min(max(left, 0.0), _LOOK)):
+                sequence, timestamp, published = buffer.sequence_id, buffer.timestamp_ns, buffer.published_at
+                if region.read_into(buffer):
+                    self._check_clock(sequence, timestamp, published)
+                    return True
+            if left <= 0.0:
+                return False
+            if not region.producer_alive and self._follow():
+                after = 0
+
+    def _follow(self) -> bool:
+        """Attach to the region that has taken the name since the producer went; false if there is none."""
+        try:
+            region = SharedMemoryRegion.attach(self.name, live=True)
+        except (RegionNotFoundError, RegionFormatError):
+            time.sleep(_LOOK / 10)
+            return False
+        before = self._region
+        try:
+            self._take(region)
+            if self._weights is not None:
+                self._write()
+        except BaseException:
+            region.close()
+            raise
+        before.close()
+        self._restarted = True
+        logger.warning(
+            "region %r has a new producer (process %d, %s); following it", self.name, region.producer_pid, region.driver
+        )
+        return True
+
+    def _take(self, region: SharedMemoryRegion) -> None:
+        """Become the agent of a region."""
+        region.lock_agent()
+        newest = region.read_action()
+        # Ids go on from those of an agent before, so that it can be told whose action is in force.
+        self._action_id = max(self._action_id, newest.sequence_id if newest is not None else 0)
+        self._region = region
+        self._buffer: ObservationBuffer = region.new_buffer()
+        self._counts: NDArray[np.int64] | None = None
+        self._period = round(region.publish_interval / region.clock_rate * _NS)
+        self._slack = round(_SLACK * min(region.publish_interval, self.interval) * _NS)
+
+    def _await_first(self) -> None:
+        if not (self._region.read_into(self._buffer) or self._next(0, time.monotonic() + self.timeout)):
+            raise self._silence(self.timeout)
+
+    def _check_clock(self, sequence: int, timestamp: int, published: int) -> None:
+        """Note a jump of the data plane's clock or sequence between the last observation and the one in the buffer."""
+        buffer = self._buffer
+        if sequence == 0:
+            return
+        passed = (buffer.published_at - published) * self._region.clock_rate
+        ahead = (buffer.timestamp_ns - timestamp) - passed
+        if (
+            buffer.sequence_id <= sequence
+            or buffer.timestamp_ns < timestamp
+            or ahead > self._interval + self.timeout * _NS * self._region.clock_rate
+        ):
+            self._jumped = True
+            logger.warning(
+                "region %r jumped from observation %d at %.6f s to %d at %.6f s",
+                self.name, sequence, timestamp / _NS, buffer.sequence_id, buffer.timestamp,
+            )  # fmt: skip
+
+    def _instant(self, timestamp: int) -> int:
+        """When the data plane's clock shows ``timestamp``, by the last observation; ns of the monotonic clock."""
+        ahead = timestamp - self._buffer.timestamp_ns
+        return self._buffer.published_at + int(ahead / self._region.clock_rate)
+
+    def _silence(self, waited: float) -> DataPlaneTimeout:
+        region, buffer = self._region, self._buffer
+        if region.producer_alive:
+            state = f"its producer (process {region.producer_pid}) lives, last heard {region.heartbeat_age:.3g} s ago"
+        elif region.closed_by_producer:
+            state = f"its producer (process {region.producer_pid}) has closed it"
+        else:
+            state = f"its producer (process {region.producer_pid}) is gone"
+        age = max(0, time.monotonic_ns() - buffer.published_at) / _NS
+        last = (
+            f"the last one is number {buffer.sequence_id}, {age:.3g} s old" if buffer.sequence_id else "there is none"
+        )
+        return DataPlaneTimeout(f"region {self.name!r}: no new observation within {waited:g} s; {last}; {state}")
+
+    # Writing and telling
+
+    def _write(self) -> None:
+        assert self._weights is not None
+        weights = self._weights[: self._region.capacity]
+        self._written_at = self._region.write_action(sequence_id=self._action_id, weights=weights, lease=self.lease)
+
+    def _note_counters(self) -> NDArray[np.int64]:
+        """Flows completed, rejected (in any way) and known by FCT, and the sum of those in ns, since the last call."""
+        buffer = self._buffer
+        _, completed, rejected, failed = buffer.counters[: buffer.num_servers].sum(axis=0, dtype=np.int64)
+        counts = np.array(
+            [completed, rejected + failed + buffer.unrouted, buffer.fct_count, buffer.fct_sum_ns], np.int64
+        )
+        before, self._counts = self._counts, counts
+        if before is None or (counts < before).any():
+            # A producer that has taken over counts from 0; of what else came before nothing is known.
+            return counts if self._restarted else np.zeros_like(counts)
+        return counts - before
+
+    def _observed(self, action_id: int, missed: int, late: int) -> Snapshot:
+        buffer = self._buffer
+        completed, rejected, ended, fct_sum = self._note_counters().tolist()
+        applied = buffer.applied_sequence_id
+        delay = math.nan
+        if applied is not None and applied == action_id:
+            assert buffer.applied_at is not None
+            delay = (buffer.applied_at - self._written_at) / _NS * self._region.clock_rate
+        known = buffer.num_servers
+        if known > self.num_servers and not self._warned:
+            self._warned = True
+            logger.warning(
+                "region %r has %d servers by now, this agent was made for %d: the others keep their safe weights",
+                self.name, known, self.num_servers,
+            )  # fmt: skip
+        in_force = np.zeros(self.num_servers)
+        count = min(known, self.num_servers)
+        in_force[:count] = buffer.weights[:count]
+        self.info = {
+            "action_sequence_id": action_id,
+            "applied_sequence_id": -1 if applied is None else applied,
+            "action_delay": delay,
+            "safe_weights": buffer.safe,
+            "missed_observations": missed,
+            "overrun": late / _NS,
+            "producer_restarted": self._restarted,
+            "clock_jumped": self._jumped,
+            "completed": completed,
+            "rejected": rejected,
+            "fct_mean": fct_sum / ended / _NS if ended else math.nan,
+            "weights_in_force": in_force,
+        }
+        return buffer.snapshot(self.num_servers)
