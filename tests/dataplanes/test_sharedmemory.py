@@ -352,7 +352,7 @@ def test_bad_keys() -> None:
         env.close()
         plane = SharedMemoryDataPlane("lb0", interval=INTERVAL)
         plane.reset()
-        for weights in (np.zeros(4), np.array([1.0, -1.0, 1.0, 1.0]), np.array([1.0, np.nan, 1.0, 1.0])):
+        for weights in (np.ones(3), np.zeros(4), np.array([1.0, -1.0, 1.0, 1.0]), np.array([1.0, np.nan, 1.0, 1.0])):
             with pytest.raises(InvalidWeightsError):
                 plane.step(weights)
         plane.step(np.ones(4))

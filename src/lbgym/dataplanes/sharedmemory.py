@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataPlaneTimeout, InvalidOptionError, RegionFormatError, RegionNotFoundError, UnknownNameError
+from ..errors import (
+    DataPlaneTimeout,
+    InvalidOptionError,
+    InvalidWeightsError,
+    RegionFormatError,
+    RegionNotFoundError,
+    UnknownNameError,
+)
 from ..sharedmemory import DEFAULT_LEASE, ObservationBuffer, SharedMemoryRegion, kernels
 from ..snapshot import Snapshot
 
@@ -143,10 +150,13 @@ class SharedMemoryDataPlane:
             DataPlaneTimeout: if there is no such observation in time; the next step tries anew.
             RegionFormatError: if the data plane publishes what is no observation.
         """
+        weights = np.array(weights, np.float64)
+        if weights.shape != (self.num_servers,):
+            raise InvalidWeightsError(f"weights must have shape ({self.num_servers},), got {weights.shape}")
         self._restarted = self._jumped = False
+        self._write(weights, self._action_id + 1)
+        self._weights = weights
         self._action_id += 1
-        self._weights = np.array(weights, np.float64)
-        self._write()
         deadline = self._deadline + self._interval
         called = time.monotonic_ns()
         late = called - self._instant(deadline)
@@ -217,7 +227,7 @@ class SharedMemoryDataPlane:
         try:
             self._take(region)
             if self._weights is not None:
-                self._write()
+                self._write(self._weights, self._action_id)
         except BaseException:
             region.close()
             raise
@@ -283,10 +293,10 @@ class SharedMemoryDataPlane:
 
     # Writing and telling
 
-    def _write(self) -> None:
-        assert self._weights is not None
-        weights = self._weights[: self._region.capacity]
-        self._written_at = self._region.write_action(sequence_id=self._action_id, weights=weights, lease=self.lease)
+    def _write(self, weights: NDArray[np.float64], sequence_id: int) -> None:
+        self._written_at = self._region.write_action(
+            sequence_id=sequence_id, weights=weights[: self._region.capacity], lease=self.lease
+        )
 
     def _note_counters(self) -> NDArray[np.int64]:
         """Flows completed, rejected (in any way) and known by FCT, and the sum of those in ns, since the last call."""
