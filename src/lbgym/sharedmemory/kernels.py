@@ -235,6 +235,25 @@ def read_frame(words, plan, sections, frame):
 
 
 @compiled()
+def read_earlier_frame(words, plan, sections, frame, sequence_id):
+    """Copy observation ``sequence_id`` into ``frame`` if the ring still has it; OK, NOTHING if not, or INVALID."""
+    slot = np.int64(np.uint64(sequence_id) & np.uint64(plan[_COUNT] - 1))
+    at = plan[_FIRST] + slot * plan[_STRIDE]
+    lock = _load(words, at + _LOCK)
+    if lock & _ONE:
+        return NOTHING
+    _copy(words, at, frame, 0, _FRAME_HEAD)
+    n = np.int64(frame[_FRAME_COUNTS] & _LOW32)
+    fits = n <= plan[_CAPACITY]
+    if fits:
+        _copy_frame(words, at, frame, 0, sections, n)
+    _acquire_fence()
+    if _load(words, at + _LOCK) != lock or frame[_SEQUENCE_ID] != np.uint64(sequence_id):
+        return NOTHING
+    return OK if fits and _is_valid(frame, sections, n) else INVALID
+
+
+@compiled()
 def frame_is_valid(sections, frame):
     """Whether a frame may be published."""
     return _is_valid(frame, sections, np.int64(frame[_FRAME_COUNTS] & _LOW32))
@@ -437,6 +456,7 @@ def warm_up() -> None:
     frame_is_valid(frame_sections, frame)
     publish_frame(words, frames, frame_sections, frame, 1, 1)
     read_frame(words, frames, frame_sections, frame)
+    read_earlier_frame(words, frames, frame_sections, frame, 1)
     write_action(
         words, actions, action_sections, np.ones(1), 1, 1, 1, halves, halves, np.zeros(1, np.int64), np.ones(1)
     )

@@ -326,6 +326,19 @@ class SharedMemoryRegion:
             raise RegionBusyError(f"region {self.name!r} is written to faster than it can be read")
         raise RegionFormatError(f"region {self.name!r} holds an observation that no data plane may publish")
 
+    def read_earlier(self, buffer: ObservationBuffer, sequence_id: int) -> bool:
+        """Copy observation ``sequence_id`` into ``buffer``; false if the ring does not have it (any more, or yet).
+
+        The ring keeps the last three for sure, which is how a reader that is late once misses nothing.
+
+        Raises:
+            RegionFormatError: as :meth:`read_into`.
+        """
+        status = kernels.read_earlier_frame(self._memory, self._frames, self._frame_sections, buffer.words, sequence_id)
+        if status == kernels.INVALID:
+            raise RegionFormatError(f"region {self.name!r} holds an observation that no data plane may publish")
+        return bool(status == kernels.OK)
+
     def read_observation(self, timeout: float = 0.0) -> dict[str, Any]:
         """The newest observation as a dictionary.
 
