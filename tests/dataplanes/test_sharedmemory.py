@@ -27,7 +27,7 @@ from lbgym.errors import (
 )
 from lbgym.policies import make_policy
 from lbgym.sharedmemory import SharedMemoryRegion
-from tests.dataplanes.puppet import START, features, puppet
+from tests.dataplanes.puppet import START, features, puppet, snapshot
 
 INTERVAL = 0.04
 
@@ -222,6 +222,22 @@ def test_a_dead_producer_is_an_error_and_its_successor_is_followed(caplog: pytes
             _, _, _, _, info = env.step(np.full(4, 1.5))
             assert info["producer_restarted"]
         env.close()
+
+
+def test_a_successor_that_is_silent_at_first_is_told_of_later() -> None:
+    with puppet("lb0") as first:
+        plane = SharedMemoryDataPlane("lb0", interval=INTERVAL, timeout=0.2)
+        plane.reset()
+        first.kill()
+    with SharedMemoryRegion.create("lb0", num_servers=4, publish_interval=0.02) as second:
+        with pytest.raises(DataPlaneTimeout, match="there is none"):
+            plane.step(np.ones(4))
+        threading.Timer(0.05, second.publish, [snapshot(1, 3.0, np.ones(4, np.bool_), False)]).start()
+        seen = plane.step(np.ones(4))
+        assert (seen.sequence_id, seen.timestamp) == (1, 3.0)
+        assert plane.info["producer_restarted"]
+        assert (plane.info["missed_observations"], plane.info["overrun"]) == (0, 0.0)
+        plane.close()
 
 
 @pytest.mark.parametrize(("command", "value"), [("jump", -5.0), ("jump", 1e4), ("sequence", 0)])

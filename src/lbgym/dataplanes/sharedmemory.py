@@ -135,7 +135,6 @@ class SharedMemoryDataPlane:
         """
         for key in options or ():
             raise UnknownNameError("option of reset", key, (), f"the live region {self.name!r}")
-        self._restarted = self._jumped = False
         wait = self._period / _NS + self.timeout
         if not self._next(self._region.latest, time.monotonic() + wait):
             raise self._silence(wait)
@@ -153,26 +152,30 @@ class SharedMemoryDataPlane:
         weights = np.array(weights, np.float64)
         if weights.shape != (self.num_servers,):
             raise InvalidWeightsError(f"weights must have shape ({self.num_servers},), got {weights.shape}")
-        self._restarted = self._jumped = False
         self._write(weights, self._action_id + 1)
         self._weights = weights
         self._action_id += 1
-        deadline = self._deadline + self._interval
         called = time.monotonic_ns()
-        late = called - self._instant(deadline)
-        missed = 0
-        if late > 0:
-            missed = int(late * self._region.clock_rate) // self._interval + 1
-            deadline += missed * self._interval
-        limit = max(called, self._instant(deadline)) / _NS + self.timeout
-        self._wait_for(deadline, limit)
-        if self._restarted or self._jumped:
+        missed = late = 0
+        deadline = self._deadline + self._interval
+        if self._new_grid:
+            # The step before saw a new producer, or a jump, and then nothing.
+            limit = called
+        else:
+            late = max(0, called - self._instant(deadline))
+            if late > 0:
+                missed = int(late * self._region.clock_rate) // self._interval + 1
+                deadline += missed * self._interval
+            limit = max(called, self._instant(deadline))
+        self._wait_for(deadline, limit / _NS + self.timeout)
+        if self._new_grid:
             self._deadline = self._buffer.timestamp_ns
+            missed = 0
         else:
             skipped = max(0, self._buffer.timestamp_ns + self._slack - deadline) // self._interval
             missed += skipped
             self._deadline = deadline + skipped * self._interval
-        return self._observed(self._action_id, missed, max(0, late))
+        return self._observed(self._action_id, missed, late)
 
     def close(self) -> None:
         """Let another agent have the region; the data plane keeps the last weights until their lease is over."""
@@ -181,24 +184,30 @@ class SharedMemoryDataPlane:
     def withdraw(self) -> None:
         """Give the weights up before their lease is over: the data plane puts its safe ones in force at once."""
         self._action_id += 1
-        safe = self._buffer.safe_weights[: self._buffer.num_servers]
-        self._region.write_action(sequence_id=self._action_id, weights=safe, lease=1e-9)
+        self._region.write_action(sequence_id=self._action_id, weights=np.ones(self.num_servers), lease=1e-9)
 
     # Waiting
+
+    @property
+    def _new_grid(self) -> bool:
+        """Whether there was a restart or jump since the last observation that was handed out."""
+        return self._restarted or self._jumped
 
     def _wait_for(self, deadline: int, limit: float) -> None:
         """Until the buffer holds an observation of ``deadline`` (data plane's clock) or later, or of another grid."""
         enough = deadline - self._slack
         while True:
             # Publications well before the deadline need not wake us.
-            early = (self._instant(deadline) - self._period - time.monotonic_ns()) / _NS
-            if early > 0.0 and not self._restarted:
+            early = 0.0
+            if not self._new_grid:
+                early = (self._instant(deadline) - self._period - time.monotonic_ns()) / _NS
+            if early > 0.0:
                 time.sleep(min(early, _LOOK))
                 if early > _LOOK and self._region.producer_alive:
                     continue
             if not self._next(self._buffer.sequence_id, limit):
                 raise self._silence(self.timeout)
-            if self._restarted or self._jumped or self._buffer.timestamp_ns >= enough:
+            if self._new_grid or self._buffer.timestamp_ns >= enough:
                 return
 
     def _next(self, after: int, limit: float) -> bool:
@@ -343,4 +352,5 @@ class SharedMemoryDataPlane:
             "fct_mean": fct_sum / ended / _NS if ended else math.nan,
             "weights_in_force": in_force,
         }
+        self._restarted = self._jumped = False
         return buffer.snapshot(self.num_servers)
