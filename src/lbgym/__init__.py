@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .env import LoadBalanceEnv
     from .features import ReservoirSampler
     from .scenarios import Scenario, load_scenario, scenario_names
+    from .sharedmemory import SharedMemoryRegion
     from .snapshot import Snapshot
     from .vector_env import LoadBalanceVectorEnv
 
@@ -25,6 +26,7 @@ _HOMES = {
     "LoadBalanceVectorEnv": "vector_env",
     "ReservoirSampler": "features",
     "Scenario": "scenarios",
+    "SharedMemoryRegion": "sharedmemory",
     "Snapshot": "snapshot",
     "load_scenario": "scenarios",
     "scenario_names": "scenarios",
@@ -35,6 +37,7 @@ __all__ = [
     "LoadBalanceVectorEnv",
     "ReservoirSampler",
     "Scenario",
+    "SharedMemoryRegion",
     "Snapshot",
     "__version__",
     "load_scenario",

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
@@ -20,6 +20,9 @@ from .rendering import RENDER_MODES, Viewer
 from .rewards import make_reward
 from .scenarios import DISPATCH_RULES, Scenario, default_scenario, load_scenario
 from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from .dataplanes import SharedMemoryDataPlane
 
 
 def _whole(name: str, value: Any) -> int:
@@ -209,10 +212,12 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         shm_timeout: float = 2.0,
         render_mode: str | None = None,
     ) -> None:
-        from .dataplanes import DataPlane, SharedMemoryDataPlane, SimulatedDataPlane
+        from .dataplanes import DataPlane, SimulatedDataPlane
 
         live: SharedMemoryDataPlane | None = None
         if shm_name is not None:
+            from .dataplanes import SharedMemoryDataPlane
+
             live = SharedMemoryDataPlane(shm_name, interval=step_interval, timeout=shm_timeout, num_servers=num_servers)
             num_servers = live.num_servers
         make = functools.partial(
