@@ -102,6 +102,10 @@ class RegionBusyError(RegionError, BlockingIOError):
     """Another process has the role that was asked for: there is one producer and one agent per region."""
 
 
+class RecordingError(LbgymError, ValueError):
+    """A recording that cannot be written or read, or not made into what was asked for."""
+
+
 class DataPlaneTimeout(LbgymError, TimeoutError):
     """A live data plane published nothing new in time."""
 
