@@ -109,7 +109,7 @@ class SharedMemoryRegion:
         # Producer's state.
         self._sequence_id = 0
         self._action: Action | None = None
-        self._action_known = 0
+        self._action_known = self._action_seen = 0
         self._applied: tuple[int, int] | None = None
         self._safe = True
         self._safe_weights = np.ones(0)
@@ -564,10 +564,13 @@ class SharedMemoryRegion:
         now = time.monotonic_ns()
         if self._action is None:
             self._action = Action(self.layout)
+        seen = int(kernels.load_word(self._memory, kernels.ACTION_COUNT))
         try:
             found = self._read_action(self._action, self._action_known)
         except RegionError:
-            found = 0
+            # The copy now holds what no agent may write.
+            found = self._action_known = 0
+        self._action_seen = found or seen
         action = self._action
         if found:
             self._action_known = found
@@ -603,7 +606,7 @@ class SharedMemoryRegion:
         """Sleep until the agent has written an action that :meth:`weights_in_force` has not seen, or ``timeout``."""
         self._producer()
         return self._wait(
-            kernels.ACTION_COUNT, self._action_event // 8, self._action_futex, self._action_known, timeout
+            kernels.ACTION_COUNT, self._action_event // 8, self._action_futex, self._action_seen, timeout
         )
 
     # The end
