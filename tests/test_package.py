@@ -66,7 +66,17 @@ def test_exported_names_exist_and_are_documented() -> None:
 
 @pytest.mark.parametrize(
     "package",
-    ["features", "simulator", "sharedmemory", "dataplanes", "scenarios", "policies", "evaluation", "training"],
+    [
+        "features",
+        "simulator",
+        "sharedmemory",
+        "dataplanes",
+        "drivers",
+        "scenarios",
+        "policies",
+        "evaluation",
+        "training",
+    ],
 )
 def test_exported_names_of_packages_exist(package: str) -> None:
     if package == "training":
