@@ -55,6 +55,9 @@ _FLOATS = abi.FRAME_SECTIONS[1].columns
 _TRUTHS = abi.FRAME_SECTIONS[2].columns
 _COUNTERS = abi.FRAME_SECTIONS[3].columns
 _HAS_TRUTH = np.uint64(abi.FLAG_GROUND_TRUTH)
+_INT64_END = np.uint64(1 << 63)
+_LARGEST32 = np.finfo(np.float32).max
+_LARGEST64 = np.finfo(np.float64).max
 
 # Plans: int64[4], where the frames or actions of a region are, in words, how many and for how many servers.
 _FIRST, _STRIDE, _COUNT, _CAPACITY = 0, 1, 2, 3
@@ -181,9 +184,9 @@ def _is_valid(frame, sections, n):
     first = sections[0] * 8
     for k in range(first, first + n):
         good &= bytes_[k] <= 1
-    good &= _in_range(floats, sections[1] * 2, n * _FLOATS, np.float32(3e38))
+    good &= _in_range(floats, sections[1] * 2, n * _FLOATS, _LARGEST32)
     if (frame[_FRAME_COUNTS] >> np.uint64(32)) & _HAS_TRUTH:
-        good &= _in_range(floats, sections[2] * 2, n * _TRUTHS, np.float32(3e38))
+        good &= _in_range(floats, sections[2] * 2, n * _TRUTHS, _LARGEST32)
     # Counters, times and ids fit int64, as NumPy and Python's users have them.
     top = np.uint64(0)
     for k in range(sections[3], sections[3] + n * _COUNTERS):
@@ -192,9 +195,9 @@ def _is_valid(frame, sections, n):
         top |= frame[k]
     for k in range(_SEQUENCE_ID, _FRAME_COUNTS):
         top |= frame[k]
-    good &= top < np.uint64(1 << 63)
-    good &= _in_range(doubles, sections[4], n, 1.7e308)
-    good &= _in_range(doubles, sections[5], n, 1.7e308)
+    good &= top < _INT64_END
+    good &= _in_range(doubles, sections[4], n, _LARGEST64)
+    good &= _in_range(doubles, sections[5], n, _LARGEST64)
     return good
 
 
@@ -237,6 +240,8 @@ def read_frame(words, plan, sections, frame):
 @compiled()
 def read_earlier_frame(words, plan, sections, frame, sequence_id):
     """Copy observation ``sequence_id`` into ``frame`` if the ring still has it; OK, NOTHING if not, or INVALID."""
+    if sequence_id < 1:
+        return NOTHING
     slot = np.int64(np.uint64(sequence_id) & np.uint64(plan[_COUNT] - 1))
     at = plan[_FIRST] + slot * plan[_STRIDE]
     lock = _load(words, at + _LOCK)
@@ -339,7 +344,7 @@ def _largest_good(weights):
     largest = 0.0
     good = True
     for i in range(weights.shape[0]):
-        good &= (weights[i] >= 0.0) & (weights[i] <= 1.7e308)
+        good &= (weights[i] >= 0.0) & (weights[i] <= _LARGEST64)
         largest = max(largest, weights[i])
     return largest if good else -1.0
 
@@ -397,15 +402,18 @@ def read_action(words, plan, sections, action, known):
         _acquire_fence()
         if _load(words, at + _LOCK) != lock:
             continue
-        if not fits or count >= np.uint64(1 << 63):
+        top = count
+        for k in range(_SEQUENCE_ID, _ACTION_COUNTS):
+            top |= action[k]
+        if not fits or top >= _INT64_END:
             return np.int64(-INVALID)
         first = sections[0]
         if _largest_good(doubles[first : first + n]) <= 0.0:
             return np.int64(-INVALID)
-        top = np.uint32(0)
+        farthest = np.uint32(0)
         for i in range(n):
-            top = max(top, halves[2 * sections[2] + i])
-        if top >= n:
+            farthest = max(farthest, halves[2 * sections[2] + i])
+        if farthest >= n:
             return np.int64(-INVALID)
         return np.int64(count)
     return np.int64(-BUSY)
