@@ -89,7 +89,7 @@ class SharedMemoryDataPlane:
         self._weights: NDArray[np.float64] | None = None
         self._restarted = self._jumped = self._warned = False
         kernels.warm_up()
-        region = SharedMemoryRegion.attach(name, timeout=timeout, live=True)
+        region = self._attach(timeout)
         try:
             self._take(region)
             self._await_first()
@@ -228,7 +228,7 @@ class SharedMemoryDataPlane:
     def _follow(self) -> bool:
         """Attach to the region that has taken the name since the producer went; false if there is none."""
         try:
-            region = SharedMemoryRegion.attach(self.name, live=True)
+            region = self._attach(0.0)
         except (RegionNotFoundError, RegionFormatError):
             time.sleep(_LOOK / 10)
             return False
@@ -247,9 +247,18 @@ class SharedMemoryDataPlane:
         )
         return True
 
+    def _attach(self, timeout: float) -> SharedMemoryRegion:
+        """The region of this name with a live producer, as its agent."""
+        region = SharedMemoryRegion.attach(self.name, timeout=timeout, live=True)
+        try:
+            region.lock_agent()
+        except BaseException:
+            region.close()
+            raise
+        return region
+
     def _take(self, region: SharedMemoryRegion) -> None:
-        """Become the agent of a region."""
-        region.lock_agent()
+        """Go on with a region that this is the agent of."""
         newest = region.read_action()
         # Ids go on from those of an agent before, so that it can be told whose action is in force.
         self._action_id = max(self._action_id, newest.sequence_id if newest is not None else 0)
