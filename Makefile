@@ -55,8 +55,13 @@ lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: cc
+cc: # the tests of the C headers need a compiler; where there is none and none can be had, they are skipped
+	@command -v cc >/dev/null || { apt-get update -qq && apt-get install -qq -y gcc g++ libc6-dev; } || \
+		echo "no C compiler, and no right to install one: the tests of the C headers will be skipped"
+
 .PHONY: test
-test: lint ## lint, then the tests with coverage
+test: lint cc ## lint, then the tests with coverage
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=term
 
 .PHONY: bench
