@@ -21,12 +21,13 @@ TIMEOUT = 180.0
 
 #: The arguments, if any, that make a run short.
 SHORT = {
+    "live_training.py": ["--steps", "300"],
     "random_policy.py": [],
     "manual_control.py": ["--scenario", "uniform"],
     "train_ppo.py": ["--seconds", "1"],
 }
 #: Modules an example needs beyond the core.
-NEEDS = {"train_ppo.py": ("torch", "rich", "scipy")}
+NEEDS = {"live_training.py": ("stable_baselines3", "typer"), "train_ppo.py": ("torch", "rich", "scipy")}
 
 
 def environment() -> dict[str, str]:
@@ -53,6 +54,19 @@ def test_runs(path: Path, tmp_path: Path) -> None:
     for module in NEEDS.get(path.name, ()):
         pytest.importorskip(module)
     assert run(path.name, *SHORT[path.name], cwd=tmp_path).strip()
+
+
+@pytest.mark.slow
+def test_live_training_counts_every_missed_deadline(tmp_path: Path) -> None:
+    """PPO on the emulator at twenty times real time: steps and missed deadlines are all the time there was."""
+    pytest.importorskip("stable_baselines3")
+    said = run("live_training.py", "--steps", "2000", cwd=tmp_path).replace(",", "")
+    steps, intervals = map(int, re.findall(r"(\d+) steps in (\d+) intervals", said)[0])
+    (missed,) = map(int, re.findall(r"(\d+) deadlines missed", said))
+    assert steps >= 1999
+    # The updates between rollouts take longer than 12.5 ms.
+    assert missed > 0
+    assert abs(intervals - steps - missed) <= 1
 
 
 def table_row(frame: str, server: int) -> list[str]:
