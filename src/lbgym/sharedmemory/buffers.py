@@ -33,6 +33,7 @@ class ObservationBuffer:
     """Memory for one observation, with NumPy views of its sections.
 
     Attributes:
+        capacity: servers there is room for.
         words: uint64[], all of it.
         active: bool[capacity].
         stats: float32[capacity, 11]; columns of ``lbgym.features.FEATURE_NAMES``.
@@ -45,7 +46,7 @@ class ObservationBuffer:
     """
 
     def __init__(self, layout: abi.Layout) -> None:
-        capacity = layout.capacity
+        self.capacity = capacity = layout.capacity
         self.words: NDArray[np.uint64] = np.zeros(layout.frame_size // 8, np.uint64)
         self._integers = memoryview(self.words)  # type: ignore[arg-type]
         memory = self.words.view(np.uint8)
@@ -158,13 +159,23 @@ class ObservationBuffer:
         )
 
     def fill(self, snapshot: Snapshot, fct_count: int, fct_sum: int) -> None:
-        """Take a snapshot's arrays over; ``fct_sum`` in ns. A negative counter becomes one that no reader accepts."""
+        """Take a snapshot's arrays over; ``fct_sum`` in ns. A negative counter becomes one that no reader accepts.
+
+        Raises:
+            ValueError, TypeError, OverflowError: for arrays of other shapes or types, and numbers that do not fit.
+        """
         n = snapshot.active.shape[0]
+        truth = snapshot.ground_truth
+        _check("active", snapshot.active, (n,))
+        _check("stats", snapshot.stats, (n, self.stats.shape[1]))
+        for name in abi.COUNTER_NAMES:
+            _check(name, getattr(snapshot, name), (n,))
         self.active[:n] = snapshot.active
         self.stats[:n] = snapshot.stats
         flags = 0
-        if snapshot.ground_truth is not None:
-            self.ground_truth[:n] = snapshot.ground_truth
+        if truth is not None:
+            _check("ground_truth", truth, (n, self.ground_truth.shape[1]))
+            self.ground_truth[:n] = truth
             flags = abi.FLAG_GROUND_TRUTH
         counters = self.counters
         counters[:n, 0] = snapshot.started
@@ -172,11 +183,11 @@ class ObservationBuffer:
         counters[:n, 2] = snapshot.rejected
         counters[:n, 3] = snapshot.failed
         words = self._integers
-        words[_TIMESTAMP] = max(0, round(float(snapshot.timestamp) * _NS))
+        words[_TIMESTAMP] = _whole("timestamp in ns", round(float(snapshot.timestamp) * _NS))
         words[_COUNTS] = n | flags << 32
-        words[_UNROUTED] = int(snapshot.unrouted)
-        words[_FCT_COUNT] = fct_count
-        words[_FCT_SUM] = fct_sum
+        words[_UNROUTED] = _whole("unrouted", int(snapshot.unrouted))
+        words[_FCT_COUNT] = _whole("fct_count", fct_count)
+        words[_FCT_SUM] = _whole("fct_sum in ns", fct_sum)
 
     def set_applied(self, applied: tuple[int, int] | None, safe: bool) -> None:
         """Note the sequence id of the action in force and since when (ns); and whether the safe weights are instead."""
@@ -186,6 +197,17 @@ class ObservationBuffer:
             flags |= abi.FLAG_APPLIED
             words[_APPLIED_SEQUENCE_ID], words[_APPLIED_AT] = applied
         words[_COUNTS] |= flags << 32
+
+
+def _whole(name: str, value: int) -> int:
+    if not 0 <= value < 1 << 63:
+        raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {value}")
+    return value
+
+
+def _check(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
 
 
 def _rows(array: NDArray[Any], n: int, known: int) -> NDArray[Any]:
@@ -226,10 +248,14 @@ class Action:
         return self._integers[_word(abi.ACTION, "written_at")]
 
     @property
+    def lease_ns(self) -> int:
+        """Ns after ``written_at`` for which the weights are good; 0: for ever."""
+        return self._integers[_word(abi.ACTION, "lease")]
+
+    @property
     def lease(self) -> float:
-        """Seconds after ``written_at`` for which the weights are good; infinite if for ever."""
-        lease = self._integers[_word(abi.ACTION, "lease")]
-        return lease / _NS if lease else float("inf")
+        """The same in seconds; infinite if for ever."""
+        return self.lease_ns / _NS or float("inf")
 
     @property
     def num_servers(self) -> int:
@@ -237,5 +263,5 @@ class Action:
 
     def is_good(self, now: int) -> bool:
         """Whether the lease lasts at ``now`` (ns of the monotonic clock)."""
-        lease = self._integers[_word(abi.ACTION, "lease")]
+        lease = self.lease_ns
         return lease == 0 or now - self.written_at < lease

@@ -10,6 +10,7 @@ import os
 import secrets
 import stat
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,13 @@ from .buffers import Action, ObservationBuffer
 DEFAULT_LEASE = 5.0
 _NS = 1_000_000_000
 _DAY = 86_400.0
+#: What the system says where a file may not be written to.
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 #: How often a name is looked up while waiting for a region, seconds.
 _LOOK_UP = 0.01
+#: Looks at a name that belongs to somebody, a millisecond apart, before it counts as taken: whoever replaces the region
+#: of a dead producer holds that region's lock for a moment.
+_LOOKS = 10
 
 
 class SharedMemoryRegion:
@@ -48,7 +54,8 @@ class SharedMemoryRegion:
     time, which the kernel's file locks guarantee also when a process is killed.
 
     Made by :meth:`create` or :meth:`attach`. As a context manager it is closed at the end, and unlinked, too, if it was
-    created here. Not for several threads at once.
+    created here. Not for several threads at once. A process that is forked does not inherit it: there it is closed, so
+    that no child keeps the locks of a parent that was killed.
 
     Attributes:
         name, path: the region's name and file.
@@ -75,7 +82,10 @@ class SharedMemoryRegion:
             self._identity = status.st_dev, status.st_ino
             header = _checked_header(name, descriptor, status)
             access = mmap.ACCESS_READ if read_only else mmap.ACCESS_WRITE
-            memory = mmap.mmap(descriptor, int(header["total_size"]), access=access)
+            try:
+                memory = mmap.mmap(descriptor, int(header["total_size"]), access=access)
+            except ValueError as error:
+                raise RegionFormatError(f"{self.path} was truncated while it was opened") from error
         except BaseException:
             os.close(descriptor)
             raise
@@ -86,7 +96,8 @@ class SharedMemoryRegion:
         self.publish_interval = int(header["publish_interval"]) / _NS
         self.clock_rate = float(header["clock_rate"])
         self.producer_pid = int(header["producer_pid"])
-        self.driver = bytes(header["driver"]).decode("utf-8", "replace")
+        driver = bytes(header["driver"]).decode("utf-8", "replace")
+        self.driver = "".join(letter if letter.isprintable() else "?" for letter in driver)
         self.layout = layout = abi.Layout(self.capacity)
         self._words: NDArray[np.uint64] | None = _array_over(memory)
         first, stride = int(header["frames_offset"]) // 8, int(header["frame_size"]) // 8
@@ -113,7 +124,10 @@ class SharedMemoryRegion:
         self._applied: tuple[int, int] | None = None
         self._safe = True
         self._safe_weights = np.ones(0)
+        self._lease_end: float = 0
         self._in_force = np.ones(0)
+        self._forked = False
+        _open_regions.add(self)
 
     @classmethod
     def create(
@@ -168,10 +182,9 @@ class SharedMemoryRegion:
         header["publish_interval"] = int(_seconds("publish_interval", publish_interval, 1e-6, _DAY) * _NS)
         header["clock_rate"] = _seconds("clock_rate", clock_rate, 1e-6, 1e6)
         header["producer_pid"], header["state"] = os.getpid(), abi.STATE_RUNNING
-        encoded = driver.encode()
-        if len(encoded) > 24 or "\0" in driver:
-            raise InvalidOptionError(f"driver must be at most 24 bytes of text, got {driver!r}")
-        header["driver"] = encoded
+        if not driver.isprintable() or len(driver.encode()) > 24:
+            raise InvalidOptionError(f"driver must be at most 24 bytes of printable text, got {driver!r}")
+        header["driver"] = driver.encode()
         safe = _checked_weights("safe_weights", np.ones(num_servers) if safe_weights is None else safe_weights)
         if len(safe) != num_servers:
             raise InvalidWeightsError(f"safe_weights must be {num_servers} numbers, one per server, got {len(safe)}")
@@ -179,19 +192,57 @@ class SharedMemoryRegion:
             raise InvalidOptionError(f"mode must be permissions from 0 to 0o777, got {mode!r}")
         try:
             descriptor = system.unnamed_file(path.parent, layout.total_size, mode, _group_id(group))
+            try:
+                os.pwrite(descriptor, header.tobytes(), 0)
+                system.try_lock(descriptor, abi.PRODUCER_LOCK)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            # Mapped before it has a name, so that a failure leaves nothing behind.
+            region = cls(name, descriptor, is_producer=True, read_only=False)
         except OSError as error:
             raise _cannot_create(name, path, layout.total_size, error) from error
-        try:
-            os.pwrite(descriptor, header.tobytes(), 0)
-            system.try_lock(descriptor, abi.PRODUCER_LOCK)
-            _replace(name, path, descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        region = cls(name, descriptor, is_producer=True, read_only=False)
         region._safe_weights = safe
         region._in_force = safe.copy()
+        try:
+            region._take_name()
+        except BaseException:
+            region.close()
+            raise
         return region
+
+    def _take_name(self) -> None:
+        """Give the new file its name, in place of a region whose producer is gone."""
+        for look in range(100):
+            try:
+                system.give_name(self._descriptor, self.path)
+                return
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise _cannot_create(self.name, self.path, self.layout.total_size, error) from error
+            try:
+                old = SharedMemoryRegion.attach(self.name, read_only=False)
+            except RegionNotFoundError:
+                continue
+            except RegionFormatError as error:
+                raise RegionExistsError(
+                    f"the name {self.name!r} is taken: {error}; remove that file or use another name"
+                ) from None
+            with old:
+                # Only who holds the old region's lock removes its name, so that two who start at once cannot both.
+                if system.try_lock(old._descriptor, abi.PRODUCER_LOCK):
+                    old.unlink()
+                    _retire(old._memory)
+                    old._observation_futex.wake()
+                elif look < _LOOKS:
+                    time.sleep(0.001)
+                else:
+                    raise RegionExistsError(
+                        f"the name {self.name!r} belongs to a live region (producer process {old.producer_pid}, "
+                        f"{old.latest:,} observations); stop that one or use another name"
+                    )
+        raise RegionExistsError(f"the name {self.name!r} is taken again and again by other producers")
 
     @classmethod
     def attach(
@@ -212,7 +263,7 @@ class SharedMemoryRegion:
         """
         system.require_linux()
         path = system.path_of(name)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + _checked_timeout(timeout)
         while True:
             try:
                 region = cls._attach_once(name, path, read_only)
@@ -237,20 +288,18 @@ class SharedMemoryRegion:
             if not read_only:
                 try:
                     return cls(name, os.open(path, flags | os.O_RDWR), is_producer=False, read_only=False)
-                except PermissionError:
-                    if read_only is False:
+                except OSError as error:
+                    if read_only is False or error.errno not in _FORBIDDEN:
                         raise
             return cls(name, os.open(path, flags | os.O_RDONLY), is_producer=False, read_only=True)
-        except PermissionError as error:
-            owner = path.stat()
-            raise RegionError(
-                f"no permission for region {name!r}: {path} has mode {stat.filemode(owner.st_mode)} and belongs to "
-                f"user {owner.st_uid}, group {owner.st_gid}; this process is user {os.geteuid()}"
-            ) from error
+        except FileNotFoundError:
+            raise
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise RegionFormatError(f"{path} is no region of lbgym: it is no regular file") from error
-            raise
+            if error.errno in _FORBIDDEN:
+                raise RegionError(f"no permission for region {name!r}: {_whose(path)}") from error
+            raise RegionError(f"cannot open region {name!r}, {path}: {error.strerror}") from error
 
     # What the region says about itself
 
@@ -293,16 +342,23 @@ class SharedMemoryRegion:
     @property
     def agent_alive(self) -> bool:
         """Whether an agent (this one or another) holds the region."""
+        memory = self._memory  # refuses a closed region
+        del memory
         return self._agent or system.is_locked(self._descriptor, abi.AGENT_LOCK)
 
     @property
     def replaced(self) -> bool:
         """Whether the name now belongs to another file."""
+        found = self._found_at_name()
+        return found is not None and found != self._identity
+
+    def _found_at_name(self) -> tuple[int, int] | None:
+        """Which file has the region's name; None if none has."""
         try:
-            status = os.stat(self.path)
+            status = os.lstat(self.path)
         except OSError:
-            return False
-        return (status.st_dev, status.st_ino) != self._identity
+            return None
+        return status.st_dev, status.st_ino
 
     # The agent's side
 
@@ -314,9 +370,12 @@ class SharedMemoryRegion:
         """Copy the newest observation into ``buffer``; false if none was published yet. Allocates nothing.
 
         Raises:
+            InvalidOptionError: if the buffer was made for another capacity, as that of the region before.
             RegionFormatError: if the region holds what no data plane may publish, such as a feature that is no number.
             RegionBusyError: if the producer overwrote the observation during every one of 1,000 copies.
         """
+        if buffer.capacity != self.capacity:
+            raise self._misfit(buffer)
         status = kernels.read_frame(self._memory, self._frames, self._frame_sections, buffer.words)
         if status == kernels.OK:
             return True
@@ -332,12 +391,20 @@ class SharedMemoryRegion:
         The ring keeps the last three for sure, which is how a reader that is late once misses nothing.
 
         Raises:
-            RegionFormatError: as :meth:`read_into`.
+            InvalidOptionError, RegionFormatError: as :meth:`read_into`.
         """
+        if buffer.capacity != self.capacity:
+            raise self._misfit(buffer)
         status = kernels.read_earlier_frame(self._memory, self._frames, self._frame_sections, buffer.words, sequence_id)
         if status == kernels.INVALID:
             raise RegionFormatError(f"region {self.name!r} holds an observation that no data plane may publish")
         return bool(status == kernels.OK)
+
+    def _misfit(self, buffer: ObservationBuffer) -> InvalidOptionError:
+        return InvalidOptionError(
+            f"the buffer was made for {buffer.capacity} servers, region {self.name!r} has room for {self.capacity}; "
+            "get one from new_buffer()"
+        )
 
     def read_observation(self, timeout: float = 0.0) -> dict[str, Any]:
         """The newest observation as a dictionary.
@@ -384,7 +451,7 @@ class SharedMemoryRegion:
 
     def _wait(self, word: int, event: int, futex: system.Futex, after: int, timeout: float) -> bool:
         words = self._memory
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + _checked_timeout(timeout)
         while True:
             # Without the right to raise the flag nobody would wake us.
             value = 0 if self.read_only else int(kernels.raise_flag(words, event))
@@ -447,14 +514,16 @@ class SharedMemoryRegion:
         if not self._agent:
             self.lock_agent()
         memory = self._memory
-        checked = np.ascontiguousarray(weights, np.float64)
+        try:
+            checked = np.ascontiguousarray(weights, np.float64)
+        except (TypeError, ValueError) as error:
+            raise InvalidWeightsError(f"weights must be numbers, one per server, got {weights!r}") from error
         if checked.ndim != 1 or not 0 < checked.shape[0] <= self.capacity:
             raise InvalidWeightsError(
                 f"weights must be 1 to {self.capacity} numbers, one per server, got shape {checked.shape}"
             )
-        if not 0 <= sequence_id < 1 << 63:
-            raise InvalidOptionError(f"sequence_id must be from 0 to 2**63 - 1, got {sequence_id!r}")
-        if not lease > 0.0:
+        sequence_id = _whole("sequence_id", sequence_id, 0, (1 << 63) - 1)
+        if not isinstance(lease, (int, float, np.number)) or not lease > 0.0:
             raise InvalidOptionError(f"lease must be above 0 seconds, got {lease!r}")
         n = checked.shape[0]
         if n != self._threshold.shape[0]:
@@ -496,25 +565,29 @@ class SharedMemoryRegion:
             The sequence id.
 
         Raises:
-            InvalidOptionError: if it does not fit, or holds a number that is negative or not finite.
+            InvalidOptionError: if it does not fit, or holds a number that is negative or not finite; nothing has been
+                published then.
         """
         memory = self._producer()
         n = snapshot.active.shape[0]
         if not 0 < n <= self.capacity:
             raise InvalidOptionError(f"region {self.name!r} has room for 1 to {self.capacity} servers, got {n}")
-        if n != len(self._safe_weights):
-            self._resize(n)
         buffer = self._buffer
         if buffer is None:
             buffer = self._buffer = self.new_buffer()
-        buffer.fill(snapshot, fct_count, int(fct_sum * _NS))
+        try:
+            buffer.fill(snapshot, fct_count, int(fct_sum * _NS))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InvalidOptionError(f"an observation for region {self.name!r} cannot be published: {error}") from error
+        if n != len(self._safe_weights):
+            self._resize(n)
         buffer.weights[:n] = self._in_force
         buffer.safe_weights[:n] = self._safe_weights
         buffer.set_applied(self._applied, self._safe)
         if not kernels.frame_is_valid(self._frame_sections, buffer.words):
             raise InvalidOptionError(
-                f"an observation for region {self.name!r} has features, ground truth or counters that are negative or "
-                "not finite"
+                f"an observation for region {self.name!r} has features, ground truth, counters or times that are "
+                "negative, not finite or beyond 2**63"
             )
         self._sequence_id += 1
         if kernels.publish_frame(
@@ -574,9 +647,11 @@ class SharedMemoryRegion:
         action = self._action
         if found:
             self._action_known = found
-            if action.is_good(now):
+            # From now on if it says that it was written later, as on the clock of another namespace.
+            self._lease_end = min(action.written_at, time.monotonic_ns()) + (action.lease_ns or math.inf)
+            if now < self._lease_end:
                 self._applied = action.sequence_id, now
-        good = self._action_known > 0 and action.is_good(now)
+        good = self._action_known > 0 and now < self._lease_end
         if found or self._safe == good:
             self._safe = not good
             self._combine()
@@ -592,6 +667,10 @@ class SharedMemoryRegion:
         if not self._safe and self._action is not None:
             count = min(self._action.num_servers, len(weights))
             weights[:count] = self._action.weights[:count]
+            if not weights.any():
+                # The servers that were to take flows have left.
+                self._safe = True
+                weights = self._safe_weights.copy()
         self._in_force = weights
 
     def _resize(self, num_servers: int) -> None:
@@ -599,22 +678,30 @@ class SharedMemoryRegion:
         weights = np.ones(num_servers)
         known = min(num_servers, len(self._safe_weights))
         weights[:known] = self._safe_weights[:known]
-        self._safe_weights = weights
+        self._safe_weights = weights if weights.any() else np.ones(num_servers)
         self._combine()
 
     def wait_action(self, timeout: float) -> bool:
         """Sleep until the agent has written an action that :meth:`weights_in_force` has not seen, or ``timeout``."""
         self._producer()
-        return self._wait(
-            kernels.ACTION_COUNT, self._action_event // 8, self._action_futex, self._action_seen, timeout
-        )
+        return self._wait(kernels.ACTION_COUNT, self._action_event // 8, self._action_futex, self._action_seen, timeout)
 
     # The end
 
     def unlink(self) -> None:
-        """Remove the region's name, unless it belongs to another region by now; who is attached stays so."""
-        if not self.replaced:
+        """Remove the region's name, unless it belongs to another file by now; who is attached stays so.
+
+        Raises:
+            RegionError: if permission is denied.
+        """
+        if self._found_at_name() != self._identity:
+            return
+        try:
             self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RegionError(
+                f"cannot remove region {self.name!r} from {self.path.parent}: {error.strerror}; {_whose(self.path)}"
+            ) from error
 
     def close(self) -> None:
         """Give up the region and its locks; a producer says that it publishes no more. Idempotent."""
@@ -625,9 +712,20 @@ class SharedMemoryRegion:
             self._observation_futex.wake()
             system.unlock(self._descriptor, abi.PRODUCER_LOCK)
         self.unlock_agent()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Unmap and close the file, and change nothing in it."""
         self._words = None
         self._state = self._state.copy()
         os.close(self._descriptor)
+
+    def _lose(self) -> None:
+        """In a forked child: let go what is the parent's."""
+        if self._words is not None:
+            self._agent = False
+            self._forked = True
+            self._let_go()
 
     @property
     def closed(self) -> bool:
@@ -649,7 +747,8 @@ class SharedMemoryRegion:
     @property
     def _memory(self) -> NDArray[np.uint64]:
         if self._words is None:
-            raise RegionError(f"region {self.name!r} is closed")
+            why = "was opened before this process was forked; open it here" if self._forked else "is closed"
+            raise RegionError(f"region {self.name!r} {why}")
         return self._words
 
     def _producer(self) -> NDArray[np.uint64]:
@@ -732,8 +831,18 @@ def _seconds(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+def _checked_timeout(timeout: Any) -> float:
+    """A number of seconds, also infinite or below 0."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float, np.number)) or timeout != timeout:
+        raise InvalidOptionError(f"timeout must be a number of seconds, got {timeout!r}")
+    return float(timeout)
+
+
 def _checked_weights(name: str, weights: ArrayLike) -> NDArray[np.float64]:
-    checked = np.array(weights, np.float64)
+    try:
+        checked = np.array(weights, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidWeightsError(f"{name} must be numbers, one per server, got {weights!r}") from error
     if checked.ndim != 1 or not np.isfinite(checked).all() or (checked < 0.0).any():
         raise InvalidWeightsError(f"{name} must be finite numbers of at least 0, got {weights!r}")
     if not checked.any():
@@ -741,11 +850,22 @@ def _checked_weights(name: str, weights: ArrayLike) -> NDArray[np.float64]:
     return checked
 
 
+def _whose(path: Path) -> str:
+    """A sentence about who may use a file."""
+    user = f"this process is user {os.geteuid()}"
+    try:
+        owner = path.lstat()
+    except OSError as error:
+        return f"{path.parent} cannot be searched ({error.strerror}); {user}"
+    mode = stat.filemode(owner.st_mode)
+    return f"{path} has mode {mode} and belongs to user {owner.st_uid}, group {owner.st_gid}; {user}"
+
+
 def _group_id(group: int | str | None) -> int:
     if group is None:
         return -1
-    if isinstance(group, int):
-        return group
+    if not isinstance(group, str):
+        return _whole("group", group, 0, (1 << 32) - 2)
     import grp
 
     try:
@@ -757,7 +877,7 @@ def _group_id(group: int | str | None) -> int:
 def _cannot_create(name: str, path: Path, size: int, error: OSError) -> RegionError:
     if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
         why = f"there is no room for its {size:,} bytes"
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    elif error.errno in _FORBIDDEN:
         why = "permission denied"
     elif error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
         why = "that file system makes no unnamed files; use one like tmpfs"
@@ -815,45 +935,22 @@ def _checked_header(name: str, descriptor: int, status: os.stat_result) -> Any:
     return header
 
 
-def _replace(name: str, path: Path, descriptor: int) -> None:
-    """Give the new file its name, in place of a region whose producer is gone."""
-    for _ in range(100):
-        try:
-            system.give_name(descriptor, path)
-            return
-        except FileExistsError:
-            pass
-        except OSError as error:
-            raise _cannot_create(name, path, 0, error) from error
-        try:
-            old = SharedMemoryRegion.attach(name, read_only=False)
-        except RegionNotFoundError:
-            continue
-        except RegionFormatError as error:
-            raise RegionExistsError(
-                f"the name {name!r} is taken: {error}; remove that file or use another name"
-            ) from None
-        try:
-            # Whoever holds the old region's lock may replace it, so that two who start at once cannot both.
-            if not system.try_lock(old._descriptor, abi.PRODUCER_LOCK):
-                raise RegionExistsError(
-                    f"the name {name!r} belongs to a live region (producer process {old.producer_pid}, "
-                    f"{old.latest:,} observations); stop that one or use another name"
-                )
-            if not old.replaced:
-                path.unlink(missing_ok=True)
-            _retire(old._memory)
-            old._observation_futex.wake()
-        finally:
-            old.close()
-    raise RegionExistsError(f"the name {name!r} is taken again and again by other producers")
-
-
 def _retire(words: NDArray[np.uint64]) -> None:
     """Mark a region as one that is published no more, so that those who wait look up its name again."""
     header = words[: abi.HEADER.size // 8].view(abi.HEADER.dtype)
     header["state"] = abi.STATE_CLOSED
     header["observation_event"] += 1
+
+
+_open_regions: weakref.WeakSet[SharedMemoryRegion] = weakref.WeakSet()
+
+
+def _lose_all() -> None:
+    for region in list(_open_regions):
+        region._lose()
+
+
+os.register_at_fork(after_in_child=_lose_all)
 
 
 def region_names() -> Iterator[str]:

@@ -10,6 +10,7 @@ import platform
 import re
 import struct
 import sys
+from functools import cache
 from pathlib import Path
 
 from ..errors import RegionError
@@ -19,6 +20,8 @@ DIRECTORY_VARIABLE = "LBGYM_SHM_DIR"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+#: Seconds; also an infinite wait fits the system's clock.
+_LONGEST_WAIT = 1e6
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "loongarch64": 98}.get(platform.machine())
 # short type, short whence, off_t start, off_t length, pid_t pid, padding
 _FLOCK = struct.Struct("hhqqi4x")
@@ -28,6 +31,7 @@ class _Timespec(ctypes.Structure):
     _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
 
 
+@cache
 def _syscall() -> ctypes._NamedFuncPointer:
     function = ctypes.CDLL(None, use_errno=True).syscall
     function.restype = ctypes.c_long
@@ -76,8 +80,8 @@ class Futex:
         self._timeout_pointer = ctypes.byref(self._timeout)
 
     def wait(self, value: int, timeout: float) -> None:
-        """Sleep while the word is ``value``, at most ``timeout`` seconds; may return for no reason, as at a signal."""
-        nanoseconds = max(0, int(timeout * 1e9))
+        """Sleep while the word is ``value``, at most ``timeout`` seconds; may return earlier, as at a signal."""
+        nanoseconds = max(0, int(min(timeout, _LONGEST_WAIT) * 1e9))
         self._timeout.seconds, self._timeout.nanoseconds = divmod(nanoseconds, 1_000_000_000)
         self._call(
             self._number, self._address, ctypes.c_int(_FUTEX_WAIT), ctypes.c_uint32(value), self._timeout_pointer,
