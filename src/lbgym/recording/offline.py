@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..actions import ActionCodec, make_action_codec
-from ..errors import InvalidOptionError, InvalidRewardError, MissingExtraError, RecordingError
+from ..errors import InvalidOptionError, InvalidRewardError, MissingExtraError, RecordingError, UnknownNameError
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from ..observations import ObservationLayout
 from ..rewards import Reward, RewardType, make_reward
@@ -28,7 +28,10 @@ from .recorder import METADATA_KEY, part_of, recording_schema, require_pyarrow, 
 
 _NS = 1_000_000_000
 
-#: A step of more intervals than this has a gap in it.
+#: What a transition may be from and to.
+STEPS = ("observation", "action")
+
+#: An interval between two rows of more than this, in planned intervals, is a gap.
 LONGEST_STEP = 2.0
 
 
@@ -44,7 +47,7 @@ class Transitions:
         truncated: bool[M], true at the end of an episode, where the recording has a gap.
         weights: float64[M, N], what the actions encode.
         episodes: int64[M], the number of the episode, from 0.
-        rows: int64[M], the row of the recording that has the observation; the next one is in the next row.
+        rows, next_rows: int64[M], the rows of the recording that have the observation and the next one.
         layout: how observations are laid out, and their space.
         codec: how weights are encoded as actions, and their space.
     """
@@ -58,6 +61,7 @@ class Transitions:
     weights: NDArray[np.float64]
     episodes: NDArray[np.int64]
     rows: NDArray[np.int64]
+    next_rows: NDArray[np.int64]
     layout: ObservationLayout
     codec: ActionCodec
 
@@ -195,15 +199,19 @@ class Recording:
         action_weights: Sequence[float] = (1.0, 1.5, 2.0),
         min_weight: float = 0.1,
         max_weight: float = 10.0,
+        step: str = "observation",
     ) -> Transitions:
         """Steps of all episodes: observation, action, reward, next observation.
 
         The keys are those of :class:`~lbgym.LoadBalanceEnv` and mean the same, so that what is trained on the result
-        fits an environment made with them. The action of a step is the weights in force when the next observation was
-        taken: those that an agent which acts on every observation chose at the first of the two. They are encoded as
-        the nearest action; weights are relative, so those that are out of the action's range are scaled into it.
+        fits an environment made with them. The action of a step is the weights that were in force at the observation
+        after its first: those that an agent which acts on the first chose there. They are encoded as the nearest
+        action; weights are relative, so those that are out of the action's range are scaled into it.
 
         Args:
+            step: "observation": each observation with the next one; "action": from one observation that an agent acted
+                on to the next such, as an agent sees it that acts less often than the data plane publishes. Steps
+                during which its weights went out of force are left out.
             reward_type: name, mapping or callable; of the next observation.
             reward_field: the column that fairness rewards compare.
             observation: "matrix", "flat" or "dict".
@@ -218,35 +226,49 @@ class Recording:
             UnknownNameError, InvalidOptionError, InvalidRewardError: as the environment.
             RecordingError: if no two observations follow each other.
         """
-        if not self.episodes:
-            raise RecordingError(f"{self!r} has no two that follow each other, and so no transition")
         n = self.active.shape[1]
         layout = ObservationLayout(n, observation, normalize=normalize, use_ground_truth=use_ground_truth)
         codec = make_action_codec(
             n, action_type, action_weights=action_weights, min_weight=min_weight, max_weight=max_weight
         )
-        rows = np.concatenate([np.arange(episode.start, episode.stop - 1) for episode in self.episodes])
-        lengths = [len(episode) - 1 for episode in self.episodes]
+        if step not in STEPS:
+            raise UnknownNameError("step", step, STEPS)
+        runs = [np.arange(episode.start, episode.stop) for episode in self.episodes]
+        if step == "action":
+            runs = [run for rows in runs for run in self._acted_on(rows)]
+        if not runs:
+            raise RecordingError(f"{self!r} has no two that follow each other in steps of an {step}")
+        rows = np.concatenate([run[:-1] for run in runs])
+        next_rows = np.concatenate([run[1:] for run in runs])
+        lengths = [len(run) - 1 for run in runs]
         truncated = np.zeros(len(rows), bool)
         truncated[np.cumsum(lengths) - 1] = True
         observations = layout.encode(self.stats, self.ground_truth, self.active)
-        rewards = self.rewards(reward_type, reward_field)
         weights = self.weights[rows + 1]
         # A server that the data plane does not know has no weight, and so does not count for the range of the others.
-        unknown = np.arange(n) >= self.num_servers[rows + 1, None]
+        unknown = np.arange(n) >= self.num_servers[rows, None]
         return Transitions(
             observations=_at(observations, rows),
             actions=codec.encode(np.where(unknown, 1.0, weights)),
-            rewards=rewards[rows + 1],
-            next_observations=_at(observations, rows + 1),
+            rewards=self.rewards(reward_type, reward_field)[next_rows],
+            next_observations=_at(observations, next_rows),
             terminated=np.zeros(len(rows), bool),
             truncated=truncated,
             weights=weights,
             episodes=np.repeat(np.arange(len(lengths)), lengths),
             rows=rows,
+            next_rows=next_rows,
             layout=layout,
             codec=codec,
         )
+
+    def _acted_on(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Runs, of two or more, of the rows after which another action came in force that lasted until the next."""
+        acted = rows[:-1][np.diff(self.applied_sequence_id[rows]) != 0]
+        # Rows up to and including the next one that were under safe weights.
+        safe = np.concatenate([[0], np.cumsum(self.safe)])
+        broken = safe[acted[1:] + 1] - safe[acted[:-1] + 1] > 0
+        return [run for run in np.split(acted, np.flatnonzero(broken) + 1) if len(run) > 1]
 
 
 def _at(observations: Any, rows: Any) -> Any:
@@ -372,11 +394,10 @@ def to_minari(
 ) -> Any:
     """Write a recording as a Minari dataset, which ``minari.load_dataset(dataset_id)`` then reads.
 
-    An episode of the dataset is one of :attr:`Recording.episodes`; its steps are those of
-    :meth:`Recording.transitions`. ``infos`` has, per observation, ``sequence_id``, ``timestamp`` (s),
-    ``active_servers``, ``applied_sequence_id`` and ``safe_weights`` as in the environment's. As the environment to
-    evaluate in (``dataset.recover_environment(eval_env=True)``) it names the simulator with the same keys, unless the
-    reward is a function.
+    Its steps and episodes are those of :meth:`Recording.transitions`. ``infos`` has, per observation, ``sequence_id``,
+    ``timestamp`` (s), ``active_servers``, ``applied_sequence_id`` and ``safe_weights`` as in the environment's. As the
+    environment to evaluate in (``dataset.recover_environment(eval_env=True)``) it names the simulator with the same
+    keys, unless the reward is a function.
 
     Args:
         recording: the recording or its path.
@@ -404,9 +425,9 @@ def to_minari(
         recording = load_recording(recording)
     steps = recording.transitions(**keys)
     buffers = []
-    for k, episode in enumerate(recording.episodes):
-        mine = np.flatnonzero(steps.episodes == k)
-        rows = slice(episode.start, episode.stop)
+    for episode in range(steps.episodes[-1] + 1):
+        mine = np.flatnonzero(steps.episodes == episode)
+        rows = np.append(steps.rows[mine], steps.next_rows[mine[-1]])
         infos = {
             "sequence_id": recording.sequence_id[rows],
             "timestamp": recording.timestamp[rows],
@@ -438,7 +459,7 @@ def to_minari(
             return minari.create_dataset_from_buffers(
                 dataset_id,
                 buffers,
-                eval_env=_simulator(recording, keys) if isinstance(reward, (str, Mapping)) else None,
+                eval_env=_simulator(recording, steps, keys) if isinstance(reward, (str, Mapping)) else None,
                 observation_space=steps.layout.space,
                 action_space=steps.codec.space,
                 algorithm_name=algorithm_name,
@@ -492,12 +513,15 @@ def check_dataset_id(dataset_id: str) -> Path:
     return folder
 
 
-def _simulator(recording: Recording, keys: dict[str, Any]) -> Any:
+def _simulator(recording: Recording, steps: Transitions, keys: dict[str, Any]) -> Any:
     """The simulated environment with the same spaces and reward, as a specification."""
     import gymnasium
 
-    interval = recording.metadata["interval"] or recording.metadata["producers"][0]["publish_interval"]
+    times = recording.timestamp
     spec = copy.deepcopy(gymnasium.spec("lbgym/LoadBalance-v0"))
-    own = {"num_servers": recording.active.shape[1], "step_interval": interval, "action_type": "continuous"}
-    spec.kwargs = own | keys
+    spec.kwargs = {
+        "num_servers": steps.layout.num_servers,
+        "step_interval": float(np.median(times[steps.next_rows] - times[steps.rows])),
+        "action_type": "continuous",
+    } | {key: value for key, value in keys.items() if key != "step"}
     return spec
