@@ -457,8 +457,11 @@ def _apply_event(
 
 
 @compiled()
-def _run(P, S, r):
-    """Simulate replica ``r`` until its target time. Returns DONE, or which array must grow before it can go on."""
+def _run(P, S, r, pause):
+    """Simulate replica ``r`` until its target time. Returns DONE, or which array must grow before it can go on.
+
+    With ``pause`` the servers are left as they were last looked at, so that a stop on the way changes no bit.
+    """
     pf, pi, server_f, server_i = P.pf[r], P.pi[r], P.server_f[r], P.server_i[r]
     demand_law, levels, rate_events, events, table = P.demand[r], P.levels[r], P.rate_events[r], P.events[r], P.table
     rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
@@ -492,6 +495,8 @@ def _run(P, S, r):
             arrival = False
         over = now > target
         if over:
+            if pause:
+                return DONE
             now = target
             arrival = False
 
@@ -569,19 +574,42 @@ def _run(P, S, r):
 
 
 @compiled()
-def _set_weights(P, S, r, weights):
-    """Hand every balancer its weights; rebuilds a table only when its weights have changed."""
-    bf, bi, score, maglev = S.bf[r], S.bi[r], S.score[r], S.maglev[r]
-    for b in range(weights.shape[0]):
-        changed = False
-        for j in range(weights.shape[1]):
-            if bf[b, j, B_WEIGHT] != weights[b, j]:
-                bf[b, j, B_WEIGHT] = weights[b, j]
-                changed = True
-        if changed:
-            refresh_balancer(
-                b, P.pi[r, P_RULE], P.pi[r, P_TABLE_SIZE], S.ri[r], S.active[r], bf, bi, score, maglev, S.si[r]
-            )
+def _set_weights(P, S, r, b, weights):
+    """Hand a balancer its weights; rebuilds its table only when they have changed."""
+    pi, bf = P.pi[r], S.bf[r]
+    changed = False
+    for j in range(weights.shape[0]):
+        if bf[b, j, B_WEIGHT] != weights[j]:
+            bf[b, j, B_WEIGHT] = weights[j]
+            changed = True
+    if changed:
+        refresh_balancer(
+            b, pi[P_RULE], pi[P_TABLE_SIZE], S.ri[r], S.active[r], bf, S.bi[r], S.score[r], S.maglev[r], S.si[r]
+        )
+
+
+@compiled()
+def _run_changes(P, S, r, due, queued, until):
+    """Put queued weights in force, each at its instant, as long as that is before ``until``."""
+    while True:
+        first = until
+        b = -1
+        q = -1
+        for k in range(due.shape[0]):
+            for i in range(due.shape[1]):
+                if due[k, i] < first:
+                    first = due[k, i]
+                    b = k
+                    q = i
+        if b < 0:
+            return DONE
+        if first > S.rf[r, R_CLOCK]:
+            S.rf[r, R_TARGET] = first
+            status = _run(P, S, r, True)
+            if status != DONE:
+                return status
+        _set_weights(P, S, r, b, queued[b, q])
+        due[b, q] = math.inf
 
 
 @compiled()
@@ -747,21 +775,29 @@ def reset_replica(P, S, r, seed):
 
 
 @compiled()
-def step_replicas(P, S, out, weights, duration, first, last, status):
+def step_replicas(P, S, out, weights, due, queued, duration, first, last, status):
     """One interval of replicas ``first`` to ``last``: weights, ``duration`` seconds, observation.
 
-    ``weights`` is [R, m, N], or has no replica to keep the present ones. A replica whose ``status`` is DONE is left
-    alone; one whose status is not DONE afterwards needs a larger array, and the next call goes on where it stopped.
+    ``weights`` is [R, m, N], or has no replica to keep the present ones. ``queued`` [R, m, Q, N] come into force at the
+    times ``due`` [R, m, Q] on the way; the entries used are set to infinity; no replica: none are queued. A replica
+    whose ``status`` is DONE is left alone; one whose status is not DONE afterwards needs a larger array, and the next
+    call goes on where it stopped.
     """
     for r in range(first, last):
         if status[r] == DONE:
             continue
+        end = S.rf[r, R_CLOCK] + duration
         if S.ri[r, R_RUNNING] == 0:
             if weights.shape[0] > 0:
-                _set_weights(P, S, r, weights[r])
-            S.rf[r, R_TARGET] = S.rf[r, R_CLOCK] + duration
+                for b in range(weights.shape[1]):
+                    _set_weights(P, S, r, b, weights[r, b])
             S.ri[r, R_RUNNING] = 1
-        status[r] = _run(P, S, r)
+        if due.shape[0] > 0:
+            status[r] = _run_changes(P, S, r, due[r], queued[r], end)
+            if status[r] != DONE:
+                continue
+        S.rf[r, R_TARGET] = end
+        status[r] = _run(P, S, r, False)
         if status[r] == DONE:
             S.ri[r, R_RUNNING] = 0
             S.rf[r, R_CLOCK] = S.rf[r, R_TARGET]

@@ -121,6 +121,9 @@ class Simulation:
         self._all_started = False
         self._output: at.Output | None = None
         self._keep_weights = np.empty((0, self.num_balancers, self.num_servers))
+        # Weights on their way: when they come into force, seconds on the replica's clock, or inf for a free place.
+        self._due = np.empty((0, self.num_balancers, 0))
+        self._queued = np.empty((0, self.num_balancers, 0, self.num_servers))
         self._reservoir_capacity = scenario.sampling.capacity if reservoirs else 0
         self._state = at.allocate_state(
             self.num_replicas,
@@ -209,6 +212,8 @@ class Simulation:
 
     def _reset(self, output: at.Output, words: NDArray[np.uint64], mask: NDArray[np.bool_]) -> None:
         self._kernel.reset_replicas(self._parameters, self._state, output, words, mask)
+        if len(self._due):
+            self._due[mask] = math.inf
         self._started |= mask
         self._all_started = bool(self._started.all())
 
@@ -217,16 +222,24 @@ class Simulation:
         weights: ArrayLike | None,
         duration: float,
         *,
+        delays: NDArray[np.float64] | None = None,
         seeds: Sequence[int] | None = None,
         reset: NDArray[np.bool_] | None = None,
     ) -> Snapshot:
         """Apply ``weights`` float[R, m, N] (None: keep the present ones), run ``duration`` seconds, observe.
 
-        The replicas marked in ``reset`` begin again from their ``seeds`` instead.
+        Args:
+            weights: of every balancer; None: the present ones, and those on their way, stay.
+            duration: seconds; the statistics of the interval cover all of it, whatever comes into force meanwhile.
+            delays: float[R, m], seconds from now until the weights come into force, in this step or in a later one;
+                those of a balancer that would come into force at the same time or after these are dropped. None: 0.
+            seeds: of the replicas that begin again.
+            reset: bool[R], the replicas that begin again instead.
 
         Raises:
             InvalidWeightsError: for a wrong shape, or weights that are negative or not finite.
-            ScenarioError: for a bad duration, or seeds that are not one per replica; nothing has happened then.
+            ScenarioError: for a bad duration, bad delays, or seeds that are not one per replica; nothing has happened
+                then.
             ResetNeeded: before the first ``reset``.
         """
         if not 0.0 <= duration < math.inf:
@@ -247,11 +260,44 @@ class Simulation:
             if not (checked.min() >= 0.0 and checked.max() < math.inf):
                 raise InvalidWeightsError(f"weights must be finite and at least 0, got {_first_bad(checked)!r}")
         words = None if reset is None else self._words(seeds or ())
+        if weights is not None:
+            if delays is not None:
+                self._queue(checked, delays)
+                checked = self._keep_weights
+            elif len(self._due):
+                self._due[...] = math.inf
         output = at.allocate_output(self.num_replicas, self.num_servers, self.num_balancers)
         self._call(output, checked, float(duration), None if reset is None else ~reset)
         if reset is not None and words is not None:
             self._reset(output, words, reset)
         return self._snapshot(output)
+
+    def _queue(self, weights: NDArray[np.float64], delays: NDArray[np.float64]) -> None:
+        """Let weights come into force later, in the place of all that would do so after them."""
+        if delays.shape != weights.shape[:2]:
+            raise ScenarioError(
+                f"delays must have shape {weights.shape[:2]} (replicas, balancers), got shape {delays.shape}"
+            )
+        if not (delays.min() >= 0.0 and delays.max() < math.inf):
+            raise ScenarioError(f"delays must be finite and at least 0 seconds, got {_first_bad(delays)!r}")
+        r, m = delays.shape
+        when = self._state.rf[:, at.R_CLOCK, None] + delays
+        if not len(self._due):
+            self._due = np.full((r, m, 1), math.inf)
+            self._queued = np.ones((r, m, 1, self.num_servers))
+        self._due[self._due >= when[..., None]] = math.inf
+        free = np.isinf(self._due)
+        if not free.any(axis=-1).all():
+            self._due = np.concatenate([self._due, np.full((r, m, 1), math.inf)], axis=-1)
+            self._queued = np.concatenate([self._queued, np.ones((r, m, 1, self.num_servers))], axis=-2)
+            free = np.isinf(self._due)
+        place = free.argmax(axis=-1)[..., None]
+        np.put_along_axis(self._due, place, when[..., None], axis=-1)
+        np.put_along_axis(self._queued, place[..., None], weights[:, :, None], axis=-2)
+
+    def weights_in_force(self) -> NDArray[np.float64]:
+        """The weights that the balancers place flows by now, float64[R, m, N]."""
+        return self._state.bf[..., at.B_WEIGHT].copy()
 
     def observe(self) -> Snapshot:
         """A snapshot of this instant; begins a new interval."""
@@ -267,14 +313,20 @@ class Simulation:
         step = self._kernel.step_replicas
         while True:
             if self.num_threads == 1:
-                step(self._parameters, self._state, output, weights, duration, 0, self.num_replicas, status)
+                step(
+                    self._parameters, self._state, output, weights, self._due, self._queued, duration,
+                    0, self.num_replicas, status,
+                )  # fmt: skip
             else:
                 # Whoever is free takes the next part, so that a core that is busy elsewhere does not hold up the rest.
                 parts = iter(self._parts)
 
                 def work(parts: Iterator[tuple[int, int]] = parts) -> None:
                     for first, last in parts:
-                        step(self._parameters, self._state, output, weights, duration, first, last, status)
+                        step(
+                            self._parameters, self._state, output, weights, self._due, self._queued, duration,
+                            first, last, status,
+                        )  # fmt: skip
 
                 self._workers.run(work)
             if not status.any():
