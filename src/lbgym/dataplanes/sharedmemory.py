@@ -85,7 +85,7 @@ class SharedMemoryDataPlane:
         self.interval = float(interval)
         self._interval = round(interval * _NS)
         self.info: dict[str, Any] = {}
-        self._action_id = self._written_at = self._deadline = 0
+        self._action_id = self._written_at = self._called = self._deadline = 0
         self._weights: NDArray[np.float64] | None = None
         self._restarted = self._jumped = self._warned = False
         kernels.warm_up()
@@ -122,12 +122,15 @@ class SharedMemoryDataPlane:
         """Whether the last observation had CPU use, memory use and busy workers."""
         return self._buffer.has_ground_truth
 
-    def reset(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Snapshot:
+    def reset(
+        self, seed: int | None = None, options: Mapping[str, Any] | None = None, *, after: int | None = None
+    ) -> Snapshot:
         """Begin an episode with the next observation. The data plane goes on as it is: no flow ends, no weight changes.
 
         Args:
             seed: of no effect, real traffic has none.
             options: none; the scenario is what it is.
+            after: sequence id of the observation that the next one comes after; None: the newest there is.
 
         Raises:
             UnknownNameError: for any option.
@@ -136,7 +139,7 @@ class SharedMemoryDataPlane:
         for key in options or ():
             raise UnknownNameError("option of reset", key, (), f"the live region {self.name!r}")
         wait = self._period / _NS + self.timeout
-        if not self._next(self._region.latest, time.monotonic() + wait):
+        if not self._next(self._region.latest if after is None else after, time.monotonic() + wait):
             raise self._silence(wait)
         self._deadline = self._buffer.timestamp_ns
         return self._observed(-1, 0, 0)
@@ -149,13 +152,30 @@ class SharedMemoryDataPlane:
             DataPlaneTimeout: if there is no such observation in time; the next step tries anew.
             RegionFormatError: if the data plane publishes what is no observation.
         """
+        self.begin_step(weights)
+        return self.end_step()
+
+    def begin_step(self, weights: NDArray[np.float64]) -> None:
+        """The first half of :meth:`step`: write the weights. Whoever has several data planes writes to all first.
+
+        Raises:
+            InvalidWeightsError: as :meth:`step`.
+        """
         weights = np.array(weights, np.float64)
         if weights.shape != (self.num_servers,):
             raise InvalidWeightsError(f"weights must have shape ({self.num_servers},), got {weights.shape}")
         self._write(weights, self._action_id + 1)
         self._weights = weights
         self._action_id += 1
-        called = time.monotonic_ns()
+        self._called = time.monotonic_ns()
+
+    def end_step(self) -> Snapshot:
+        """The second half of :meth:`step`: wait for the observation.
+
+        Raises:
+            DataPlaneTimeout, RegionFormatError: as :meth:`step`.
+        """
+        called = self._called
         missed = late = 0
         deadline = self._deadline + self._interval
         if self._new_grid:
