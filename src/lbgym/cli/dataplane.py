@@ -65,13 +65,13 @@ def emulate(
         "group": group,
     }
     with _stop_signals() as stop, Emulator(chosen, name, **options) as emulator:
+        stop.interrupts = False
         names = [region.name for region in emulator.regions]
         typer.echo(
             f"{'region' if len(names) == 1 else 'regions'} {', '.join(names)}: {chosen.num_servers} servers, scenario "
             f"{chosen.name}, an observation every {emulator.publish_interval:g} s, {emulator.speedup:g} times real "
             f"time, seed {emulator.seed}"
         )
-        stop.interrupts = False
         emulator.run(stop, duration)
         logger.info(
             "%.6g s emulated, %d observations, %d of them late, clock stood still for %.3g s",

@@ -274,7 +274,7 @@ class Emulator:
         ground_truth = batch.ground_truth[0]
         if self._parts > 1:
             # CPU use is a mean over the interval, which an action has cut in parts.
-            ground_truth[:, 0] = self._cpu / self._elapsed
+            ground_truth[:, 0] = np.where(batch.active[0], self._cpu / self._elapsed, 0.0)
         self._parts, self._elapsed = 0, 0.0
         self._cpu[:] = 0.0
         if len(self.regions) == 1:

@@ -1,0 +1,38 @@
+"""The emulator as a process, for tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion
+
+
+@contextmanager
+def emulator(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """``lbgym dataplane emulate`` with its first line read, which is its attribute ``ready``; killed in the end."""
+    command = [sys.executable, "-m", "lbgym", "dataplane", "emulate", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("region"), process.communicate()
+        process.ready = line  # type: ignore[attr-defined]
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def following(region: SharedMemoryRegion, timeout: float = 10.0) -> Iterator[ObservationBuffer]:
+    """Observations as they come, some perhaps left out, until the producer closes the region; always one buffer."""
+    buffer = region.new_buffer()
+    while True:
+        more = region.wait_observation(buffer.sequence_id, timeout)
+        if not more:
+            assert region.closed_by_producer, f"nothing new within {timeout} s"
+            return
+        assert region.read_into(buffer)
+        yield buffer
