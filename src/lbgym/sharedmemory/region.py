@@ -230,10 +230,11 @@ class SharedMemoryRegion:
                     f"the name {self.name!r} is taken: {error}; remove that file or use another name"
                 ) from None
             with old:
-                # Only who holds the old region's lock removes its name, so that two who start at once cannot both.
+                # Only who holds the old region's lock removes its name, so that two who start at once cannot both; and
+                # it is marked first, so that the lock does not look like that of a live producer.
                 if system.try_lock(old._descriptor, abi.PRODUCER_LOCK):
-                    old.unlink()
                     _retire(old._memory)
+                    old.unlink()
                     old._observation_futex.wake()
                 elif look < _LOOKS:
                     time.sleep(0.001)
@@ -335,9 +336,9 @@ class SharedMemoryRegion:
         """Whether the producer's process lives and has not closed the region."""
         memory = self._memory  # refuses a closed region
         del memory
-        if self.closed_by_producer:
+        if not self.is_producer and not system.is_locked(self._descriptor, abi.PRODUCER_LOCK):
             return False
-        return self.is_producer or system.is_locked(self._descriptor, abi.PRODUCER_LOCK)
+        return not self.closed_by_producer
 
     @property
     def agent_alive(self) -> bool:
