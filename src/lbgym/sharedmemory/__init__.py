@@ -6,7 +6,15 @@ from .abi import Layout
 from .buffers import Action, ObservationBuffer
 from .region import DEFAULT_LEASE, SharedMemoryRegion, region_names
 
-__all__ = ["DEFAULT_LEASE", "Action", "Layout", "ObservationBuffer", "SharedMemoryRegion", "get_include", "region_names"]
+__all__ = [
+    "DEFAULT_LEASE",
+    "Action",
+    "Layout",
+    "ObservationBuffer",
+    "SharedMemoryRegion",
+    "get_include",
+    "region_names",
+]
 
 
 def get_include() -> str:

@@ -179,12 +179,10 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _document_tables() -> dict[str, str]:
-    tables = {
-        "constants": _markdown(
-            ("constant", "value", ""),
-            [(f"`{name}`", value.removeprefix("UINT64_C(").removesuffix(")"), doc) for name, value, doc in _constants()],
-        )
-    }
+    constants = [
+        (f"`{name}`", value.removeprefix("UINT64_C(").removesuffix(")"), doc) for name, value, doc in _constants()
+    ]
+    tables = {"constants": _markdown(("constant", "value", ""), constants)}
     for struct in (abi.HEADER, abi.FRAME, abi.ACTION):
         rows, at = [], 0
         for field in struct.fields:
