@@ -204,7 +204,9 @@ class SharedMemoryDataPlane:
     def withdraw(self) -> None:
         """Give the weights up before their lease is over: the data plane puts its safe ones in force at once."""
         self._action_id += 1
-        self._region.write_action(sequence_id=self._action_id, weights=np.ones(self.num_servers), lease=1e-9)
+        self._region.write_action(
+            sequence_id=self._action_id, weights=np.ones(min(self.num_servers, self._region.capacity)), lease=1e-9
+        )
 
     # Waiting
 
