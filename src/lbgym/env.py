@@ -369,10 +369,10 @@ def batch_info(snapshot: Snapshot, weights: NDArray[np.float64], mask: NDArray[n
         "weights": weights.copy(),
     }
     if snapshot.service is not None:
-        info["completed"] = snapshot.service[:, 0].astype(np.int64)
-        info["rejected"] = snapshot.service[:, 1].astype(np.int64)
+        info["completed"] = snapshot.service[..., 0].astype(np.int64)
+        info["rejected"] = snapshot.service[..., 1].astype(np.int64)
         for i, name in enumerate(("fct_mean", "fct_p50", "fct_p90", "fct_p99")):
-            info[name] = snapshot.service[:, 2 + i].copy()
+            info[name] = snapshot.service[..., 2 + i].copy()
     for name in tuple(info):
         info[f"_{name}"] = mask.copy()
     return info

@@ -40,3 +40,9 @@ class Snapshot:
     failed: NDArray[np.int64]
     unrouted: Any
     service: NDArray[np.float64] | None
+
+    def part(self, index: Any) -> Snapshot:
+        """The part of a batch at ``index`` of its leading axes."""
+        parts: Any = {name: getattr(self, name) for name in Snapshot.__slots__}
+        chosen: Any = {name: None if part is None else part[index] for name, part in parts.items()}
+        return Snapshot(**chosen)

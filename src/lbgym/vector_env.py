@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium.utils import seeding
@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from .env import LoadBalanceEnv, Setup, batch_info, check_seed
 from .errors import InvalidOptionError, ResetNeeded, UnknownNameError
 from .rendering import Viewer
+from .scenarios import Scenario
 from .snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from .simulator import Simulation
 
 
 class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
@@ -65,11 +69,8 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
                 'vectorization_mode="sync" each LoadBalanceEnv can have one of its own'
             )
         setup = Setup(**{key: value for key, value in keys.items() if key not in ("shm_name", "shm_timeout")})
-        from .simulator import Simulation
-
         self.metadata = LoadBalanceEnv.metadata | {"autoreset_mode": self.autoreset_mode}
         self.num_envs = int(num_envs)
-        assert setup.scenario is not None  # only a live environment may have none
         self.scenario = setup.scenario
         self.num_servers = setup.num_servers
         self.max_steps = setup.max_steps
@@ -82,7 +83,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._setup = setup
-        self._simulation = Simulation(self.scenario, self.num_envs, dispatch=setup.dispatch, num_threads=num_threads)
+        self._simulation = self._make_simulation(num_threads)
         self._viewers: list[Viewer] = []
         self._snapshot: Snapshot | None = None
         self._rewards: NDArray[np.float64] = np.zeros(self.num_envs)
@@ -92,6 +93,12 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         self._over = np.ones(self.num_envs, np.bool_)
         self._generators: list[np.random.Generator | None] = [None] * self.num_envs
         self._all = np.ones(self.num_envs, np.bool_)
+
+    def _make_simulation(self, num_threads: int | None) -> Simulation:
+        from .simulator import Simulation
+
+        assert self.scenario is not None  # only a live environment may have none
+        return Simulation(self.scenario, self.num_envs, dispatch=self._setup.dispatch, num_threads=num_threads)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
@@ -108,10 +115,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         seeds = self._seeds(seed)
         for one in seeds:
             check_seed(one)
-        from .dataplanes import scenario_with_options
-
-        scenario = scenario_with_options(self.scenario, rest)
-        self._restore(mask, scenario)
+        self._restore(mask, self._scenario_with(rest))
         for i in np.flatnonzero(mask).tolist():
             if seeds[i] is not None or self._generators[i] is None:
                 self._generators[i] = seeding.np_random(seeds[i])[0]
@@ -119,7 +123,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         self._begin(mask)
         if self._setup.render_mode == "human":
             self.render()
-        return self._observation(self._snapshot), batch_info(self._snapshot, self._weights, mask)
+        return self._observation(self._snapshot), self._info(self._snapshot, mask)
 
     def step(
         self, actions: Any
@@ -139,19 +143,17 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
                 f"{len(ended)} replicas have ended or were never reset (the first is {ended[0]}); "
                 'call reset(options={"reset_mask": ...}) with them marked'
             )
-        weights = self.action_codec.to_weights(actions, self.num_envs)
+        weights = self._to_weights(actions)
         self._weights = weights
-        batch = np.broadcast_to(weights[:, None], (self.num_envs, self._simulation.num_balancers, self.num_servers))
         if again is None:
-            snapshot = self._view(self._simulation.step(batch, self._setup.step_interval))
+            snapshot = self._view(self._run(weights))
         else:
             again = again.copy()
             self._restore(again, self.scenario)
-            seeds = self._draw_seeds(again)
-            snapshot = self._view(self._simulation.step(batch, self._setup.step_interval, seeds=seeds, reset=again))
+            snapshot = self._view(self._run(weights, seeds=self._draw_seeds(again), reset=again))
         self._snapshot = snapshot
         self._steps += 1
-        rewards = np.array(self._setup.reward(snapshot), np.float64)
+        rewards = np.array(self._reward(snapshot), np.float64)
         if again is not None:
             self._begin(again)
             rewards[again] = 0.0
@@ -159,7 +161,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         truncated = self._steps >= self.max_steps
         self._over = truncated.copy()
         observation = self._observation(snapshot)
-        info = batch_info(snapshot, self._weights, self._all)
+        info = self._info(snapshot, self._all)
         if self.autoreset_mode == AutoresetMode.SAME_STEP and truncated.any():
             observation, info = self._reset_at_once(truncated, observation, info)
         if self._setup.render_mode == "human":
@@ -181,7 +183,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         self._restore(ended, self.scenario)
         self._snapshot = self._view(self._simulation.reset(self._draw_seeds(ended), ended))
         self._begin(ended)
-        info = batch_info(self._snapshot, self._weights, self._all)
+        info = self._info(self._snapshot, self._all)
         info |= {"final_obs": final, "_final_obs": ended.copy(), "final_info": final_info, "_final_info": ended.copy()}
         return self._observation(self._snapshot), info
 
@@ -197,9 +199,9 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
             self._viewers = [v for i in shown if (v := self._setup.viewer(self._simulation.scenario_of(i)))]
         frames = tuple(
             viewer.render(
-                _replica(self._snapshot, i),
-                weights=self._weights[i],
-                reward=float(self._rewards[i]) if self._steps[i] else None,
+                self._shown(self._snapshot, i),
+                weights=self._weights[i].reshape(-1, self.num_servers).mean(axis=0),
+                reward=float(self._rewards[i].mean()) if self._steps[i] else None,
                 step=int(self._steps[i]),
             )
             for i, viewer in enumerate(self._viewers)
@@ -254,9 +256,28 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
     def _begin(self, mask: NDArray[np.bool_]) -> None:
         self._steps[mask] = 0
         self._over[mask] = False
-        self._weights = np.where(mask[:, None], 1.0, self._weights)
-        self._rewards = np.where(mask, 0.0, self._rewards)
+        self._weights = self._weights.copy()
+        self._weights[mask] = 1.0
+        self._rewards = self._rewards.copy()
+        self._rewards[mask] = 0.0
         self._viewers = []
+
+    # What differs where each balancer has an agent of its own.
+
+    def _scenario_with(self, options: Mapping[str, Any]) -> Scenario | None:
+        """The scenario of episodes that begin with these ``options``."""
+        from .dataplanes import scenario_with_options
+
+        assert self.scenario is not None
+        return scenario_with_options(self.scenario, options)
+
+    def _to_weights(self, actions: Any) -> NDArray[np.float64]:
+        return self.action_codec.to_weights(actions, self.num_envs)
+
+    def _run(self, weights: NDArray[np.float64], **again: Any) -> Snapshot:
+        """One interval; ``again``: the replicas that begin again instead, as :class:`Simulation` takes them."""
+        batch = np.broadcast_to(weights[:, None], (self.num_envs, self._simulation.num_balancers, self.num_servers))
+        return self._simulation.step(batch, self._setup.step_interval, **again)
 
     def _view(self, batch: Snapshot) -> Snapshot:
         """Balancer 0's part of the batch."""
@@ -266,8 +287,12 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
     def _observation(self, snapshot: Snapshot) -> Any:
         return self.observation_layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active)
 
+    def _reward(self, snapshot: Snapshot) -> Any:
+        return self._setup.reward(snapshot)
 
-def _replica(batch: Snapshot, i: int) -> Snapshot:
-    parts: Any = {name: getattr(batch, name) for name in Snapshot.__slots__}
-    rows: Any = {name: None if part is None else part[i] for name, part in parts.items()}
-    return Snapshot(**rows)
+    def _info(self, snapshot: Snapshot, mask: NDArray[np.bool_]) -> dict[str, Any]:
+        return batch_info(snapshot, self._weights, mask)
+
+    def _shown(self, snapshot: Snapshot, i: int) -> Snapshot:
+        """What a picture of replica ``i`` shows."""
+        return snapshot.part(i)
