@@ -1,0 +1,209 @@
+"""What a controller is told: :class:`ControllerConfig`, and its TOML file."""
+
+from __future__ import annotations
+
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidOptionError, UnknownNameError
+from .envelope import SafetyEnvelope
+from .logs import LOG_FORMATS, LOG_LEVELS
+
+_ENVELOPE = SafetyEnvelope()
+
+
+def _key(
+    doc: str,
+    kind: type,
+    default: Any = MISSING,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: bool = False,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field whose values are of ``kind``, from ``low`` (or ``above`` it) to ``high`` or one of ``choices``.
+
+    With the default None it may also be None: not given.
+    """
+    metadata = {"doc": doc, "kind": kind, "low": low, "high": high, "above": above, "choices": choices}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerConfig:
+    """Everything a controller is told. The keys of the TOML file are these, and the options of ``lbgym run``, too.
+
+    Times are seconds of real time, but for ``interval``, ``rate_limit`` and ``smoothing``, which go by the data plane's
+    clock; the two differ only where time is scaled. ``help_of`` says what a key means.
+
+    Raises:
+        InvalidOptionError: for a value that a key cannot have.
+    """
+
+    policy: str = _key("Trained model (.pt, .zip) or name of a heuristic.", str)
+    shm: str = _key("Name of the region.", str)
+    interval: float | None = _key(
+        "Seconds of the data plane's clock per step; default: what the policy was trained with, or else 0.25.",
+        float, None, low=0.0, high=3600.0, above=True,
+    )  # fmt: skip
+    scenario: str | None = _key(
+        "What is known of the cluster, for heuristics that need the cores: name of a scenario or path of a TOML file.",
+        str, None,
+    )  # fmt: skip
+    lease: float | None = _key(
+        "Seconds that weights stay good without another step, more than a step and the timeout; default: 5, or twice "
+        "that if it is more.",
+        float, None, low=0.0, above=True,
+    )  # fmt: skip
+    timeout: float = _key(
+        "Seconds to wait for an observation after it is due.", float, 2.0, low=0.0, high=3600.0, above=True
+    )
+    attach_timeout: float = _key(
+        "Seconds to wait for the region and its producer at the start; inf: for ever.", float, math.inf, low=0.0
+    )
+    max_timeouts: int = _key(
+        "Timeouts in a row after which to give up (exit code 3); 0: never.", int, 0, low=0, high=1e9
+    )
+    fallback: str = _key("Heuristic that decides while the policy is not trusted.", str, "uniform")
+    fallback_after: int = _key(
+        "Failures of the policy, or timeouts, in a row after which the fallback decides.", int, 3, low=1, high=1e9
+    )
+    trial_steps: int = _key(
+        "Good steps in a row, observed in time, after which the policy decides again.", int, 20, low=1, high=1e9
+    )
+    recover: bool = _key("Try a policy that failed again; false: the fallback decides until the end.", bool, True)
+    floor: float = _key(
+        "Least weight of an active server, over the mean of the active ones.",
+        float, _ENVELOPE.floor, low=1e-6, high=1.0,
+    )  # fmt: skip
+    max_ratio: float = _key(
+        "Largest weight over the least of active servers; inf: no bound.",
+        float, _ENVELOPE.max_ratio, low=1.0,
+    )  # fmt: skip
+    rate_limit: float = _key(
+        "Largest factor per second by which an active server's share of the weights may grow or shrink; inf: no limit.",
+        float, _ENVELOPE.rate_limit, low=1.0,
+    )  # fmt: skip
+    smoothing: float = _key(
+        "Time constant, seconds, with which weights follow the policy; 0: at once.",
+        float, _ENVELOPE.smoothing, low=0.0, high=3600.0,
+    )  # fmt: skip
+    metrics_port: int | None = _key(
+        "Port of the Prometheus metrics, 0: any free one; default: no metrics.", int, None, low=0, high=65_535
+    )
+    metrics_address: str = _key("Address that the metrics are served on.", str, "127.0.0.1")
+    log_format: str = _key("Log lines.", str, "json", choices=LOG_FORMATS)
+    log_level: str = _key("Least level that is logged; every step is at debug.", str, "info", choices=LOG_LEVELS)
+    summary_interval: float = _key(
+        "Seconds between summaries in the log.", float, 60.0, low=0.0, high=86_400.0, above=True
+    )
+    duration: float | None = _key("Seconds after which to end; default: never.", float, None, low=0.0, above=True)
+    steps: int | None = _key("Steps after which to end; default: never.", int, None, low=1, high=1e18)
+    dry_run: bool = _key("Only observe, and log what would be done: no lock, no weights written.", bool, False)
+
+    def __post_init__(self) -> None:
+        for key in fields(self):
+            object.__setattr__(self, key.name, _checked(key, getattr(self, key.name)))
+
+    @property
+    def envelope(self) -> SafetyEnvelope:
+        """What keeps the weights within bounds."""
+        return SafetyEnvelope(self.floor, self.max_ratio, self.rate_limit, self.smoothing)
+
+
+KEYS: dict[str, Field[Any]] = {key.name: key for key in fields(ControllerConfig)}
+
+
+def help_of(key: str) -> str:
+    """What a key of :class:`ControllerConfig` means."""
+    default, allowed = KEYS[key].default, KEYS[key].metadata
+    text: str = allowed["doc"][:-1]
+    if allowed["choices"]:
+        text += f": {', '.join(allowed['choices'])}"
+    if default is not None and default is not MISSING:
+        text += f"; default: {str(default).lower()}"
+    return f"{text}."
+
+
+def config_from(values: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> ControllerConfig:
+    """The configuration of a TOML file, with ``values`` over it.
+
+    Args:
+        values: keys of :class:`ControllerConfig`; None is as not given.
+        path: of the file; None: no file.
+
+    Raises:
+        UnknownNameError: for a key that there is not.
+        InvalidOptionError: for a file that cannot be read, a bad value, or without ``policy`` and ``shm``.
+    """
+    known = {} if path is None else read_keys(path)
+    for name, value in values.items():
+        if name not in KEYS:
+            raise UnknownNameError("key", name, KEYS)
+        if value is not None:
+            known[name] = value
+    for name in ("policy", "shm"):
+        if name not in known:
+            place = "" if path is None else f", nor is it in {os.fspath(path)}"
+            raise InvalidOptionError(f"{name!r} is missing: give --{name}{place}")
+    return ControllerConfig(**known)
+
+
+def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keys of a TOML file, checked.
+
+    Raises:
+        UnknownNameError: for a key that there is not.
+        InvalidOptionError: for a file that cannot be read, or a bad value.
+    """
+    file = Path(path).expanduser()
+    try:
+        values = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise InvalidOptionError(f"there is no configuration file {file}") from None
+    except OSError as error:
+        raise InvalidOptionError(f"cannot read configuration file {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidOptionError(f"{file} is not valid TOML: {error}") from error
+    checked = {}
+    for name, value in values.items():
+        if name not in KEYS:
+            raise UnknownNameError("key", name, KEYS, where=str(file))
+        try:
+            checked[name] = _checked(KEYS[name], value)
+        except InvalidOptionError as error:
+            raise InvalidOptionError(f"{file}: {error}") from None
+    return checked
+
+
+def _checked(key: Field[Any], value: Any) -> Any:
+    """A value that a key can have, as its type."""
+    if value is None and key.default is None:
+        return None
+    allowed = key.metadata
+    kind, low, high = allowed["kind"], allowed["low"], allowed["high"]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise InvalidOptionError(f"{key.name} must be true or false, got {value!r}")
+        return value
+    if kind is str:
+        if not isinstance(value, str) or not value:
+            raise InvalidOptionError(f"{key.name} must be a text that is not empty, got {value!r}")
+        if allowed["choices"] and value not in allowed["choices"]:
+            raise UnknownNameError(key.name, value, allowed["choices"])
+        return value
+    numbers = (int,) if kind is int else (int, float)
+    good = isinstance(value, numbers) and not isinstance(value, bool)
+    if not good or not low <= value <= high or (allowed["above"] and value == low):
+        what = "a whole number" if kind is int else "a number"
+        bounds = f"above {low:g}" if allowed["above"] else f"from {low:g}"
+        if high < math.inf:
+            bounds += f" to {high:g}" if kind is float else f" to {int(high)}"
+        raise InvalidOptionError(f"{key.name} must be {what} {bounds}, got {value!r}")
+    return kind(value)

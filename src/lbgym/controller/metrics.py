@@ -1,0 +1,223 @@
+"""What a controller counts, and the page on which Prometheus reads it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import InvalidOptionError, MissingExtraError
+from ..features.columns import FEATURE_NAMES
+from .envelope import LIMITS
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.metrics_core import Metric
+
+_LATENCIES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_DELAYS = (0.00002, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened since the controller started; all grow only.
+
+    Attributes:
+        steps: actions written (in a dry run: decided).
+        timeouts: observations that did not come in time.
+        invalid: observations that no data plane may publish.
+        missed: deadlines that passed without an observation of their own.
+        errors: of the policy: exceptions, and actions of a wrong shape or not finite.
+        overruns: decisions of the policy that took longer than an interval.
+        restarts: producers that took over.
+        jumps: of the data plane's clock or sequence.
+        fallback_steps: steps that the fallback decided.
+        held_steps: steps that kept the weights in force, because the policy failed.
+        fallbacks: times that the fallback took over.
+        interventions: steps in which the envelope held the proposal back, by limit.
+    """
+
+    steps: int = 0
+    timeouts: int = 0
+    invalid: int = 0
+    missed: int = 0
+    errors: int = 0
+    overruns: int = 0
+    restarts: int = 0
+    jumps: int = 0
+    fallback_steps: int = 0
+    held_steps: int = 0
+    fallbacks: int = 0
+    interventions: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The last step: what was seen, and what became of it.
+
+    Attributes:
+        proposed: float64[N], by the policy or the fallback; None in a step that held.
+        weights: float64[N], behind the envelope.
+        in_force: float64[N], as the data plane said when the observation was taken.
+        active: bool[N].
+        stats: float32[N, 11].
+        safe: whether the data plane's safe weights were in force.
+    """
+
+    proposed: NDArray[np.float64] | None
+    weights: NDArray[np.float64]
+    in_force: NDArray[np.float64]
+    active: NDArray[np.bool_]
+    stats: NDArray[np.float32]
+    safe: bool
+
+
+@dataclass(slots=True)
+class State:
+    """What the metrics tell; written by the controller's thread, read by the server's.
+
+    Attributes:
+        version, policy, region: who this is.
+        counts: so far.
+        step: the last one, None before the first.
+        observed_at: ns of the monotonic clock when the newest observation was published; 0 before the first.
+        lease: seconds that weights stay good.
+        fallback: whether the fallback decides.
+        connected: whether it is attached to a region.
+    """
+
+    version: str
+    policy: str
+    region: str
+    counts: Counts = field(default_factory=Counts)
+    step: Step | None = None
+    observed_at: int = 0
+    lease: float = 0.0
+    fallback: bool = False
+    connected: bool = False
+
+
+_COUNTERS = {
+    "steps": ("lbgym_steps", "Actions written."),
+    "timeouts": ("lbgym_observation_timeouts", "Observations that did not come in time."),
+    "invalid": ("lbgym_invalid_observations", "Observations that no data plane may publish."),
+    "missed": ("lbgym_missed_observations", "Deadlines that passed without an observation of their own."),
+    "errors": ("lbgym_policy_errors", "Exceptions of the policy, and actions of a wrong shape or not finite."),
+    "overruns": ("lbgym_policy_overruns", "Decisions of the policy that took longer than an interval."),
+    "restarts": ("lbgym_producer_restarts", "Producers that took over."),
+    "jumps": ("lbgym_clock_jumps", "Jumps of the data plane's clock or sequence."),
+    "fallback_steps": ("lbgym_fallback_steps", "Steps that the fallback decided."),
+    "held_steps": ("lbgym_held_steps", "Steps that kept the weights in force, because the policy failed."),
+    "fallbacks": ("lbgym_fallbacks", "Times that the fallback took over."),
+}
+
+
+class Metrics:
+    """Prometheus metrics of one controller, in a registry of their own, served over HTTP.
+
+    Args:
+        state: what they tell, apart from the histograms.
+        port: 0: any free one.
+        address: to serve on.
+
+    Attributes:
+        registry: the registry.
+        url: of the page.
+
+    Raises:
+        MissingExtraError: without prometheus-client.
+        InvalidOptionError: if the address cannot be served on, as when the port is taken.
+    """
+
+    def __init__(self, state: State, port: int, address: str) -> None:
+        try:
+            from prometheus_client import CollectorRegistry, Histogram, start_http_server
+        except ImportError:
+            raise MissingExtraError("prometheus_client", "run", "--metrics-port") from None
+        self.registry: CollectorRegistry = CollectorRegistry()
+        self.latency = Histogram(
+            "lbgym_step_latency_seconds",
+            "Seconds from the publication of an observation to the writing of the action that follows from it.",
+            buckets=_LATENCIES,
+            registry=self.registry,
+        )
+        self.delay = Histogram(
+            "lbgym_action_delay_seconds",
+            "Seconds of the data plane's clock from the writing of an action until it is in force.",
+            buckets=_DELAYS,
+            registry=self.registry,
+        )
+        self.registry.register(_Collector(state))
+        try:
+            self._server, self._thread = start_http_server(port, address, self.registry)
+        except OSError as error:
+            raise InvalidOptionError(
+                f"cannot serve metrics on {address} port {port}: {error.strerror or error}; choose another "
+                "--metrics-port or --metrics-address"
+            ) from None
+        host = f"[{address}]" if ":" in address else address
+        self.url = f"http://{host}:{self._server.server_port}/metrics"
+
+    def close(self) -> None:
+        """Stop serving; idempotent."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Collector:
+    """Everything but the histograms, made when it is asked for: a thousand gauges a step would cost milliseconds."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+
+        state = self._state
+        about = {"version": state.version, "policy": state.policy, "region": state.region}
+        yield InfoMetricFamily("lbgym_controller", "Which controller this is.", about)
+        for name, (metric, text) in _COUNTERS.items():
+            yield CounterMetricFamily(metric, text, getattr(state.counts, name))
+        interventions: Any = CounterMetricFamily(
+            "lbgym_envelope_interventions", "Steps in which the envelope held the proposal back.", labels=["limit"]
+        )
+        for limit, count in state.counts.interventions.items():
+            interventions.add_metric([limit], count)
+        yield interventions
+        yield GaugeMetricFamily("lbgym_connected", "1 while attached to a region.", state.connected)
+        yield GaugeMetricFamily("lbgym_fallback_active", "1 while the fallback decides.", state.fallback)
+        yield GaugeMetricFamily("lbgym_lease_seconds", "Seconds that weights stay good.", state.lease)
+        if state.observed_at:
+            age = max(0, time.monotonic_ns() - state.observed_at) / 1e9
+            yield GaugeMetricFamily("lbgym_observation_age_seconds", "Age of the newest observation.", age)
+        if state.step is not None:
+            yield from self._of_servers(state.step)
+
+    def _of_servers(self, step: Step) -> Iterator[Metric]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        yield GaugeMetricFamily("lbgym_safe_weights_in_force", "1: the data plane's safe weights.", step.safe)
+        rows = {
+            "lbgym_weight_proposed": ("Weight that the policy or the fallback proposed.", step.proposed),
+            "lbgym_weight_written": ("Weight behind the envelope.", step.weights),
+            "lbgym_weight_in_force": ("Weight in force when the observation was taken.", step.in_force),
+            "lbgym_server_active": ("1: the server takes new flows.", step.active),
+        }
+        for name, (text, values) in rows.items():
+            if values is not None:
+                gauge: Any = GaugeMetricFamily(name, text, labels=["server"])
+                for server, value in enumerate(values.tolist()):
+                    gauge.add_metric([str(server)], value)
+                yield gauge
+        features: Any = GaugeMetricFamily(
+            "lbgym_feature", "Features of the last observation.", labels=["server", "feature"]
+        )
+        for server, row in enumerate(step.stats.tolist()):
+            for name, value in zip(FEATURE_NAMES, row, strict=True):
+                features.add_metric([str(server), name], value)
+        yield features
