@@ -114,8 +114,8 @@ enum lbgym_shm_counter {
 
 #define LBGYM_SHM_NUM_GROUND_TRUTH 3
 
-/* At the beginning of the region. Line 1 and 2 never change after creation; line 3 is written by the producer,
- * line 4 by the agent. */
+/* At the beginning of the region. Line 1 and 2 never change after creation; line 3 is written by the producer, line
+ * 4 by the agent. */
 typedef struct lbgym_shm_header {
     uint64_t magic;               /* the bytes "LBGYMSHM" */
     uint16_t version_major;       /* other values are refused */
@@ -189,7 +189,8 @@ typedef struct lbgym_shm_frame {
     uint64_t applied_sequence_id; /* sequence id of the last action that was put in force */
     uint64_t applied_at;          /* ns of CLOCK_MONOTONIC when that was */
     uint32_t num_servers;         /* servers known to the data plane, at most the capacity */
-    uint32_t flags;               /* 1 ground truth is there, 2 an action has been applied, 4 safe weights are in force */
+    /* 1 ground truth is there, 2 an action has been applied, 4 safe weights are in force */
+    uint32_t flags;
     uint64_t unrouted;            /* flows that found no active server, since the producer started */
     uint64_t fct_count;           /* flows that ended since the producer started, as far as it knows their FCT */
     uint64_t fct_sum;             /* ns, sum of those FCTs; a rejected flow counts with the data plane's timeout */
@@ -245,8 +246,7 @@ static inline uint64_t lbgym_shm_frame_stats(uint32_t capacity)
     return lbgym_shm_frame_active(capacity) + lbgym_shm_lines((uint64_t)capacity * sizeof(uint8_t));
 }
 
-/* Where in a frame ground_truth is, float[capacity][3]: cpu_usage, memory_usage, busy_workers; if the flag says
- * so. */
+/* Where in a frame ground_truth is, float[capacity][3]: cpu_usage, memory_usage, busy_workers; if the flag says so. */
 static inline uint64_t lbgym_shm_frame_ground_truth(uint32_t capacity)
 {
     return lbgym_shm_frame_stats(capacity) + lbgym_shm_lines((uint64_t)capacity * 11 * sizeof(float));
@@ -283,8 +283,7 @@ static inline uint64_t lbgym_shm_action_weights(uint32_t capacity)
     return sizeof(lbgym_shm_action);
 }
 
-/* Where in an action threshold is, uint32_t[capacity]: alias table: 2**32 times the probability to keep the
- * bucket. */
+/* Where in an action threshold is, uint32_t[capacity]: alias table: 2**32 times the probability to keep the bucket. */
 static inline uint64_t lbgym_shm_action_threshold(uint32_t capacity)
 {
     return lbgym_shm_action_weights(capacity) + lbgym_shm_lines((uint64_t)capacity * sizeof(double));
@@ -313,6 +312,10 @@ static inline uint64_t lbgym_shm_total_size(uint32_t capacity)
 
 #define LBGYM_SHM_SECOND UINT64_C(1000000000)
 #define LBGYM_SHM_DAY (86400 * LBGYM_SHM_SECOND)
+
+/* Looks at a name that belongs to somebody, a millisecond apart, before it counts as taken: whoever replaces the region
+ * of a dead producer holds that region's lock for a moment. */
+#define LBGYM_SHM_LOOKS 10
 
 /* What lbgym_shm_pick returns if no server is active. */
 #define LBGYM_SHM_NO_SERVER UINT32_MAX
@@ -399,6 +402,7 @@ typedef struct lbgym_shm_region {
     double *share;
     uint64_t action_known; /* number of the action in `action`; 0: none */
     uint64_t action_seen;  /* number up to which the producer has looked */
+    uint64_t lease_end;    /* of that action, ns; UINT64_MAX: never */
     uint64_t sequence_id;  /* of the last observation published here */
     dev_t device;
     ino_t inode;
@@ -418,7 +422,7 @@ typedef struct lbgym_shm_options {
     uint64_t publish_interval_ns; /* on the data plane's clock, as planned: 1 us to 1 day */
     double clock_rate;            /* seconds of the data plane's clock per second; 1 unless time is scaled */
     const double *safe_weights;   /* [num_servers], in force without an agent's; NULL: all 1 */
-    const char *driver;           /* what kind of data plane this is, at most 24 bytes; for people */
+    const char *driver;           /* what kind of data plane this is, at most 24 printable bytes of UTF-8; for people */
     mode_t mode;                  /* permissions of the file */
     gid_t gid;                    /* owning group; (gid_t)-1: the process's */
 } lbgym_shm_options;
@@ -462,25 +466,25 @@ __attribute__((cold, format(printf, 3, 4))) static inline int lbgym_shm_fail(lbg
 typedef uint32_t __attribute__((may_alias)) lbgym_shm_bits32;
 typedef uint64_t __attribute__((may_alias)) lbgym_shm_bits64;
 
-/* Whether all are at least 0 and at most 3e38, which no NaN is. Compared as integers, which vectorises, and which
- * -ffast-math does not touch; the one negative number that is at least 0 is -0.0. */
+/* Whether all are finite and at least 0. Compared as integers, which vectorises, and which -ffast-math does not touch;
+ * -0.0 is at least 0. */
 static inline bool lbgym_shm_floats_good(const float *values, size_t n)
 {
     const lbgym_shm_bits32 *bits = (const lbgym_shm_bits32 *)values;
     uint32_t bad = 0;
     for (size_t i = 0; i < n; i++) {
-        bad |= (uint32_t)(bits[i] > UINT32_C(0x7F61B1E6)) & (uint32_t)(bits[i] != UINT32_C(0x80000000));
+        bad |= (uint32_t)(bits[i] > UINT32_C(0x7F7FFFFF)) & (uint32_t)(bits[i] != UINT32_C(0x80000000));
     }
     return bad == 0;
 }
 
-/* Whether all are at least 0 and at most 1.7e308. */
+/* The same. */
 static inline bool lbgym_shm_doubles_good(const double *values, size_t n)
 {
     const lbgym_shm_bits64 *bits = (const lbgym_shm_bits64 *)values;
     uint64_t bad = 0;
     for (size_t i = 0; i < n; i++) {
-        bad |= (uint64_t)(bits[i] > UINT64_C(0x7FEE42D130773B76)) &
+        bad |= (uint64_t)(bits[i] > UINT64_C(0x7FEFFFFFFFFFFFFF)) &
                (uint64_t)(bits[i] != UINT64_C(0x8000000000000000));
     }
     return bad == 0;
@@ -568,8 +572,8 @@ static inline void lbgym_shm_futex_wake(uint32_t *word)
     (void)syscall(SYS_futex, word, 1 /* FUTEX_WAKE */, INT32_MAX, NULL, NULL, 0);
 }
 
-/* An open file description's lock on a byte of a file: 1 if it is taken now, 0 if another one holds it. The kernel drops
- * it when the last copy of the descriptor is closed, however the process ends. */
+/* An open file description's lock on a byte of a file: 1 if it is taken now, 0 if another one holds it. The kernel
+ * drops it when the last copy of the descriptor is closed, however the process ends. */
 static inline int lbgym_shm_lock(int descriptor, int type, off_t byte)
 {
     struct flock lock;
@@ -747,14 +751,20 @@ static inline int lbgym_shm_must_be(lbgym_shm_region *region, bool producer)
     return LBGYM_SHM_OK;
 }
 
-/* 1 if the name now belongs to another file, 0 if not. */
-static inline int lbgym_shm_replaced(const lbgym_shm_region *region)
+/* Whether the name belongs to this file (1), to another one (-1), or to none (0). */
+static inline int lbgym_shm_name_owner(const lbgym_shm_region *region)
 {
     struct stat status;
-    if (stat(region->path, &status) < 0) {
+    if (lstat(region->path, &status) < 0) {
         return 0;
     }
-    return status.st_dev != region->device || status.st_ino != region->inode;
+    return status.st_dev == region->device && status.st_ino == region->inode ? 1 : -1;
+}
+
+/* Whether the name now belongs to another file. */
+static inline bool lbgym_shm_replaced(const lbgym_shm_region *region)
+{
+    return lbgym_shm_name_owner(region) < 0;
 }
 
 /* Marks a region as one that is published no more, so that those who wait look up its name again. */
@@ -793,10 +803,10 @@ static inline void lbgym_shm_close(lbgym_shm_region *region)
     region->is_producer = region->is_agent = false;
 }
 
-/* Removes the region's name, unless it belongs to another region by now; who is attached stays so. */
+/* Removes the region's name, unless it belongs to another file by now; who is attached stays so. */
 static inline int lbgym_shm_unlink(lbgym_shm_region *region)
 {
-    if (lbgym_shm_replaced(region) || unlink(region->path) == 0 || errno == ENOENT) {
+    if (lbgym_shm_name_owner(region) != 1 || unlink(region->path) == 0 || errno == ENOENT) {
         return LBGYM_SHM_OK;
     }
     return lbgym_shm_fail(region, LBGYM_SHM_SYSTEM, "cannot remove %s: %s", region->path, strerror(errno));
@@ -875,10 +885,14 @@ static inline int lbgym_shm_producer_alive(lbgym_shm_region *region)
     if (code < 0) {
         return code;
     }
-    if (lbgym_shm_is_retired(region)) {
-        return 0;
+    if (!region->is_producer) {
+        const int locked = lbgym_shm_is_locked(region->descriptor, LBGYM_SHM_PRODUCER_LOCK);
+        if (locked <= 0) {
+            return locked;
+        }
     }
-    return region->is_producer ? 1 : lbgym_shm_is_locked(region->descriptor, LBGYM_SHM_PRODUCER_LOCK);
+    /* After the lock: whoever replaces a dead producer's region holds that for a moment, and says so here first. */
+    return !lbgym_shm_is_retired(region);
 }
 
 /* 1 if an agent (this one or another) holds the region, 0 if none does. */
@@ -1175,8 +1189,8 @@ static inline int lbgym_shm_lock_agent(lbgym_shm_region *region)
         return code;
     }
     if (region->is_producer) {
-        return lbgym_shm_fail(region, LBGYM_SHM_ROLE, "the producer of region '%s' must attach it once more for an agent",
-                              region->name);
+        return lbgym_shm_fail(region, LBGYM_SHM_ROLE,
+                              "the producer of region '%s' must attach it once more for an agent", region->name);
     }
     if (region->read_only) {
         return lbgym_shm_fail(region, LBGYM_SHM_PERMISSION,
@@ -1239,7 +1253,8 @@ static inline int lbgym_shm_renew(lbgym_shm_region *region)
 
 /* Gives the data plane n weights and their alias table; n up to the capacity, further servers have their safe weights.
  * The first call makes this process the region's agent. Without another action the data plane goes back to its safe
- * weights after `lease` ns; 0: never. Observations say by `sequence_id`, below 2^63, which action they reflect. */
+ * weights after `lease` ns, below 2^63; 0: never. Observations say by `sequence_id`, below 2^63, which action they
+ * reflect. */
 static inline int lbgym_shm_write_action(lbgym_shm_region *region, uint64_t sequence_id, const double *weights,
                                          uint32_t n, uint64_t lease)
 {
@@ -1255,6 +1270,10 @@ static inline int lbgym_shm_write_action(lbgym_shm_region *region, uint64_t sequ
     if (sequence_id >> 63 != 0) {
         return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "sequence_id must be below 2^63, got %llu",
                               (unsigned long long)sequence_id);
+    }
+    if (lease >> 63 != 0) {
+        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "lease must be below 2^63 ns, got %llu",
+                              (unsigned long long)lease);
     }
     if (lbgym_shm_largest(weights, n) <= 0.0) {
         return lbgym_shm_fail(region, LBGYM_SHM_WEIGHTS, "%s", lbgym_shm_strerror(LBGYM_SHM_WEIGHTS));
@@ -1273,26 +1292,26 @@ static inline int lbgym_shm_write_action(lbgym_shm_region *region, uint64_t sequ
 static inline void lbgym_shm_combine(lbgym_shm_region *region)
 {
     const uint32_t n = region->observation.frame->num_servers;
-    const uint32_t given = region->safe ? 0 : region->action.action->num_servers;
     double *const weights = region->observation.weights;
+    uint32_t given = region->safe ? 0 : region->action.action->num_servers;
     memcpy(weights, region->observation.safe_weights, n * sizeof *weights);
     memcpy(weights, region->action.weights, (given < n ? given : n) * sizeof *weights);
+    if (lbgym_shm_largest(weights, n) <= 0.0) {
+        /* The servers that were to take flows have left. */
+        region->safe = true;
+        given = 0;
+        memcpy(weights, region->observation.safe_weights, n * sizeof *weights);
+    }
     if (given == n) {
         memcpy(region->threshold, region->action.threshold, n * sizeof *region->threshold);
         memcpy(region->alias, region->action.alias, n * sizeof *region->alias);
-    } else if (lbgym_shm_largest(weights, n) > 0.0) {
-        lbgym_shm_alias_table(weights, n, region->threshold, region->alias, region->stack, region->share);
     } else {
-        /* All weight was given to servers that are gone. */
-        for (uint32_t i = 0; i < n; i++) {
-            region->threshold[i] = UINT32_MAX;
-            region->alias[i] = i;
-        }
+        lbgym_shm_alias_table(weights, n, region->threshold, region->alias, region->stack, region->share);
     }
 }
 
 /* Servers join or leave, n up to the capacity. Those that join have a safe weight of 1 and zeros otherwise: they are
- * not active, until told so. */
+ * not active until told so. Safe weights that would be all 0 become all 1. */
 static inline int lbgym_shm_set_num_servers(lbgym_shm_region *region, uint32_t n)
 {
     lbgym_shm_observation *const o = &region->observation;
@@ -1301,8 +1320,8 @@ static inline int lbgym_shm_set_num_servers(lbgym_shm_region *region, uint32_t n
         return code;
     }
     if (n < 1 || n > region->constant.capacity) {
-        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "region '%s' has room for 1 to %u servers, got %u", region->name,
-                              (unsigned)region->constant.capacity, (unsigned)n);
+        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "region '%s' has room for 1 to %u servers, got %u",
+                              region->name, (unsigned)region->constant.capacity, (unsigned)n);
     }
     for (uint32_t i = o->frame->num_servers; i < n; i++) {
         o->active[i] = 0;
@@ -1313,6 +1332,11 @@ static inline int lbgym_shm_set_num_servers(lbgym_shm_region *region, uint32_t n
         o->safe_weights[i] = 1.0;
     }
     if (n != o->frame->num_servers) {
+        if (lbgym_shm_largest(o->safe_weights, n) <= 0.0) {
+            for (uint32_t i = 0; i < n; i++) {
+                o->safe_weights[i] = 1.0;
+            }
+        }
         o->frame->num_servers = n;
         lbgym_shm_combine(region);
     }
@@ -1425,27 +1449,32 @@ static inline int lbgym_shm_take_name(lbgym_shm_region *region)
                                  old->message);
             break;
         }
-        /* Whoever holds the old region's lock may replace it, so that two who start at once cannot both. */
         locked = lbgym_shm_lock(old->descriptor, F_WRLCK, LBGYM_SHM_PRODUCER_LOCK);
         if (locked == 1) {
-            if (!lbgym_shm_replaced(old)) {
-                (void)unlink(region->path);
-            }
+            /* Only who holds the old region's lock removes its name, so that two who start at once cannot both; and it
+             * is marked first, so that the lock does not look like that of a live producer. */
             lbgym_shm_retire(old);
-            code = LBGYM_SHM_EXISTS;
-        } else if (locked == 0) {
+            code = lbgym_shm_unlink(old);
+            if (code < 0) {
+                (void)lbgym_shm_fail(region, code, "%.4600s", old->message);
+            }
+        } else if (locked < 0) {
+            code = lbgym_shm_fail(region, LBGYM_SHM_SYSTEM, "cannot lock %s: %s", region->path, strerror(errno));
+        } else if (tries < LBGYM_SHM_LOOKS) {
+            const struct timespec moment = {0, 1000000};
+            (void)nanosleep(&moment, NULL);
+        } else {
             code = lbgym_shm_fail(region, LBGYM_SHM_EXISTS,
                                   "the name '%s' belongs to a live region (producer process %u, %llu observations); "
                                   "stop that one or use another name",
                                   region->name, (unsigned)old->constant.producer_pid,
                                   (unsigned long long)lbgym_shm_latest(old));
-        } else {
-            code = lbgym_shm_fail(region, LBGYM_SHM_SYSTEM, "cannot lock %s: %s", region->path, strerror(errno));
         }
         lbgym_shm_close(old);
-        if (locked != 1) {
+        if (code < 0) {
             break;
         }
+        code = LBGYM_SHM_EXISTS;
     }
     free(old);
     return code;
@@ -1471,6 +1500,7 @@ static inline int lbgym_shm_fill_header(lbgym_shm_region *region, const lbgym_sh
     const uint32_t capacity = options->capacity != 0 ? options->capacity : wanted;
     const char *driver = options->driver != NULL ? options->driver : "";
     struct timespec now;
+    size_t length;
     if (options->num_servers < 1 || options->num_servers > LBGYM_SHM_MAX_CAPACITY) {
         return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "num_servers must be from 1 to %d, got %u",
                               LBGYM_SHM_MAX_CAPACITY, (unsigned)options->num_servers);
@@ -1487,9 +1517,12 @@ static inline int lbgym_shm_fill_header(lbgym_shm_region *region, const lbgym_sh
         return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "clock_rate must be from 1e-06 to 1e+06, got %g",
                               options->clock_rate);
     }
-    if (strlen(driver) > sizeof h->driver) {
-        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "driver must be at most %zu bytes of text, got '%.100s'",
-                              sizeof h->driver, driver);
+    for (length = 0; length <= sizeof h->driver && (unsigned char)driver[length] >= 0x20 && driver[length] != 0x7F;) {
+        length++;
+    }
+    if (length > sizeof h->driver || driver[length] != '\0') {
+        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "driver must be at most %zu bytes of printable text",
+                              sizeof h->driver);
     }
     if (options->safe_weights != NULL && lbgym_shm_largest(options->safe_weights, options->num_servers) <= 0.0) {
         return lbgym_shm_fail(region, LBGYM_SHM_WEIGHTS, "safe %s", lbgym_shm_strerror(LBGYM_SHM_WEIGHTS));
@@ -1518,7 +1551,7 @@ static inline int lbgym_shm_fill_header(lbgym_shm_region *region, const lbgym_sh
     h->clock_rate = options->clock_rate;
     h->producer_pid = (uint32_t)getpid();
     h->state = LBGYM_SHM_STATE_RUNNING;
-    memcpy(h->driver, driver, strlen(driver));
+    memcpy(h->driver, driver, length);
     return LBGYM_SHM_OK;
 }
 
@@ -1579,7 +1612,7 @@ static inline int lbgym_shm_bad_number(lbgym_shm_region *region, const char *wha
                           what, (unsigned)server, region->name);
 }
 
-/* What follows is for the next observation, and stays until it is set again. A value that is refused changes nothing. */
+/* What follows is for the next observation, and stays until it is set again. Values that are refused change nothing. */
 
 /* Whether the server takes new flows; lbgym_shm_pick knows at once. */
 static inline int lbgym_shm_set_active(lbgym_shm_region *region, uint32_t server, bool active)
@@ -1735,7 +1768,8 @@ static inline int lbgym_shm_read_action(lbgym_shm_region *region, uint64_t known
         if (!lbgym_shm_end_read(lock, seen)) {
             continue;
         }
-        if (fits && count >> 63 == 0 && lbgym_shm_largest(mine->weights, n) > 0.0) {
+        if (fits && (count | mine->action->sequence_id | mine->action->written_at | mine->action->lease) >> 63 == 0 &&
+            lbgym_shm_largest(mine->weights, n) > 0.0) {
             for (uint32_t i = 0; i < n; i++) {
                 top = mine->alias[i] > top ? mine->alias[i] : top;
             }
@@ -1751,8 +1785,8 @@ static inline int lbgym_shm_read_action(lbgym_shm_region *region, uint64_t known
 }
 
 /* Puts in force what is to be dispatched by now: the newest action while its lease lasts, else the safe weights; an
- * action that cannot be read is as none. region.observation.weights has them, region.safe says which. 1 if they may have
- * changed, else 0. Call it before each publication and whenever lbgym_shm_wait_action says so. */
+ * action that cannot be read is as none. region.observation.weights has them, region.safe says which. 1 if they may
+ * have changed, else 0. Call it before each publication and whenever lbgym_shm_wait_action says so. */
 static inline int lbgym_shm_poll_action(lbgym_shm_region *region)
 {
     const int code = lbgym_shm_must_be(region, true);
@@ -1770,15 +1804,18 @@ static inline int lbgym_shm_poll_action(lbgym_shm_region *region)
     }
     region->action_seen = found != 0 ? found : seen;
     if (found != 0) {
+        /* From now on if it says that it was written later, as on the clock of another namespace. */
+        const uint64_t latest = lbgym_shm_now();
+        const uint64_t begin = action->written_at < latest ? action->written_at : latest;
         region->action_known = found;
+        region->lease_end = action->lease != 0 ? begin + action->lease : UINT64_MAX;
+        if (now < region->lease_end) {
+            region->observation.frame->applied_sequence_id = action->sequence_id;
+            region->observation.frame->applied_at = now;
+            region->observation.frame->flags |= LBGYM_SHM_FLAG_APPLIED;
+        }
     }
-    good = region->action_known != 0 &&
-           (action->lease == 0 || action->written_at > now || now - action->written_at < action->lease);
-    if (found != 0 && good) {
-        region->observation.frame->applied_sequence_id = action->sequence_id;
-        region->observation.frame->applied_at = now;
-        region->observation.frame->flags |= LBGYM_SHM_FLAG_APPLIED;
-    }
+    good = region->action_known != 0 && now < region->lease_end;
     if (found == 0 && region->safe == !good) {
         return 0;
     }
@@ -1791,14 +1828,11 @@ static inline int lbgym_shm_poll_action(lbgym_shm_region *region)
  * it never does, or no action is in force. */
 static inline uint64_t lbgym_shm_lease_left(const lbgym_shm_region *region)
 {
-    const lbgym_shm_action *action = region->action.action;
-    uint64_t now, age;
-    if (action == NULL || region->safe || action->lease == 0) {
+    const uint64_t now = lbgym_shm_now();
+    if (region->safe || region->lease_end == UINT64_MAX) {
         return UINT64_MAX;
     }
-    now = lbgym_shm_now();
-    age = now > action->written_at ? now - action->written_at : 0;
-    return age < action->lease ? action->lease - age : 0;
+    return now < region->lease_end ? region->lease_end - now : 0;
 }
 
 /* Sleeps until the agent has written an action that lbgym_shm_poll_action has not seen: 1; 0 after `timeout` ns, or at
@@ -1813,10 +1847,10 @@ static inline int lbgym_shm_wait_action(lbgym_shm_region *region, uint64_t timeo
                           &region->header->action_waiters, region->action_seen, timeout);
 }
 
-/* The server for a flow, in proportion to the weights in force, from 64 well-mixed bits of its hash: two table look-ups.
- * A server that is not active is passed over by drawing again, from bits derived from the first, so that the active ones
- * share its flows in proportion to their weights; every flow of the same hash takes the same way. After eight draws,
- * which happens where most of the weight is on servers that are not active, one is found by a walk over all of them.
+/* The server for a flow, in proportion to the weights in force, from 64 well-mixed bits of its hash: two table
+ * look-ups. A server that is not active is passed over by drawing again, from bits derived from the first, so that the
+ * active ones share its flows in proportion to their weights; flows of the same hash take the same way. Eight draws are
+ * not enough only where most of the weight is on servers that are not active; then a walk over all of them finds one.
  * LBGYM_SHM_NO_SERVER if none is active. A server of weight 0 is taken only where no other is active. */
 static inline uint32_t lbgym_shm_pick(const lbgym_shm_region *region, uint64_t hash)
 {
@@ -1843,11 +1877,11 @@ static inline uint32_t lbgym_shm_pick(const lbgym_shm_region *region, uint64_t h
     }
     for (uint32_t i = 0; i < n; i++) {
         active += o->active[i];
-        total += o->active[i] ? o->weights[i] * 0x1p-16 : 0.0;
+        total += o->active[i] ? o->weights[i] * 0x1p-17 : 0.0;
     }
     target = (double)(hash >> 11) * 0x1p-53 * (total > 0.0 ? total : (double)active);
     for (uint32_t i = 0; i < n; i++) {
-        const double part = total > 0.0 ? o->weights[i] * 0x1p-16 : 1.0;
+        const double part = total > 0.0 ? o->weights[i] * 0x1p-17 : 1.0;
         if (o->active[i] && part > 0.0) {
             last = i;
             passed += part;

@@ -30,7 +30,7 @@ _C_TYPES = {
     "f64": "double",
     "char": "char",
 }
-_WIDTH = 118
+_WIDTH = 120
 
 
 def header() -> str:
@@ -132,8 +132,13 @@ def _c_struct(struct: abi.Struct) -> list[str]:
         declarations.append(f"    {_C_TYPES[field.type]} {field.name}{array};")
     widest = max(map(len, declarations))
     for field, declaration in zip(struct.fields, declarations, strict=True):
-        reserved = field.name.startswith("reserved")
-        lines.append(declaration if reserved else f"{declaration:{widest}} /* {field.doc} */")
+        line = f"{declaration:{widest}} /* {field.doc} */"
+        if field.name.startswith("reserved"):
+            lines.append(declaration)
+        elif len(line) > _WIDTH:
+            lines += [f"    /* {field.doc} */", declaration]
+        else:
+            lines.append(line)
     lines += [f"}} {name};", f'static_assert(sizeof({name}) == {struct.size}, "size of {name}");']
     for field in struct.fields:
         if not field.name.startswith("reserved"):
