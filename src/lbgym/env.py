@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .dataplanes import SharedMemoryDataPlane
 
 
-def _whole(name: str, value: Any) -> int:
+def whole(name: str, value: Any) -> int:
+    """A count given by the user, at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise InvalidOptionError(f"{name} must be a whole number of at least 1, got {value!r}")
     return int(value)
@@ -66,7 +67,7 @@ class Setup:
         live: bool = False,
     ) -> None:
         if num_servers is not None:
-            num_servers = _whole("num_servers", num_servers)
+            num_servers = whole("num_servers", num_servers)
         self.scenario: Scenario | None = None
         if scenario is not None:
             self.scenario = load_scenario(scenario)
@@ -89,9 +90,9 @@ class Setup:
             raise InvalidOptionError(f"step_interval must be finite and above 0 seconds, got {step_interval!r}")
         if render_mode is not None and render_mode not in RENDER_MODES:
             raise UnknownNameError("render mode", render_mode, RENDER_MODES)
-        self.max_steps = _whole("max_steps", max_steps)
+        self.max_steps = whole("max_steps", max_steps)
         if max_episode_steps is not None:
-            self.max_steps = min(self.max_steps, _whole("max_episode_steps", max_episode_steps))
+            self.max_steps = min(self.max_steps, whole("max_episode_steps", max_episode_steps))
         if num_servers is None:
             assert self.scenario is not None
             num_servers = self.scenario.num_servers
