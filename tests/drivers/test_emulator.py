@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import pytest
 from lbgym.drivers import Emulator
 from lbgym.errors import InvalidOptionError, InvalidWeightsError, RegionExistsError
 from lbgym.scenarios import Event, Exponential, Scenario, Server, Workload, load_scenario
-from lbgym.sharedmemory import SharedMemoryRegion, abi
+from lbgym.sharedmemory import SharedMemoryRegion, abi, kernels
 from lbgym.simulator import Simulation
 from tests.drivers.emulated import emulator, following
 
@@ -24,6 +26,15 @@ from tests.drivers.emulated import emulator, following
 INTERVAL = 0.125
 NS = 1_000_000_000
 COMPLETED, REJECTED, FAILED = 1, 2, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """What a test reads with is compiled before what it reads from begins."""
+    kernels.warm_up()
+    plain = Simulation(load_scenario("uniform"))
+    plain.reset([0])
+    plain.observe()
 
 
 def eventful(balancers: int) -> Scenario:
@@ -160,7 +171,7 @@ def test_actions_are_in_force_when_written_and_leases_end(tmp_path: Path) -> Non
         'dispatch = "wcmp"\n[[servers]]\ncount = 2\ncores = 8\n[workload]\nrate = 2000\n'
         'demand = { kind = "exponential", mean = 0.001 }\n'
     )
-    arguments = ("--name", "lb", "--scenario", file, "--speedup", 2, "--interval", 1, "--safe-weights", "0,3")
+    arguments = ("--name", "lb", "--scenario", file, "--speedup", 4, "--interval", 1, "--safe-weights", "0,3")
     with emulator(*arguments) as process, SharedMemoryRegion.attach("lb") as agent:
         source = following(agent)
         seen = next(source)
@@ -168,30 +179,35 @@ def test_actions_are_in_force_when_written_and_leases_end(tmp_path: Path) -> Non
             seen = next(source)
         assert seen.weights[:2].tolist() == seen.safe_weights[:2].tolist() == [0.0, 3.0]
         assert seen.counters[0, 0] == 0 and seen.safe
-        before, published = seen.counters[:2, 0].astype(int), seen.published_at
         # In the middle of an interval.
-        time.sleep(max(0.0, 0.25 - (time.monotonic_ns() - published) / NS))
-        written = agent.write_action(sequence_id=41, weights=[1.0, 0.0], lease=1.2)
-        seen = next(source)
-        assert (seen.sequence_id, seen.applied_sequence_id, seen.safe) == (3, 41, False)
-        assert seen.weights[:2].tolist() == [1.0, 0.0]
+        time.sleep(max(0.0, 0.125 - (time.monotonic_ns() - seen.published_at) / NS))
+        written = agent.write_action(sequence_id=41, weights=[1.0, 0.0], lease=math.inf)
+        while seen.applied_sequence_id != 41:
+            before, since, published = seen.counters[:2, 0].astype(int), seen.timestamp, seen.published_at
+            seen = next(source)
+        assert not seen.safe and seen.weights[:2].tolist() == [1.0, 0.0]
         assert seen.applied_at is not None and written <= seen.applied_at < seen.published_at
         flows = seen.counters[:2, 0].astype(int) - before
-        share = 1 - 2 * (seen.applied_at - published) / NS
+        share = 1 - 4 * (seen.applied_at - published) / NS / (seen.timestamp - since)
         assert 0.0 < share < 1.0
         assert flows[0] / flows.sum() == pytest.approx(share, abs=0.1)
         before = seen.counters[:2, 0].astype(int)
-        seen = next(source)
-        flows = seen.counters[:2, 0].astype(int) - before
+        flows = next(source).counters[:2, 0].astype(int) - before
         assert flows[0] > 1500 and flows[1] == 0
+
+        written = agent.write_action(sequence_id=42, weights=[1.0, 0.0], lease=0.4)
         while not seen.safe:
-            assert seen.published_at < written + 3 * NS
             seen = next(source)
-        assert seen.published_at >= written + 1.2 * NS
-        assert seen.weights[:2].tolist() == [0.0, 3.0] and seen.applied_sequence_id == 41
+        assert 0.4 <= (seen.published_at - written) / NS < 0.4 + 0.25 + 1.0
+        assert seen.weights[:2].tolist() == [0.0, 3.0] and seen.applied_sequence_id == 42
         before = seen.counters[0, 0]
         assert next(source).counters[0, 0] == before
         assert process.poll() is None
+
+
+def suspend(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
 
 
 def processor_time(pid: int) -> float:
@@ -206,27 +222,25 @@ def test_neither_idleness_nor_nonsense_burns_a_core(scenario: str) -> None:
         name = "lb" if scenario == "heterogeneous" else "lb_0"
         with SharedMemoryRegion.attach(name) as agent:
             before = processor_time(process.pid)
-            time.sleep(0.6)
-            assert processor_time(process.pid) - before < 0.3
-            agent.write_action(sequence_id=1, weights=np.ones(agent.layout.capacity))
-            layout, count = agent.layout, 1
-            at = (
-                layout.actions_offset + count % abi.NUM_ACTIONS * layout.action_size + layout.action_sections["weights"]
-            )
+            time.sleep(0.5)
+            assert processor_time(process.pid) - before < 0.25
+            # Stopped, so that it cannot read the action before it is spoilt.
+            suspend(process)
+            agent.write_action(sequence_id=1, weights=np.ones(agent.capacity))
+            layout = agent.layout
+            at = layout.actions_offset + 1 % abi.NUM_ACTIONS * layout.action_size + layout.action_sections["weights"]
             agent._words[at // 8] = np.uint64(0x7FF8000000000000)  # a NaN
-            agent.write_action(sequence_id=2, weights=np.ones(agent.layout.capacity))
-            at += (2 % abi.NUM_ACTIONS - count % abi.NUM_ACTIONS) * layout.action_size
-            agent._words[at // 8] = np.uint64(0x7FF8000000000000)
+            process.send_signal(signal.SIGCONT)
             source = following(agent)
             seen = next(source)
-            before, end = processor_time(process.pid), time.monotonic() + 0.6
+            before, end = processor_time(process.pid), time.monotonic() + 0.5
             while time.monotonic() < end:
                 seen = next(source)
-            assert processor_time(process.pid) - before < 0.3
+            assert processor_time(process.pid) - before < 0.25
             # Not to be read is as not to be there.
             assert seen.safe and np.isfinite(seen.weights[: seen.num_servers]).all()
-            agent.write_action(sequence_id=3, weights=np.full(agent.layout.capacity, 2.0))
-            while seen.applied_sequence_id != 3:
+            agent.write_action(sequence_id=2, weights=np.full(agent.capacity, 2.0))
+            while seen.applied_sequence_id != 2:
                 seen = next(source)
             assert (seen.weights[: seen.num_servers] == 2.0).all()
 
@@ -282,14 +296,13 @@ def test_too_fast_it_falls_behind_says_so_and_leaves_nothing_out() -> None:
     assert "does not keep up with 1e+06 simulated seconds per second" in record.getMessage()
 
 
-def test_suspended_its_clock_stands_still() -> None:
+def test_suspended_its_clock_stands_still(shm_dir: Path) -> None:
     with emulator("--name", "lb", "--interval", 0.02) as process, SharedMemoryRegion.attach("lb") as region:
         source = following(region)
         seen = next(source)
         while seen.sequence_id < 3:
             seen = next(source)
-        process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        suspend(process)
         region.read_into(seen)
         before, published = seen.timestamp, seen.published_at
         time.sleep(0.5)
@@ -302,17 +315,17 @@ def test_suspended_its_clock_stands_still() -> None:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=10)
         assert "does not keep up" in errors and "of them late" in errors
+        assert process.returncode == 0 and not any(shm_dir.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_stopped_it_takes_its_regions_along(number: signal.Signals, shm_dir: Path) -> None:
+def test_interrupted_it_takes_its_regions_along(shm_dir: Path) -> None:
     with emulator("--name", "lb", "--scenario", "marllb-moderate") as process:
         assert {path.name for path in shm_dir.iterdir()} == {"lb_0", "lb_1"}
         region = SharedMemoryRegion.attach("lb_0")
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=10)
         assert (process.returncode, out) == (0, "")
-        assert errors.startswith("lbgym: ") and "emulated" in errors and len(errors.splitlines()) == 1
+        assert errors.startswith("lbgym: ") and "emulated" in errors
         assert not any(shm_dir.iterdir())
         assert region.closed_by_producer
         region.close()
