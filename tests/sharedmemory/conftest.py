@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lbgym.sharedmemory.system import DIRECTORY_VARIABLE
+from tests.sharedmemory.nursery import Nursery
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +20,11 @@ def shm_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(folder))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """A warm process that forks others."""
+    warm = Nursery()
+    yield warm
+    warm.close()
