@@ -34,6 +34,7 @@ HEAVY = (
     "scipy",
     "PIL",
     "tensorboard",
+    "pettingzoo",
 )
 
 #: Every module or package of lbgym by level; a module imports its own level's own package and lower levels.
@@ -42,7 +43,17 @@ LEVELS = (
     ("scenarios", "features", "snapshot"),
     ("simulator", "sharedmemory"),
     ("dataplanes", "drivers"),
-    ("env", "vector_env", "wrappers", "rendering", "rewards", "actions", "observations"),
+    (
+        "env",
+        "vector_env",
+        "multi_agent_env",
+        "multi_agent_vector_env",
+        "wrappers",
+        "rendering",
+        "rewards",
+        "actions",
+        "observations",
+    ),
     ("policies",),
     ("evaluation", "training", "controller", "recording"),
     ("cli",),

@@ -14,6 +14,8 @@ import gymnasium
 if TYPE_CHECKING:
     from .env import LoadBalanceEnv
     from .features import ReservoirSampler
+    from .multi_agent_env import MultiLoadBalanceEnv
+    from .multi_agent_vector_env import MultiLoadBalanceVectorEnv
     from .scenarios import Scenario, load_scenario, scenario_names
     from .sharedmemory import SharedMemoryRegion
     from .snapshot import Snapshot
@@ -24,6 +26,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "LoadBalanceEnv": "env",
     "LoadBalanceVectorEnv": "vector_env",
+    "MultiLoadBalanceEnv": "multi_agent_env",
+    "MultiLoadBalanceVectorEnv": "multi_agent_vector_env",
     "ReservoirSampler": "features",
     "Scenario": "scenarios",
     "SharedMemoryRegion": "sharedmemory",
@@ -35,6 +39,8 @@ _HOMES = {
 __all__ = [
     "LoadBalanceEnv",
     "LoadBalanceVectorEnv",
+    "MultiLoadBalanceEnv",
+    "MultiLoadBalanceVectorEnv",
     "ReservoirSampler",
     "Scenario",
     "SharedMemoryRegion",

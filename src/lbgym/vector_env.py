@@ -136,6 +136,11 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         """
         if self._snapshot is None:
             raise ResetNeeded("call reset() before step()")
+        return self._step(self._to_weights(actions))
+
+    def _step(
+        self, weights: NDArray[np.float64]
+    ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         again = self._over if self._over.any() else None
         if again is not None and self.autoreset_mode != AutoresetMode.NEXT_STEP:
             ended = np.flatnonzero(again)
@@ -143,7 +148,6 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
                 f"{len(ended)} replicas have ended or were never reset (the first is {ended[0]}); "
                 'call reset(options={"reset_mask": ...}) with them marked'
             )
-        weights = self._to_weights(actions)
         self._weights = weights
         if again is None:
             snapshot = self._view(self._run(weights))
