@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,7 +30,9 @@ def emulator(*arguments: object) -> Iterator[subprocess.Popen[str]]:
 def following(region: SharedMemoryRegion, timeout: float = 10.0) -> Iterator[ObservationBuffer]:
     """Observations as they come, some perhaps left out, until the producer closes the region; always one buffer."""
     buffer = region.new_buffer()
+    limit = time.monotonic() + 3 * timeout
     while True:
+        assert time.monotonic() < limit, "what was waited for does not come"
         more = region.wait_observation(buffer.sequence_id, timeout)
         if not more:
             assert region.closed_by_producer, f"nothing new within {timeout} s"
