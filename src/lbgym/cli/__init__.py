@@ -1,4 +1,4 @@
-"""The command line, ``lbgym``: compare, train, run, scenarios, describe, dataplane.
+"""The command line, ``lbgym``: compare, train, run, scenarios, describe, dataplane, shm.
 
 Exit codes: 0; 1 for a fault of lbgym, with its traceback; 2 for what the user can put right, in one line on
 standard error; 130 after Ctrl-C.
@@ -52,6 +52,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 def _app() -> typer.Typer:
     import typer
 
+    from . import shm
     from ._options import options
     from .compare import compare
     from .dataplane import emulate
@@ -74,6 +75,10 @@ def _app() -> typer.Typer:
     dataplane = typer.Typer(help="Publish a data plane in shared memory.", no_args_is_help=True)
     dataplane.command()(_guarded(emulate))
     app.add_typer(dataplane, name="dataplane")
+    regions = typer.Typer(help="Look at regions of shared memory, record them, remove them.", no_args_is_help=True)
+    for look in (shm.ls, shm.inspect, shm.watch, shm.record, shm.rm, shm.include):
+        regions.command()(_guarded(look))
+    app.add_typer(regions, name="shm")
     return app
 
 

@@ -1,7 +1,7 @@
 """What a live data plane publishes, kept for later: recordings in Parquet, transitions, Minari datasets."""
 
 from .follow import Follower
-from .offline import Recording, Transitions, load_recording, to_minari
+from .offline import Recording, Transitions, check_dataset_id, load_recording, to_minari
 from .recorder import Summary, finish_recording, record, recording_schema
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Recording",
     "Summary",
     "Transitions",
+    "check_dataset_id",
     "finish_recording",
     "load_recording",
     "record",
