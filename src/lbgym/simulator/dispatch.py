@@ -74,21 +74,20 @@ def flow_score(rule, balancers, open_flows, weight):
 
 
 @compiled()
-def _minimum(scores):
-    """The least score, of scores at least 0: compared as integers of the same bits, several at a time."""
+def _minimum(scores, n):
+    """The least of ``n`` scores of at least 0: compared as integers of the same bits, several at a time."""
     bits = scores.view(np.int64)
     low = bits[0]
-    for j in range(1, bits.shape[0]):
+    for j in range(1, n):
         low = min(low, bits[j])
     return low
 
 
 @compiled(inline=True)
-def first_minimum(scores, start):
-    """Index of the least score, ties to the first from ``start`` on, cyclically."""
-    low = _minimum(scores)
+def first_minimum(scores, n, start):
+    """Index of the least of the first ``n`` scores, ties to the first from ``start`` on, cyclically."""
+    low = _minimum(scores, n)
     bits = scores.view(np.int64)
-    n = scores.shape[0]
     for j in range(start, n):
         if bits[j] == low:
             return j

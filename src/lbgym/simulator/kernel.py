@@ -65,6 +65,7 @@ from .layout import (
     P_RECORD,
     P_RESERVOIRS,
     P_RULE,
+    P_SERVERS,
     P_SERVICE,
     P_TABLE_SIZE,
     P_TIMEOUT,
@@ -469,7 +470,7 @@ def _run(P, S, r, pause):
     bf, bi, score, maglev = S.bf[r], S.bi[r], S.score[r], S.maglev[r]
     values, weights, meta, result = S.values[r], S.weights[r], S.meta[r], S.result[r]
     log, record = S.log[r], S.record[r]
-    n = si.shape[0]
+    n = pi[P_SERVERS]
     balancers = score.shape[0]
     rule = pi[P_RULE]
     table_size = pi[P_TABLE_SIZE]
@@ -557,7 +558,7 @@ def _run(P, S, r, pause):
                     start = to_range(h, ri[R_ACTIVE])
                     j = dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i, sf, si)
                 else:
-                    j = first_minimum(score[b], to_range(h, n))
+                    j = first_minimum(score[b], n, to_range(h, n))
             elif candidates == 2:
                 j = better_of_two(b, rule, balancers, first, second, bf, bi)
             _place(
@@ -733,7 +734,10 @@ def _observe(P, S, out, r):
 
 @compiled()
 def reset_replica(P, S, r, seed):
-    """Empty servers at time 0, unit weights, every random stream from ``seed``."""
+    """Empty servers at time 0, unit weights, every random stream from ``seed``.
+
+    Nobody looks at what the servers beyond those that exist hold but at their status, which is down for good.
+    """
     rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
     rf[:] = 0.0
     rf[R_SLOWDOWN] = 1.0
@@ -745,9 +749,10 @@ def reset_replica(P, S, r, seed):
     S.result[r] = 0.0
     S.bi[r] = 0
     S.bf[r] = 0.0
-    n = si.shape[0]
+    n = P.pi[r, P_SERVERS]
     balancers = S.score.shape[1]
     capacity = S.flow_i.shape[2]
+    si[n:, S_STATUS] = DOWN
     ri[R_RNG_ARRIVAL] = stream_seed(seed, _ARRIVAL, 0)
     ri[R_RNG_DEMAND] = stream_seed(seed, _DEMAND, 0)
     ri[R_RNG_HASH] = stream_seed(seed, _HASH, 0)

@@ -67,8 +67,9 @@ DONE, GROW_FLOWS, GROW_LOG = range(3)
     P_SERVICE,
     P_RECORD,
     P_TABLE_SIZE,  # Maglev: entries in use, a prime
+    P_SERVERS,  # servers that exist: the first ones of N
     NUM_PI,
-) = range(15)
+) = range(16)
 # Parameters of a server.
 V_CORES, V_INVERSE_CORES, V_SPEED, V_MEMORY, V_MEMORY_IDLE, V_MEMORY_FLOW, NUM_VF = range(7)
 V_WORKERS, V_BACKLOG, NUM_VI = range(3)
@@ -161,7 +162,7 @@ B_OPEN, B_ALIAS, NUM_BI = range(3)
 
 
 class Parameters(NamedTuple):
-    """What does not change during an episode. R replicas, N servers; other axes as wide as the widest replica."""
+    """What does not change during an episode. R replicas, N servers; other axes as wide as any replica needs."""
 
     pf: NDArray[np.float64]  # [R, NUM_PF]
     pi: NDArray[np.int64]  # [R, NUM_PI]
@@ -173,6 +174,10 @@ class Parameters(NamedTuple):
     rate_events: NDArray[np.float64]  # [R, E, 2]: time, factor; ends with time inf
     events: NDArray[np.float64]  # [R, E, 4]: time, kind, server, value; ends with time inf
     table: NDArray[np.float64]  # [T, 2]: trace times and demands, empirical demands
+
+
+#: What fills a replica's part of an array beyond what its scenario needs, where that is not 0.
+PADDING = {"server_f": 1.0, "first_level": 1.0, "rate_events": np.inf, "events": np.inf}
 
 
 class State(NamedTuple):
@@ -210,6 +215,36 @@ class Output(NamedTuple):
     counts: NDArray[np.int64]  # [4, R, N] started, completed, rejected, failed
     unrouted: NDArray[np.int64]  # [R]
     service: NDArray[np.float64]  # [R, NUM_SERVICE]
+
+
+def allocate_parameters(replicas: int, servers: int) -> Parameters:
+    """Parameters as narrow as they can be; :func:`widened` makes room."""
+    r = replicas
+    return Parameters(
+        pf=np.zeros((r, NUM_PF)),
+        pi=np.zeros((r, NUM_PI), np.int64),
+        server_f=np.ones((r, servers, NUM_VF)),
+        server_i=np.zeros((r, servers, NUM_VI), np.int64),
+        demand=np.zeros((r, 1)),
+        levels=np.zeros((r, 1, 3)),
+        first_level=np.ones((r, 1)),
+        rate_events=np.full((r, 1, 2), np.inf),
+        events=np.full((r, 1, 4), np.inf),
+        table=np.zeros((1, 2)),
+    )
+
+
+def widened(parameters: Parameters, rows: dict[str, NDArray[Any]]) -> Parameters:
+    """The same parameters with room for the ``rows`` of one replica, by the arrays' names."""
+    changes: dict[str, NDArray[Any]] = {}
+    for name, row in rows.items():
+        array = getattr(parameters, name)
+        if any(have < need for have, need in zip(array.shape[1:], row.shape, strict=True)):
+            shape = np.maximum(array.shape[1:], row.shape)
+            bigger = np.full((len(array), *shape), PADDING.get(name, 0.0), array.dtype)
+            bigger[tuple(slice(size) for size in array.shape)] = array
+            changes[name] = bigger
+    return parameters._replace(**changes) if changes else parameters
 
 
 def allocate_state(

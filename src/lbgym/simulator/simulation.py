@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -63,6 +64,7 @@ def _next_prime(n: int) -> int:
     return n
 
 
+@lru_cache(maxsize=1024)
 def maglev_table_size(num_servers: int) -> int:
     """The least prime with at least 100 entries per server: no server is more than about 1 % off its share."""
     return _next_prime(max(100 * num_servers, 101))
@@ -74,9 +76,13 @@ class Simulation:
     R replicas, m balancers, N servers. The flows of a replica (arrival times, demands, hashes) depend on its seed and
     the scenario only, never on weights or dispatch rule; results are the same bit for bit on any number of threads.
 
+    A scenario of fewer servers than N is simulated on the first ones; the others do not exist: they are inactive for
+    good, with zero rows, and nothing else differs, bit for bit, from a simulation without them.
+
     Args:
-        scenario: what to simulate. Replicas may be given others of the same size on ``reset``.
+        scenario: what to simulate. Replicas may be given others by :meth:`set_scenario`.
         num_replicas: R.
+        num_servers: N, room for the largest scenario a replica will be given; None: the scenario's.
         dispatch: overrides the scenario's dispatch rule.
         reservoirs: keep the balancers' samples; without them every feature but ``n_flow_on`` is 0.
         service: keep the FCTs of each interval for ``Snapshot.service``.
@@ -89,6 +95,7 @@ class Simulation:
         scenario: model.Scenario,
         num_replicas: int = 1,
         *,
+        num_servers: int | None = None,
         dispatch: str | None = None,
         reservoirs: bool = True,
         service: bool = True,
@@ -97,9 +104,10 @@ class Simulation:
     ) -> None:
         if isinstance(num_replicas, bool) or not isinstance(num_replicas, (int, np.integer)) or num_replicas < 1:
             raise ScenarioError(f"num_replicas must be a whole number of at least 1, got {num_replicas!r}")
+        num_servers = scenario.num_servers if num_servers is None else num_servers
         if num_threads is None:
             # A thread must be worth waking: about 0.1 ms of work each.
-            num_threads = max(1, min(available_cores(), num_replicas * scenario.num_servers // _SERVERS_PER_THREAD))
+            num_threads = max(1, min(available_cores(), num_replicas * num_servers // _SERVERS_PER_THREAD))
         elif isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
             raise ScenarioError(f"num_threads must be a whole number of at least 1, or None, got {num_threads!r}")
         if dispatch is not None and dispatch not in model.DISPATCH_RULES:
@@ -107,14 +115,13 @@ class Simulation:
         self.scenario = scenario
         self.num_replicas = int(num_replicas)
         self.num_balancers = scenario.balancers
-        self.num_servers = scenario.num_servers
+        self.num_servers = num_servers
         self.num_threads = min(num_threads, self.num_replicas)
         count = min(4 * self.num_threads, self.num_replicas)
         bounds = np.linspace(0, self.num_replicas, count + 1).astype(int).tolist()
         self._parts = list(pairwise(bounds))
         self._dispatch = dispatch
         self._reservoirs, self._service, self._record_flows = reservoirs, service, record_flows
-        self._maglev_size = maglev_table_size(self.num_servers)
         self._scenarios = [scenario] * self.num_replicas
         self._workers = Workers(self.num_threads - 1)
         self._started = np.zeros(self.num_replicas, np.bool_)
@@ -131,11 +138,13 @@ class Simulation:
             self.num_balancers,
             flows=_INITIAL_FLOWS,
             reservoir=self._reservoir_capacity,
-            maglev=self._maglev_size if (dispatch or scenario.dispatch) == "maglev" else 1,
+            maglev=1,
             log=_INITIAL_LOG if service else 1,
             record=_INITIAL_LOG if record_flows else 1,
         )
-        self._build_parameters()
+        self._parameters = at.allocate_parameters(self.num_replicas, self.num_servers)
+        self._table_end = 0
+        self.set_scenario(scenario)
         self._kernel = _kernel()
 
     @property
@@ -151,40 +160,92 @@ class Simulation:
         """Give the masked replicas (None: all) another scenario; takes effect with their next ``reset``.
 
         Raises:
-            ScenarioError: if it has another number of servers or balancers, or another reservoir capacity.
+            ScenarioError: if it has more servers than there is room for, another number of balancers, or another
+                reservoir capacity.
         """
-        for what, have, new in (
-            ("servers", self.num_servers, scenario.num_servers),
-            ("balancers", self.num_balancers, scenario.balancers),
-        ):
-            if have != new:
-                raise ScenarioError(
-                    f"scenario {scenario.name!r} has {new} {what}; this simulation was built for {have}"
-                )
+        chosen = range(self.num_replicas) if mask is None else np.flatnonzero(mask).tolist()
+        self.set_scenarios(dict.fromkeys(chosen, scenario))
+
+    def set_scenarios(self, scenarios: Mapping[int, model.Scenario]) -> None:
+        """Give some replicas a scenario each; takes effect with their next ``reset``. The others are not touched.
+
+        Raises:
+            ScenarioError: as :meth:`set_scenario`; no replica has another scenario then.
+        """
+        replicas: dict[int, list[int]] = {}
+        for r, scenario in scenarios.items():
+            replicas.setdefault(id(scenario), []).append(r)
+        for chosen in replicas.values():
+            self._check(scenarios[chosen[0]])
+        for chosen in replicas.values():
+            scenario = scenarios[chosen[0]]
+            self._write_parameters(scenario, chosen)
+            for r in chosen:
+                self._scenarios[r] = scenario
+                self._started[r] = False
+        self._all_started = bool(self._started.all())
+
+    def _check(self, scenario: model.Scenario) -> None:
+        """Refuse a scenario that does not fit into the arrays."""
+        if scenario.num_servers > self.num_servers:
+            raise ScenarioError(
+                f"scenario {scenario.name!r} has {scenario.num_servers} servers; this simulation has room for "
+                f"{self.num_servers}"
+            )
+        if scenario.balancers != self.num_balancers:
+            raise ScenarioError(
+                f"scenario {scenario.name!r} has {scenario.balancers} balancers; this simulation was built for "
+                f"{self.num_balancers}"
+            )
         if self._reservoirs and scenario.sampling.capacity != self._reservoir_capacity:
             raise ScenarioError(
                 f"scenario {scenario.name!r} has reservoirs of {scenario.sampling.capacity}; "
                 f"this simulation was built for {self._reservoir_capacity}"
             )
-        chosen = range(self.num_replicas) if mask is None else np.flatnonzero(mask)
-        for r in chosen:
-            self._scenarios[r] = scenario
-            self._started[r] = False
-        self._all_started = False
-        if (self._dispatch or scenario.dispatch) == "maglev" and self._state.maglev.shape[2] == 1:
-            shape = (self.num_replicas, self.num_balancers, self._maglev_size)
-            self._state = self._state._replace(maglev=np.zeros(shape, np.int32))
-        self._build_parameters()
 
-    def _build_parameters(self) -> None:
-        self._parameters = build_parameters(
-            self._scenarios,
-            dispatch=self._dispatch,
-            reservoirs=self._reservoirs,
-            service=self._service,
-            record=self._record_flows,
-            maglev_size=self._maglev_size,
-        )
+    def _write_parameters(self, scenario: model.Scenario, replicas: list[int]) -> None:
+        """Put a scenario into the kernel's arrays; what the replicas had before is forgotten."""
+        rule = self._dispatch or scenario.dispatch
+        if rule == "maglev" and self._state.maglev.shape[2] == 1:
+            shape = (self.num_replicas, self.num_balancers, maglev_table_size(self.num_servers))
+            self._state = self._state._replace(maglev=np.zeros(shape, np.int32))
+        rows, entries = _scenario_rows(scenario, rule, self._reservoirs, self._service, self._record_flows)
+        if entries is not None:
+            self._parameters.pi[replicas, at.P_TABLE_LENGTH] = 0
+            rows["pi"][at.P_TABLE_START] = self._add_to_table(entries)
+            rows["pi"][at.P_TABLE_LENGTH] = len(entries)
+        self._parameters = at.widened(self._parameters, rows)
+        where: Any = replicas[0] if len(replicas) == 1 else replicas
+        for name, row in rows.items():
+            array = getattr(self._parameters, name)
+            if row.shape == array.shape[1:]:
+                array[where] = row
+            else:
+                array[where] = at.PADDING.get(name, 0.0)
+                array[(where, *(slice(size) for size in row.shape))] = row
+
+    def _add_to_table(self, entries: NDArray[np.float64]) -> int:
+        """Copy a trace or measured demands into the table that the replicas share; returns where they begin."""
+        pi, table = self._parameters.pi, self._parameters.table
+        start = self._table_end
+        if start + len(entries) > len(table):
+            # What replicas still use moves to the front of a larger table.
+            used = pi[:, at.P_TABLE_LENGTH] > 0
+            parts = {int(row[at.P_TABLE_START]): int(row[at.P_TABLE_LENGTH]) for row in pi[used]}
+            kept = sum(parts.values())
+            bigger = np.zeros((2 * (kept + len(entries)), 2))
+            start = 0
+            moved: dict[int, int] = {}
+            for first, length in parts.items():
+                bigger[start : start + length] = table[first : first + length]
+                moved[first] = start
+                start += length
+            pi[used, at.P_TABLE_START] = [moved[int(first)] for first in pi[used, at.P_TABLE_START]]
+            self._parameters = self._parameters._replace(table=bigger)
+            table = bigger
+        table[start : start + len(entries)] = entries
+        self._table_end = start + len(entries)
+        return start
 
     def reset(self, seeds: Sequence[int], mask: NDArray[np.bool_] | None = None) -> Snapshot:
         """Empty the masked replicas (None: all) and start their flows from ``seeds``, one per replica.
@@ -442,45 +503,6 @@ def _first_bad(weights: NDArray[np.float64]) -> float:
     return float(bad[0])
 
 
-def build_parameters(
-    scenarios: Sequence[model.Scenario],
-    *,
-    dispatch: str | None,
-    reservoirs: bool,
-    service: bool,
-    record: bool,
-    maglev_size: int,
-) -> at.Parameters:
-    """Scenarios, one per replica, as the kernel's arrays."""
-    distinct: dict[int, int] = {}
-    rows = [distinct.setdefault(id(scenario), len(distinct)) for scenario in scenarios]
-    unique = list({id(scenario): scenario for scenario in scenarios}.values())
-    table: list[NDArray[np.float64]] = []
-    built = [_scenario_rows(s, dispatch or s.dispatch, reservoirs, service, record, maglev_size, table) for s in unique]
-
-    def stack(name: str, fill: float = 0.0) -> NDArray[Any]:
-        arrays = [one[name] for one in built]
-        shape = tuple(max(a.shape[i] for a in arrays) for i in range(arrays[0].ndim))
-        out = np.full((len(arrays), *shape), fill, arrays[0].dtype)
-        for i, a in enumerate(arrays):
-            window: tuple[Any, ...] = (i, *(slice(0, n) for n in a.shape))
-            out[window] = a
-        return np.ascontiguousarray(out[rows])
-
-    return at.Parameters(
-        pf=stack("pf"),
-        pi=stack("pi"),
-        server_f=stack("server_f"),
-        server_i=stack("server_i"),
-        demand=stack("demand"),
-        levels=stack("levels"),
-        first_level=stack("first_level", 1.0),
-        rate_events=stack("rate_events", math.inf),
-        events=stack("events", math.inf),
-        table=np.concatenate(table) if table else np.zeros((1, 2)),
-    )
-
-
 def _demand_row(demand: model.Demand) -> tuple[int, list[float]]:
     match demand:
         case model.Deterministic():
@@ -523,15 +545,9 @@ def _modulation(arrivals: model.Arrivals) -> tuple[NDArray[np.float64], NDArray[
 
 
 def _scenario_rows(
-    scenario: model.Scenario,
-    dispatch: str,
-    reservoirs: bool,
-    service: bool,
-    record: bool,
-    maglev_size: int,
-    table: list[NDArray[np.float64]],
-) -> dict[str, NDArray[Any]]:
-    """One scenario's part of every parameter array; appends its trace or measured demands to ``table``."""
+    scenario: model.Scenario, dispatch: str, reservoirs: bool, service: bool, record: bool
+) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64] | None]:
+    """One scenario's row of every parameter array, and its trace or measured demands for the table."""
     workload, sampling = scenario.workload, scenario.sampling
     pf, pi = np.zeros(at.NUM_PF), np.zeros(at.NUM_PI, np.int64)
     pf[at.P_RATE] = scenario.rate
@@ -543,7 +559,8 @@ def _scenario_rows(
     pi[at.P_RULE] = model.DISPATCH_RULES.index(dispatch)
     pi[at.P_ALGORITHM] = int(sampling.algorithm == "uniform")
     pi[at.P_RESERVOIRS], pi[at.P_SERVICE], pi[at.P_RECORD] = reservoirs, service, record
-    pi[at.P_TABLE_SIZE] = maglev_size
+    pi[at.P_TABLE_SIZE] = maglev_table_size(scenario.num_servers)
+    pi[at.P_SERVERS] = scenario.num_servers
 
     demand_kind, demand = _demand_row(workload.demand)
     levels, first_level, fixed = _modulation(workload.arrivals)
@@ -570,15 +587,11 @@ def _scenario_rows(
         pi[at.P_DEMAND] = demand_kind
         if isinstance(workload.demand, model.Empirical):
             entries = np.column_stack([np.zeros(len(workload.demand.values)), workload.demand.values])
-    if entries is not None:
-        pi[at.P_TABLE_START] = sum(len(part) for part in table)
-        pi[at.P_TABLE_LENGTH] = len(entries)
-        table.append(entries)
 
     rates = [[e.time, e.value] for e in scenario.events if e.kind == "rate"]
     others = [[e.time, _EVENT_KINDS[e.kind], e.server, e.value or 0.0] for e in scenario.events if e.kind != "rate"]
     unlimited = 1 << 60
-    return {
+    rows: dict[str, NDArray[Any]] = {
         "pf": pf,
         "pi": pi,
         "server_f": np.array(
@@ -601,3 +614,4 @@ def _scenario_rows(
         "rate_events": np.array([*rates, [math.inf, 0.0]]),
         "events": np.array([*others, [math.inf] * 4]),
     }
+    return rows, entries
