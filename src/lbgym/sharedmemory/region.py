@@ -179,7 +179,7 @@ class SharedMemoryRegion:
         header["actions_offset"], header["action_size"] = layout.actions_offset, layout.action_size
         header["instance"] = secrets.randbits(63)
         header["created_at"], header["heartbeat"] = time.time_ns(), time.monotonic_ns()
-        header["publish_interval"] = int(_seconds("publish_interval", publish_interval, 1e-6, _DAY) * _NS)
+        header["publish_interval"] = round(_seconds("publish_interval", publish_interval, 1e-6, _DAY) * _NS)
         header["clock_rate"] = _seconds("clock_rate", clock_rate, 1e-6, 1e6)
         header["producer_pid"], header["state"] = os.getpid(), abi.STATE_RUNNING
         if not driver.isprintable() or len(driver.encode()) > 24:
@@ -396,7 +396,10 @@ class SharedMemoryRegion:
         """
         if buffer.capacity != self.capacity:
             raise self._misfit(buffer)
-        status = kernels.read_earlier_frame(self._memory, self._frames, self._frame_sections, buffer.words, sequence_id)
+        memory = self._memory
+        if not 1 <= sequence_id < 1 << 63:
+            return False
+        status = kernels.read_earlier_frame(memory, self._frames, self._frame_sections, buffer.words, sequence_id)
         if status == kernels.INVALID:
             raise RegionFormatError(f"region {self.name!r} holds an observation that no data plane may publish")
         return bool(status == kernels.OK)
