@@ -1,11 +1,13 @@
 """A warm process that forks others: ``python -m tests.sharedmemory.nursery``.
 
-A fork is a process of its own, that can be killed like any other, a thousand times faster than a new interpreter. It
-plays one of the roles below; what it has to say comes back as lines of JSON.
+A fork is a process of its own, that can be killed like any other, and begins a hundred times faster than a new
+interpreter. It plays a role, which is a function of a module such as those below; what it has to say comes back as
+lines of JSON.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -203,20 +205,12 @@ def said(call: Callable[[], Any]) -> Any:
         return [type(error).__name__, str(error)]
 
 
-ROLES = {
-    role.__name__: role
-    for role in (
-        publish, act, create, race, publish_now_and_then, drive, wait, leave_a_child, use_in_a_child, limited,
-        as_nobody,
-    )
-}  # fmt: skip
-
-
 class Child:
     """A forked process, as the test has it."""
 
     def __init__(self, nursery: Nursery, pid: int) -> None:
         self._nursery, self.pid = nursery, pid
+        self._code: int | None = None
 
     def hear(self) -> Any:
         """The next thing it says; waits for it."""
@@ -228,12 +222,15 @@ class Child:
         os.kill(self.pid, number)
 
     def end(self) -> int:
-        """Wait for its end, return its exit code: minus the signal, if one killed it."""
-        return int(self._nursery.command("end", self.pid))
+        """Wait for its end and return its exit code: 0 if its role is over, or minus the signal that killed it."""
+        if self._code is None:
+            self._code = int(self._nursery.command("end", self.pid))
+        return self._code
 
     def kill(self) -> None:
         """Kill it; when this returns it is dead, and the kernel has dropped its locks."""
-        self.signal(signal.SIGKILL)
+        if self._code is None:
+            self.signal(signal.SIGKILL)
         code = self.end()
         assert code == -signal.SIGKILL, f"it had ended before with code {code}; see standard error"
 
@@ -257,16 +254,18 @@ class Nursery:
 
     def fork(self, role: Callable[..., None], **options: Any) -> Child:
         """A process that plays a role, in the test's directory of regions."""
-        return Child(self, self.command("fork", role.__name__, os.environ[DIRECTORY_VARIABLE], options))
+        folder = os.environ[DIRECTORY_VARIABLE]
+        return Child(self, self.command("fork", role.__module__, role.__name__, folder, options))
 
     @contextmanager
     def running(self, role: Callable[..., None], **options: Any) -> Iterator[Child]:
-        """The same, killed at the end of the block."""
+        """The same, killed at the end of the block if it is not at its end before."""
         child = self.fork(role, **options)
         try:
             yield child
         finally:
-            child.signal(signal.SIGKILL)
+            if child._code is None:
+                child.signal(signal.SIGKILL)
             child.end()
 
     def close(self) -> None:
@@ -274,7 +273,7 @@ class Nursery:
         self._process.communicate()
 
 
-def _play(role: str, folder: str, options: dict[str, Any], pipe: int) -> None:
+def _play(module: str, role: str, folder: str, options: dict[str, Any], pipe: int) -> None:
     """In the child; does not return."""
     code = 1
     try:
@@ -286,7 +285,7 @@ def _play(role: str, folder: str, options: dict[str, Any], pipe: int) -> None:
         def say(thing: Any) -> None:
             os.write(pipe, json.dumps(thing).encode() + b"\n")
 
-        ROLES[role](say, **options)
+        getattr(importlib.import_module(module), role)(say, **options)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -301,11 +300,11 @@ def main() -> None:
         match json.loads(line):
             case ["ready"]:
                 answer: Any = True
-            case ["fork", role, folder, options]:
+            case ["fork", module, role, folder, options]:
                 reading, writing = os.pipe()
                 answer = os.fork()
                 if answer == 0:
-                    _play(role, folder, options, writing)
+                    _play(module, role, folder, options, writing)
                 os.close(writing)
                 pipes[answer] = os.fdopen(reading, "rb")
             case ["hear", pid]:
@@ -322,4 +321,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # The module of the roles, once and for all children.
+    importlib.import_module("tests.sharedmemory.nursery")
     main()

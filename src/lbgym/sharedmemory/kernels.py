@@ -239,9 +239,7 @@ def read_frame(words, plan, sections, frame):
 
 @compiled()
 def read_earlier_frame(words, plan, sections, frame, sequence_id):
-    """Copy observation ``sequence_id`` into ``frame`` if the ring still has it; OK, NOTHING if not, or INVALID."""
-    if sequence_id < 1:
-        return NOTHING
+    """Copy observation ``sequence_id`` (1 or more) into ``frame``; OK, INVALID, or NOTHING if the ring has it not."""
     slot = np.int64(np.uint64(sequence_id) & np.uint64(plan[_COUNT] - 1))
     at = plan[_FIRST] + slot * plan[_STRIDE]
     lock = _load(words, at + _LOCK)
