@@ -657,7 +657,7 @@ static inline int lbgym_shm_check(lbgym_shm_region *region, const struct stat *s
         return LBGYM_SHM_REFUSE(region, "it has %zd bytes, and a header has %zu", got < 0 ? 0 : got, sizeof *h);
     }
     if (h->magic != LBGYM_SHM_MAGIC) {
-        return LBGYM_SHM_REFUSE(region, "%s", "it does not begin with 'LBGYMSHM'");
+        return LBGYM_SHM_REFUSE(region, "%s", "it begins with other bytes than 'LBGYMSHM'");
     }
     if (h->version_major != LBGYM_SHM_VERSION_MAJOR) {
         return LBGYM_SHM_REFUSE(region, "it has version %u.%u of the binary interface, this is %d",
