@@ -23,11 +23,16 @@ TIMEOUT = 180.0
 SHORT = {
     "live_training.py": ["--steps", "300"],
     "random_policy.py": [],
+    "multi_agent.py": [],
     "manual_control.py": ["--scenario", "uniform"],
     "train_ppo.py": ["--seconds", "1"],
 }
 #: Modules an example needs beyond the core.
-NEEDS = {"live_training.py": ("stable_baselines3", "typer"), "train_ppo.py": ("torch", "rich", "scipy")}
+NEEDS = {
+    "live_training.py": ("stable_baselines3", "typer"),
+    "multi_agent.py": ("pettingzoo",),
+    "train_ppo.py": ("torch", "rich", "scipy"),
+}
 
 
 def environment() -> dict[str, str]:
