@@ -319,7 +319,8 @@ class _Segments:
         try:
             pending.result()
         except OSError as error:
-            raise RecordingError(f"cannot write to {self.folder}: {error.strerror or error}") from error
+            before = "; what was recorded before is there" if segments_of(self.folder) else ""
+            raise RecordingError(f"cannot write to {self.folder}: {error.strerror or error}{before}") from error
 
     def finish(self) -> None:
         """Make one file of the segments."""
@@ -332,19 +333,14 @@ class _Segments:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is not None:
-                try:
-                    self.flush()
-                    self._wait()
-                except RecordingError as error:
-                    # The first failure is the one to be told.
-                    logger.warning("%s", error)
-                if self._count:
-                    logger.warning("what was recorded is in %s", self.folder)
-                else:
-                    shutil.rmtree(self.folder, ignore_errors=True)
+            if kind is not None and not issubclass(kind, RecordingError):
+                self.flush()
+                self._wait()
+                logger.warning("what was recorded until now is in %s", self.folder)
         finally:
             self._writer.shutdown()
+            if self.folder.is_dir() and not segments_of(self.folder):
+                shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
 
 
