@@ -68,6 +68,10 @@ def good_image() -> bytes:
 
 
 LAYOUT = abi.Layout(CAPACITY)
+#: Fields of the header that say where things are.
+SIZES = (
+    "total_size", "num_frames", "frames_offset", "frame_size", "actions_offset", "action_size", "num_actions",
+)  # fmt: skip
 #: First byte and size of what a mutation hits.
 AREAS = {
     "header": (0, abi.HEADER.size),
@@ -205,8 +209,21 @@ def assert_sane_dictionary(shown: dict, buffer: ObservationBuffer) -> None:
         assert all(0.0 <= row[name] < math.inf for name in (*FEATURE_NAMES, "weight"))
 
 
+def assert_sane_places(region: SharedMemoryRegion, image: np.ndarray) -> None:
+    """Nothing that is read or written lies beyond the file or in something else."""
+    header = {name: int(image[: abi.HEADER.size].view(abi.HEADER.dtype)[name][0]) for name in SIZES}
+    layout = abi.Layout(region.capacity)
+    assert header["total_size"] == len(image)
+    assert header["frame_size"] >= layout.frame_size and header["action_size"] >= layout.action_size
+    frames_end = header["frames_offset"] + header["num_frames"] * header["frame_size"]
+    actions_end = header["actions_offset"] + header["num_actions"] * header["action_size"]
+    assert abi.HEADER.size <= header["frames_offset"]
+    assert frames_end <= header["actions_offset"] and actions_end <= len(image)
+
+
 def examine(region: SharedMemoryRegion, image: np.ndarray, tally: dict[str, int], write: bool) -> None:
     """Use everything an agent or an onlooker may use."""
+    assert_sane_places(region, image)
     assert 1 <= region.capacity <= abi.MAX_CAPACITY and region.version[0] == abi.VERSION_MAJOR
     assert 0.0 < region.publish_interval <= 86_400.0 and 1e-6 <= region.clock_rate <= 1e6
     assert region.driver.isprintable() and len(repr(region)) < 400
