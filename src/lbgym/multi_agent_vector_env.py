@@ -57,9 +57,9 @@ class MultiLoadBalanceVectorEnv(LoadBalanceVectorEnv):
     * "difference": each gets G - G_b, where G_b is the reward of the mean over the *other* balancers' fields. It is the
       Wonderful Life Utility of Wolpert and Tumer (Advances in Complex Systems 4, 2001), with what balancer b *observes*
       taken out of the field: exact, and computed from what is known. It is not the world without b's actions: b's
-      flows are still on the servers and in what the others observe, which only a second simulation could undo. Nor is
-      it the Aristocrat Utility, which averages over the actions b might have taken. Service rewards count all flows
-      together and leave nothing to take out, so they are refused.
+      flows are still on the servers and in what the others observe, which only a second simulation could undo, and so
+      G_b is not quite independent of what b does. Nor is it the Aristocrat Utility, which averages over the actions b
+      might have taken. Service rewards count all flows together and leave nothing to take out, so they are refused.
 
     Service rewards and ground truth are of the cluster, so the first three sharings give everybody the same. A mean
     over balancers is one over those that have the server in service.
