@@ -18,7 +18,7 @@ from .errors import InvalidOptionError, InvalidRewardError, ResetNeeded, Unknown
 from .observations import ObservationLayout
 from .rendering import RENDER_MODES, Viewer
 from .rewards import make_reward
-from .scenarios import DISPATCH_RULES, Scenario, default_scenario, load_scenario
+from .scenarios import DISPATCH_RULES, Scenario, ScenarioDistribution, default_scenario, load_scenario
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -38,6 +38,14 @@ class Setup:
     Args:
         live: whether the data plane is a real one, with ``num_servers`` servers. The scenario then is what is known of
             its cluster, and None if nothing is.
+
+    Attributes:
+        source: the scenario of every episode, or the distribution that each draws its own from; None if nothing is
+            known of a live cluster.
+        scenario: the scenario, if there is one for all episodes.
+        distribution: the distribution, if there is one.
+        shape: a scenario as large as any that may be drawn; None as ``source``.
+        horizon: seconds of an episode.
 
     Raises:
         UnknownNameError: for an unknown name of an action type, layout, reward, field, dispatch rule, render mode or
@@ -61,19 +69,33 @@ class Setup:
         use_ground_truth: bool = False,
         observation: str = "matrix",
         normalize: bool = False,
-        scenario: Scenario | str | PathLike[str] | None = None,
+        scenario: Scenario | ScenarioDistribution | str | PathLike[str] | None = None,
         dispatch: str | None = None,
         render_mode: str | None = None,
         live: bool = False,
     ) -> None:
         if num_servers is not None:
             num_servers = whole("num_servers", num_servers)
-        self.scenario: Scenario | None = None
+        self.source: Scenario | ScenarioDistribution | None = None
         if scenario is not None:
-            self.scenario = load_scenario(scenario)
+            self.source = load_scenario(scenario)
         elif not live:
-            self.scenario = default_scenario(num_servers or 4)
-        if self.scenario is not None and num_servers not in (None, self.scenario.num_servers):
+            self.source = default_scenario(num_servers or 4)
+        self.distribution = self.source if isinstance(self.source, ScenarioDistribution) else None
+        self.scenario = None if isinstance(self.source, ScenarioDistribution) else self.source
+        self.shape = self.scenario if self.distribution is None else self.distribution.reference
+        if self.distribution is not None:
+            if live:
+                raise InvalidOptionError(
+                    f"scenario {self.distribution.name!r} is a distribution, but the cluster of a live data plane is "
+                    "not drawn; give the scenario that describes it, or none"
+                )
+            if num_servers is not None and num_servers < self.distribution.max_servers:
+                raise InvalidOptionError(
+                    f"num_servers={num_servers}, but distribution {self.distribution.name!r} draws up to "
+                    f"{self.distribution.max_servers} servers; leave num_servers out, or give at least as many"
+                )
+        elif self.scenario is not None and num_servers not in (None, self.scenario.num_servers):
             raise InvalidOptionError(
                 f"num_servers={num_servers}, but scenario {self.scenario.name!r} has {self.scenario.num_servers} "
                 "servers; leave num_servers out, or give it no scenario"
@@ -94,11 +116,12 @@ class Setup:
         if max_episode_steps is not None:
             self.max_steps = min(self.max_steps, whole("max_episode_steps", max_episode_steps))
         if num_servers is None:
-            assert self.scenario is not None
-            num_servers = self.scenario.num_servers
+            assert self.shape is not None
+            num_servers = self.shape.num_servers
         self.num_servers = num_servers
         self.dispatch = dispatch
         self.step_interval = float(step_interval)
+        self.horizon = self.max_steps * self.step_interval
         self.render_mode = render_mode
         self.codec = make_action_codec(
             self.num_servers,
@@ -154,6 +177,12 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
 
     On a scenario with several balancers the environment sees balancer 0, and its weights go to all.
 
+    **Domain randomisation**: with a distribution (:class:`~lbgym.scenarios.ScenarioDistribution`) as its scenario,
+    every episode draws its own from the episode's seed: servers, load, workload, dispatch rule, events. N is the
+    largest number of servers; those an episode does not have are inactive from the start: mask 0, zero rows, no flows,
+    no part in the reward, whatever their weights. ``reset`` then tells also ``server_cores`` int64[N] and
+    ``server_speeds`` float64[N], 0 where there is no server, ``load`` and ``rate`` (flows/s).
+
     **Live**: with ``shm_name`` the environment drives the data plane that publishes in that region of shared memory, in
     real time. It attaches at construction. A step writes the weights and waits for the observation one interval on;
     ``info`` then also has what :class:`~lbgym.dataplanes.SharedMemoryDataPlane` tells (which action the observation
@@ -161,8 +190,9 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
     FCT quantiles of a step are unknown, and so are rewards made of them.
 
     Args:
-        num_servers: N of the built-in scenario, 4 by default; with a scenario, its number of servers. Live: as many as
-            the data plane has, or more, so that others can join.
+        num_servers: N of the built-in scenario, 4 by default; with a scenario, its number of servers; with a
+            distribution, the largest number it draws, or more. Live: as many as the data plane has, or more, so that
+            others can join.
         action_type: "discrete", "joint", "continuous" or "normalized".
         action_weights: the K levels of a discrete action.
         min_weight: least weight of a continuous action.
@@ -175,7 +205,8 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         use_ground_truth: append the 3 columns that only the servers themselves know.
         observation: "matrix", "flat" or "dict".
         normalize: map every feature to [0, 1] by a fixed logarithmic scale.
-        scenario: a Scenario, the name of one, or the path of a TOML file; None: alternating servers of 2 and 4 cores.
+        scenario: a Scenario or a distribution of them, the name of one, or the path of a TOML file; None: alternating
+            servers of 2 and 4 cores.
             Live: what is known of the cluster, for policies and pictures; None: nothing.
         dispatch: dispatch rule instead of the scenario's.
         shm_name: region of shared memory of a live data plane; None: simulate.
@@ -207,7 +238,7 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         use_ground_truth: bool = False,
         observation: str = "matrix",
         normalize: bool = False,
-        scenario: Scenario | str | PathLike[str] | None = None,
+        scenario: Scenario | ScenarioDistribution | str | PathLike[str] | None = None,
         dispatch: str | None = None,
         shm_name: str | None = None,
         shm_timeout: float = 2.0,
@@ -244,8 +275,14 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         self._data_plane: DataPlane
         if live is None:
             setup = make()
-            assert setup.scenario is not None
-            self._data_plane = SimulatedDataPlane(setup.scenario, dispatch=setup.dispatch, interval=setup.step_interval)
+            assert setup.source is not None
+            self._data_plane = SimulatedDataPlane(
+                setup.source,
+                dispatch=setup.dispatch,
+                interval=setup.step_interval,
+                num_servers=setup.num_servers,
+                horizon=setup.horizon,
+            )
         else:
             try:
                 setup = make()
@@ -259,6 +296,7 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
                 raise
             self._data_plane = live
         self.scenario = setup.scenario
+        self.distribution = setup.distribution
         self.num_servers = setup.num_servers
         self.max_steps = setup.max_steps
         self.render_mode = setup.render_mode
@@ -305,7 +343,11 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         self._viewer = self._setup.viewer(self._data_plane.scenario or self.scenario)
         if self.render_mode == "human":
             self.render()
-        return self._observation(self._snapshot), self._info(self._snapshot)
+        info = self._info(self._snapshot)
+        if self.distribution is not None:
+            assert self._data_plane.scenario is not None
+            info |= scenario_facts(self._data_plane.scenario, self.num_servers)
+        return self._observation(self._snapshot), info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Set the weights of ``action``, let one interval pass, observe.
@@ -359,6 +401,18 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
             info["fct_mean"], info["fct_p50"], info["fct_p90"], info["fct_p99"] = mean, p50, p90, p99
         info.update(self._data_plane.info)
         return info
+
+
+def scenario_facts(scenario: Scenario, num_servers: int) -> dict[str, Any]:
+    """What ``info`` tells of a scenario that was drawn.
+
+    ``server_cores`` int64[N] and ``server_speeds`` float64[N], 0 where no server exists; ``load`` and
+    ``rate`` (flows/s).
+    """
+    cores, speeds = np.zeros(num_servers, np.int64), np.zeros(num_servers)
+    cores[: scenario.num_servers] = [server.cores for server in scenario.servers]
+    speeds[: scenario.num_servers] = [server.speed for server in scenario.servers]
+    return {"server_cores": cores, "server_speeds": speeds, "load": scenario.load, "rate": scenario.rate}
 
 
 def batch_info(snapshot: Snapshot, weights: NDArray[np.float64], mask: NDArray[np.bool_]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .errors import InvalidActionError, InvalidOptionError, InvalidRewardError, 
 from .features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES, NUM_FEATURES
 from .features.columns import column_index as feature_column
 from .observations import ObservationLayout
-from .scenarios import Scenario, default_scenario, load_scenario
+from .scenarios import Scenario, ScenarioDistribution, default_scenario, load_scenario
 from .snapshot import Snapshot
 from .vector_env import LoadBalanceVectorEnv
 
@@ -192,7 +192,7 @@ class MultiLoadBalanceVectorEnv(LoadBalanceVectorEnv):
 
     # What differs from one balancer
 
-    def _scenario_with(self, options: Mapping[str, Any]) -> Scenario | None:
+    def _scenario_with(self, options: Mapping[str, Any]) -> Scenario | ScenarioDistribution | None:
         scenario = super()._scenario_with(options)
         assert scenario is not None
         return _behind(scenario, self.num_balancers)
@@ -246,6 +246,11 @@ class MultiLoadBalanceVectorEnv(LoadBalanceVectorEnv):
             info |= {"_weights_in_force": mask.copy(), "_action_delay": mask.copy()}
         return info
 
+    def _facts(self, mask: NDArray[np.bool_]) -> dict[str, Any]:
+        facts = super()._facts(mask)
+        m = self.num_balancers
+        return {key: x if key.startswith("_") else np.repeat(x[:, None], m, axis=1) for key, x in facts.items()}
+
     def _reset_at_once(
         self, ended: NDArray[np.bool_], observation: Any, info: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
@@ -262,7 +267,7 @@ class MultiLoadBalanceVectorEnv(LoadBalanceVectorEnv):
         return field
 
 
-def _behind(scenario: Scenario, num_balancers: int) -> Scenario:
+def _behind(scenario: Scenario | ScenarioDistribution, num_balancers: int) -> Scenario | ScenarioDistribution:
     """The scenario with that many balancers; itself if it has them."""
     return scenario if scenario.balancers == num_balancers else scenario.with_changes(balancers=num_balancers)
 

@@ -160,17 +160,18 @@ class Viewer:
         return None
 
     def frame(self, snapshot: Snapshot, *, weights: NDArray[np.float64], reward: float | None, step: int) -> Frame:
-        """The view of a snapshot, with copies of its arrays."""
+        """The view of a snapshot, with copies of its arrays, of the servers that exist."""
+        n = len(snapshot.active) if self._cores is None else len(self._cores)
         if self._history and self._history[-1].step == step:
             new_flows = self._history[-1].new_flows
         else:
             started = np.array(snapshot.started)
-            new_flows = started if self._started is None else np.maximum(started - self._started, 0)
-        stats = np.asarray(snapshot.stats, dtype=np.float64)
+            new_flows = (started if self._started is None else np.maximum(started - self._started, 0))[:n]
+        stats = np.asarray(snapshot.stats, dtype=np.float64)[:n]
         truth, service = snapshot.ground_truth, snapshot.service
 
         def truth_column(name: Literal["cpu_usage", "busy_workers"]) -> NDArray[np.float64] | None:
-            return None if truth is None else np.array(truth[:, GROUND_TRUTH_NAMES.index(name)], dtype=np.float64)
+            return None if truth is None else np.array(truth[:n, GROUND_TRUTH_NAMES.index(name)], dtype=np.float64)
 
         def statistic(name: str) -> float | None:
             return None if service is None else float(service[SERVICE_NAMES.index(name)])
@@ -181,8 +182,8 @@ class Viewer:
             step=int(step),
             time=float(snapshot.timestamp),
             reward=None if reward is None else float(reward),
-            active=np.array(snapshot.active, dtype=bool),
-            weights=np.array(weights, dtype=np.float64),
+            active=np.array(snapshot.active[:n], dtype=bool),
+            weights=np.array(weights[:n], dtype=np.float64),
             open_flows=stats[:, column_index("n_flow_on")].copy(),
             fct=stats[:, column_index("fct_mean_decay")].copy(),
             duration=stats[:, column_index("duration_mean_decay")].copy(),

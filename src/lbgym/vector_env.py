@@ -11,10 +11,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .env import LoadBalanceEnv, Setup, batch_info, check_seed
+from .env import LoadBalanceEnv, Setup, batch_info, check_seed, scenario_facts
 from .errors import InvalidOptionError, ResetNeeded, UnknownNameError
 from .rendering import Viewer
-from .scenarios import Scenario
+from .scenarios import Scenario, ScenarioDistribution
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
     Equal, replica by replica and bit for bit, to single environments with the same seeds: ``reset(seed=s)`` seeds
     replica i with s + i, or takes a seed per replica. Observations, actions, rewards and ends are those of the single
     environment with a leading axis; ``info`` holds arrays and, for each ``key``, a mask ``_key`` of the replicas that
-    tell it.
+    tell it. With a distribution of scenarios each replica draws its own at each of its resets.
 
     Args:
         num_envs: replicas.
@@ -72,6 +72,7 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         self.metadata = LoadBalanceEnv.metadata | {"autoreset_mode": self.autoreset_mode}
         self.num_envs = int(num_envs)
         self.scenario = setup.scenario
+        self.distribution = setup.distribution
         self.num_servers = setup.num_servers
         self.max_steps = setup.max_steps
         self.render_mode = setup.render_mode
@@ -97,8 +98,15 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
     def _make_simulation(self, num_threads: int | None) -> Simulation:
         from .simulator import Simulation
 
-        assert self.scenario is not None  # only a live environment may have none
-        return Simulation(self.scenario, self.num_envs, dispatch=self._setup.dispatch, num_threads=num_threads)
+        setup = self._setup
+        assert setup.shape is not None  # only a live environment may have none
+        return Simulation(
+            setup.shape,
+            self.num_envs,
+            num_servers=setup.num_servers,
+            dispatch=setup.dispatch,
+            num_threads=num_threads,
+        )
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
@@ -115,15 +123,16 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         seeds = self._seeds(seed)
         for one in seeds:
             check_seed(one)
-        self._restore(mask, self._scenario_with(rest))
+        source = self._scenario_with(rest)
+        self._restore(mask, source)
         for i in np.flatnonzero(mask).tolist():
             if seeds[i] is not None or self._generators[i] is None:
                 self._generators[i] = seeding.np_random(seeds[i])[0]
-        self._snapshot = self._view(self._simulation.reset(self._draw_seeds(mask), mask))
+        self._snapshot = self._view(self._simulation.reset(self._draw_episodes(mask, source), mask))
         self._begin(mask)
         if self._setup.render_mode == "human":
             self.render()
-        return self._observation(self._snapshot), self._info(self._snapshot, mask)
+        return self._observation(self._snapshot), self._info(self._snapshot, mask) | self._facts(mask)
 
     def step(
         self, actions: Any
@@ -153,8 +162,9 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
             snapshot = self._view(self._run(weights))
         else:
             again = again.copy()
-            self._restore(again, self.scenario)
-            snapshot = self._view(self._run(weights, seeds=self._draw_seeds(again), reset=again))
+            self._restore(again, self._setup.source)
+            seeds = self._draw_episodes(again, self._setup.source)
+            snapshot = self._view(self._run(weights, seeds=seeds, reset=again))
         self._snapshot = snapshot
         self._steps += 1
         rewards = np.array(self._reward(snapshot), np.float64)
@@ -166,6 +176,8 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         self._over = truncated.copy()
         observation = self._observation(snapshot)
         info = self._info(snapshot, self._all)
+        if again is not None:
+            info |= self._facts(again)
         if self.autoreset_mode == AutoresetMode.SAME_STEP and truncated.any():
             observation, info = self._reset_at_once(truncated, observation, info)
         if self._setup.render_mode == "human":
@@ -184,10 +196,10 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
             key: (value & ended if value.dtype == np.bool_ and key.startswith("_") else value)
             for key, value in info.items()
         }
-        self._restore(ended, self.scenario)
-        self._snapshot = self._view(self._simulation.reset(self._draw_seeds(ended), ended))
+        self._restore(ended, self._setup.source)
+        self._snapshot = self._view(self._simulation.reset(self._draw_episodes(ended, self._setup.source), ended))
         self._begin(ended)
-        info = self._info(self._snapshot, self._all)
+        info = self._info(self._snapshot, self._all) | self._facts(ended)
         info |= {"final_obs": final, "_final_obs": ended.copy(), "final_info": final_info, "_final_info": ended.copy()}
         return self._observation(self._snapshot), info
 
@@ -251,8 +263,35 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
             seeds[i] = int(generator.integers(1 << 63))
         return seeds
 
+    def _draw_episodes(self, mask: NDArray[np.bool_], source: Any) -> list[int]:
+        """The seeds of the masked replicas' next episodes, to which each gets its scenario if ``source`` varies."""
+        seeds = self._draw_seeds(mask)
+        if isinstance(source, ScenarioDistribution):
+            # Replicas that share a seed share the scenario.
+            chosen = np.flatnonzero(mask).tolist()
+            drawn = {s: source.draw(s, horizon=self._setup.horizon) for s in {seeds[i] for i in chosen}}
+            self._simulation.set_scenarios({i: drawn[seeds[i]] for i in chosen})
+        return seeds
+
+    def _facts(self, mask: NDArray[np.bool_]) -> dict[str, Any]:
+        """What ``info`` tells of the scenarios that the masked replicas' episodes began with."""
+        if self.distribution is None:
+            return {}
+        chosen = np.flatnonzero(mask).tolist()
+        told = {i: scenario_facts(self._simulation.scenario_of(i), self.num_servers) for i in chosen}
+        info: dict[str, Any] = {}
+        for name, first in next(iter(told.values())).items():
+            values = np.zeros((self.num_envs, *np.shape(first)), np.asarray(first).dtype)
+            for i, facts in told.items():
+                values[i] = facts[name]
+            info |= {name: values, f"_{name}": mask.copy()}
+        return info
+
     def _restore(self, mask: NDArray[np.bool_], scenario: Any) -> None:
-        """Give the masked replicas ``scenario`` where they run another."""
+        """Give the masked replicas ``scenario`` where they run another, or see that all a distribution draws fits."""
+        if isinstance(scenario, ScenarioDistribution):
+            self._simulation.check(scenario.reference)
+            return
         other = [bool(m) and self._simulation.scenario_of(i) is not scenario for i, m in enumerate(mask.tolist())]
         if any(other):
             self._simulation.set_scenario(scenario, np.array(other))
@@ -268,12 +307,12 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
 
     # What differs where each balancer has an agent of its own.
 
-    def _scenario_with(self, options: Mapping[str, Any]) -> Scenario | None:
-        """The scenario of episodes that begin with these ``options``."""
+    def _scenario_with(self, options: Mapping[str, Any]) -> Scenario | ScenarioDistribution | None:
+        """The scenario, or distribution, of episodes that begin with these ``options``."""
         from .dataplanes import scenario_with_options
 
-        assert self.scenario is not None
-        return scenario_with_options(self.scenario, options)
+        assert self._setup.source is not None
+        return scenario_with_options(self._setup.source, options)
 
     def _to_weights(self, actions: Any) -> NDArray[np.float64]:
         return self.action_codec.to_weights(actions, self.num_envs)

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ScenarioError, UnknownNameError
-from ..scenarios import TRACE_FORMATS, TRACE_OPTIONS, Scenario, Workload, load_scenario, read_trace
+from ..scenarios import (
+    TRACE_FORMATS,
+    TRACE_OPTIONS,
+    Scenario,
+    ScenarioDistribution,
+    Workload,
+    load_scenario,
+    read_trace,
+)
 from ._console import results_console
 
 if TYPE_CHECKING:
@@ -92,6 +100,8 @@ def compare(
         options = _trace_options(trace_option or [])
         options |= {"format": trace_format, "speedup": speedup, "scale": scale}
         options |= {"on_error": "skip" if skip_malformed else "raise"}
+        if isinstance(chosen, ScenarioDistribution):
+            raise ScenarioError(f"--trace needs a scenario, and {chosen.name!r} is a distribution of them")
         chosen = _with_trace(chosen, trace, options, load, rate)
     elif speedup != 1 or scale != 1 or trace_option or trace_format != "auto" or skip_malformed:
         raise ScenarioError("--speedup, --scale and the options of a trace need --trace")
@@ -181,13 +191,15 @@ class _Progress:
 def _report(comparison: Comparison, files: list[Path]) -> None:
     console = results_console()
     scenario, settings = comparison.scenario, comparison.settings
-    source = "" if scenario.workload.trace is None else f", trace {Path(scenario.workload.trace.source).name}"
+    trace = comparison.scenarios[0].workload.trace
+    source = "" if trace is None else f", trace {Path(trace.source).name}"
+    drawn = ", drawn for each seed" if isinstance(scenario, ScenarioDistribution) else ""
     flows = comparison.values(comparison.baseline, "flows").mean()
     console.print(
-        f"[bold]{scenario.name}[/bold]{source}: {scenario.num_servers} servers, "
-        f"{scenario.balancers} balancer{'s' * (scenario.balancers > 1)}, load {scenario.load:.2f}, "
-        f"{scenario.rate:.4g} flows/s\n{flows:,.0f} flows per seed count, those that arrive from {settings.warmup:.4g} "
-        f"to {settings.duration:.4g} s"
+        f"[bold]{scenario.name}[/bold]{source}{drawn}: {_span(comparison, 'num_servers', 'd')} servers, "
+        f"{scenario.balancers} balancer{'s' * (scenario.balancers > 1)}, load {_span(comparison, 'load', '.2f')}, "
+        f"{_span(comparison, 'rate', '.4g')} flows/s\n{flows:,.0f} flows per seed count, those that arrive from "
+        f"{settings.warmup:.4g} to {settings.duration:.4g} s"
     )
     console.print()
     trained = [contender.label for contender in comparison.contenders if contender.path is not None]
@@ -206,6 +218,12 @@ def _report(comparison: Comparison, files: list[Path]) -> None:
         )
     for file in files:
         typer.echo(f"wrote {file}")
+
+
+def _span(comparison: Comparison, name: str, form: str) -> str:
+    """A value of the scenario, or from the least to the largest of the seeds' scenarios."""
+    values = [getattr(scenario, name) for scenario in comparison.scenarios]
+    return " to ".join(dict.fromkeys(f"{x:{form}}" for x in (min(values), max(values))))
 
 
 def _fitting(console: Any, make: Any) -> Any:

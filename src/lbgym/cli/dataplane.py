@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InvalidOptionError
-from ..scenarios import load_scenario
+from ..scenarios import fixed_scenario
 
 logger = logging.getLogger("lbgym")
 
@@ -53,7 +53,7 @@ def emulate(
     """
     from ..drivers import Emulator
 
-    chosen = load_scenario(scenario)
+    chosen = fixed_scenario(scenario)
     options: dict[str, Any] = {
         "speedup": speedup,
         "publish_interval": interval,

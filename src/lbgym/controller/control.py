@@ -26,7 +26,7 @@ from ..errors import (
     RegionNotFoundError,
 )
 from ..policies import TrainedPolicy, WeightPolicy
-from ..scenarios import load_scenario
+from ..scenarios import fixed_scenario
 from ..sharedmemory import DEFAULT_LEASE, region_names
 from ..snapshot import Snapshot
 from .config import ControllerConfig
@@ -95,7 +95,7 @@ class Controller:
 
     def __init__(self, config: ControllerConfig, *, policy: WeightPolicy | TrainedPolicy | None = None) -> None:
         self.config = config
-        scenario = None if config.scenario is None else load_scenario(config.scenario)
+        scenario = None if config.scenario is None else fixed_scenario(config.scenario)
         if policy is None:
             self._policy = Decider.named(config.policy, scenario)
         else:

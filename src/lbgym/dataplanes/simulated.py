@@ -9,18 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, UnknownNameError
-from ..scenarios import Event, Scenario, load_scenario
+from ..scenarios import Event, Scenario, ScenarioDistribution, load_scenario
+from ..scenarios.randomization import HORIZON
 from ..simulator import Simulation
 from ..snapshot import Snapshot
 
 RESET_OPTIONS = ("scenario", "load", "rate", "events")
 
 
-def scenario_with_options(base: Scenario, options: Mapping[str, Any] | None) -> Scenario:
-    """The scenario of an episode: ``base`` under the ``options`` of a reset.
+def scenario_with_options(
+    base: Scenario | ScenarioDistribution, options: Mapping[str, Any] | None
+) -> Scenario | ScenarioDistribution:
+    """The scenario of an episode, or what it is drawn from: ``base`` under the ``options`` of a reset.
 
-    Options: ``scenario`` (a Scenario, its name or a TOML path), ``load`` or ``rate`` (as in ``Workload``), ``events``
-    (a list of ``Event``, instead of the scenario's).
+    Options: ``scenario`` (a Scenario, a distribution, the name of one or a TOML path), ``load`` or ``rate`` (as in
+    ``Workload``), ``events`` (a list of ``Event``, instead of the scenario's).
 
     Raises:
         UnknownNameError: for another option.
@@ -41,6 +44,8 @@ def scenario_with_options(base: Scenario, options: Mapping[str, Any] | None) -> 
         if isinstance(events, str) or not isinstance(events, Iterable) or not all(isinstance(e, Event) for e in events):
             raise InvalidOptionError(f"the option events must be a list of lbgym.scenarios.Event, got {events!r}")
         changes["events"] = tuple(events)
+        if isinstance(scenario, ScenarioDistribution):
+            changes |= {"base": scenario.base.with_changes(events=changes["events"]), "events": ()}
     return scenario.with_changes(**changes) if changes else scenario
 
 
@@ -48,18 +53,30 @@ class SimulatedDataPlane:
     """One replica of a :class:`lbgym.simulator.Simulation`, seen by balancer 0; its weights go to every balancer.
 
     Args:
-        scenario: what to simulate.
+        scenario: what to simulate, or what is drawn from with the seed of each episode.
         dispatch: overrides the scenario's dispatch rule.
         interval: seconds per step.
+        num_servers: N, room for servers; None: as many as the scenario has, or may draw.
+        horizon: seconds up to which random events are drawn.
     """
 
-    def __init__(self, scenario: Scenario, *, dispatch: str | None = None, interval: float = 0.25) -> None:
+    def __init__(
+        self,
+        scenario: Scenario | ScenarioDistribution,
+        *,
+        dispatch: str | None = None,
+        interval: float = 0.25,
+        num_servers: int | None = None,
+        horizon: float = HORIZON,
+    ) -> None:
         self._base = scenario
+        self._horizon = horizon
         self.info: dict[str, Any] = {}
         self.interval = interval
-        self.simulation = Simulation(scenario, dispatch=dispatch)
-        self.num_servers = scenario.num_servers
-        self._weights = np.empty((1, scenario.balancers, scenario.num_servers))
+        shape = scenario.reference if isinstance(scenario, ScenarioDistribution) else scenario
+        self.simulation = Simulation(shape, num_servers=num_servers, dispatch=dispatch)
+        self.num_servers = self.simulation.num_servers
+        self._weights = np.empty((1, shape.balancers, self.num_servers))
 
     @property
     def scenario(self) -> Scenario:
@@ -68,11 +85,15 @@ class SimulatedDataPlane:
 
     def reset(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Snapshot:
         """Begin an episode; ``options`` as in :func:`scenario_with_options`. No seed: one from the operating system."""
-        scenario = scenario_with_options(self._base, options)
-        if scenario is not self.simulation.scenario_of(0):
-            self.simulation.set_scenario(scenario)
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+        scenario = scenario_with_options(self._base, options)
+        if isinstance(scenario, ScenarioDistribution):
+            # Not only what this seed draws must fit.
+            self.simulation.check(scenario.reference)
+            scenario = scenario.draw(seed, horizon=self._horizon)
+        if scenario is not self.simulation.scenario_of(0):
+            self.simulation.set_scenario(scenario)
         return _of_balancer(self.simulation.reset([seed]))
 
     def step(self, weights: NDArray[np.float64]) -> Snapshot:

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ScenarioError, UnknownNameError
-from ..scenarios import Scenario, load_scenario
+from ..scenarios import Scenario, ScenarioDistribution, load_scenario
 from ..simulator import Simulation
 from .contenders import Contender, parse_contenders
-from .runner import COUNTS, METRICS, Controller, Run, RunSettings, settings_for, simulate
+from .runner import COUNTS, METRICS, Controller, Run, RunSettings, scenario_of_seed, settings_for, simulate
 from .statistics import HISTOGRAM_EDGES, Difference, Interval, mean_interval, paired_difference
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Comparison:
     """Contenders, seeds and the runs of every contender on every seed.
 
     Attributes:
-        scenario: what was simulated.
+        scenario: what was simulated, or what each seed's scenario was drawn from.
         contenders: in the order they were given.
         seeds: in order; the same seed is the same flows for every contender.
         baseline: label of the contender the others are compared with.
@@ -47,7 +47,7 @@ class Comparison:
         runs: of each contender in turn, in the order of the seeds.
     """
 
-    scenario: Scenario
+    scenario: Scenario | ScenarioDistribution
     contenders: tuple[Contender, ...]
     seeds: tuple[int, ...]
     baseline: str
@@ -58,6 +58,11 @@ class Comparison:
     def labels(self) -> list[str]:
         """The contenders' names."""
         return [contender.label for contender in self.contenders]
+
+    @cached_property
+    def scenarios(self) -> tuple[Scenario, ...]:
+        """What was simulated, seed by seed."""
+        return tuple(scenario_of_seed(self.scenario, seed, self.settings) for seed in self.seeds)
 
     def runs_of(self, label: str) -> list[Run]:
         """A contender's runs, in the order of the seeds.
@@ -98,21 +103,24 @@ class Comparison:
         return HISTOGRAM_EDGES, longer
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but flows and time series, as plain data; None for what is not known."""
+        """Everything but flows and time series, as plain data; None for what is not known.
+
+        Of a distribution the scenario's values are None where it draws them, and those of the seeds are in ``draws``.
+        """
         from .. import __version__
 
-        scenario = self.scenario
+        if isinstance(self.scenario, ScenarioDistribution):
+            names = ("servers", "capacity", "rate", "load")
+            scenario = _scenario_dict(self.scenario.base) | dict.fromkeys(names)
+            scenario["draws"] = [
+                {"seed": seed, **{name: value for name, value in _scenario_dict(s).items() if name in names}}
+                for seed, s in zip(self.seeds, self.scenarios, strict=True)
+            ]
+        else:
+            scenario = _scenario_dict(self.scenario)
         return {
             "lbgym": __version__,
-            "scenario": {
-                "name": scenario.name,
-                "servers": scenario.num_servers,
-                "balancers": scenario.balancers,
-                "capacity": scenario.capacity,
-                "rate": scenario.rate,
-                "load": scenario.load,
-                "trace": None if scenario.workload.trace is None else scenario.workload.trace.source,
-            },
+            "scenario": scenario,
             "settings": {
                 "duration": self.settings.duration,
                 "warmup": self.settings.warmup,
@@ -130,7 +138,7 @@ class Comparison:
         runs = self.runs_of(label)
         return {
             "label": label,
-            "dispatch": runs[0].dispatch,
+            "dispatch": ", ".join(dict.fromkeys(run.dispatch for run in runs)),
             "policy": contender.path or contender.policy,
             "metrics": {name: self.interval(label, name).to_dict() for name in METRICS},
             "versus_baseline": {name: self.difference(label, name).to_dict() for name in METRICS},
@@ -196,6 +204,18 @@ class Comparison:
         return save(self, Path(folder), plots)
 
 
+def _scenario_dict(scenario: Scenario) -> dict[str, Any]:
+    return {
+        "name": scenario.name,
+        "servers": scenario.num_servers,
+        "balancers": scenario.balancers,
+        "capacity": scenario.capacity,
+        "rate": scenario.rate,
+        "load": scenario.load,
+        "trace": None if scenario.workload.trace is None else scenario.workload.trace.source,
+    }
+
+
 def _plain(metrics: dict[str, float]) -> dict[str, float | int | None]:
     return {
         name: int(value) if name in COUNTS else value if np.isfinite(value) else None for name, value in metrics.items()
@@ -203,7 +223,7 @@ def _plain(metrics: dict[str, float]) -> dict[str, float | int | None]:
 
 
 def compare(
-    scenario: str | Path | Scenario,
+    scenario: str | Path | Scenario | ScenarioDistribution,
     contenders: str | Iterable[str | Contender],
     seeds: int | Sequence[int] = 10,
     *,
@@ -226,7 +246,8 @@ def compare(
     The Jain index is that of the servers' utilizations: busy time of the usable cores from the warm-up to ``duration``.
 
     Args:
-        scenario: a name, a TOML path or a Scenario.
+        scenario: a name, a TOML path, a Scenario, or a distribution, from which each seed draws its own, the same for
+            every contender.
         contenders: as :func:`lbgym.evaluation.parse_contender` reads them, in a list or separated by commas.
         seeds: how many (0, 1, ...), or which.
         duration: seconds; None: the scenario's.
@@ -245,34 +266,35 @@ def compare(
         ScenarioError: for a duration, warm-up or number of seeds that makes no sense, or if no flow counts.
         KeyboardInterrupt: passed on once the other processes have ended.
     """
-    scenario = load_scenario(scenario)
+    source = load_scenario(scenario)
     chosen = parse_contenders(contenders)
     labels = [contender.label for contender in chosen]
     baseline = labels[0] if baseline is None else baseline
     if baseline not in labels:
         raise UnknownNameError("baseline", baseline, labels)
     numbers = _seeds(seeds)
-    settings = settings_for(scenario, duration, warmup, drain, interval, keep_flows)
+    settings = settings_for(source, duration, warmup, drain, interval, keep_flows)
     for contender in chosen:
         # What is wrong with a policy is said at once, not by the first process that gets to it.
-        Controller(contender, scenario, 0)
-    if scenario.load >= 1:
+        Controller(contender, source.reference if isinstance(source, ScenarioDistribution) else source, 0)
+    load = max(scenario_of_seed(source, seed, settings).load for seed in numbers)
+    if load >= 1:
         logger.warning(
             "scenario %r offers %.2f times the capacity of its servers: queues grow as long as the run lasts",
-            scenario.name,
-            scenario.load,
+            source.name,
+            load,
         )
     # Seed by seed, so that the time that is left can be told from the time that passed.
     jobs = [(contender, seed) for seed in numbers for contender in chosen]
     processes = _processes(processes, len(jobs))
     results: dict[tuple[str, int], Run] = {}
     run_all = _run_here if processes == 1 else _run_in_pool
-    for run in run_all(scenario, settings, jobs, numbers[0], processes):
+    for run in run_all(source, settings, jobs, numbers[0], processes):
         results[run.label, run.seed] = run
         if progress is not None:
             progress(len(results), len(jobs), run)
     runs = tuple(results[label, seed] for label in labels for seed in numbers)
-    return Comparison(scenario, tuple(chosen), numbers, baseline, settings, runs)
+    return Comparison(source, tuple(chosen), numbers, baseline, settings, runs)
 
 
 def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
@@ -295,7 +317,9 @@ def _processes(processes: int | None, jobs: int) -> int:
 _Jobs = Sequence[tuple[Contender, int]]
 
 
-def _run_here(scenario: Scenario, settings: RunSettings, jobs: _Jobs, first_seed: int, processes: int) -> Iterator[Run]:
+def _run_here(
+    scenario: Scenario | ScenarioDistribution, settings: RunSettings, jobs: _Jobs, first_seed: int, processes: int
+) -> Iterator[Run]:
     for contender, seed in jobs:
         run = simulate(scenario, contender, seed, settings, series=seed == first_seed)
         assert run is not None
@@ -303,10 +327,10 @@ def _run_here(scenario: Scenario, settings: RunSettings, jobs: _Jobs, first_seed
 
 
 def _run_in_pool(
-    scenario: Scenario, settings: RunSettings, jobs: _Jobs, first_seed: int, processes: int
+    scenario: Scenario | ScenarioDistribution, settings: RunSettings, jobs: _Jobs, first_seed: int, processes: int
 ) -> Iterator[Run]:
     # Compiles the kernel if need be, once and with a message, before every process would.
-    Simulation(scenario).close()
+    Simulation(scenario_of_seed(scenario, first_seed, settings)).close()
     # Fresh processes: a fork would inherit locks of Numba's and torch's threads.
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
@@ -351,10 +375,10 @@ def _single_threaded_children() -> Iterator[None]:
 
 
 # What a process was started with.
-_shared: tuple[Scenario, RunSettings, Any] | None = None
+_shared: tuple[Scenario | ScenarioDistribution, RunSettings, Any] | None = None
 
 
-def _begin(scenario: Scenario, settings: RunSettings, stop: Any) -> None:
+def _begin(scenario: Scenario | ScenarioDistribution, settings: RunSettings, stop: Any) -> None:
     global _shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _shared = scenario, settings, stop

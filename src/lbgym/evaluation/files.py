@@ -69,7 +69,7 @@ def results_columns(comparison: Comparison) -> dict[str, list[Any]]:
     }
     columns |= {name: [run.metrics[name] for run in runs] for name in METRICS}
     columns |= {name: [int(run.metrics[name]) for run in runs] for name in COUNTS}
-    for j in range(comparison.scenario.num_servers):
+    for j in range(len(runs[0].utilization)):
         columns[f"utilization_{j}"] = [float(run.utilization[j]) for run in runs]
     return columns
 

@@ -115,7 +115,7 @@ def load_and_weights(comparison: Comparison, labels: Sequence[str] | None = None
     grid = figure.subplots(2, len(panels), sharex=True, sharey="row", squeeze=False)
     most = max(float(_smooth(column).max()) for _, series in panels for column in series.open_flows.T)
     factor = max(_spread(series) for run, series in panels)
-    draw = _lines if comparison.scenario.num_servers <= MAX_LINES else _pictures
+    draw = _lines if panels[0][1].active.shape[1] <= MAX_LINES else _pictures
     draw(figure, grid, panels, most, factor)
     for column, (run, _) in enumerate(panels):
         grid[0, column].set_title(run.label, loc="left", fontsize=10, color=_TEXT)
@@ -248,6 +248,7 @@ def _seconds(x: float) -> str:
 
 
 def _subject(comparison: Comparison) -> str:
-    scenario = comparison.scenario
+    loads = [scenario.load for scenario in comparison.scenarios]
     count = len(comparison.seeds)
-    return f"{scenario.name} at load {scenario.load:.2f}, {count} seed{'s' * (count > 1)}"
+    load = " to ".join(dict.fromkeys(f"{x:.2f}" for x in (min(loads), max(loads))))
+    return f"{comparison.scenario.name} at load {load}, {count} seed{'s' * (count > 1)}"

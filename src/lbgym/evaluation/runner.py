@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import ScenarioError
 from ..policies import TrainedPolicy, WeightPolicy, load_policy, make_weight_policy
-from ..scenarios import Scenario
+from ..scenarios import Scenario, ScenarioDistribution
 from ..simulator import Simulation
 from .contenders import Contender
 from .statistics import fct_histogram, jain_index
@@ -71,7 +71,8 @@ class Run:
         label, seed: whose.
         dispatch: the dispatch rule that placed the flows.
         metrics: ``METRICS`` and ``COUNTS``.
-        utilization: float64[N], busy time of each server's usable cores from the warm-up to the end.
+        utilization: float64[N], busy time of each server's usable cores from the warm-up to the end; NaN for a server
+            that the seed's scenario does not have.
         histogram: counts of FCTs; see :func:`lbgym.evaluation.statistics.fct_histogram`.
         series: for runs that were asked for it.
         flows: every flow that counts, in order of arrival, if kept: ``flow_id``, ``arrival``, ``fct``, ``demand``,
@@ -89,10 +90,19 @@ class Run:
 
 
 class Controller:
-    """What sets the weights of all balancers: a copy of the policy for each, on that balancer's own observation."""
+    """What sets the weights of all balancers: a copy of the policy for each, on that balancer's own observation.
 
-    def __init__(self, contender: Contender, scenario: Scenario, seed: int) -> None:
-        n, m = scenario.num_servers, scenario.balancers
+    Args:
+        contender: who.
+        scenario: what is simulated.
+        seed: of the flows.
+        num_servers: N, of which the scenario's servers are the first; None: the scenario's. Trained models see all of
+            them with a mask, heuristics those that exist.
+    """
+
+    def __init__(self, contender: Contender, scenario: Scenario, seed: int, *, num_servers: int | None = None) -> None:
+        n, m = num_servers or scenario.num_servers, scenario.balancers
+        self._existing = scenario.num_servers
         self.dispatch = contender.dispatch or scenario.dispatch
         self.interval: float | None = None
         self._heuristics: list[WeightPolicy] = []
@@ -119,11 +129,12 @@ class Controller:
     def __call__(self, snapshot: Any) -> NDArray[np.float64]:
         """float64[1, m, N] from the batched snapshot of one replica."""
         active, truth = snapshot.active[0], snapshot.ground_truth[0]
+        n = self._existing
         for b, heuristic in enumerate(self._heuristics):
             features = snapshot.stats[0, b]
             if heuristic.uses_ground_truth:
                 features = np.concatenate([features, truth], axis=-1)
-            self._weights[b] = heuristic.weights(features, active)
+            self._weights[b, :n] = heuristic.weights(features[:n], active[:n])
         for b, model in enumerate(self._models):
             observation = self._layout.encode(snapshot.stats[0, b], truth, active)
             info = {
@@ -141,8 +152,15 @@ def _loaded(path: str) -> TrainedPolicy:
     return load_policy(path)
 
 
+def scenario_of_seed(scenario: Scenario | ScenarioDistribution, seed: int, settings: RunSettings) -> Scenario:
+    """The scenario that every contender meets on a seed: what a distribution draws for it."""
+    if isinstance(scenario, ScenarioDistribution):
+        return scenario.draw(seed, horizon=settings.duration + settings.drain)
+    return scenario
+
+
 def simulate(
-    scenario: Scenario,
+    scenario: Scenario | ScenarioDistribution,
     contender: Contender,
     seed: int,
     settings: RunSettings,
@@ -157,7 +175,8 @@ def simulate(
     counts with its age. Rejected, failed and unrouted flows count with the scenario's ``reject_timeout``.
 
     Args:
-        scenario: what to simulate; every contender sees the same flows for the same seed.
+        scenario: what to simulate; every contender sees the same flows for the same seed, and of a distribution the
+            same scenario.
         contender: who.
         seed: of the flows.
         settings: how long.
@@ -170,9 +189,14 @@ def simulate(
     Raises:
         ScenarioError: if no flow counts.
     """
-    controller = Controller(contender, scenario, seed)
+    room = scenario.max_servers if isinstance(scenario, ScenarioDistribution) else scenario.num_servers
+    scenario = scenario_of_seed(scenario, seed, settings)
+    servers = scenario.num_servers
+    controller = Controller(contender, scenario, seed, num_servers=room)
     interval = settings.interval or controller.interval or DEFAULT_INTERVAL
-    simulation = Simulation(scenario, 1, dispatch=controller.dispatch, service=False, record_flows=True)
+    simulation = Simulation(
+        scenario, 1, num_servers=room, dispatch=controller.dispatch, service=False, record_flows=True
+    )
     controller.reset()
     snapshot = simulation.reset([seed])
     busy: list[NDArray[np.float64]] = []
@@ -183,7 +207,7 @@ def simulate(
         if stopped is not None and stopped():
             return None
         while len(busy) < 2 and now >= cuts[len(busy)]:
-            busy.append(simulation.integrals()["busy"][0])
+            busy.append(simulation.integrals()["busy"][0, :servers])
         if now >= settings.duration and (
             now >= deadline or not (simulation.open_flows()["arrival"] < settings.duration).any()
         ):
@@ -206,9 +230,9 @@ def simulate(
         seed,
         controller.dispatch,
         _measure(flows, utilization),
-        utilization,
+        np.append(utilization, np.full(room - servers, np.nan)),
         fct_histogram(flows["fct"]),
-        _series(rows) if series else None,
+        _series(rows, servers) if series else None,
         flows if settings.keep_flows else None,
     )
 
@@ -243,22 +267,23 @@ def _measure(flows: dict[str, NDArray[Any]], utilization: NDArray[np.float64]) -
     }
 
 
-def _series(rows: list[tuple[float, Any, NDArray[np.float64]]]) -> Series:
+def _series(rows: list[tuple[float, Any, NDArray[np.float64]]], servers: int) -> Series:
+    """Of the servers that exist."""
     snapshots = [row[1] for row in rows]
-    active = np.array([s.active[0] for s in snapshots])
-    weights = np.array([row[2] for row in rows])
+    active = np.array([s.active[0, :servers] for s in snapshots])
+    weights = np.array([row[2][:servers] for row in rows])
     mean = np.where(active, weights, 0.0).sum(axis=1) / np.maximum(active.sum(axis=1), 1)
-    ended = [s.completed[0] + s.rejected[0] + s.failed[0] for s in snapshots]
+    open_flows = np.array([s.started[0] - s.completed[0] - s.rejected[0] - s.failed[0] for s in snapshots])
     return Series(
         time=np.array([row[0] for row in rows]),
-        open_flows=np.array([s.started[0] - e for s, e in zip(snapshots, ended, strict=True)], dtype=np.float32),
+        open_flows=open_flows[:, :servers].astype(np.float32),
         weights=(weights / np.where(mean > 0, mean, 1.0)[:, None]).astype(np.float32),
         active=active,
     )
 
 
 def settings_for(
-    scenario: Scenario,
+    scenario: Scenario | ScenarioDistribution,
     duration: float | None,
     warmup: float | None,
     drain: float | None,

@@ -1,7 +1,15 @@
-"""Scenarios as plain data: built-in ones by name, TOML files, recorded traces."""
+"""Scenarios, and distributions of them, as plain data: built-in ones by name, TOML files, recorded traces."""
 
-from .files import from_toml, load_scenario, read_scenario, to_toml
-from .library import MARLLB_CPU_SPEED, SAMPLE_TRACE, default_scenario, named_scenario, scenario_names
+from .files import fixed_scenario, from_toml, load_scenario, read_scenario, to_toml
+from .library import (
+    MARLLB_CPU_SPEED,
+    SAMPLE_TRACE,
+    default_scenario,
+    distribution_names,
+    named_distribution,
+    named_scenario,
+    scenario_names,
+)
 from .model import (
     DISPATCH_RULES,
     EVENT_KINDS,
@@ -26,6 +34,17 @@ from .model import (
     Workload,
     servers_of,
 )
+from .randomization import (
+    Choice,
+    LogUniform,
+    RandomEvents,
+    Range,
+    SamplingDistribution,
+    ScenarioDistribution,
+    ServerDistribution,
+    Uniform,
+    Variant,
+)
 from .traces import TRACE_FORMATS, TRACE_OPTIONS, read_trace, write_trace
 
 __all__ = [
@@ -38,25 +57,37 @@ __all__ = [
     "TRACE_OPTIONS",
     "Arrivals",
     "BoundedPareto",
+    "Choice",
     "Demand",
     "Deterministic",
     "Empirical",
     "Event",
     "Exponential",
     "Hyperexponential",
+    "LogUniform",
     "Lognormal",
     "ModulatedPoisson",
     "OnOff",
     "Poisson",
+    "RandomEvents",
+    "Range",
     "Sampling",
+    "SamplingDistribution",
     "Scenario",
+    "ScenarioDistribution",
     "Server",
+    "ServerDistribution",
     "Sinusoidal",
     "Trace",
+    "Uniform",
+    "Variant",
     "Workload",
     "default_scenario",
+    "distribution_names",
+    "fixed_scenario",
     "from_toml",
     "load_scenario",
+    "named_distribution",
     "named_scenario",
     "read_scenario",
     "read_trace",

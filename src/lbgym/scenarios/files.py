@@ -23,6 +23,32 @@ A file holds the attributes of :class:`Scenario` under their names::
 
     [sampling]                     # merged with that of the base
     capacity = 64
+
+With a table ``randomize`` the file is a :class:`ScenarioDistribution`, from which every episode draws a scenario; all
+else in it is the base. Where a range is meant, a plain value is one that does not vary::
+
+    [randomize]                    # merged with that of a base that is a distribution
+    num_servers = { kind = "uniform", low = 4, high = 16 }
+    load = { kind = "uniform", low = 0.5, high = 0.95 }            # or rate
+    dispatch = { kind = "choice", values = ["sed", "lsq"], probabilities = [0.8, 0.2] }
+
+    [randomize.server]             # drawn for each server
+    cores = { kind = "choice", values = [2, 4, 8] }
+    speed = { kind = "log_uniform", low = 0.25, high = 2.0 }
+
+    [[randomize.demand]]           # an episode has one of these; likewise [[randomize.arrivals]]
+    kind = "lognormal"
+    probability = 1.0
+    mean = 0.1
+    cv = { kind = "uniform", low = 1.0, high = 3.0 }
+
+    [[randomize.events]]           # at random times: speed, down, drain, rate
+    kind = "down"
+    every = 600.0                  # seconds in the mean until a server is hit
+    duration = { kind = "uniform", low = 5.0, high = 15.0 }
+
+    [randomize.sampling]
+    probability = { kind = "log_uniform", low = 0.05, high = 1.0 }
 """
 
 from __future__ import annotations
@@ -30,56 +56,49 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ..errors import ScenarioError, TraceError, UnknownNameError
-from .library import named_scenario, scenario_names
+from .library import distribution_names, named_distribution, named_scenario, scenario_names
 from .model import (
+    ARRIVAL_KINDS,
+    DEMAND_KINDS,
     MAX_SERVERS,
-    BoundedPareto,
-    Deterministic,
-    Empirical,
     Event,
-    Exponential,
-    Hyperexponential,
-    Lognormal,
-    ModulatedPoisson,
-    OnOff,
-    Poisson,
     Sampling,
     Scenario,
     Server,
-    Sinusoidal,
     Trace,
     Workload,
     _integer,
     _shown,
 )
+from .randomization import (
+    RANGE_KINDS,
+    RandomEvents,
+    SamplingDistribution,
+    ScenarioDistribution,
+    ServerDistribution,
+    Variant,
+    _frozen,
+)
 from .traces import TRACE_OPTIONS, expand_path, read_trace
 
-ARRIVAL_KINDS: dict[str, type] = {
-    "poisson": Poisson,
-    "modulated_poisson": ModulatedPoisson,
-    "on_off": OnOff,
-    "sinusoidal": Sinusoidal,
-}
-DEMAND_KINDS: dict[str, type] = {
-    "deterministic": Deterministic,
-    "exponential": Exponential,
-    "lognormal": Lognormal,
-    "bounded_pareto": BoundedPareto,
-    "hyperexponential": Hyperexponential,
-    "empirical": Empirical,
-}
 _SCALARS = ("name", "description", "balancers", "dispatch", "reject_timeout", "duration")
+# Parts of [randomize] that are a single value or range.
+_RANGES = ("num_servers", "load", "rate", "dispatch")
+_PARTS: dict[str, type] = {"server": ServerDistribution, "sampling": SamplingDistribution}
 
 
-def load_scenario(scenario: Scenario | str | os.PathLike[str]) -> Scenario:
-    """A scenario from itself, the name of a built-in one, or the path of a TOML file.
+def load_scenario(
+    scenario: Scenario | ScenarioDistribution | str | os.PathLike[str],
+) -> Scenario | ScenarioDistribution:
+    """A scenario, or a distribution of scenarios, from itself, the name of a built-in one, or the path of a TOML file.
 
     Text that ends in ".toml", holds a path separator or is the path of an existing file is a path; a name wins over a
     file of that name.
@@ -89,7 +108,7 @@ def load_scenario(scenario: Scenario | str | os.PathLike[str]) -> Scenario:
         ScenarioError: the file cannot be read or describes no valid scenario.
         TraceError: the file's trace cannot be read.
     """
-    if isinstance(scenario, Scenario):
+    if isinstance(scenario, (Scenario, ScenarioDistribution)):
         return scenario
     if not isinstance(scenario, (str, os.PathLike)):
         raise ScenarioError(
@@ -98,14 +117,31 @@ def load_scenario(scenario: Scenario | str | os.PathLike[str]) -> Scenario:
     if isinstance(scenario, str):
         if scenario in scenario_names():
             return named_scenario(scenario)
+        if scenario in distribution_names():
+            return named_distribution(scenario)
         looks_like_path = scenario.endswith(".toml") or os.sep in scenario or os.path.isfile(scenario)
         if not looks_like_path:
-            raise UnknownNameError("scenario", scenario, scenario_names())
+            raise UnknownNameError("scenario", scenario, (*scenario_names(), *distribution_names()))
     return read_scenario(scenario)
 
 
-def read_scenario(path: str | os.PathLike[str]) -> Scenario:
-    """The scenario in a TOML file; the paths of traces in it are relative to the file.
+def fixed_scenario(scenario: Scenario | ScenarioDistribution | str | os.PathLike[str]) -> Scenario:
+    """As :func:`load_scenario`, where there is one cluster and nothing to draw another one for.
+
+    Raises:
+        ScenarioError: also for a distribution.
+    """
+    loaded = load_scenario(scenario)
+    if isinstance(loaded, ScenarioDistribution):
+        raise ScenarioError(
+            f"{loaded.name!r} is a distribution of scenarios, and here is one cluster; draw a scenario from it with "
+            "ScenarioDistribution.draw, or give another"
+        )
+    return loaded
+
+
+def read_scenario(path: str | os.PathLike[str]) -> Scenario | ScenarioDistribution:
+    """The scenario, or distribution, in a TOML file; the paths of traces in it are relative to the file.
 
     Raises: as :func:`load_scenario`.
     """
@@ -123,8 +159,8 @@ def read_scenario(path: str | os.PathLike[str]) -> Scenario:
 
 def from_toml(
     text: str, *, source: str = "TOML text", folder: str | os.PathLike[str] = ".", name: str = "custom"
-) -> Scenario:
-    """The scenario that TOML text describes.
+) -> Scenario | ScenarioDistribution:
+    """The scenario that TOML text describes; with a table ``randomize`` a distribution of scenarios.
 
     Args:
         text: the TOML.
@@ -138,17 +174,23 @@ def from_toml(
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ScenarioError(f"{source} is not valid TOML: {error}") from error
-    _check_keys(data, ("base", "servers", "workload", "events", "sampling", *_SCALARS), source)
+    _check_keys(data, ("base", "servers", "workload", "events", "sampling", "randomize", *_SCALARS), source)
     changes: dict[str, Any] = {key: data[key] for key in _SCALARS if key in data}
     changes.setdefault("name", name)
 
     base: Scenario | None = None
+    former: ScenarioDistribution | None = None
     if "base" in data:
         if not isinstance(data["base"], str):
             raise ScenarioError(f"{source}: base must be the name of a scenario, got {_shown(data['base'])}")
-        if data["base"] not in scenario_names():
-            raise UnknownNameError("base scenario", data["base"], scenario_names(), where=source)
-        base = named_scenario(data["base"])
+        if data["base"] in distribution_names():
+            former = named_distribution(data["base"])
+            base = former.base
+        elif data["base"] in scenario_names():
+            base = named_scenario(data["base"])
+        else:
+            names = (*scenario_names(), *distribution_names())
+            raise UnknownNameError("base scenario", data["base"], names, where=source)
         changes.setdefault("description", f"The scenario {base.name!r} with changes.")
     for key in ("servers", "workload"):
         if base is None and key not in data:
@@ -167,12 +209,76 @@ def from_toml(
         changes["sampling"] = _build(Sampling, table, where, base=base.sampling if base else None)
     if "workload" in data:
         changes["workload"] = _workload(data["workload"], f"{source}, [workload]", folder, base)
+    with _placed(source):
+        scenario = replace(base, **changes) if base else Scenario(**changes)
+    if "randomize" not in data and former is None:
+        return scenario
+    return _randomized(data.get("randomize", {}), source, scenario, former)
+
+
+@contextmanager
+def _placed(where: str) -> Iterator[None]:
+    """Say where in the file an error is."""
     try:
-        return replace(base, **changes) if base else Scenario(**changes)
+        yield
     except UnknownNameError as error:
-        raise UnknownNameError(error.kind, error.name, error.known, where=source) from None
+        raise UnknownNameError(error.kind, error.name, error.known, where=where) from None
     except ScenarioError as error:
-        raise ScenarioError(f"{source}: {error}") from None
+        raise ScenarioError(f"{where}: {error}") from None
+
+
+def _randomized(value: Any, source: str, base: Scenario, former: ScenarioDistribution | None) -> ScenarioDistribution:
+    """The distribution of a table ``randomize``; what it does not have is as in ``former``."""
+    where = f"{source}, [randomize]"
+    table = _table(value, where)
+    if "balancers" in table:
+        raise ScenarioError(
+            f"{where}: balancers cannot vary, since their number is the shape of the simulator's memory"
+        )
+    _check_keys(table, (*_RANGES, *_PARTS, "arrivals", "demand", "events"), where)
+    changes: dict[str, Any] = {key: _range(table[key], key, where) for key in _RANGES if key in table}
+    for key, cls in _PARTS.items():
+        if key in table:
+            place = f"{source}, [randomize.{key}]"
+            part = _table(table[key], place)
+            if key == "sampling" and "capacity" in part:
+                raise ScenarioError(
+                    f"{place}: capacity cannot vary, since it is the shape of the simulator's memory; the whole "
+                    "file's is under [sampling]"
+                )
+            ranges = {name: _range(item, name, place) for name, item in part.items()}
+            changes[key] = _build(cls, ranges, place, base=None if former is None else getattr(former, key))
+    for key, kinds in (("arrivals", ARRIVAL_KINDS), ("demand", DEMAND_KINDS)):
+        if key in table:
+            tables = _tables(table[key], f"randomize.{key}", source)
+            changes[key] = tuple(_variant(item, kinds, key, place) for item, place in tables)
+    if "events" in table:
+        changes["events"] = tuple(
+            _build(
+                RandomEvents, {name: _range(x, name, place) if name != "kind" else x for name, x in item.items()}, place
+            )
+            for item, place in _tables(table["events"], "randomize.events", source)
+        )
+    with _placed(where):
+        if former is None:
+            return ScenarioDistribution(base=base, **changes)
+        return former.with_changes(base=base, **changes)
+
+
+def _range(value: Any, key: str, where: str) -> Any:
+    return _kind(value, RANGE_KINDS, key, where) if isinstance(value, dict) else _frozen(value)
+
+
+def _variant(table: dict[str, Any], kinds: Mapping[str, type], what: str, where: str) -> Variant:
+    kind = table.get("kind")
+    if not isinstance(kind, str):
+        raise ScenarioError(f"{where}: 'kind' must be one of {', '.join(kinds)}, got {_shown(kind)}")
+    if kind not in kinds:
+        raise UnknownNameError(f"kind of {what}", kind, kinds, where=where)
+    _check_keys(table, ("kind", "probability", *(item.name for item in fields(kinds[kind]))), where)
+    ranges = {key: _range(item, key, where) for key, item in table.items() if key not in ("kind", "probability")}
+    with _placed(where):
+        return Variant(kind=kind, parameters=ranges, probability=table.get("probability"))
 
 
 def _check_keys(table: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -271,14 +377,16 @@ def _trace(value: Any, where: str, folder: str | os.PathLike[str]) -> Trace:
         raise ScenarioError(f"{where}: {error}") from None
 
 
-def to_toml(scenario: Scenario) -> str:
-    """A scenario as TOML text, from which :func:`from_toml` makes an equal one.
+def to_toml(scenario: Scenario | ScenarioDistribution) -> str:
+    """A scenario, or a distribution of them, as TOML text, from which :func:`from_toml` makes an equal one.
 
     A trace is written as the absolute path of its file and the options it was read with.
 
     Raises:
         ScenarioError: the trace did not come from a file, or a text cannot be written as UTF-8.
     """
+    if isinstance(scenario, ScenarioDistribution):
+        return to_toml(scenario.base) + "\n".join(_randomize_lines(scenario)) + "\n"
     lines = [f"{key} = {_value(getattr(scenario, key))}" for key in _SCALARS]
     for server, group in groupby(scenario.servers):
         lines += ["", "[[servers]]", f"count = {len(list(group))}", *_pairs(server)]
@@ -308,6 +416,30 @@ def to_toml(scenario: Scenario) -> str:
     except UnicodeEncodeError as error:
         raise ScenarioError(f"scenario {scenario.name!r} cannot be written as TOML: {error}") from error
     return text
+
+
+def _randomize_lines(distribution: ScenarioDistribution) -> list[str]:
+    ranges = [(key, getattr(distribution, key)) for key in _RANGES]
+    lines = ["", "[randomize]", *(f"{key} = {_range_value(x)}" for key, x in ranges if x is not None)]
+    for key in _PARTS:
+        part = getattr(distribution, key).ranges()
+        if part:
+            lines += ["", f"[randomize.{key}]", *(f"{name} = {_range_value(x)}" for name, x in part.items())]
+    for key in ("arrivals", "demand"):
+        for variant in getattr(distribution, key):
+            lines += ["", f"[[randomize.{key}]]", f"kind = {_value(variant.kind)}"]
+            if variant.probability is not None:
+                lines.append(f"probability = {_value(variant.probability)}")
+            lines += [f"{name} = {_range_value(x)}" for name, x in variant.parameters.items()]
+    for event in distribution.events:
+        lines += ["", "[[randomize.events]]", f"kind = {_value(event.kind)}"]
+        others = [(name, getattr(event, name)) for name in ("every", "duration", "value")]
+        lines += [f"{name} = {_range_value(x)}" for name, x in others if x is not None]
+    return lines
+
+
+def _range_value(value: Any) -> str:
+    return _inline(value, RANGE_KINDS) if isinstance(value, tuple(RANGE_KINDS.values())) else _value(value)
 
 
 def _pairs(instance: Any) -> list[str]:

@@ -28,6 +28,15 @@ from .model import (
     _integer,
     servers_of,
 )
+from .randomization import (
+    Choice,
+    LogUniform,
+    RandomEvents,
+    ScenarioDistribution,
+    ServerDistribution,
+    Uniform,
+    Variant,
+)
 from .traces import DECODE_RATE, PREFILL_RATE, read_trace
 
 #: Speed of one CPU (a hyper-thread) of the MARLLB testbed: core-seconds of demand it serves per second. The one
@@ -44,6 +53,7 @@ SAMPLE_TRACE = Path(__file__).parent / "data" / "sample_trace.csv.gz"
 _HORIZON = 3600.0
 
 _BUILDERS: dict[str, Callable[[], Scenario]] = {}
+_DISTRIBUTIONS: dict[str, Callable[[], ScenarioDistribution]] = {}
 
 
 def scenario_names() -> tuple[str, ...]:
@@ -60,6 +70,24 @@ def named_scenario(name: str) -> Scenario:
     if name not in _BUILDERS:
         raise UnknownNameError("scenario", name, _BUILDERS)
     return replace(_BUILDERS[name](), name=name)
+
+
+def distribution_names() -> tuple[str, ...]:
+    """Names of the built-in distributions of scenarios, the plainest first."""
+    return tuple(_DISTRIBUTIONS)
+
+
+@lru_cache(maxsize=32)
+def named_distribution(name: str) -> ScenarioDistribution:
+    """The built-in distribution of scenarios of that name.
+
+    Raises:
+        UnknownNameError: there is none; the message lists those there are.
+    """
+    if name not in _DISTRIBUTIONS:
+        raise UnknownNameError("distribution", name, _DISTRIBUTIONS)
+    distribution = _DISTRIBUTIONS[name]()
+    return replace(distribution, base=replace(distribution.base, name=name))
 
 
 def default_scenario(num_servers: int = 4) -> Scenario:
@@ -362,4 +390,107 @@ def sample_trace() -> Scenario:
         ),
         servers=servers_of((2, Server(cores=2)), (2, Server(cores=4))),
         workload=Workload(trace=_sample(), load=0.8),
+    )
+
+
+def _distribution(name: str) -> Callable[[Callable[[], ScenarioDistribution]], Callable[[], ScenarioDistribution]]:
+    def register(builder: Callable[[], ScenarioDistribution]) -> Callable[[], ScenarioDistribution]:
+        _DISTRIBUTIONS[name] = builder
+        return builder
+
+    return register
+
+
+@_distribution("random-heterogeneous")
+def random_heterogeneous() -> ScenarioDistribution:
+    """``heterogeneous`` with other servers and another load in every episode: nothing to learn by heart."""
+    base = heterogeneous()
+    return ScenarioDistribution(
+        base=replace(
+            base,
+            description=(
+                "8 servers of 2 or 4 cores at speeds of 0.25 to 2 and a load of 0.6 to 0.9, drawn for each episode: "
+                "the cluster 'heterogeneous' is one such draw."
+            ),
+        ),
+        server=ServerDistribution(cores=Choice((2, 4)), speed=LogUniform(0.25, 2.0)),
+        load=Uniform(0.6, 0.9),
+    )
+
+
+@_distribution("random-clusters")
+def random_clusters() -> ScenarioDistribution:
+    """Clusters of many sizes and workloads, in which some servers slow down or fail now and then."""
+    return ScenarioDistribution(
+        base=Scenario(
+            description=(
+                "4 to 16 servers of 2 to 8 cores at speeds of 0.5 to 2, a load of 0.5 to 0.95, steady, bursty or "
+                "swinging arrivals of light- to heavy-tailed demands, noisy neighbours and failures: one policy for "
+                "all of it."
+            ),
+            servers=servers_of((16, Server(cores=4))),
+            workload=Workload(demand=Exponential(mean=0.1), load=0.8),
+        ),
+        num_servers=Uniform(4, 16),
+        server=ServerDistribution(cores=Choice((2, 4, 8), (0.4, 0.4, 0.2)), speed=LogUniform(0.5, 2.0)),
+        load=Uniform(0.5, 0.95),
+        arrivals=(
+            Variant(kind="poisson", probability=0.5),
+            Variant(
+                kind="on_off",
+                parameters={
+                    "on": LogUniform(1.0, 4.0),
+                    "off": LogUniform(4.0, 16.0),
+                    "off_level": Uniform(0.3, 0.8),
+                    "random": True,
+                },
+                probability=0.25,
+            ),
+            Variant(
+                kind="sinusoidal",
+                parameters={
+                    "amplitude": Uniform(0.1, 0.4),
+                    "period": LogUniform(20.0, 120.0),
+                    "phase": Uniform(-math.pi, math.pi),
+                },
+                probability=0.25,
+            ),
+        ),
+        demand=(
+            Variant(kind="exponential", parameters={"mean": LogUniform(0.05, 0.2)}, probability=0.4),
+            Variant(
+                kind="lognormal",
+                parameters={"mean": LogUniform(0.05, 0.2), "cv": Uniform(1.0, 3.0)},
+                probability=0.4,
+            ),
+            Variant(
+                kind="bounded_pareto",
+                parameters={"alpha": Uniform(1.2, 1.8), "minimum": LogUniform(0.02, 0.05), "maximum": 20.0},
+                probability=0.2,
+            ),
+        ),
+        events=(
+            RandomEvents(
+                kind="speed",
+                every=LogUniform(100.0, 1000.0),
+                duration=Uniform(10.0, 30.0),
+                value=Uniform(0.4, 0.8),
+            ),
+            RandomEvents(kind="down", every=LogUniform(500.0, 5000.0), duration=Uniform(5.0, 15.0)),
+        ),
+    )
+
+
+@_distribution("random-marllb")
+def random_marllb() -> ScenarioDistribution:
+    """``marllb-moderate`` over the range of rates that its authors measured."""
+    base = marllb_moderate()
+    return ScenarioDistribution(
+        base=replace(
+            base,
+            description=(
+                "The moderate MARLLB testbed at 518.8 to 796.3 flows/s, drawn for each episode: loads of 0.61 to 0.94."
+            ),
+        ),
+        rate=Uniform(518.8, 796.3),
     )

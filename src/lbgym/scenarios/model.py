@@ -256,6 +256,15 @@ class Empirical:
 
 
 Demand = Deterministic | Exponential | Lognormal | BoundedPareto | Hyperexponential | Empirical
+#: By the names they have in files.
+DEMAND_KINDS: dict[str, type] = {
+    "deterministic": Deterministic,
+    "exponential": Exponential,
+    "lognormal": Lognormal,
+    "bounded_pareto": BoundedPareto,
+    "hyperexponential": Hyperexponential,
+    "empirical": Empirical,
+}
 
 
 # Arrivals: the shape in time; the mean rate belongs to the workload
@@ -443,6 +452,13 @@ class Trace:
 
 
 Arrivals = Poisson | ModulatedPoisson | OnOff | Sinusoidal
+#: By the names they have in files.
+ARRIVAL_KINDS: dict[str, type] = {
+    "poisson": Poisson,
+    "modulated_poisson": ModulatedPoisson,
+    "on_off": OnOff,
+    "sinusoidal": Sinusoidal,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,7 +176,7 @@ class Simulation:
         for r, scenario in scenarios.items():
             replicas.setdefault(id(scenario), []).append(r)
         for chosen in replicas.values():
-            self._check(scenarios[chosen[0]])
+            self.check(scenarios[chosen[0]])
         for chosen in replicas.values():
             scenario = scenarios[chosen[0]]
             self._write_parameters(scenario, chosen)
@@ -185,8 +185,12 @@ class Simulation:
                 self._started[r] = False
         self._all_started = bool(self._started.all())
 
-    def _check(self, scenario: model.Scenario) -> None:
-        """Refuse a scenario that does not fit into the arrays."""
+    def check(self, scenario: model.Scenario) -> None:
+        """Refuse a scenario that does not fit into the arrays.
+
+        Raises:
+            ScenarioError: as :meth:`set_scenario`.
+        """
         if scenario.num_servers > self.num_servers:
             raise ScenarioError(
                 f"scenario {scenario.name!r} has {scenario.num_servers} servers; this simulation has room for "
