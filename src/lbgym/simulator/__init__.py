@@ -1,5 +1,6 @@
 """Flow-level discrete-event simulator: exact, compiled, batched over replicas."""
 
+from .decisions import FlowSimulation
 from .simulation import Simulation, maglev_table_size
 
-__all__ = ["Simulation", "maglev_table_size"]
+__all__ = ["FlowSimulation", "Simulation", "maglev_table_size"]

@@ -20,6 +20,7 @@ from .layout import (
     B_SCORE,
     B_WEIGHT,
     ECMP,
+    EXTERNAL,
     LSQ,
     MAGLEV,
     ORACLE_LEAST_WORK,
@@ -234,6 +235,18 @@ def better_of_two(b, rule, balancers, one, two, bf, bi):
     return two if second < first else one
 
 
+@compiled(inline=True)
+def unfinished_work(j, now, sf, si):
+    """Core-seconds that the flows on server ``j``, last looked at before ``now``, still demand."""
+    return max(0.0, sf[j, S_WORK_LEFT] - si[j, S_SERVED] * (now - sf[j, S_CLOCK]) / sf[j, S_PACE])
+
+
+@compiled(inline=True)
+def present_capacity(j, server_f, server_i, sf):
+    """Core-seconds per second of server ``j`` at its present speed with every core busy."""
+    return sf[j, S_SPEED] * min(server_f[j, V_CORES], np.float64(server_i[j, V_WORKERS]))
+
+
 @compiled()
 def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i, sf, si):
     """The server chosen with global counters and true speeds; ties to the first from ``start`` on."""
@@ -249,12 +262,11 @@ def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i,
         if rule == ORACLE_LSQ:
             score = np.float64(held)
         else:
-            capacity = sf[j, S_SPEED] * min(server_f[j, V_CORES], np.float64(server_i[j, V_WORKERS]))
+            capacity = present_capacity(j, server_f, server_i, sf)
             if rule == ORACLE_SED:
                 score = (held + 1.0) / capacity
             else:
-                left = sf[j, S_WORK_LEFT] - si[j, S_SERVED] * (now - sf[j, S_CLOCK]) / sf[j, S_PACE]
-                score = (max(0.0, left) + demand) / capacity
+                score = (unfinished_work(j, now, sf, si) + demand) / capacity
         if score < low:
             low = score
             best = np.int64(j)
@@ -264,7 +276,7 @@ def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i,
 @compiled(inline=True)
 def uses_counters(rule):
     """Whether every server must be brought up to date before a flow is placed."""
-    return rule == LSQ or rule == SED or rule == SED_SCALED or is_oracle(rule)
+    return rule == LSQ or rule == SED or rule == SED_SCALED or is_oracle(rule) or rule == EXTERNAL
 
 
 @compiled(inline=True)

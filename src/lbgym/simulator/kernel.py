@@ -41,6 +41,7 @@ from .layout import (
     EVENT_DOWN,
     EVENT_SPEED,
     EVENT_UP,
+    EXTERNAL,
     F_ARRIVAL,
     F_BALANCER,
     F_DEMAND,
@@ -70,6 +71,7 @@ from .layout import (
     P_TABLE_SIZE,
     P_TIMEOUT,
     R_ACTIVE,
+    R_CHOICE,
     R_CLOCK,
     R_EVENT,
     R_FLOWS,
@@ -461,7 +463,8 @@ def _apply_event(
 def _run(P, S, r, pause):
     """Simulate replica ``r`` until its target time. Returns DONE, or which array must grow before it can go on.
 
-    With ``pause`` the servers are left as they were last looked at, so that a stop on the way changes no bit.
+    With ``pause`` the servers are left as they were last looked at, so that a stop on the way changes no bit. Under
+    the rule EXTERNAL it also stops, and is DONE, at a flow whose server has not been chosen yet.
     """
     pf, pi, server_f, server_i = P.pf[r], P.pi[r], P.server_f[r], P.server_i[r]
     demand_law, levels, rate_events, events, table = P.demand[r], P.levels[r], P.rate_events[r], P.events[r], P.table
@@ -476,6 +479,7 @@ def _run(P, S, r, pause):
     table_size = pi[P_TABLE_SIZE]
     counters = uses_counters(rule)
     two_choice = is_two_choice(rule)
+    external = rule == EXTERNAL
     target = rf[R_TARGET]
     capacity = flow_i.shape[1]
     # Per pass at most every open flow and the arrival can end.
@@ -503,7 +507,7 @@ def _run(P, S, r, pause):
 
         # Who must have let its flows depart by now: the candidates of a flow, or every server.
         candidates = n
-        first = np.int64(0)
+        first = np.int64(-1)
         second = np.int64(0)
         b = 0
         h = np.uint64(0)
@@ -512,7 +516,7 @@ def _run(P, S, r, pause):
             b = to_range(flow_hash, balancers)
             h = dispatch_hash(flow_hash)
             if ri[R_ACTIVE] == 0:
-                candidates = 0
+                candidates = n if external else 0
             elif two_choice:
                 candidates = min(np.int64(2), ri[R_ACTIVE])
                 one = to_range(h, ri[R_ACTIVE])
@@ -551,16 +555,25 @@ def _run(P, S, r, pause):
             continue
 
         demand = rf[R_NEXT_DEMAND]
-        if candidates > 0:
-            j = first
-            if counters:
-                if is_oracle(rule):
+        # -1: there is no server for it.
+        j = first
+        if counters:
+            if candidates > 0:
+                if external:
+                    if ri[R_CHOICE] == 0:
+                        return DONE
+                    j = ri[R_CHOICE] - 1
+                    ri[R_CHOICE] = 0
+                    if si[j, S_STATUS] != UP:
+                        j = np.int64(-1)
+                elif is_oracle(rule):
                     start = to_range(h, ri[R_ACTIVE])
                     j = dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i, sf, si)
                 else:
                     j = first_minimum(score[b], n, to_range(h, n))
-            elif candidates == 2:
-                j = better_of_two(b, rule, balancers, first, second, bf, bi)
+        elif candidates == 2:
+            j = better_of_two(b, rule, balancers, first, second, bf, bi)
+        if j >= 0:
             _place(
                 b, j, now, demand, rule, pf, pi, server_f, server_i, rf, ri, sf, si, departure, heap, flow_f, flow_i,
                 bf, bi, score, values, weights, meta, result, log, record,
@@ -590,27 +603,17 @@ def _set_weights(P, S, r, b, weights):
 
 
 @compiled()
-def _run_changes(P, S, r, due, queued, until):
-    """Put queued weights in force, each at its instant, as long as that is before ``until``."""
-    while True:
-        first = until
-        b = -1
-        q = -1
-        for k in range(due.shape[0]):
-            for i in range(due.shape[1]):
-                if due[k, i] < first:
-                    first = due[k, i]
-                    b = k
-                    q = i
-        if b < 0:
-            return DONE
-        if first > S.rf[r, R_CLOCK]:
-            S.rf[r, R_TARGET] = first
-            status = _run(P, S, r, True)
-            if status != DONE:
-                return status
-        _set_weights(P, S, r, b, queued[b, q])
-        due[b, q] = math.inf
+def _next_change(due, until):
+    """The earliest time ``due`` [m, Q] before ``until``, its balancer and place; ``until`` and -1: there is none."""
+    b = -1
+    q = -1
+    for k in range(due.shape[0]):
+        for i in range(due.shape[1]):
+            if due[k, i] < until:
+                until = due[k, i]
+                b = k
+                q = i
+    return until, b, q
 
 
 @compiled()
@@ -797,12 +800,18 @@ def step_replicas(P, S, out, weights, due, queued, duration, first, last, status
                 for b in range(weights.shape[1]):
                     _set_weights(P, S, r, b, weights[r, b])
             S.ri[r, R_RUNNING] = 1
-        if due.shape[0] > 0:
-            status[r] = _run_changes(P, S, r, due[r], queued[r], end)
-            if status[r] != DONE:
-                continue
-        S.rf[r, R_TARGET] = end
-        status[r] = _run(P, S, r, False)
+        # One call of _run for stops and for the end: it is most of the kernel, and each call is compiled anew.
+        while True:
+            target, b, q = end, -1, -1
+            if due.shape[0] > 0:
+                target, b, q = _next_change(due[r], end)
+            if b < 0 or target > S.rf[r, R_CLOCK]:
+                S.rf[r, R_TARGET] = target
+                status[r] = _run(P, S, r, b >= 0)
+                if b < 0 or status[r] != DONE:
+                    break
+            _set_weights(P, S, r, b, queued[r, b, q])
+            due[r, b, q] = math.inf
         if status[r] == DONE:
             S.ri[r, R_RUNNING] = 0
             S.rf[r, R_CLOCK] = S.rf[r, R_TARGET]

@@ -27,7 +27,8 @@ from ..features.kernels import META_SIZE, RESULT_SIZE
     ORACLE_LSQ,
     ORACLE_SED,
     ORACLE_LEAST_WORK,
-) = range(12)
+    EXTERNAL,  # whoever calls the kernel; not a rule of a scenario
+) = range(13)
 
 POISSON, MODULATED, SINUSOIDAL, TRACE = range(4)
 DETERMINISTIC, EXPONENTIAL, LOGNORMAL, BOUNDED_PARETO, HYPEREXPONENTIAL, EMPIRICAL = range(6)
@@ -110,8 +111,9 @@ V_WORKERS, V_BACKLOG, NUM_VI = range(3)
     R_SEQUENCE,
     R_ACTIVE,
     R_RUNNING,
+    R_CHOICE,  # 1 + the server chosen from outside for the next flow; 0: not chosen yet
     NUM_RI,
-) = range(18)
+) = range(19)
 # State of a server, float64.
 (
     S_CLOCK,
@@ -245,6 +247,36 @@ def widened(parameters: Parameters, rows: dict[str, NDArray[Any]]) -> Parameters
             bigger[tuple(slice(size) for size in array.shape)] = array
             changes[name] = bigger
     return parameters._replace(**changes) if changes else parameters
+
+
+# What may be shown of a server, and of the flow that waits, when a decision is asked for.
+Q_WORK, Q_DELAY, Q_OPEN, Q_ACTIVE, NUM_Q = range(5)
+Q_DEMAND, Q_GAP, NUM_QF = range(3)
+
+
+class Decision(NamedTuple):
+    """Where the state at the arrival of a flow is written, for whoever chooses its server."""
+
+    waiting: NDArray[np.bool_]  # [R] False: every flow there was to come has come, and ended
+    timestamp: NDArray[np.float64]  # [R] seconds: the flow's arrival; if none waits, when the last flow ended
+    servers: NDArray[np.float64]  # [R, N, NUM_Q] zero rows for inactive servers
+    flow: NDArray[np.float64]  # [R, NUM_QF]
+    flow_seconds: NDArray[np.float64]  # [R] integral of the flows in the system since reset
+    ended: NDArray[np.int64]  # [R, 2] flows completed, and rejected, failed or unrouted, since reset
+    fct_sum: NDArray[np.float64]  # [R] seconds, over completed flows
+
+
+def allocate_decision(replicas: int, servers: int) -> Decision:
+    """Uninitialised arrays; the kernel writes every element."""
+    return Decision(
+        waiting=np.empty(replicas, np.bool_),
+        timestamp=np.empty(replicas),
+        servers=np.empty((replicas, servers, NUM_Q)),
+        flow=np.empty((replicas, NUM_QF)),
+        flow_seconds=np.empty(replicas),
+        ended=np.empty((replicas, 2), np.int64),
+        fct_sum=np.empty(replicas),
+    )
 
 
 def allocate_state(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -371,27 +371,36 @@ class Simulation:
     def _call(
         self, output: at.Output, weights: NDArray[np.float64], duration: float, mask: NDArray[np.bool_] | None
     ) -> None:
-        """Run the kernel on the masked replicas, growing arrays as it asks, on all threads."""
+        """One interval of the masked replicas."""
+        step = self._kernel.step_replicas
+
+        def part(first: int, last: int, status: NDArray[np.int64]) -> None:
+            step(
+                self._parameters, self._state, output, weights, self._due, self._queued, duration, first, last, status
+            )  # fmt: skip
+
+        self.run_parts(part, mask)
+
+    def run_parts(
+        self, part: Callable[[int, int, NDArray[np.int64]], None], mask: NDArray[np.bool_] | None = None
+    ) -> None:
+        """Call ``part(first, last, status)`` of the kernel on all threads, until the masked replicas are done.
+
+        Arrays grow as it asks by ``status``; it must look them up anew in every call.
+        """
         status = np.ones(self.num_replicas, np.int64)
         if mask is not None:
             status[~mask] = at.DONE
-        step = self._kernel.step_replicas
         while True:
             if self.num_threads == 1:
-                step(
-                    self._parameters, self._state, output, weights, self._due, self._queued, duration,
-                    0, self.num_replicas, status,
-                )  # fmt: skip
+                part(0, self.num_replicas, status)
             else:
                 # Whoever is free takes the next part, so that a core that is busy elsewhere does not hold up the rest.
                 parts = iter(self._parts)
 
                 def work(parts: Iterator[tuple[int, int]] = parts) -> None:
                     for first, last in parts:
-                        step(
-                            self._parameters, self._state, output, weights, self._due, self._queued, duration,
-                            first, last, status,
-                        )  # fmt: skip
+                        part(first, last, status)
 
                 self._workers.run(work)
             if not status.any():
