@@ -26,7 +26,7 @@ from lbgym.errors import (
 )
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from lbgym.rewards import fairness
-from lbgym.scenarios import Event, Exponential, Scenario, Server, Workload
+from lbgym.scenarios import Event, Exponential, Scenario, ScenarioDistribution, Server, Uniform, Workload
 from lbgym.sharedmemory import SharedMemoryRegion
 from tests.dataplanes.puppet import puppet
 from tests.drivers.emulated import emulator
@@ -46,6 +46,10 @@ def small(balancers: int = 3, **changes: Any) -> Scenario:
     servers = (Server(cores=1), Server(cores=2), Server(cores=4, workers=4, backlog=4))
     workload = Workload(load=0.9, demand=Exponential(mean=0.02))
     return Scenario(name="small", servers=servers, workload=workload, balancers=balancers).with_changes(**changes)
+
+
+def drawn(balancers: int = 3) -> ScenarioDistribution:
+    return ScenarioDistribution(base=small(balancers), num_servers=Uniform(1, 5), load=Uniform(0.5, 0.9))
 
 
 def make(**keys: Any) -> MultiLoadBalanceEnv:
@@ -328,14 +332,14 @@ def test_one_balancer_is_the_single_environment(action_type: str, sharing: str) 
         {"reward_type": "var", "reward_field": "busy_workers", "dispatch": "wcmp"},
         {"reward_type": lambda snapshot: -snapshot.stats[..., 0].sum(axis=-1, dtype=np.float64)},
         {"normalize": True, "step_interval": 1.0, "dispatch": "maglev", "observation": "flat"},
+        {"scenario": drawn(1), "observation": "dict", "num_servers": 6},
     ],
-    ids=["ground truth", "callable", "normalized"],
+    ids=["ground truth", "callable", "normalized", "distribution"],
 )
 def test_one_balancer_is_the_single_environment_also_with(changes: dict[str, Any]) -> None:
     keys = {"scenario": small(1), "max_steps": 8} | changes
     single, multi = LoadBalanceEnv(**keys), MultiLoadBalanceEnv(**keys)
-    single.reset(seed=2)
-    multi.reset(seed=2)
+    equal([{"lb_0": part} for part in single.reset(seed=2)], list(multi.reset(seed=2)))
     for _ in range(8):
         action = single.action_space.sample()
         equal([{"lb_0": part} for part in single.step(action)], list(multi.step({"lb_0": action})))
@@ -458,8 +462,9 @@ def follow(vector: MultiLoadBalanceVectorEnv, keys: dict[str, Any], steps: int) 
         {"action_type": "normalized", "reward_sharing": "difference", "normalize": True},
         {"action_type": "joint", "observation": "flat", "action_offsets": "random", "reward_sharing": "field"},
         {"action_delay": {"low": 0.1, "high": 0.9}, "action_offsets": "even", "reward_sharing": "own"},
+        {"scenario": drawn(), "num_balancers": 2, "observation": "dict", "action_offsets": "even"},
     ],
-    ids=["dict", "difference", "random offsets", "drawn delays"],
+    ids=["dict", "difference", "random offsets", "drawn delays", "distribution"],
 )
 def test_replicas_equal_parallel_environments(mode: str, changes: dict[str, Any]) -> None:
     keys = {"scenario": small(), "max_steps": 6} | changes

@@ -111,6 +111,7 @@ class MultiLoadBalanceEnv(_Parallel or object):  # type: ignore[misc]
             core = _LiveVectorEnv(shm_names, shm_timeout, **keys)
         self._core = core
         self.scenario = core.scenario
+        self.distribution = core.distribution
         self.num_servers = core.num_servers
         self.num_balancers = core.num_balancers
         self.max_steps = core.max_steps
