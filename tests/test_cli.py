@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 
 import lbgym
-from lbgym.scenarios import Trace, from_toml, load_scenario, scenario_names, write_trace
+from lbgym.scenarios import (
+    Trace,
+    distribution_names,
+    from_toml,
+    load_scenario,
+    named_distribution,
+    scenario_names,
+    write_trace,
+)
 from lbgym.simulator import Simulation
 
 SMALL = """
@@ -96,7 +104,8 @@ def test_scenarios(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and all(name in out for name in scenario_names())
     code, out, _ = in_process(capsys, "scenarios", "--json")
     listed = json.loads(out)
-    assert [s["name"] for s in listed] == list(scenario_names())
+    assert [s["name"] for s in listed] == [*scenario_names(), *distribution_names()]
+    assert listed[-1]["servers"] == [7, 7] and listed[-1]["load"] is None
     assert listed[0]["servers"] == load_scenario(listed[0]["name"]).num_servers
 
 
@@ -114,6 +123,41 @@ def test_describe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_describe_as_toml_reads_back(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = in_process(capsys, "describe", small, "--toml")
     assert code == 0 and from_toml(out) == load_scenario(small)
+
+
+@pytest.mark.parametrize("name", distribution_names())
+def test_describe_a_distribution(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    distribution = named_distribution(name)
+    code, out, _ = in_process(capsys, "describe", name, "--draws", "20")
+    assert code == 0 and "Drawn for every episode" in out and "of 20 draws" in out
+    assert max(map(len, out.splitlines())) <= 120
+    code, out, _ = in_process(capsys, "describe", name, "--json", "--draws", "20")
+    data = json.loads(out)
+    drawn = [distribution.draw(seed) for seed in range(20)]
+    assert data["draws"]["servers"]["most"] == max(s.num_servers for s in drawn)
+    assert data["draws"]["load"]["least"] == pytest.approx(min(s.load for s in drawn))
+    assert data["base"]["balancers"] == distribution.balancers
+    code, out, _ = in_process(capsys, "describe", name, "--toml")
+    assert from_toml(out) == distribution
+    code, out, _ = in_process(capsys, "describe", name, "--toml", "--draw", "7")
+    assert code == 0 and from_toml(out) == distribution.draw(7)
+
+
+def test_describe_plots_what_a_distribution_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    for name in distribution_names():
+        file = tmp_path / f"{name}.png"
+        code, out, _ = in_process(capsys, "describe", name, "--draws", "30", "--plot", str(file))
+        assert code == 0 and f"wrote {file}" in out and file.read_bytes().startswith(b"\x89PNG")
+    for arguments, message in (
+        (("uniform", "--plot", "x.png"), "--plot needs a distribution"),
+        (("uniform", "--draw", "1"), "--draw needs a distribution"),
+        (("random-clusters", "--plot", "x.txt"), "--plot writes .png, .svg, .pdf"),
+        (("random-clusters", "--draw", "1", "--plot", "x.png"), "give one of them"),
+        (("random-clusters", "--draws", "2", "--plot", str(tmp_path / "no" / "x.png")), "cannot write the plot"),
+    ):
+        code, _, err = in_process(capsys, "describe", *arguments)
+        assert code == 2 and message in err
 
 
 @pytest.mark.parametrize(

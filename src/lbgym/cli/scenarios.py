@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import ScenarioError
-from ..scenarios import Scenario, load_scenario, scenario_names, to_toml
+from ..scenarios import (
+    Choice,
+    LogUniform,
+    RandomEvents,
+    Sampling,
+    Scenario,
+    ScenarioDistribution,
+    Uniform,
+    Variant,
+    distribution_names,
+    load_scenario,
+    named_distribution,
+    named_scenario,
+    scenario_names,
+    to_toml,
+)
 from ._console import results_console
 
 #: Seconds per control step that the mean number of flows is given for: the environment's default.
 STEP_INTERVAL = 0.25
 MAX_EVENTS = 12
+PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
 def scenarios(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """List the built-in scenarios."""
-    every = [load_scenario(name) for name in scenario_names()]
+    """List the built-in scenarios, and the distributions of scenarios."""
+    every = [named_scenario(name) for name in scenario_names()]
+    distributions = [named_distribution(name) for name in distribution_names()]
     if as_json:
-        typer.echo(json.dumps([_summary(scenario) for scenario in every], indent=1))
+        listed = [_summary(scenario) for scenario in every] + [_distribution_summary(d) for d in distributions]
+        typer.echo(json.dumps(listed, indent=1))
         return
     from rich import box
     from rich.table import Table
@@ -36,24 +56,53 @@ def scenarios(
     table.add_column("what it is", max_width=76)
     for s in every:
         table.add_row(s.name, str(s.num_servers), str(s.balancers), f"{s.load:.2f}", f"{s.rate:,.0f}", s.description)
+    for i, d in enumerate(distributions):
+        if i == 0:
+            table.add_section()
+        table.add_row(d.name, _ends(d.min_servers, d.max_servers), str(d.balancers), "drawn", "drawn", d.description)
     results_console().print(table)
 
 
 def describe(
-    scenario: Annotated[str, typer.Argument(help="Name of a scenario or path of a TOML file.")],
+    scenario: Annotated[
+        str, typer.Argument(help="Name of a scenario or of a distribution of them, or path of a TOML file.")
+    ],
+    draw: Annotated[
+        int | None, typer.Option(min=0, help="Describe what a distribution draws with this seed, not the distribution.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of a distribution to summarise and plot.")] = 1000,
+    plot: Annotated[
+        Path | None, typer.Option(help="Plot the draws of a distribution to this file (.png, .svg, .pdf).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     as_toml: Annotated[bool, typer.Option("--toml", help="Print the scenario as TOML, to change and use.")] = False,
 ) -> None:
-    """Say what a scenario consists of."""
+    """Say what a scenario consists of, or what a distribution of scenarios draws."""
     if as_json and as_toml:
         raise ScenarioError("describe prints --json or --toml, not both")
     loaded = load_scenario(scenario)
+    if isinstance(loaded, Scenario) and not (draw is None and plot is None):
+        option = "--plot" if draw is None else "--draw"
+        raise ScenarioError(f"{option} needs a distribution, and {loaded.name!r} is a scenario: nothing is drawn")
+    if isinstance(loaded, ScenarioDistribution) and draw is not None:
+        if plot is not None:
+            raise ScenarioError(f"--plot shows many draws, --draw={draw} asks for one; give one of them")
+        loaded = loaded.draw(draw)
+    if plot is not None:
+        _check_plot(plot)
     if as_toml:
         typer.echo(to_toml(loaded), nl=False)
+    elif isinstance(loaded, Scenario):
+        if as_json:
+            typer.echo(json.dumps(_details(loaded), indent=1))
+        else:
+            _show(loaded)
     elif as_json:
-        typer.echo(json.dumps(_details(loaded), indent=1))
+        typer.echo(json.dumps(_distribution_details(loaded, draws), indent=1))
     else:
-        _show(loaded)
+        _show_distribution(loaded, draws)
+    if plot is not None and isinstance(loaded, ScenarioDistribution):
+        _plot(loaded, draws, plot, quiet=as_json or as_toml)
 
 
 def _summary(scenario: Scenario) -> dict[str, Any]:
@@ -65,6 +114,67 @@ def _summary(scenario: Scenario) -> dict[str, Any]:
         "load": scenario.load,
         "rate": scenario.rate,
     }
+
+
+def _distribution_summary(distribution: ScenarioDistribution) -> dict[str, Any]:
+    return {
+        "name": distribution.name,
+        "description": distribution.description,
+        "servers": [distribution.min_servers, distribution.max_servers],
+        "balancers": distribution.balancers,
+        "load": None,
+        "rate": None,
+    }
+
+
+def _distribution_details(distribution: ScenarioDistribution, draws: int) -> dict[str, Any]:
+    from ..scenarios.draws import draw_many
+
+    return {
+        "name": distribution.name,
+        "description": distribution.description,
+        "base": _details(distribution.base),
+        "randomize": _plain({key: getattr(distribution, key) for key in ("num_servers", "load", "rate", "dispatch")})
+        | {"server": _plain(distribution.server.ranges()), "sampling": _plain(distribution.sampling.ranges())}
+        | {
+            key: [_plain(asdict(v) | {"parameters": dict(v.parameters)}) for v in getattr(distribution, key)]
+            for key in ("arrivals", "demand")
+        }
+        | {
+            "events": [
+                _plain({"kind": e.kind, "every": e.every, "duration": e.duration, "value": e.value})
+                for e in distribution.events
+            ]
+        },
+        "draws": {"count": draws, **draw_many(distribution, draws).summary()},
+    }
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Ranges as tables, as in a TOML file."""
+    kinds = {Uniform: "uniform", LogUniform: "log_uniform", Choice: "choice"}
+    return {
+        key: {"kind": kinds[type(x)], **asdict(x)} if type(x) in kinds else _plain(x) if isinstance(x, dict) else x
+        for key, x in values.items()
+    }
+
+
+def _check_plot(file: Path) -> None:
+    if file.suffix.lower() not in PLOT_FORMATS:
+        raise ScenarioError(f"--plot writes {', '.join(PLOT_FORMATS)}, got {str(file)!r}")
+
+
+def _plot(distribution: ScenarioDistribution, draws: int, file: Path, *, quiet: bool) -> None:
+    from ..evaluation.draws import draws_figure
+    from ..scenarios.draws import draw_many
+
+    figure = draws_figure(draw_many(distribution, draws), distribution.name)
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise ScenarioError(f"cannot write the plot {file}: {error}") from error
+    if not quiet:
+        typer.echo(f"wrote {file}")
 
 
 def _details(scenario: Scenario) -> dict[str, Any]:
@@ -140,16 +250,128 @@ def _show(scenario: Scenario) -> None:
     facts.add_row("balancers", str(scenario.balancers))
     facts.add_row("dispatch", scenario.dispatch)
     facts.add_row("rejected", f"a rejected or failed flow counts as an FCT of {scenario.reject_timeout:g} s")
-    sampling = scenario.sampling
-    facts.add_row(
-        "reservoirs",
-        f"{sampling.capacity} samples, {sampling.algorithm}, probability {sampling.probability:g}, "
-        f"{sampling.packets_per_flow:g} duration samples per flow",
-    )
+    facts.add_row("reservoirs", _reservoirs(scenario.sampling))
     facts.add_row("duration", f"{scenario.duration:g} s unless told otherwise")
     if scenario.events:
         facts.add_row("events", _events(scenario))
     console.print(Padding(facts, (0, 0, 0, 1)))
+
+
+def _show_distribution(distribution: ScenarioDistribution, draws: int) -> None:
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table
+
+    from ..scenarios.draws import QUANTILES, draw_many
+
+    console = results_console()
+    console.print(f"[bold]{distribution.name}[/bold]  {distribution.description}", soft_wrap=False)
+    base = distribution.base
+    facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column()
+    drawn: list[tuple[str, str]] = []
+    if distribution.num_servers is not None:
+        drawn.append(("servers", _range(distribution.num_servers)))
+    drawn += [(f"{name} of a server", _range(value)) for name, value in distribution.server.ranges().items()]
+    if distribution.load is not None:
+        drawn.append(("load", _range(distribution.load, " of the capacity")))
+    if distribution.rate is not None:
+        drawn.append(("rate", _range(distribution.rate, " flows/s")))
+    for name in ("arrivals", "demand"):
+        variants = getattr(distribution, name)
+        if variants:
+            drawn.append((name, "\n".join(_variant(variant, 1 / len(variants)) for variant in variants)))
+    if distribution.dispatch is not None:
+        drawn.append(("dispatch", _range(distribution.dispatch)))
+    drawn += [(f"sampling {name}", _range(value)) for name, value in distribution.sampling.ranges().items()]
+    if distribution.events:
+        drawn.append(("events", "\n".join(map(_random_events, distribution.events))))
+    for name, text in drawn:
+        facts.add_row(name, text)
+    console.print("\nDrawn for every episode")
+    console.print(Padding(facts, (0, 0, 0, 1)))
+
+    fixed = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    fixed.add_column(style="dim", no_wrap=True)
+    fixed.add_column()
+    workload = base.workload
+    if distribution.num_servers is None:
+        fixed.add_row("servers", str(base.num_servers))
+    if workload.trace is not None:
+        fixed.add_row("trace", f"{workload.trace.source}: {len(workload.trace.times):,} flows")
+    else:
+        if not distribution.arrivals:
+            fixed.add_row("arrivals", _words(workload.arrivals))
+        if not distribution.demand:
+            fixed.add_row("demand", f"{_words(workload.demand)}; mean {workload.mean_demand:.4g} core-seconds")
+    fixed.add_row("balancers", str(base.balancers))
+    if distribution.dispatch is None:
+        fixed.add_row("dispatch", base.dispatch)
+    fixed.add_row("rejected", f"a rejected or failed flow counts as an FCT of {base.reject_timeout:g} s")
+    varies = distribution.sampling.ranges()
+    fixed.add_row("reservoirs", f"{base.sampling.capacity} samples" if varies else _reservoirs(base.sampling))
+    fixed.add_row("duration", f"{base.duration:g} s unless told otherwise")
+    if base.events:
+        fixed.add_row("events", f"{len(base.events)} of the base, those of servers that were drawn")
+    console.print("\nThe same in all")
+    console.print(Padding(fixed, (0, 0, 0, 1)))
+
+    summary = draw_many(distribution, draws).summary()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(f"of {draws:,} draw{'s' * (draws > 1)}", no_wrap=True)
+    for label in QUANTILES:
+        table.add_column(label, justify="right", no_wrap=True)
+    units = {
+        "servers": "servers",
+        "capacity": "capacity, core-seconds per second",
+        "load": "load",
+        "rate": "rate, flows/s",
+        "mean_demand": "mean demand, core-seconds",
+        "events": f"events within {base.duration:g} s",
+    }
+    for name, text in units.items():
+        table.add_row(text, *(f"{value:.4g}" for value in summary[name].values()))
+    console.print()
+    console.print(table)
+
+
+def _reservoirs(sampling: Sampling) -> str:
+    return (
+        f"{sampling.capacity} samples, {sampling.algorithm}, probability {sampling.probability:g}, "
+        f"{sampling.packets_per_flow:g} duration samples per flow"
+    )
+
+
+def _range(value: Any, unit: str = "") -> str:
+    """A range in words."""
+    if isinstance(value, Choice):
+        shares = value.probabilities or (1 / len(value.values),) * len(value.values)
+        return ", ".join(f"{_short(x)} ({100 * p:.3g} %)" for x, p in zip(value.values, shares, strict=True))
+    if isinstance(value, (Uniform, LogUniform)):
+        law = ", log-uniform" if isinstance(value, LogUniform) else ""
+        return f"{_ends(value.low, value.high)}{unit}{law}"
+    return f"{_short(value)}{unit}"
+
+
+def _ends(low: float, high: float) -> str:
+    return _short(low) if low == high else f"{_short(low)} to {_short(high)}"
+
+
+def _variant(variant: Variant, share: float) -> str:
+    values = "; ".join(f"{name} {_range(value)}" for name, value in variant.parameters.items())
+    probability = share if variant.probability is None else variant.probability
+    return f"{100 * probability:.3g} %: {variant.kind.replace('_', ' ')}{f' ({values})' if values else ''}"
+
+
+def _random_events(event: RandomEvents) -> str:
+    what = {
+        "down": "each server goes down",
+        "drain": "each server is drained",
+        "speed": f"each server runs at {_range(event.value)} times its speed",
+        "rate": f"flows arrive at {_range(event.value)} times the rate",
+    }[event.kind]
+    return f"{what} for {_range(event.duration, ' s')}; every {_range(event.every, ' s')}, in the mean"
 
 
 def _words(part: Any) -> str:

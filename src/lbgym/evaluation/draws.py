@@ -64,8 +64,7 @@ def _histogram(
         axes.set_xticks([low], [f"always {low:.4g}"])
     elif whole:
         bins = np.arange(low - 0.5, high + 1)
-        ticks = np.arange(low, high + 1)
-        axes.set_xticks(ticks[:: max(1, len(ticks) // 12)])
+        axes.set_xticks(np.arange(low, high + 1)[:: max(1, int(high - low) // 12)])
     elif high / low >= _LOG_RATIO:
         bins = np.geomspace(low, high, _BINS + 1)
         axes.set_xscale("log")
@@ -88,4 +87,13 @@ def _histogram(
     )
     axes.margins(y=0.12)
     if len(groups) > 1:
-        axes.legend(frameon=False, fontsize=8, loc="best", handlelength=1.2)
+        # Above the axes: uniform draws leave no room among the bars.
+        axes.legend(
+            frameon=False,
+            fontsize=8,
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 0.98),
+            ncols=min(len(groups), 4),
+            handlelength=1.0,
+            columnspacing=1.2,
+        )

@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import ScenarioError, UnknownNameError
 from .model import (
@@ -43,6 +42,7 @@ HORIZON = 3600.0
 MAX_OCCURRENCES = 100_000
 #: Kinds of events that begin at random and end after a while.
 RANDOM_EVENT_KINDS = ("speed", "down", "drain", "rate")
+_EVENT = Event(time=0.0, kind="rate", value=1.0)
 # Keeps the stream of a seed's scenario apart from whatever else is drawn from that seed.
 _STREAM = 0x7363656E
 
@@ -97,7 +97,9 @@ RANGE_KINDS: dict[str, type] = {"uniform": Uniform, "log_uniform": LogUniform, "
 def _check_ends(ends: Uniform | LogUniform, above: float) -> None:
     name = type(ends).__name__
     for side in ("low", "high"):
-        _number(getattr(ends, side), f"{name}.{side}", low=above)
+        end = _frozen(getattr(ends, side))
+        _number(end, f"{name}.{side}", low=above)
+        _set(ends, **{side: end})
     # A difference that overflows could not be drawn from.
     if not ends.low <= ends.high or not math.isfinite(float(ends.high) - float(ends.low)):
         raise ScenarioError(
@@ -107,8 +109,10 @@ def _check_ends(ends: Uniform | LogUniform, above: float) -> None:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, which nobody can change afterwards."""
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+    """Lists as tuples, which nobody can change afterwards, and NumPy's numbers as Python's."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _probabilities(values: Any, count: int, name: str) -> tuple[float, ...] | None:
@@ -136,36 +140,47 @@ def _check_whole(value: Any, name: str, *, low: int, high: int) -> None:
         _integer(each, name, low=low, high=high)
 
 
-def _pick(probabilities: Sequence[float] | None, count: int, rng: np.random.Generator, size: int) -> NDArray[np.int64]:
-    """Indices below ``count``, drawn with these probabilities."""
+def _pick(probabilities: Sequence[float] | None, count: int, rng: np.random.Generator) -> int:
+    """An index below ``count``, drawn with these probabilities."""
+    u = rng.random()
     if probabilities is None:
-        return rng.integers(0, count, size)
-    index: NDArray[np.int64] = np.searchsorted(np.cumsum(probabilities), rng.random(size), side="right")
-    # The sum may fall short of 1 by rounding; what is drawn then is the last index of any probability.
-    return np.minimum(index, max(i for i, p in enumerate(probabilities) if p > 0))
+        return min(int(u * count), count - 1)
+    last = 0
+    for i, p in enumerate(probabilities):
+        if p > 0.0:
+            last = i
+            u -= p
+            if u < 0.0:
+                break
+    return last
 
 
-def _draw(value: Any, rng: np.random.Generator, size: int, *, whole: bool = False) -> list[Any]:
-    """``size`` independent draws of a range, or a value that does not vary so many times."""
+def _draw(value: Any, rng: np.random.Generator, *, whole: bool = False) -> Any:
+    """A draw of a range, or a value that does not vary.
+
+    In plain Python, since one number costs NumPy more than the arithmetic.
+    """
     if isinstance(value, Choice):
-        return [value.values[i] for i in _pick(value.probabilities, len(value.values), rng, size)]
+        return value.values[_pick(value.probabilities, len(value.values), rng)]
     if not isinstance(value, (Uniform, LogUniform)):
-        return [value] * size
+        return value
     low, high = value.low, value.high
     if isinstance(value, Uniform):
-        if whole:
-            return rng.integers(int(low), int(high), size, endpoint=True).tolist()
-        drawn = low + (high - low) * rng.random(size)
-    elif whole:
-        drawn = np.floor(np.exp(rng.uniform(math.log(low), math.log(high + 1), size)))
+        drawn = low + rng.random() * (high - low + (1 if whole else 0))
     else:
-        drawn = np.exp(rng.uniform(math.log(low), math.log(high), size))
-    drawn = np.clip(drawn, low, high)
-    return (drawn.astype(np.int64) if whole else drawn).tolist()
+        start = math.log(low)
+        drawn = math.exp(start + rng.random() * (math.log(high + 1 if whole else high) - start))
+    if whole:
+        return min(max(int(drawn), int(low)), int(high))
+    return min(max(drawn, float(low)), float(high))
 
 
-def _one(value: Any, rng: np.random.Generator, *, whole: bool = False) -> Any:
-    return _draw(value, rng, 1, whole=whole)[0]
+def _copied(instance: Any, values: Mapping[str, Any]) -> Any:
+    """A copy with other values that need no second check: what a range may draw was checked when it was given."""
+    copy = object.__new__(type(instance))
+    copy.__dict__.update(instance.__dict__)
+    copy.__dict__.update(values)
+    return copy
 
 
 # What varies
@@ -204,10 +219,10 @@ class ServerDistribution:
         ranges = self.ranges()
         if not ranges:
             return tuple(base)
-        columns = [_draw(value, rng, len(base), whole=name in _WHOLE) for name, value in ranges.items()]
+        items = [(name, value, int if name in _WHOLE else float) for name, value in ranges.items()]
         return tuple(
-            replace(server, **dict(zip(ranges, row, strict=True)))
-            for server, row in zip(base, zip(*columns, strict=True), strict=True)
+            _copied(server, {name: kind(_draw(value, rng, whole=kind is int)) for name, value, kind in items})
+            for server in base
         )
 
     def extremes(self, server: Server) -> tuple[Server, Server]:
@@ -255,7 +270,7 @@ class Variant:
 
     def sample(self, rng: np.random.Generator) -> Any:
         """Arrivals or a demand."""
-        return self._made({name: _one(value, rng) for name, value in self.parameters.items()})
+        return self._made({name: _draw(value, rng) for name, value in self.parameters.items()})
 
     def extremes(self) -> Iterator[Any]:
         """Instances with every combination of the ends of the ranges.
@@ -514,24 +529,24 @@ class ScenarioDistribution:
             horizon: seconds up to which random events begin.
         """
         base = self.base
-        count = self.max_servers if self.num_servers is None else _one(self.num_servers, rng, whole=True)
+        count = self.max_servers if self.num_servers is None else _draw(self.num_servers, rng, whole=True)
         servers = self.server.sample(rng, self._cluster(count))
         workload: dict[str, Any] = {}
         for name, variants in (("arrivals", self.arrivals), ("demand", self.demand)):
             if variants:
                 probabilities = [v.probability for v in variants if v.probability is not None] or None
-                workload[name] = variants[int(_pick(probabilities, len(variants), rng, 1)[0])].sample(rng)
+                workload[name] = variants[_pick(probabilities, len(variants), rng)].sample(rng)
         if self.load is not None or self.rate is not None:
             name = "load" if self.load is not None else "rate"
-            workload |= {"load": None, "rate": None, name: _one(getattr(self, name), rng)}
+            workload |= {"load": None, "rate": None, name: _draw(getattr(self, name), rng)}
         changes: dict[str, Any] = {"servers": servers}
         if workload:
             changes["workload"] = replace(base.workload, **workload)
         if self.dispatch is not None:
-            changes["dispatch"] = _one(self.dispatch, rng)
+            changes["dispatch"] = _draw(self.dispatch, rng)
         sampling = self.sampling.ranges()
         if sampling:
-            changes["sampling"] = replace(base.sampling, **{k: _one(value, rng) for k, value in sampling.items()})
+            changes["sampling"] = replace(base.sampling, **{k: _draw(value, rng) for k, value in sampling.items()})
         if self.events or base.events:
             kept = [event for event in base.events if event.server is None or event.server < count]
             # The last draws, and in order of time, so that a shorter horizon changes nothing before it.
@@ -542,7 +557,7 @@ class ScenarioDistribution:
         """Random events and their ends: the superposition of one Poisson process per kind, thinned by what lasts."""
         if not self.events:
             return
-        rates = [(1 if e.kind == "rate" else count) / _one(e.every, rng) for e in self.events]
+        rates = [(1 if e.kind == "rate" else count) / _draw(e.every, rng) for e in self.events]
         total = math.fsum(rates)
         shares = [rate / total for rate in rates]
         until: dict[tuple[str, int | None], float] = {}
@@ -551,14 +566,14 @@ class ScenarioDistribution:
             now += float(rng.exponential(1.0 / total))
             if now > horizon:
                 return
-            spec = self.events[int(_pick(shares, len(shares), rng, 1)[0])]
-            server = None if spec.kind == "rate" else int(rng.integers(count))
-            end = now + _one(spec.duration, rng)
-            value = _one(spec.value, rng)
+            spec = self.events[_pick(shares, len(shares), rng)]
+            server = None if spec.kind == "rate" else _pick(None, count, rng)
+            end = now + float(_draw(spec.duration, rng))
+            value = None if spec.value is None else float(_draw(spec.value, rng))
             hit = ("status" if spec.kind in ("down", "drain") else spec.kind, server)
             if now < until.get(hit, 0.0):
                 continue
             until[hit] = end
-            yield Event(time=now, kind=spec.kind, server=server, value=value)
-            after = None if value is None else 1.0
-            yield Event(time=end, kind="up" if value is None else spec.kind, server=server, value=after)
+            begin = {"time": now, "kind": spec.kind, "server": server, "value": value}
+            yield _copied(_EVENT, begin)
+            yield _copied(_EVENT, begin | {"time": end} | ({"kind": "up"} if value is None else {"value": 1.0}))
