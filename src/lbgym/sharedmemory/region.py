@@ -456,18 +456,21 @@ class SharedMemoryRegion:
     def _wait(self, word: int, event: int, futex: system.Futex, after: int, timeout: float) -> bool:
         words = self._memory
         deadline = time.monotonic() + _checked_timeout(timeout)
-        while True:
-            # Without the right to raise the flag nobody would wake us.
-            value = 0 if self.read_only else int(kernels.raise_flag(words, event))
-            if kernels.load_word(words, word) != after:
-                return True
+        value, flagged = 0, False
+        while kernels.load_word(words, word) == after:
             left = deadline - time.monotonic()
             if left <= 0.0 or self.closed_by_producer:
                 return False
             if self.read_only:
+                # Without the right to raise the flag nobody would wake us.
                 time.sleep(min(left, max(0.001, self.publish_interval / self.clock_rate / 8)))
-            else:
+            elif flagged:
                 futex.wait(value, left)
+                flagged = False
+            else:
+                # And look again, before sleeping, for what came meanwhile.
+                value, flagged = int(kernels.raise_flag(words, event)), True
+        return True
 
     def lock_agent(self) -> None:
         """Become the region's agent.
@@ -519,7 +522,7 @@ class SharedMemoryRegion:
             self.lock_agent()
         memory = self._memory
         try:
-            checked = np.ascontiguousarray(weights, np.float64)
+            checked = np.asarray(weights, np.float64, order="C")
         except (TypeError, ValueError) as error:
             raise InvalidWeightsError(f"weights must be numbers, one per server, got {weights!r}") from error
         if checked.ndim != 1 or not 0 < checked.shape[0] <= self.capacity:
@@ -606,6 +609,7 @@ class SharedMemoryRegion:
 
     def set_safe_weights(self, weights: ArrayLike) -> None:
         """Change the weights that are in force without an agent's, float[number of servers]."""
+        self._producer()
         checked = _checked_weights("safe_weights", weights)
         if len(checked) != len(self._safe_weights):
             raise InvalidWeightsError(f"safe_weights must be {len(self._safe_weights)} numbers, got {len(checked)}")
