@@ -27,7 +27,7 @@ from ..errors import (
 )
 from ..policies import TrainedPolicy, WeightPolicy
 from ..scenarios import fixed_scenario
-from ..sharedmemory import DEFAULT_LEASE, region_names
+from ..sharedmemory import DEFAULT_LEASE, SharedMemoryRegion, region_names
 from ..snapshot import Snapshot
 from .config import ControllerConfig
 from .decisions import Decider
@@ -42,6 +42,8 @@ _DEBUG, _INFO, _WARNING = logging.DEBUG, logging.INFO, logging.WARNING
 DEFAULT_INTERVAL = 0.25
 #: A pause saves up no more than so many intervals of movement.
 _MOST_INTERVALS = 2.0
+#: Seconds between two looks for a region that is not there yet.
+_LOOK = 0.05
 #: Deadlines missed at once that are worth a line of the log.
 _MANY_MISSED = 3
 
@@ -215,10 +217,10 @@ class Controller:
         deadline = time.monotonic() + config.attach_timeout
         told = False
         while True:
-            timeout = min(config.timeout, max(round(deadline - time.monotonic(), 3), 0.001))
             try:
                 with self._interruptible():
-                    plane = kind(config.shm, interval=self._interval, timeout=timeout)
+                    SharedMemoryRegion.attach(config.shm, live=True, read_only=True).close()
+                    return kind(config.shm, interval=self._interval, timeout=config.timeout)
             except (RegionNotFoundError, DataPlaneTimeout) as error:
                 if time.monotonic() >= deadline:
                     raise
@@ -226,9 +228,8 @@ class Controller:
                     told = True
                     self._notifier.tell(f"STATUS=waiting for the data plane of region {config.shm}")
                     self._log(_INFO, "waiting", str(error), regions=list(region_names()))
-            else:
-                plane.timeout = config.timeout
-                return plane
+            with self._interruptible():
+                time.sleep(_LOOK)
 
     def _bind(self, plane: ControlledDataPlane, deciders: tuple[Decider, Decider]) -> None:
         """Observe as many servers as the deciders are for; those that are not there yet are inactive."""

@@ -107,12 +107,12 @@ class SafetyEnvelope:
         """The point nearest to ``relative`` (mean 1) on the line to equal weights that is in bounds."""
         least, most = relative.min(), relative.max()
         by_floor = by_ratio = 1.0
-        if least < self.floor:
+        if least < self.floor * (1.0 - _TOLERANCE):
             by_floor = (1.0 - self.floor) / (1.0 - least)
-        if self.max_ratio < math.inf and most > self.max_ratio * least:
+        if self.max_ratio < math.inf and most > self.max_ratio * least * (1.0 + _TOLERANCE):
             by_ratio = (self.max_ratio - 1.0) / (most - 1.0 + self.max_ratio * (1.0 - least))
         way = min(by_floor, by_ratio)
-        if way > 1.0 - _TOLERANCE:
+        if way == 1.0:
             return relative, ()
         return 1.0 + way * (relative - 1.0), ("floor" if by_floor <= by_ratio else "max_ratio",)
 
