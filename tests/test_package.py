@@ -48,6 +48,8 @@ LEVELS = (
         "vector_env",
         "multi_agent_env",
         "multi_agent_vector_env",
+        "flow_dispatch_env",
+        "replicas",
         "wrappers",
         "rendering",
         "rewards",

@@ -1,7 +1,7 @@
 """lbgym: a reinforcement-learning environment for network load balancing.
 
-Importing it registers ``lbgym/LoadBalance-v0`` with Gymnasium and costs no more than NumPy and Gymnasium; the
-simulator, torch, Matplotlib and the rest come when they are first needed.
+Importing it registers ``lbgym/LoadBalance-v0`` and ``lbgym/FlowDispatch-v0`` with Gymnasium and costs no more than
+NumPy and Gymnasium; the simulator, torch, Matplotlib and the rest come when they are first needed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gymnasium
 if TYPE_CHECKING:
     from .env import LoadBalanceEnv
     from .features import ReservoirSampler
+    from .flow_dispatch_env import FlowDispatchEnv, FlowDispatchVectorEnv
     from .multi_agent_env import MultiLoadBalanceEnv
     from .multi_agent_vector_env import MultiLoadBalanceVectorEnv
     from .scenarios import Scenario, load_scenario, scenario_names
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "FlowDispatchEnv": "flow_dispatch_env",
+    "FlowDispatchVectorEnv": "flow_dispatch_env",
     "LoadBalanceEnv": "env",
     "LoadBalanceVectorEnv": "vector_env",
     "MultiLoadBalanceEnv": "multi_agent_env",
@@ -37,6 +40,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "FlowDispatchEnv",
+    "FlowDispatchVectorEnv",
     "LoadBalanceEnv",
     "LoadBalanceVectorEnv",
     "MultiLoadBalanceEnv",
@@ -65,4 +70,9 @@ gymnasium.register(
     id="lbgym/LoadBalance-v0",
     entry_point="lbgym.env:LoadBalanceEnv",
     vector_entry_point="lbgym.vector_env:LoadBalanceVectorEnv",
+)
+gymnasium.register(
+    id="lbgym/FlowDispatch-v0",
+    entry_point="lbgym.flow_dispatch_env:FlowDispatchEnv",
+    vector_entry_point="lbgym.flow_dispatch_env:FlowDispatchVectorEnv",
 )

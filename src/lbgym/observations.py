@@ -20,8 +20,8 @@ MAX_COUNT = 10_000.0
 TIME_UNIT = 1e-3
 MAX_TIME = 100.0
 
-_COUNT_GAIN = 1.0 / math.log1p(MAX_COUNT)
-_TIME_GAIN = 1.0 / math.log1p(MAX_TIME / TIME_UNIT)
+COUNT_GAIN = 1.0 / math.log1p(MAX_COUNT)
+TIME_GAIN = 1.0 / math.log1p(MAX_TIME / TIME_UNIT)
 _FRACTIONS = {"cpu_usage", "memory_usage"}
 _COUNTS = {"n_flow_on", "busy_workers"}
 
@@ -29,8 +29,20 @@ _COUNTS = {"n_flow_on", "busy_workers"}
 def _scales(columns: tuple[str, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Per column: what to multiply with before the logarithm, and after."""
     units = [1.0 if name in _COUNTS else 1.0 / TIME_UNIT for name in columns]
-    gains = [_COUNT_GAIN if name in _COUNTS else _TIME_GAIN for name in columns]
+    gains = [COUNT_GAIN if name in _COUNTS else TIME_GAIN for name in columns]
     return np.array(units, np.float32), np.array(gains, np.float32)
+
+
+def log_scale(
+    values: NDArray[np.float32], units: NDArray[np.float32] | np.float32, gains: NDArray[np.float32] | np.float32
+) -> None:
+    """Map ``values`` float32[..., C] in place to [0, 1]: min(1, ``gains`` log(1 + ``units`` values)), per column."""
+    # log(1 + x), since NumPy has a vectorised float32 log and no log1p.
+    values *= units
+    values += np.float32(1.0)
+    np.log(values, out=values)
+    values *= gains
+    np.minimum(values, np.float32(1.0), out=values)
 
 
 class ObservationLayout:
@@ -107,13 +119,8 @@ class ObservationLayout:
         return np.concatenate([active, rows], axis=-1, dtype=np.float32)
 
     def _normalize(self, features: NDArray[np.float32]) -> None:
-        # log(1 + x), since NumPy has a vectorised float32 log and no log1p.
         fractions = features[..., self._fractions] if self._fractions else None
-        features *= self._units
-        features += np.float32(1.0)
-        np.log(features, out=features)
-        features *= self._gains
-        np.minimum(features, np.float32(1.0), out=features)
+        log_scale(features, self._units, self._gains)
         if fractions is not None:
             features[..., self._fractions] = fractions
 

@@ -344,6 +344,25 @@ def marllb_large() -> Scenario:
     )
 
 
+@_named("park")
+def park() -> Scenario:
+    """The workload of Park's ``load_balance`` environment (Mao et al., NeurIPS 2019), one of its time units as 1 ms.
+
+    There, and so here but for the unit: 10 servers that serve one job at a time at rates 0.15 to 1.05 in equal steps,
+    interarrival times of mean 55, Pareto sizes of index 1.5 and scale 100 and so of mean 300: a load of
+    300 / (55 * 6) = 0.909. Park also rounds times and sizes down to whole units, which changes them by less than 1 %;
+    here they are left as drawn. The largest demand there can be is out of reach of the random numbers.
+    """
+    return Scenario(
+        description=(
+            "10 FIFO servers of speeds 0.15 to 1.05 with one worker each, Pareto(1.5) demands of at least 0.1 s, "
+            "load 0.91: the workload of Park's load_balance, its time unit as 1 ms."
+        ),
+        servers=tuple(Server(workers=1, speed=(15 + 10 * i) / 100) for i in range(10)),
+        workload=Workload(demand=BoundedPareto(alpha=1.5, minimum=0.1, maximum=1e11), rate=1000 / 55),
+    )
+
+
 def _token_demand(context: tuple[float, float], generated: tuple[float, float], levels: int = 32) -> Empirical:
     """Demands of requests whose token counts are independent lognormals of the given (median, sigma).
 

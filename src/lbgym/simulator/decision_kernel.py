@@ -45,20 +45,13 @@ _FOREVER = float(np.finfo(np.float64).max)
 
 
 @compiled()
-def _drain(P, S, r):
-    """Let every server finish what it holds, once no flow is to come."""
-    departure = S.departure[r]
-    while True:
-        last = -1.0
-        for j in range(departure.shape[0]):
-            if departure[j] < math.inf:
-                last = max(last, departure[j])
-        if last < 0.0:
-            return DONE
-        S.rf[r, R_TARGET] = last
-        status = _run(P, S, r, False)
-        if status != DONE:
-            return status
+def _last_departure(departure):
+    """The latest of the servers' next departures; below 0: every server is empty."""
+    last = -1.0
+    for j in range(departure.shape[0]):
+        if departure[j] < math.inf:
+            last = max(last, departure[j])
+    return last
 
 
 @compiled()
@@ -121,10 +114,14 @@ def decide_replicas(P, S, out, choices, seeds, begin, first, last, status):
             else:
                 ri[R_CHOICE] = choices[r] + 1
             ri[R_RUNNING] = 1
-        S.rf[r, R_TARGET] = _FOREVER
-        status[r] = _run(P, S, r, True)
-        if status[r] == DONE and S.rf[r, R_NEXT_ARRIVAL] == math.inf:
-            status[r] = _drain(P, S, r)
+        # Once no flow is to come, every server finishes what it holds.
+        target = _FOREVER
+        while target >= 0.0:
+            S.rf[r, R_TARGET] = target
+            status[r] = _run(P, S, r, target == _FOREVER)
+            if status[r] != DONE or S.rf[r, R_NEXT_ARRIVAL] < math.inf:
+                break
+            target = _last_departure(S.departure[r])
         if status[r] == DONE:
             ri[R_RUNNING] = 0
             _ask(P, S, out, r)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,14 +62,22 @@ class FlowSimulation:
         """The scenario a replica runs."""
         return self._simulation.scenario_of(replica)
 
-    def set_scenario(self, scenario: model.Scenario, mask: NDArray[np.bool_] | None = None) -> None:
-        """Give the masked replicas (None: all) another scenario; they must :meth:`begin` again.
+    def set_scenarios(self, scenarios: Mapping[int, model.Scenario]) -> None:
+        """Give some replicas a scenario each; they must :meth:`begin` again. The others are not touched.
 
         Raises:
-            ScenarioError: if it has another number of servers or balancers.
+            ScenarioError: as :meth:`check`; no replica has another scenario then.
         """
-        self._simulation.set_scenario(scenario, mask)
+        self._simulation.set_scenarios(scenarios)
         self._take_over()
+
+    def check(self, scenario: model.Scenario) -> None:
+        """Refuse a scenario that this simulation has no room for.
+
+        Raises:
+            ScenarioError: if it has more than N servers, or another number of balancers.
+        """
+        self._simulation.check(scenario)
 
     def begin(self, seeds: Sequence[int], mask: NDArray[np.bool_] | None = None) -> at.Decision:
         """Empty the masked replicas (None: all), start their flows from ``seeds`` and run each to its first flow.

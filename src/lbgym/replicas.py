@@ -1,0 +1,120 @@
+"""What vector environments of seeded replicas have in common: :class:`ReplicaVectorEnv`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from numpy.typing import NDArray
+
+from .env import check_seed
+from .errors import InvalidOptionError, ResetNeeded, UnknownNameError
+
+
+class ReplicaVectorEnv(VectorEnv[Any, Any, Any]):
+    """Seeds, masks and final observations of ``num_envs`` replicas in any of Gymnasium's autoreset modes.
+
+    Replica i has a generator of its own that gives the seed of each of its episodes, like a single environment's.
+
+    Args:
+        num_envs: replicas.
+        autoreset_mode: an ``AutoresetMode`` or the value of one.
+
+    Raises:
+        InvalidOptionError: if ``num_envs`` is no whole number of at least 1.
+        UnknownNameError: for another mode.
+    """
+
+    def __init__(self, num_envs: int, autoreset_mode: AutoresetMode | str) -> None:
+        if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
+            raise InvalidOptionError(f"num_envs must be a whole number of at least 1, got {num_envs!r}")
+        try:
+            self.autoreset_mode = AutoresetMode(autoreset_mode)
+        except ValueError:
+            modes = [mode.value for mode in AutoresetMode]
+            raise UnknownNameError("autoreset mode", autoreset_mode, modes) from None
+        self.metadata = type(self).metadata | {"autoreset_mode": self.autoreset_mode}
+        self.num_envs = int(num_envs)
+        # Replicas whose episode has ended, or has not begun.
+        self._over = np.ones(self.num_envs, np.bool_)
+        self._all = np.ones(self.num_envs, np.bool_)
+        self._generators: list[np.random.Generator | None] = [None] * self.num_envs
+
+    def _split(self, options: Mapping[str, Any] | None) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+        """The replicas that ``options`` of a reset mean, and the other options."""
+        rest = dict(options or {})
+        mask = rest.pop("reset_mask", None)
+        if mask is None:
+            return np.ones(self.num_envs, np.bool_), rest
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (self.num_envs,):
+            raise InvalidOptionError(
+                f"the option reset_mask must be a NumPy array of {self.num_envs} booleans, got {mask!r}"
+            )
+        if not mask.any():
+            raise InvalidOptionError("the option reset_mask must mark at least one replica, got none")
+        return mask.copy(), rest
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
+        """A checked seed per replica."""
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, (int, np.integer)):
+            check_seed(seed)
+            return [int(seed) + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise InvalidOptionError(f"reset takes {self.num_envs} seeds, one per replica, got {len(seed)}")
+        for one in seed:
+            check_seed(one)
+        return seed
+
+    def _seed(self, mask: NDArray[np.bool_], seeds: Sequence[int | None]) -> None:
+        """Give the masked replicas new generators, where they have a seed or never had one."""
+        for i in np.flatnonzero(mask).tolist():
+            if seeds[i] is not None or self._generators[i] is None:
+                self._generators[i] = seeding.np_random(seeds[i])[0]
+
+    def _draw_seeds(self, mask: NDArray[np.bool_]) -> list[int]:
+        """The seed of the next episode of each masked replica."""
+        seeds = [0] * self.num_envs
+        for i in np.flatnonzero(mask).tolist():
+            generator = self._generators[i]
+            assert generator is not None
+            seeds[i] = int(generator.integers(1 << 63))
+        return seeds
+
+    def _to_reset(self) -> NDArray[np.bool_] | None:
+        """The replicas that this step must reset, if any.
+
+        Raises:
+            ResetNeeded: the mode is not NEXT_STEP, and some episodes are over.
+        """
+        if not self._over.any():
+            return None
+        if self.autoreset_mode != AutoresetMode.NEXT_STEP:
+            ended = np.flatnonzero(self._over)
+            raise ResetNeeded(
+                f"{len(ended)} replicas have ended or were never reset (the first is {ended[0]}); "
+                'call reset(options={"reset_mask": ...}) with them marked'
+            )
+        return self._over.copy()
+
+    def _final(self, ended: NDArray[np.bool_], observation: Any, info: dict[str, Any]) -> dict[str, Any]:
+        """What SAME_STEP tells of the ``ended`` episodes in the ``info`` of the new ones."""
+        final = np.full(self.num_envs, None, dtype=object)
+        for i in np.flatnonzero(ended):
+            final[i] = (
+                {key: part[i] for key, part in observation.items()} if isinstance(observation, dict) else observation[i]
+            )
+        final_info = {
+            key: (value & ended if value.dtype == np.bool_ and key.startswith("_") else value)
+            for key, value in info.items()
+        }
+        return {
+            "final_obs": final,
+            "_final_obs": ended.copy(),
+            "final_info": final_info,
+            "_final_info": ended.copy(),
+        }
