@@ -17,8 +17,9 @@ from lbgym.policies import load_policy as load_any_policy
 
 torch = pytest.importorskip("torch")
 
-from lbgym.training import ppo  # noqa: E402
-from lbgym.training.ppo import PPOConfig, Progress, load_policy, train_ppo  # noqa: E402
+from lbgym.training import networks, ppo, runs  # noqa: E402
+from lbgym.training.ppo import PPOConfig, load_policy, train_ppo  # noqa: E402
+from lbgym.training.runs import Progress  # noqa: E402
 
 SMALL = PPOConfig(
     num_envs=8, replicas_per_seed=2, num_steps=8, max_steps=16, total_steps=8 * 8 * 4, hidden=8, minibatches=2, epochs=2
@@ -90,9 +91,9 @@ def test_truncation_bootstraps_the_last_observation_of_the_episode() -> None:
     trainer.env.close()
 
 
-def network(choices: int, features: int = 5) -> ppo.ServerNetwork:
+def network(choices: int, features: int = 5) -> networks.ServerNetwork:
     torch.manual_seed(0)
-    net = ppo.ServerNetwork(features, 16, choices)
+    net = networks.ServerNetwork(features, 16, choices)
     with torch.no_grad():
         net.head.weight.normal_()
         net.moments.mean.normal_()
@@ -156,7 +157,7 @@ def test_log_probabilities_are_those_of_torch() -> None:
 
 def test_moments_are_those_of_all_rows() -> None:
     rows = torch.randn(1000, 3) * torch.tensor([1.0, 5.0, 0.1]) + torch.tensor([0.0, -3.0, 2.0])
-    moments = ppo.Moments(3)
+    moments = networks.Moments(3)
     for part in rows.split([1, 99, 400, 500]):
         moments.update(part)
     assert torch.allclose(moments.mean, rows.mean(0), atol=1e-5)
@@ -393,14 +394,14 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    ppo.write_whole(path, lambda stream: stream.write(b"old"))
+    runs.write_whole(path, lambda stream: stream.write(b"old"))
 
     def fail(stream: object) -> None:
         stream.write(b"ne")  # type: ignore[attr-defined]
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        ppo.write_whole(path, fail)
+        runs.write_whole(path, fail)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -21,7 +21,7 @@ pytest.importorskip("stable_baselines3")
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
-from lbgym.training.ppo import Progress
+from lbgym.training.runs import Progress
 from lbgym.training.sb3 import SB3Config, SB3VecEnv, config_of, train_sb3_ppo
 
 SMALL = SB3Config(num_envs=8, num_steps=8, max_steps=16, total_steps=256, minibatches=2, hidden=8, epochs=2)

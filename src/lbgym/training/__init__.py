@@ -9,16 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .ppo import PPOConfig, PPOPolicy, Progress, TrainingResult, load_policy, read_checkpoint, train_ppo
+    from .ppo import PPOConfig, PPOPolicy, TrainingResult, train_ppo
+    from .runs import Progress, load_policy, read_checkpoint
     from .sb3 import SB3Config, SB3VecEnv, train_sb3_ppo
 
 _HOMES = {
     "PPOConfig": "ppo",
     "PPOPolicy": "ppo",
-    "Progress": "ppo",
+    "Progress": "runs",
     "TrainingResult": "ppo",
-    "load_policy": "ppo",
-    "read_checkpoint": "ppo",
+    "load_policy": "runs",
+    "read_checkpoint": "runs",
     "train_ppo": "ppo",
     "SB3Config": "sb3",
     "SB3VecEnv": "sb3",

@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
@@ -37,6 +34,20 @@ try:
     from torch import Tensor, nn
 except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training with PPO") from error
+
+from .networks import ActionKind, ServerNetwork, server_inputs
+from .runs import (
+    Progress,
+    clone,
+    log,
+    output_file,
+    plain_config,
+    read_format,
+    saved_config,
+    summary_writer,
+    torch_threads,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from ..scenarios import Scenario
@@ -164,44 +175,6 @@ class PPOConfig:
         return LoadBalanceVectorEnv(num_envs=self.num_envs, **keys)
 
 
-def plain_config(config: Any) -> dict[str, Any]:
-    """A configuration as plain data. A Scenario object or a callable reward has no plain form and becomes None."""
-    plain = {f.name: getattr(config, f.name) for f in fields(config)}
-    if isinstance(config.scenario, Path):
-        plain["scenario"] = str(config.scenario)
-    elif not isinstance(config.scenario, str):
-        plain["scenario"] = None
-    if callable(config.reward_type):
-        plain["reward_type"] = None
-    elif isinstance(config.reward_type, Mapping):
-        plain["reward_type"] = dict(config.reward_type)
-    return plain
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a callback is told after every update.
-
-    Attributes:
-        step: environment steps so far, all replicas together.
-        seconds: training time so far, with the time before a resume.
-        fraction: share of the budget that is used, 0 to 1.
-        steps_per_second: environment steps per second of the last update, learning included.
-        reward: mean reward per step over the last rollout.
-        fct_mean: mean FCT, seconds, of the flows that ended in the last rollout; NaN when none did.
-        losses: ``policy``, ``value``, ``entropy``, ``kl``, ``clipped`` (share of clipped ratios) and
-            ``explained_variance``.
-    """
-
-    step: int
-    seconds: float
-    fraction: float
-    steps_per_second: float
-    reward: float
-    fct_mean: float
-    losses: dict[str, float]
-
-
 @dataclass(frozen=True)
 class TrainingResult:
     """A finished training run: the policy, the last checkpoint (None without ``out``) and the history of updates."""
@@ -211,162 +184,14 @@ class TrainingResult:
     history: list[Progress]
 
 
-# The network
-
-
-@dataclass(frozen=True)
-class ActionKind:
-    """How the actions of an environment are made of one choice per server.
-
-    ``choices`` is the number of weights to choose from per server, 0 for a continuous action in [-1, 1].
-    ``joint``: the choices are numbered together, the last server's varying fastest.
-    """
-
-    choices: int
-    joint: bool
-
-    @classmethod
-    def of(cls, space: gymnasium.Space[Any], num_servers: int) -> ActionKind:
-        """The kind of a single environment's action space.
-
-        Raises:
-            LbgymError: for a space this recipe cannot act in.
-        """
-        if isinstance(space, gymnasium.spaces.Box):
-            if np.all(space.low == -1) and np.all(space.high == 1):
-                return cls(0, False)
-            raise LbgymError(f'PPO acts in [-1, 1]: use action_type="normalized" instead of {space}')
-        if isinstance(space, gymnasium.spaces.MultiDiscrete):
-            return cls(int(space.nvec[0]), False)
-        if isinstance(space, gymnasium.spaces.Discrete):
-            return cls(round(float(space.n) ** (1 / num_servers)), True)
-        raise LbgymError(f"PPO knows Box(-1, 1), MultiDiscrete and Discrete action spaces, got {space}")
-
-    def encode(self, choice: NDArray[Any]) -> Any:
-        """Environment actions of choices [B, N]."""
-        if not self.choices:
-            return np.clip(choice, -1.0, 1.0).astype(np.float32)
-        if not self.joint:
-            return choice.astype(np.int64)
-        return choice.astype(np.int64) @ (self.choices ** np.arange(choice.shape[-1])[::-1])
-
-
-class Moments(nn.Module):
-    """Running mean and standard deviation of features [F], kept with the parameters."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.count: Tensor
-        self.mean: Tensor
-        self.var: Tensor
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("var", torch.ones(size))
-
-    @property
-    def std(self) -> Tensor:
-        return torch.sqrt(self.var + 1e-6)
-
-    @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
-        """Merge rows [B, F] into the moments (the parallel form of Chan, Golub and LeVeque)."""
-        n = len(rows)
-        if n == 0:
-            return
-        mean, var = rows.mean(0), rows.var(0, unbiased=False)
-        total = self.count + n
-        share = (n / total).float()
-        delta = mean - self.mean
-        if self.count == 0:
-            self.var.copy_(var)
-        else:
-            self.var.mul_(1 - share).add_(share * var + share * (1 - share) * delta**2)
-        self.mean.add_(share * delta)
-        self.count.copy_(total)
-
-
-class ServerNetwork(nn.Module):
-    """Actor and critic that share their parameters over the servers.
-
-    Every server's features pass through one encoder, together with their mean over the active servers; the mean and the
-    maximum of what comes out are the context that each server's head and the critic see.
-    """
-
-    def __init__(self, features: int, hidden: int, choices: int, log_std: float = -1.0) -> None:
-        super().__init__()
-        self.choices = choices
-        self.moments = Moments(features)
-        self.returns = Moments(1)
-        self.encoder = _linear(features, hidden, math.sqrt(2))
-        self.others = _linear(features, hidden, math.sqrt(2))
-        self.own = _linear(hidden, hidden, 1.0)
-        self.context = _linear(2 * hidden, hidden, 1.0)
-        self.head = _linear(hidden, choices or 1, 0.01)
-        self.critic = nn.Sequential(_linear(2 * hidden, hidden, math.sqrt(2)), nn.ReLU(), _linear(hidden, 1, 1.0))
-        self.log_std = nn.Parameter(torch.tensor(log_std))
-
-    def scale(self, inputs: Tensor, active: Tensor) -> Tensor:
-        """Features [B, N, F], normalised; 0 where inactive."""
-        return ((inputs - self.moments.mean) / self.moments.std).clamp_(-10, 10).mul_(active.unsqueeze(-1))
-
-    def forward(self, scaled: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled features [B, N, F], active [B, N] -> means [B, N] or logits [B, N, K], and normalised values [B]."""
-        h = torch.relu(self.encoder(scaled) + self.others(_mean_over_servers(scaled, active)).unsqueeze(1))
-        if not active.all():
-            h = h * active.unsqueeze(-1)
-        # no feature is negative, so that an inactive server's 0 is never above an active one's
-        pooled = torch.cat([_mean_over_servers(h, active), h.amax(1)], -1)
-        out = self.head(torch.relu(self.own(h) + self.context(pooled).unsqueeze(1)))
-        return out if self.choices else out.squeeze(-1), self.critic(pooled).squeeze(-1)
-
-    def value(self, inputs: Tensor, active: Tensor) -> Tensor:
-        """Values [B] in units of reward, of features [B, N, F]."""
-        return self.denormalize(self(self.scale(inputs, active), active)[1])
-
-    def denormalize(self, value: Tensor) -> Tensor:
-        return value * self.returns.std + self.returns.mean
-
-    def sample(self, out: Tensor, active: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Choices [B, N] drawn from the heads' output; inactive servers get the mode."""
-        if not self.choices:
-            noise = torch.randn(out.shape, generator=generator)
-            return torch.where(active, out + self.log_std.exp() * noise, out)
-        drawn = torch.multinomial(out.flatten(0, 1).softmax(-1), 1, generator=generator).view(active.shape)
-        return torch.where(active, drawn, out.argmax(-1))
-
-    def log_prob(self, out: Tensor, active: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability [B] of choices [B, N] and the entropy [B], both summed over the active servers."""
-        if not self.choices:
-            z = (choice - out) * torch.exp(-self.log_std)
-            each = -0.5 * z * z - self.log_std - 0.5 * math.log(2 * math.pi)
-            entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(out)
-        else:
-            log_p = out.log_softmax(-1)
-            each = log_p.gather(-1, choice.long().unsqueeze(-1)).squeeze(-1)
-            entropy = -(log_p.exp() * log_p).sum(-1)
-        mask = active.to(out.dtype)
-        return (each * mask).sum(-1), (entropy * mask).sum(-1)
-
-
-def _mean_over_servers(x: Tensor, active: Tensor) -> Tensor:
-    """Mean [B, F] of x [B, N, F], which is 0 where inactive, over the active servers."""
-    return x.sum(1) / active.sum(1, keepdim=True).clamp(min=1)
-
-
-def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
+# Observations
 
 
 class Encoder:
     """Turns flat observations and the weights in force into what the network sees, with a short memory.
 
-    Per server: the F features of the observation; the logarithm of its weight relative to the active servers'
-    geometric mean (dispatch rules know no other scale), without which the policy could not tell a slow server from one
-    that was given too much; and the exponential moving averages of both, since one observation of a
-    queue is mostly noise.
+    Per server: what :func:`~lbgym.training.networks.server_inputs` tells, and its exponential moving average, since one
+    observation of a queue is mostly noise.
     """
 
     def __init__(self, features: int, memory: float) -> None:
@@ -387,13 +212,7 @@ class Encoder:
 
         Rows of ``fresh`` bool[B] begin an episode; None: none does, except after :meth:`reset`.
         """
-        flat = torch.from_numpy(np.ascontiguousarray(observation, dtype=np.float32))
-        n = flat.shape[-1] // (1 + self.features)
-        active = flat[:, :n] > 0.5
-        log_w = torch.from_numpy(np.asarray(weights, dtype=np.float32)).clamp(min=1e-6).log_()
-        mask = active.to(log_w.dtype)
-        log_w = (log_w - (log_w * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
-        now = torch.cat([flat[:, n:].reshape(-1, n, self.features), log_w.unsqueeze(-1)], -1)
+        now, active = server_inputs(observation, weights, self.features)
         if self.average is None or self.average.shape != now.shape:
             self.average = now.clone()
         else:
@@ -463,7 +282,7 @@ def train_ppo(
     config = config or PPOConfig()
     checkpoint = output_file(out, CHECKPOINT_NAME)
     logs = checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
-    with torch_threads(config.torch_threads), _summary_writer(logs) as writer:
+    with torch_threads(config.torch_threads), summary_writer(logs) as writer:
         trainer = _Trainer(config)
         try:
             if saved is not None:
@@ -516,7 +335,7 @@ class _Trainer:
             "env_kwargs": self.config.observation_kwargs(),
             "shapes": dict(self.shapes),
             "network": {k: v.clone() for k, v in self.network.state_dict().items()},
-            "optimiser": _clone(self.optimiser.state_dict()),
+            "optimiser": clone(self.optimiser.state_dict()),
             "generator": self.generator.get_state(),
             "step": self.step,
             "iteration": self.iteration,
@@ -533,7 +352,7 @@ class _Trainer:
                     f"({self.shapes['observation']} -> {self.shapes['action']})"
                 )
         self.network.load_state_dict(saved["network"])
-        self.optimiser.load_state_dict(_clone(saved["optimiser"]))
+        self.optimiser.load_state_dict(clone(saved["optimiser"]))
         self.generator.set_state(saved["generator"])
         self.step, self.iteration, self.episode = saved["step"], saved["iteration"], saved["episode"]
         self.seconds = saved["seconds"]
@@ -578,7 +397,7 @@ class _Trainer:
                 history.append(progress)
                 state = self.state()
                 if writer is not None:
-                    _log(writer, progress)
+                    log(writer, progress)
                 if checkpoint is not None and time.perf_counter() - written >= config.checkpoint_every:
                     write_whole(checkpoint, partial(torch.save, state))
                     written = time.perf_counter()
@@ -728,86 +547,7 @@ class _Rollout:
         self.fct_mean = math.nan
 
 
-def _clone(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.clone()
-    if isinstance(tree, dict):
-        return {k: _clone(v) for k, v in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_clone(v) for v in tree)
-    return tree
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch use this many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _summary_writer(folder: Path | None) -> Iterator[Any]:
-    """A TensorBoard writer, or None without a folder."""
-    if folder is None:
-        yield None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("tensorboard", "train", "logging to TensorBoard") from error
-    writer = SummaryWriter(str(folder))
-    try:
-        yield writer
-    finally:
-        writer.close()
-
-
-def _log(writer: Any, progress: Progress) -> None:
-    values = asdict(progress)
-    for name, value in values.pop("losses").items():
-        writer.add_scalar(f"losses/{name}", value, progress.step)
-    for name in ("reward", "fct_mean"):
-        writer.add_scalar(f"rollout/{name}", values[name], progress.step)
-    writer.add_scalar("time/steps_per_second", progress.steps_per_second, progress.step)
-
-
 # Checkpoints
-
-
-def output_file(out: str | os.PathLike[str] | None, name: str) -> Path | None:
-    """The file to write: ``out`` if it ends as ``name`` does, else ``name`` in the folder ``out``, which is made."""
-    if out is None:
-        return None
-    path = Path(out)
-    if path.suffix != Path(name).suffix:
-        path = path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file that is whole or not there: to a temporary file beside it, then renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -816,21 +556,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is missing, is no checkpoint of this recipe or is of another version.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {os.fspath(path)} does not exist") from error
-    except Exception as error:
-        raise CheckpointError(f"{os.fspath(path)} is not a checkpoint that can be read: {error}") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
-        raise CheckpointError(f"{os.fspath(path)} is no {FORMAT} checkpoint: its format is {found!r}")
-    if saved["version"] != VERSION:
-        raise CheckpointError(
-            f"checkpoint {os.fspath(path)} has format version {saved['version']}, written by lbgym {saved['lbgym']}; "
-            f"this lbgym reads version {VERSION}"
-        )
-    return saved
+    return read_format(path, {FORMAT: VERSION})
 
 
 def config_of(saved: dict[str, Any], path: str | os.PathLike[str]) -> PPOConfig:
@@ -839,14 +565,7 @@ def config_of(saved: dict[str, Any], path: str | os.PathLike[str]) -> PPOConfig:
     Raises:
         CheckpointError: if it had a part with no plain form.
     """
-    plain = dict(saved["config"])
-    for name in ("scenario", "reward_type"):
-        if plain[name] is None:
-            raise CheckpointError(
-                f"checkpoint {os.fspath(path)} was trained with a {name} that is a Python object: resume it from "
-                f"Python with a config that has it"
-            )
-    return PPOConfig(**plain)
+    return PPOConfig(**saved_config(saved, path))
 
 
 class PPOPolicy:

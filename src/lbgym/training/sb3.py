@@ -32,7 +32,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "training with Stable-Baselines3") from error
 
-from .ppo import Progress, output_file, plain_config, torch_threads, write_whole
+from .runs import Progress, output_file, plain_config, torch_threads, write_whole
 
 if TYPE_CHECKING:
     from ..scenarios import Scenario

@@ -1,0 +1,255 @@
+"""Networks that share their parameters over the servers: permute the servers and the outputs are permuted.
+
+Each server passes through one encoder, sees the others through a context pooled over the active servers, and ends in
+one head ("Deep Sets", Zaheer et al. 2017; the layer x_i A + mean_j x_j B is theirs). No parameter depends on the
+number of servers, so the same weights serve any number, and inactive servers have no part in anything.
+
+The forms for Stable-Baselines3 are in :mod:`lbgym.training.sb3_policies`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import LbgymError, MissingExtraError
+
+try:
+    import torch
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    raise MissingExtraError("torch", "train", "training in plain torch") from error
+
+
+class EquivariantNetwork(nn.Module):
+    """Features of every server -> outputs of every server, equivariant to their order.
+
+    Args:
+        features: F, inputs per server.
+        hidden: H, width of every layer.
+        outputs: O, outputs per server.
+        gain: scale of the head's initial parameters; small: the outputs begin near 0.
+    """
+
+    def __init__(self, features: int, hidden: int, outputs: int, gain: float = 0.01) -> None:
+        super().__init__()
+        self.encoder = linear(features, hidden, math.sqrt(2))
+        self.others = linear(features, hidden, math.sqrt(2))
+        self.own = linear(hidden, hidden, 1.0)
+        self.context = linear(2 * hidden, hidden, 1.0)
+        self.head = linear(hidden, outputs, gain)
+
+    def encode(self, features: Tensor, active: Tensor) -> Tensor:
+        """Features [..., N, F], active bool[..., N] -> [..., N, H], not negative, 0 where inactive."""
+        features = masked(features, active)
+        h = torch.relu(self.encoder(features) + self.others(mean_over_servers(features, active)).unsqueeze(-2))
+        return masked(h, active)
+
+    def pool(self, h: Tensor, active: Tensor) -> Tensor:
+        """The context [..., 2 H]: mean and maximum over the active servers of h [..., N, H]."""
+        # no feature is negative, so that an inactive server's 0 is never above an active one's
+        return torch.cat([mean_over_servers(h, active), h.amax(-2)], -1)
+
+    def decode(self, h: Tensor, pooled: Tensor) -> Tensor:
+        """Outputs [..., N, O] of encoded servers and their context."""
+        return self.head(torch.relu(self.own(h) + self.context(pooled).unsqueeze(-2)))
+
+    def forward(self, features: Tensor, active: Tensor) -> Tensor:
+        """Features [..., N, F], active bool[..., N] -> outputs [..., N, O]; those of inactive servers mean nothing."""
+        h = self.encode(features, active)
+        return self.decode(h, self.pool(h, active))
+
+
+class RecurrentNetwork(EquivariantNetwork):
+    """The same with a memory: a GRU of shared weights per server between the encoder and the pooling."""
+
+    def __init__(self, features: int, hidden: int, outputs: int, gain: float = 0.01) -> None:
+        super().__init__(features, hidden, outputs, gain)
+        self.gru = nn.GRU(hidden, hidden, batch_first=True)
+
+    def remember(self, features: Tensor, active: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features [B, T, N, F] and active bool[B, T, N] -> memories [B, T, N, H] and the last state [B, N, H].
+
+        ``state``: what was remembered before the first of the T steps; None: nothing.
+        """
+        h = self.encode(features, active)
+        b, t, n, width = h.shape
+        before = None if state is None else state.reshape(1, b * n, width)
+        memories, after = self.gru(h.transpose(1, 2).reshape(b * n, t, width), before)
+        return memories.view(b, n, t, width).transpose(1, 2), after.view(b, n, width)
+
+    def forward_sequence(self, features: Tensor, active: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Outputs [B, T, N, O] and the last state [B, N, H]; the arguments of :meth:`remember`."""
+        memories, after = self.remember(features, active, state)
+        h = masked(torch.relu(memories), active)
+        return self.decode(h, self.pool(h, active)), after
+
+
+class ServerNetwork(EquivariantNetwork):
+    """Actor and critic of PPO: what each server's head says, and a value of the context."""
+
+    def __init__(self, features: int, hidden: int, choices: int, log_std: float = -1.0) -> None:
+        super().__init__(features, hidden, choices or 1)
+        self.choices = choices
+        self.moments = Moments(features)
+        self.returns = Moments(1)
+        self.critic = nn.Sequential(linear(2 * hidden, hidden, math.sqrt(2)), nn.ReLU(), linear(hidden, 1, 1.0))
+        self.log_std = nn.Parameter(torch.tensor(log_std))
+
+    def scale(self, inputs: Tensor, active: Tensor) -> Tensor:
+        """Features [B, N, F], normalised; 0 where inactive."""
+        return self.moments.scale(inputs, active)
+
+    def forward(self, scaled: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Scaled features [B, N, F], active [B, N] -> means [B, N] or logits [B, N, K], and normalised values [B]."""
+        h = self.encode(scaled, active)
+        pooled = self.pool(h, active)
+        out = self.decode(h, pooled)
+        return out if self.choices else out.squeeze(-1), self.critic(pooled).squeeze(-1)
+
+    def value(self, inputs: Tensor, active: Tensor) -> Tensor:
+        """Values [B] in units of reward, of features [B, N, F]."""
+        return self.denormalize(self(self.scale(inputs, active), active)[1])
+
+    def denormalize(self, value: Tensor) -> Tensor:
+        return value * self.returns.std + self.returns.mean
+
+    def sample(self, out: Tensor, active: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Choices [B, N] drawn from the heads' output; inactive servers get the mode."""
+        if not self.choices:
+            noise = torch.randn(out.shape, generator=generator)
+            return torch.where(active, out + self.log_std.exp() * noise, out)
+        return draw(out, active, generator)
+
+    def log_prob(self, out: Tensor, active: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability [B] of choices [B, N] and the entropy [B], both summed over the active servers."""
+        if not self.choices:
+            z = (choice - out) * torch.exp(-self.log_std)
+            each = -0.5 * z * z - self.log_std - 0.5 * math.log(2 * math.pi)
+            entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(out)
+        else:
+            log_p = out.log_softmax(-1)
+            each = log_p.gather(-1, choice.long().unsqueeze(-1)).squeeze(-1)
+            entropy = -(log_p.exp() * log_p).sum(-1)
+        mask = active.to(out.dtype)
+        return (each * mask).sum(-1), (entropy * mask).sum(-1)
+
+
+class Moments(nn.Module):
+    """Running mean and standard deviation of features [F], kept with the parameters."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.count: Tensor
+        self.mean: Tensor
+        self.var: Tensor
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+
+    @property
+    def std(self) -> Tensor:
+        return torch.sqrt(self.var + 1e-6)
+
+    def scale(self, rows: Tensor, active: Tensor) -> Tensor:
+        """Rows [..., N, F], normalised and cut off at 10 standard deviations; 0 where inactive."""
+        return ((rows - self.mean) / self.std).clamp_(-10, 10).mul_(active.unsqueeze(-1))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor) -> None:
+        """Merge rows [B, F] into the moments (the parallel form of Chan, Golub and LeVeque)."""
+        n = len(rows)
+        if n == 0:
+            return
+        mean, var = rows.mean(0), rows.var(0, unbiased=False)
+        total = self.count + n
+        share = (n / total).float()
+        delta = mean - self.mean
+        if self.count == 0:
+            self.var.copy_(var)
+        else:
+            self.var.mul_(1 - share).add_(share * var + share * (1 - share) * delta**2)
+        self.mean.add_(share * delta)
+        self.count.copy_(total)
+
+
+@dataclass(frozen=True)
+class ActionKind:
+    """How the actions of an environment are made of one choice per server.
+
+    ``choices`` is the number of weights to choose from per server, 0 for a continuous action in [-1, 1].
+    ``joint``: the choices are numbered together, the last server's varying fastest.
+    """
+
+    choices: int
+    joint: bool
+
+    @classmethod
+    def of(cls, space: gymnasium.Space[Any], num_servers: int) -> ActionKind:
+        """The kind of a single environment's action space.
+
+        Raises:
+            LbgymError: for a space that these networks cannot act in.
+        """
+        if isinstance(space, gymnasium.spaces.Box):
+            if np.all(space.low == -1) and np.all(space.high == 1):
+                return cls(0, False)
+            raise LbgymError(f'these networks act in [-1, 1]: use action_type="normalized" instead of {space}')
+        if isinstance(space, gymnasium.spaces.MultiDiscrete):
+            return cls(int(space.nvec[0]), False)
+        if isinstance(space, gymnasium.spaces.Discrete):
+            return cls(round(float(space.n) ** (1 / num_servers)), True)
+        raise LbgymError(f"these networks know Box(-1, 1), MultiDiscrete and Discrete action spaces, got {space}")
+
+    def encode(self, choice: NDArray[Any]) -> Any:
+        """Environment actions of choices [B, N]."""
+        if not self.choices:
+            return np.clip(choice, -1.0, 1.0).astype(np.float32)
+        if not self.joint:
+            return choice.astype(np.int64)
+        return choice.astype(np.int64) @ (self.choices ** np.arange(choice.shape[-1])[::-1])
+
+
+def server_inputs(observation: Any, weights: Any, features: int) -> tuple[Tensor, Tensor]:
+    """Flat observations [B, N (1 + F)] and weights in force [B, N] -> inputs [B, N, F + 1] and active bool[B, N].
+
+    Per server: the F features, and the logarithm of its weight relative to the active servers' geometric mean, since
+    dispatch rules know no other scale. Without it a policy could not tell a slow server from one that was given too
+    much.
+    """
+    flat = torch.from_numpy(np.ascontiguousarray(observation, dtype=np.float32))
+    n = flat.shape[-1] // (1 + features)
+    active = flat[:, :n] > 0.5
+    log_w = torch.from_numpy(np.asarray(weights, dtype=np.float32)).clamp(min=1e-6).log_()
+    mask = active.to(log_w.dtype)
+    log_w = (log_w - (log_w * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
+    return torch.cat([flat[:, n:].reshape(-1, n, features), log_w.unsqueeze(-1)], -1), active
+
+
+def draw(logits: Tensor, active: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Choices [B, N] drawn from logits [B, N, K]; inactive servers get the mode."""
+    drawn = torch.multinomial(logits.flatten(0, 1).softmax(-1), 1, generator=generator).view(active.shape)
+    return torch.where(active, drawn, logits.argmax(-1))
+
+
+def masked(x: Tensor, active: Tensor) -> Tensor:
+    """X [..., N, F] with 0 where inactive."""
+    return x if active.all() else x * active.unsqueeze(-1)
+
+
+def mean_over_servers(x: Tensor, active: Tensor) -> Tensor:
+    """Mean [..., F] of x [..., N, F], which is 0 where inactive, over the active servers."""
+    return x.sum(-2) / active.sum(-1, keepdim=True).clamp(min=1)
+
+
+def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    """A linear layer, orthogonal at the start, without offsets."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
