@@ -202,8 +202,8 @@ def _checked(key: Field[Any], value: Any) -> Any:
     good = isinstance(value, numbers) and not isinstance(value, bool)
     if not good or not low <= value <= high or (allowed["above"] and value == low):
         what = "a whole number" if kind is int else "a number"
-        bounds = f"above {low:g}" if allowed["above"] else f"from {low:g}"
+        bounds = f"above {low:g}" if allowed["above"] else f"of at least {low:g}"
         if high < math.inf:
-            bounds += f" to {high:g}" if kind is float else f" to {int(high)}"
+            bounds += f" and at most {high:g}" if kind is float else f" and at most {int(high)}"
         raise InvalidOptionError(f"{key.name} must be {what} {bounds}, got {value!r}")
     return kind(value)
