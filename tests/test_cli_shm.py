@@ -1,0 +1,528 @@
+"""``lbgym shm`` on regions of producers that are processes of their own."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
+from lbgym.sharedmemory import SharedMemoryRegion, abi
+from tests.producers import Producer
+from tests.sharedmemory.conftest import shm_dir
+from tests.test_cli import in_process
+
+__all__ = ["shm_dir"]
+
+Capture = pytest.CaptureFixture[str]
+
+
+def shm(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    return in_process(capsys, "shm", *arguments)
+
+
+def refused(capsys: Capture, *arguments: object) -> str:
+    """The one line of a command that is refused."""
+    code, out, err = shm(capsys, *arguments)
+    assert (code, out) == (2, "") and err.startswith("lbgym: error: ") and len(err.splitlines()) == 1, err
+    return err
+
+
+def listed(capsys: Capture, *arguments: object) -> dict[str, dict[str, Any]]:
+    code, out, _ = shm(capsys, "ls", "--json", *arguments)
+    assert code == 0
+    return {row["name"]: row for row in json.loads(out)}
+
+
+def damaged(folder: Path, name: str, of: str, field: str, value: int) -> None:
+    """A copy of a region with another value in its header."""
+    data = bytearray((folder / of).read_bytes())
+    dtype = abi.HEADER.dtype[field]
+    offset = abi.HEADER.offset(field)
+    data[offset : offset + dtype.itemsize] = np.array(value, dtype).tobytes()
+    (folder / name).write_bytes(data)
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """As another user than root, if this is root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+# ls
+
+
+def test_ls_of_every_kind_of_region(capsys: Capture, shm_dir: Path) -> None:
+    code, out, _ = shm(capsys, "ls")
+    assert (code, out) == (0, f"no regions in {shm_dir}\n")
+    assert listed(capsys) == {}
+    with Producer("alive", servers=5) as producer, Producer("dead") as other:
+        producer.publish(7)
+        other.publish()
+        other.kill()
+        agent = SharedMemoryRegion.attach("alive")
+        agent.write_action(sequence_id=0, weights=np.ones(5))
+        SharedMemoryRegion.create("closed", num_servers=2, driver="xdp").close()
+        damaged(shm_dir, "later", "dead", "version_major", 2)
+        damaged(shm_dir, "newer", "dead", "version_minor", 7)
+        damaged(shm_dir, "corrupt", "dead", "capacity", 0)
+        (shm_dir / "short").write_bytes((shm_dir / "dead").read_bytes()[:5000])
+        (shm_dir / "foreign").write_bytes(b"something else" * 100)
+        (shm_dir / "bad name").write_bytes((shm_dir / "dead").read_bytes())
+        (shm_dir / "folder").mkdir()
+        (shm_dir / "link").symlink_to("alive")
+        rows = listed(capsys)
+        assert set(rows) == {"alive", "dead", "closed", "later", "newer", "corrupt", "short"}
+        alive = rows["alive"]
+        assert {key: alive[key] for key in ("driver", "active", "servers", "capacity", "observations", "version")} == {
+            "driver": "test", "active": 5, "servers": 5, "capacity": 64, "observations": 7, "version": "1.0",
+        }  # fmt: skip
+        assert (alive["producer"], alive["agent"], alive["problem"]) == ("alive", "alive", None)
+        assert 0.0 <= alive["age"] < 60.0 and alive["size"] == agent.layout.total_size
+        assert (rows["dead"]["producer"], rows["dead"]["agent"]) == ("dead", "none")
+        assert (rows["closed"]["producer"], rows["closed"]["observations"], rows["closed"]["age"]) == (
+            "closed",
+            0,
+            None,
+        )
+        assert rows["newer"]["version"] == "1.7" and rows["newer"]["observations"] == 1
+        assert "version 2.0 of the binary interface" in rows["later"]["problem"]
+        assert "capacity is 0" in rows["corrupt"]["problem"] and "the file has 5,000" in rows["short"]["problem"]
+        assert "it begins with b'somethin'" in listed(capsys, "--all")["foreign"]["problem"]
+        agent.close()
+        assert listed(capsys)["alive"]["agent"] == "dead"
+        code, out, _ = shm(capsys, "ls")
+        assert code == 0 and "…" not in out and max(map(len, out.splitlines())) <= 120
+        lines = {line.split()[0]: line.split() for line in out.splitlines()[2:] if line.strip()}
+        assert lines["alive"][:4] == ["alive", "test", "5/5", "64"] and lines["alive"][6:10] == [
+            "7",
+            "alive",
+            "dead",
+            "1.0",
+        ]
+        assert "version 2.0 of" in " ".join(lines["later"])
+
+
+def test_ls_says_what_it_may_not_read(capsys: Capture, shm_dir: Path) -> None:
+    shm_dir.chmod(0o755)
+    with Producer("ours") as producer, Producer("theirs"):
+        producer.publish()
+        listed(capsys)  # nothing is to be imported without privileges
+        (shm_dir / "ours").chmod(0o644)
+        (shm_dir / "theirs").chmod(0o000)
+        with without_privileges():
+            rows = listed(capsys)
+            assert (
+                "no permission for region 'theirs'" in rows["theirs"]["problem"] and rows["theirs"]["version"] is None
+            )
+            assert rows["ours"]["problem"] is None and rows["ours"]["producer"] == "alive"
+            assert "no permission for region 'theirs'" in refused(capsys, "inspect", "theirs")
+            assert "cannot remove region 'theirs'" in refused(capsys, "rm", "theirs")
+        shm_dir.chmod(0o700)
+        if os.geteuid() == 0:
+            with without_privileges():
+                assert "cannot look for regions in" in refused(capsys, "ls")
+
+
+def test_ls_without_the_folder(capsys: Capture, shm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LBGYM_SHM_DIR", str(shm_dir / "none"))
+    assert "No such file or directory" in refused(capsys, "ls")
+
+
+# inspect
+
+
+def test_inspect_tells_everything(capsys: Capture) -> None:
+    with Producer("lb0", capacity=10, publish_interval=0.5, clock_rate=4.0) as producer:
+        with SharedMemoryRegion.attach("lb0") as agent:
+            document = json.loads(shm(capsys, "inspect", "lb0", "--json")[1])
+            assert document["observation"] is None and document["action"] is None
+            assert "none" in shm(capsys, "inspect", "lb0")[1]
+            agent.write_action(sequence_id=41, weights=[1, 2, 3, 4, 5, 6, 7, 8], lease=60.0)
+            (published,) = producer.publish()
+            document = json.loads(shm(capsys, "inspect", "lb0", "--json")[1])
+            code, text, _ = shm(capsys, "inspect", "lb0")
+        header, snapshot = document["header"], published.snapshot
+        assert header["capacity"] == 10 and header["clock_rate"] == 4.0 and header["publish_interval"] == 500_000_000
+        assert header["magic"] == "LBGYMSHM" and header["instance"] == producer.instance and header["driver"] == "test"
+        assert set(header) == set(abi.HEADER.dtype.names or ())
+        assert document["producer"]["state"] == document["agent"]["state"] == "alive"
+        assert document["producer"]["pid"] == producer.process.pid and document["agent"]["pid"] == os.getpid()
+        observation = document["observation"]
+        assert observation["sequence_id"] == 1 and observation["timestamp"] == snapshot.timestamp
+        assert observation["applied_sequence_id"] == 41 and observation["safe_weights_in_force"] is False
+        assert (observation["fct_count"], observation["fct_sum"]) == (published.fct_count, published.fct_sum)
+        assert [server["id"] for server in observation["servers"]] == list(range(8))
+        for k, server in enumerate(observation["servers"]):
+            assert server["active"] is True and server["weight"] == k + 1 and server["safe_weight"] == 1.0
+            assert [server[name] for name in FEATURE_NAMES] == snapshot.stats[k].tolist()
+            assert snapshot.ground_truth is not None
+            assert [server[name] for name in GROUND_TRUTH_NAMES] == snapshot.ground_truth[k].tolist()
+            assert server["started"] == snapshot.started[k] and server["failed"] == snapshot.failed[k]
+        action = document["action"]
+        assert action["sequence_id"] == 41 and action["weights"] == [1, 2, 3, 4, 5, 6, 7, 8] and action["lease"] == 60.0
+        assert 0.0 < action["lease_left"] < 60.0 and len(action["alias"]) == len(action["threshold"]) == 8
+        assert document["problems"] == []
+        assert code == 0 and "those of action 41" in text and "runs 4 times as fast" in text
+        assert "…" not in text and max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_inspect_fits_the_terminal(columns: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    with Producer("lb0") as producer:
+        producer.publish(4)
+        _, text, _ = shm(capsys, "inspect", "lb0")
+    assert "…" not in text and max(map(len, text.splitlines())) <= int(columns)
+    headings = [line for line in text.splitlines() if line.startswith("server ")]
+    assert len(headings) == (4 if columns == "80" else 2)
+    words = " ".join(headings).split()
+    for title in ("open", "weight", "safe", "CPU", "FCT", "duration", "started", "failed"):
+        assert title in words
+
+
+def test_inspect_of_what_cannot_be_read(capsys: Capture, shm_dir: Path) -> None:
+    assert "there is no region 'none'" in refused(capsys, "inspect", "none")
+    assert "letters, digits" in refused(capsys, "inspect", "../x")
+    (shm_dir / "text").write_text("no region, but long enough" * 20)
+    assert "is no region that this lbgym can use" in refused(capsys, "inspect", "text")
+    with Producer("lb0") as producer, SharedMemoryRegion.attach("lb0") as region:
+        region.write_action(sequence_id=1, weights=np.ones(8), lease=float("inf"))
+        producer.publish()
+        layout = region.layout
+        with (shm_dir / "lb0").open("r+b") as file:
+            file.seek(layout.frames_offset + layout.frame_size + layout.frame_sections["stats"])
+            file.write(np.float32(-1).tobytes())
+        document = json.loads(shm(capsys, "inspect", "lb0", "--json")[1])
+        assert document["observation"] is None and "no data plane may publish" in document["problems"][0]
+        assert document["action"]["lease"] is None and document["action"]["lease_left"] is None  # for ever
+        code, text, _ = shm(capsys, "inspect", "lb0")
+        assert code == 0 and "no data plane may publish" in text and "good for ever" in text
+        assert "no data plane may publish" in listed(capsys)["lb0"]["problem"]
+
+
+# watch
+
+
+class Terminal:
+    """A process on a terminal of its own, and what it shows there."""
+
+    def __init__(self, *arguments: object, columns: int = 80, lines: int = 24, stdout: Any = None) -> None:
+        self._leader, self._follower = pty.openpty()
+        fcntl.ioctl(self._follower, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self.before = termios.tcgetattr(self._follower)
+        environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lbgym", *map(str, arguments)],
+            stdin=self._follower,
+            stdout=self._follower if stdout is None else stdout,
+            stderr=self._follower,
+            env=environment | {"TERM": "xterm-256color", "LANG": "C.UTF-8"},
+            start_new_session=True,
+            # Its controlling terminal, so that keys become signals.
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        self.shown = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        os.close(self._leader)
+        os.close(self._follower)
+
+    def wait_for(self, pattern: str, found: Callable[[re.Match[str]], bool] = lambda match: True) -> re.Match[str]:
+        """Wait until something is shown after what was waited for last; colours do not count."""
+        deadline = time.monotonic() + 60
+        while True:
+            for match in re.finditer(pattern, self.shown):
+                if found(match):
+                    self.shown = self.shown[match.end() :]
+                    return match
+            assert time.monotonic() < deadline, f"no {pattern!r} in\n{self.shown[-3000:]}"
+            assert self.process.poll() is None, f"it has ended ({self.process.returncode}): {self.shown[-3000:]}"
+            if select.select([self._leader], [], [], 1.0)[0]:
+                self._read()
+
+    def _read(self) -> None:
+        chunk = os.read(self._leader, 1 << 16).decode(errors="replace")
+        self.shown = re.sub(r"\x1b\[[0-9;]*m", "", self.shown + chunk)
+
+    def type(self, keys: str) -> None:
+        os.write(self._leader, keys.encode())
+
+    def end(self) -> int:
+        """Wait for its end; returns the exit code and checks that the terminal is as it was."""
+        deadline = time.monotonic() + 30
+        while self.process.poll() is None or select.select([self._leader], [], [], 0.0)[0]:
+            assert time.monotonic() < deadline, "it does not end"
+            if select.select([self._leader], [], [], 0.1)[0]:
+                self._read()
+        assert termios.tcgetattr(self._follower) == self.before
+        return self.process.returncode
+
+
+def check_clean(terminal: Terminal) -> None:
+    """The alternate screen was left, the cursor is back, and nothing was said."""
+    assert "\x1b[?1049l" in terminal.shown and "Traceback" not in terminal.shown
+    assert "\x1b[?25h" in terminal.shown
+
+
+def test_watch_follows_death_and_restart(shm_dir: Path) -> None:
+    with Producer("lb0") as producer, Terminal("shm", "watch", "lb0", "--rate", 20) as terminal:
+        terminal.wait_for(r"\x1b\[\?1049h")
+        terminal.wait_for("producer alive  process")
+        terminal.wait_for("observed nothing yet")
+        producer.run(0.02)
+        terminal.wait_for("8 of 8 servers active")
+        terminal.wait_for("agent    none")
+        terminal.wait_for("weights  safe weights in force")
+        terminal.wait_for(r"([\d.]+)/s new", lambda match: float(match[1]) > 0.0)
+        terminal.wait_for(r"\n +7 +\d+ █* +1\.00 █+")
+        agent = SharedMemoryRegion.attach("lb0")
+        agent.write_action(sequence_id=7, weights=np.arange(1, 9), lease=60.0)
+        terminal.wait_for(rf"agent    alive  process {os.getpid()}  action 7, .* old, lease \d+\.\d of 60 s left")
+        terminal.wait_for(r"weights  of action 7, in force [\d.]+ m?s after it was written")
+        terminal.wait_for(r"\n +7 +\d+ █* +8\.00 █+")
+        agent.close()
+        terminal.wait_for("agent    dead")
+        os.kill(producer.process.pid or 0, signal.SIGSTOP)
+        terminal.wait_for(r"silent for [\d.]+ s, last sign of life [\d.]+ s ago")
+        os.kill(producer.process.pid or 0, signal.SIGCONT)
+        terminal.wait_for(r"producer alive  process \d+  up")
+        producer.kill()
+        terminal.wait_for(r"producer dead  process \d+  last heard .* ago, waiting")
+        with Producer("lb0", servers=3, driver="second", clock_rate=20.0) as second:
+            second.publish(3)
+            terminal.wait_for("lb0  second x20  3 of 3 servers active")
+            terminal.wait_for(rf"producer alive  process {second.process.pid}  restarts 1")
+            terminal.wait_for(r"observed 3  ")
+            second.end()
+            terminal.wait_for("producer closed")
+        terminal.type("\x03")
+        assert terminal.end() == 0
+        check_clean(terminal)
+
+
+@pytest.mark.parametrize(
+    ("columns", "lines", "how", "code"), [(80, 24, "q", 0), (160, 50, "SIGINT", 0), (40, 10, "SIGTERM", 143)]
+)
+def test_watch_fits_many_servers_and_leaves_the_terminal_clean(columns: int, lines: int, how: str, code: int) -> None:
+    n = 300
+    with SharedMemoryRegion.create("lb0", num_servers=n) as region:
+        with Producer("lb1") as producer:
+            snapshot = producer.publish(8)[-1].snapshot
+        for number in range(2):
+            more = {
+                name: np.resize(getattr(snapshot, name), n) * (number + 1)
+                for name in ("started", "completed", "rejected", "failed")
+            }
+            stats = np.resize(snapshot.stats, (n, 11))
+            stats[:, 0] = np.arange(n) % 7
+            stats[250, 0] = 99.0
+            active = np.arange(n) != 250
+            region.publish(
+                replace(snapshot, active=active, stats=stats, ground_truth=None, timestamp=0.25 + number, **more)
+            )
+        with Terminal("shm", "watch", "lb0", columns=columns, lines=lines) as terminal:
+            terminal.wait_for("299 of 300 serv")
+            terminal.wait_for(r"250 +99 █+ +out of service" if columns > 40 else " 250 +99")
+            if lines >= 24:
+                terminal.wait_for("the largest of each")
+            screen = terminal.wait_for(r"299 of 300 serv(?s:.*?)\x1b\[H")[0]
+            rows = screen.removesuffix("\x1b[H").split("\n")
+            assert len(rows) <= lines and max(len(row.rstrip("\r")) for row in rows) <= columns
+            terminal.type("x\x1b[A")  # means nothing, and is not shown
+            terminal.wait_for("299 of 300 serv")
+            if how == "q":
+                terminal.type("q")
+            else:
+                terminal.process.send_signal(getattr(signal, how))
+            assert terminal.end() == code
+            check_clean(terminal)
+            assert "x\x1b[A" not in terminal.shown
+
+
+def test_watch_once_and_into_a_pipe(capsys: Capture, shm_dir: Path) -> None:
+    with Producer("lb0") as producer:
+        producer.publish(2)
+        code, out, _ = shm(capsys, "watch", "lb0", "--once")
+        assert code == 0 and "\x1b" not in out and "observed 2  " in out
+        assert [line.split()[0] for line in out.splitlines()[-8:]] == [str(j) for j in range(8)]
+        producer.run(0.02)
+        _, out, _ = shm(capsys, "watch", "lb0", "--once")
+        assert re.search(r"flows    [\d.]+/s new", out)
+        command = f"{sys.executable} -m lbgym shm watch lb0 --rate 20 | grep -m 3 observed"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        numbers = [int(line.split()[1].replace(",", "")) for line in done.stdout.splitlines()]
+        assert len(numbers) == 3 and numbers == sorted(set(numbers)) and done.stderr == ""
+    assert "there is no region 'none'" in refused(capsys, "watch", "none")
+    code, _, err = shm(capsys, "watch", "lb0", "--rate", "0")
+    assert code == 2 and "rate" in err
+
+
+def test_looking_writes_nothing(capsys: Capture, shm_dir: Path, tmp_path: Path) -> None:
+    with Producer("lb0") as producer:
+        producer.publish(3)
+
+        def digest() -> str:
+            return hashlib.sha256((shm_dir / "lb0").read_bytes()).hexdigest()
+
+        before = digest()
+        shm(capsys, "ls")
+        shm(capsys, "inspect", "lb0")
+        shm(capsys, "watch", "lb0", "--once")
+        assert shm(capsys, "record", "lb0", tmp_path / "out.parquet", "--duration", "0.3")[0] == 0
+        assert digest() == before
+        # Nor does it take the agent's place.
+        with SharedMemoryRegion.attach("lb0") as agent, Terminal("shm", "watch", "lb0") as terminal:
+            terminal.wait_for("observed 3  ")
+            agent.lock_agent()
+            terminal.wait_for("agent    alive")
+
+
+# record
+
+
+def test_record_a_number_of_observations(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("minari")
+    from lbgym.recording import load_recording
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    out = tmp_path / "out.parquet"
+    with Producer("lb0") as producer:
+        producer.run(0.01)
+        code, text, err = shm(capsys, "record", "lb0", out, "--steps", 6, "--minari", "tests/lb0-v0")
+        rows = {row.sequence_id: row for row in producer.halt()}
+        assert code == 0 and err == ""
+        assert re.search(rf"^wrote {out}: 6 observations in [\d.]+ s, \d+ missed\n", text)
+        recording = load_recording(out)
+        for k, number in enumerate(recording.sequence_id.tolist()):
+            assert np.array_equal(recording.stats[k], rows[number].snapshot.stats)
+        import minari
+
+        steps = recording.transitions()
+        assert f"wrote Minari dataset tests/lb0-v0: {len(steps)} steps" in text
+        assert minari.load_dataset("tests/lb0-v0").total_steps == len(steps)
+        # What cannot be written is refused before anything is recorded.
+        assert "is there already" in refused(capsys, "record", "lb0", out, "--steps", 1)
+        more = tmp_path / "more.parquet"
+        assert "there is a Minari dataset" in refused(capsys, "record", "lb0", more, "--minari", "tests/lb0-v0")
+        assert "a Minari dataset is named like" in refused(capsys, "record", "lb0", more, "--minari", "lb0")
+        assert "No such file or directory" in refused(capsys, "record", "lb0", tmp_path / "no" / "out.parquet")
+        assert "interval must be" in refused(capsys, "record", "lb0", more, "--interval", "0")
+        assert not more.exists()
+        producer.run(0.01)
+        code, text, _ = shm(capsys, "record", "lb0", out, "--steps", 1, "--overwrite")
+        assert code == 0 and "1 observation in" in text
+    assert "there is no region 'none'" in refused(capsys, "record", "none", tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_record_until_it_is_stopped(number: signal.Signals, tmp_path: Path) -> None:
+    from lbgym.recording import load_recording
+
+    out = tmp_path / "out.parquet"
+    with Producer("lb0") as producer:
+        producer.run(0.01)
+        with Terminal("shm", "record", "lb0", out, columns=120, stdout=subprocess.PIPE) as terminal:
+            terminal.wait_for(r"recording lb0: (\d+) observations", lambda match: int(match[1]) >= 10)
+            producer.kill()
+            with Producer("lb0") as second:
+                second.run(0.01)
+                terminal.wait_for(r"has a new producer \(process \d+\); recording it")
+                terminal.wait_for(r"1 restart of the producer")
+                terminal.process.send_signal(number)
+                assert terminal.end() == 0
+            assert terminal.process.stdout is not None
+            said = terminal.process.stdout.read().decode()
+    found = re.fullmatch(
+        rf"wrote {out}: (\d+) observations in [\d.]+ s, (\d+) missed, 1 restart of the producer\n", said
+    )
+    assert found, said
+    recording = load_recording(out)
+    assert len(recording) == int(found[1]) and recording.missed.sum() == int(found[2])
+    assert len(np.unique(recording.instance)) == 2 and len(recording.episodes) >= 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
+
+
+# rm, include
+
+
+def test_rm_removes_what_is_dead(capsys: Capture, shm_dir: Path) -> None:
+    with Producer("alive") as producer, Producer("dead") as other:
+        other.kill()
+        SharedMemoryRegion.create("closed", num_servers=2).close()
+        assert f"region 'alive' has a live producer (process {producer.process.pid})" in refused(capsys, "rm", "alive")
+        code, out, err = shm(capsys, "rm", "dead", "alive", "none", "closed")
+        assert code == 2 and out == "removed dead\nremoved closed\n"
+        assert "'alive' has a live producer" in err and "there is no region 'none'" in err
+        assert len(err.splitlines()) == 2
+        assert [path.name for path in shm_dir.iterdir()] == ["alive"]
+        producer.publish()  # it was not disturbed
+        assert listed(capsys)["alive"]["producer"] == "alive"
+        assert shm(capsys, "rm", "--force", "alive") == (0, "removed alive\n", "")
+        assert not any(shm_dir.iterdir())
+        producer.publish()
+        # The name is free for another one.
+        SharedMemoryRegion.create("alive", num_servers=2).close()
+
+
+def test_rm_keeps_what_is_no_region(capsys: Capture, shm_dir: Path) -> None:
+    with Producer("dead") as other:
+        other.kill()
+    (shm_dir / "text").write_text("precious")
+    (shm_dir / "empty").touch()
+    (shm_dir / "folder").mkdir()
+    (shm_dir / "link").symlink_to("dead")
+    os.mkfifo(shm_dir / "pipe")
+    for name in ("text", "empty", "folder", "link", "pipe"):
+        for options in ((), ("--force",)):
+            assert "is no region, and is not removed" in refused(capsys, "rm", name, *options)
+    assert "letters, digits" in refused(capsys, "rm", "--force", "../text")
+    damaged(shm_dir, "later", "dead", "version_major", 9)
+    message = refused(capsys, "rm", "later")
+    assert "version 9.0" in message and "whether it is in use cannot be told, --force removes it" in message
+    assert shm(capsys, "rm", "later", "--force") == (0, "removed later\n", "")
+    assert len(list(shm_dir.iterdir())) == 6
+
+
+def test_include(capsys: Capture) -> None:
+    code, out, _ = shm(capsys, "include")
+    assert code == 0 and (Path(out.strip()) / "lbgym_features.h").is_file()
+
+
+def test_help_names_the_commands(capsys: Capture) -> None:
+    code, out, _ = shm(capsys, "--help")
+    assert code == 0
+    assert all(name in out for name in ("ls", "inspect", "watch", "record", "rm", "include"))
