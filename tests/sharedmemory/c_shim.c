@@ -52,6 +52,7 @@ int create(R *r, const char *name, uint32_t n, uint32_t capacity, uint64_t inter
 
 int attach(R *r, const char *name, int access) { return lbgym_shm_attach(r, name, (lbgym_shm_access)access); }
 void close_region(R *r) { lbgym_shm_close(r); }
+void forget(R *r) { lbgym_shm_forget(r); }
 int unlink_region(R *r) { return lbgym_shm_unlink(r); }
 const char *message(const R *r) { return r->message; }
 uint32_t capacity(const R *r) { return r->constant.capacity; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from lbgym.sharedmemory import Action, Layout, ObservationBuffer, get_include
-from tests.features.test_c_header import STANDARDS, WARNINGS, compiler
 from tests.sharedmemory.nursery import Say
 
 SHIM = Path(__file__).with_name("c_shim.c")
@@ -44,6 +44,7 @@ _FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
     ),
     "attach": (ctypes.c_int, [_REGION, _TEXT, ctypes.c_int]),
     "close_region": (None, [_REGION]),
+    "forget": (None, [_REGION]),
     "unlink_region": (ctypes.c_int, [_REGION]),
     "message": (_TEXT, [_REGION]),
     "capacity": (_U32, [_REGION]),
@@ -87,6 +88,9 @@ _FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
 
 def run_compiler(language: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The machine's C or C++ compiler with the header's folder, and with all warnings as errors."""
+    # Here, because the processes below do without it and pytest.
+    from tests.features.test_c_header import STANDARDS, WARNINGS, compiler
+
     command = [*compiler(language), "-x", language, STANDARDS[language], *WARNINGS, f"-I{get_include()}"]
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=120)
 
@@ -236,4 +240,20 @@ def drive(say: Say, name: str, file: str) -> None:
     region = NativeRegion.attach(load(file), name)
     region.write_action(1, np.array([2.0]), 1, 0)
     say("written")
+    signal.pause()
+
+
+def leave_a_child(say: Say, name: str, file: str, forget: bool) -> None:
+    """A producer and agent in C with a child that does nothing more, and lives on when they are killed."""
+    library = load(file)
+    producer = NativeRegion.create(library, name, 1)
+    agent = NativeRegion.attach(library, name)
+    agent.lock_agent()
+    child = os.fork()
+    if child == 0:
+        if forget:
+            producer.forget()
+            agent.forget()
+        say(os.getpid())
+        signal.pause()
     signal.pause()

@@ -17,6 +17,7 @@ import pytest
 
 from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion, get_include
 from tests.features.test_c_header import WARNINGS, compiler
+from tests.sharedmemory.native import run_compiler
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "c_dataplane"
 INTERVAL = 0.02
@@ -179,3 +180,56 @@ def test_bad_options(program, shm_dir, options):
     assert (done.returncode, done.stdout) == (2, "")
     assert "usage:" in done.stderr
     assert not list(shm_dir.iterdir())
+
+
+SERVERS_OF_THE_DOCUMENT = """
+#include <stdint.h>
+
+int server_is_up(uint32_t server) { return server != 1; }
+
+void server_features(uint32_t server, float *stats)
+{
+    for (int i = 0; i < 11; i++) {
+        stats[i] = (float)server + (float)i / 16;
+    }
+}
+
+void server_flows(uint32_t server, uint64_t *started, uint64_t *completed, uint64_t *rejected, uint64_t *failed)
+{
+    *started = server + 4;
+    *completed = server + 3;
+    *rejected = server + 2;
+    *failed = server + 1;
+}
+"""
+
+
+@pytest.mark.parametrize("language", ["c", "c++"])
+def test_the_thirty_lines_of_the_document(tmp_path, language):
+    text = (EXAMPLE.parents[1] / "docs" / "shared-memory.md").read_text()
+    program = text.split("```c\n")[1].split("```")[0]
+    lines = [line for line in program[program.index("int main") :].splitlines() if line]
+    assert len(lines) <= 31
+    if language == "c++":
+        program = program.replace("extern ", 'extern "C" ')
+    (tmp_path / "dataplane.c").write_text(program)
+    (tmp_path / "servers.c").write_text(SERVERS_OF_THE_DOCUMENT)
+    done = run_compiler(language, "-O2", "-c", tmp_path / "dataplane.c", "-o", tmp_path / "dataplane.o")
+    assert (done.returncode, done.stderr) == (0, "")
+    command = [*compiler("c"), str(tmp_path / "servers.c"), str(tmp_path / "dataplane.o"), "-o", str(tmp_path / "it")]
+    subprocess.run(command, check=True, timeout=120)
+    with subprocess.Popen([str(tmp_path / "it")]) as process:
+        try:
+            with SharedMemoryRegion.attach("marllb_lb0", timeout=LONG, live=True) as agent:
+                buffer = agent.new_buffer()
+                agent.write_action(sequence_id=8, weights=[1.0, 2.0, 3.0, 4.0])
+                until(agent, buffer, 8)
+                assert buffer.weights[:4].tolist() == [1.0, 2.0, 3.0, 4.0]
+                assert buffer.active[:4].tolist() == [True, False, True, True]
+                assert np.array_equal(buffer.stats[:4], np.arange(4)[:, None] + np.arange(11) / 16)
+                assert buffer.counters[2].tolist() == [6, 5, 4, 3]
+                first = buffer.timestamp
+                next_observation(agent, buffer)
+                assert buffer.timestamp > first
+        finally:
+            process.kill()

@@ -688,6 +688,24 @@ def test_the_lock_of_a_killed_agent_is_free(library, nursery):
             agent.lock_agent()
 
 
+@pytest.mark.parametrize("forget", [True, False], ids=["forgets", "keeps"])
+def test_a_child_that_forgets_keeps_no_locks(c, nursery, forget):
+    parent = nursery.fork(native.leave_a_child, name="r", file=c._name, forget=forget)
+    child = parent.hear()
+    try:
+        with SharedMemoryRegion.attach("r") as region:
+            # What the child does is nothing to the parent.
+            assert region.producer_alive and region.agent_alive and not region.closed_by_producer
+            parent.kill()
+            assert (region.producer_alive, region.agent_alive) == (not forget, not forget)
+            if forget:
+                NativeRegion.create(c, "r").close()
+            else:
+                refused(native.EXISTS, lambda: NativeRegion.create(c, "r"))
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_sides_do_not_do_each_others_work(library):
     with NativeRegion.create(library, "r", 1) as producer, NativeRegion.attach(library, "r") as agent:
         for call in (

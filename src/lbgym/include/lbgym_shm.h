@@ -29,8 +29,8 @@
  *
  * Functions return 0 or more, or a negative lbgym_shm_code, with a sentence in region.message. None aborts, blocks
  * longer than its timeout, prints or keeps anything outside the region it is given. Times are ns; "now" is
- * CLOCK_MONOTONIC. A region is for one thread at a time. It has files open: do not copy it, and close it in a child
- * after fork, for the kernel's locks are shared with the child.
+ * CLOCK_MONOTONIC. A region is for one thread at a time and is not to be copied. After fork the child shares the
+ * kernel's locks with its parent: let it call lbgym_shm_forget at once.
  *
  * This file needs _GNU_SOURCE, which C++ compilers on Linux define themselves. It defines it, too: include it before
  * any other header, or define _GNU_SOURCE on the command line. With -ffast-math alias tables may differ from those of
@@ -767,33 +767,22 @@ static inline bool lbgym_shm_replaced(const lbgym_shm_region *region)
     return lbgym_shm_name_owner(region) < 0;
 }
 
-/* Marks a region as one that is published no more, so that those who wait look up its name again. */
+/* Marks a region as one that is published no more; those who wait are to be woken then, to look up its name again. */
 static inline void lbgym_shm_retire(lbgym_shm_region *region)
 {
     __atomic_store_n(&region->header->state, LBGYM_SHM_STATE_CLOSED, __ATOMIC_RELEASE);
     (void)__atomic_fetch_add(&region->header->observation_event, 1, __ATOMIC_SEQ_CST);
-    lbgym_shm_futex_wake(&region->header->observation_event);
 }
 
-/* Gives the region up, with its locks; a producer says that it publishes no more. A closed one may be closed again, and
- * so may one that could not be created or attached. */
-static inline void lbgym_shm_close(lbgym_shm_region *region)
+/* Lets the region go and changes nothing in it: for a child after fork, which would else keep the locks of a parent
+ * that is killed. */
+static inline void lbgym_shm_forget(lbgym_shm_region *region)
 {
     if (region->header != NULL) {
-        if (region->is_producer) {
-            lbgym_shm_retire(region);
-        }
         (void)munmap(region->header, region->constant.total_size);
         region->header = NULL;
     }
     if (region->descriptor >= 0) {
-        /* Explicitly, for a child may have a copy of the descriptor. */
-        if (region->is_producer) {
-            (void)lbgym_shm_lock(region->descriptor, F_UNLCK, LBGYM_SHM_PRODUCER_LOCK);
-        }
-        if (region->is_agent) {
-            (void)lbgym_shm_lock(region->descriptor, F_UNLCK, LBGYM_SHM_AGENT_LOCK);
-        }
         (void)close(region->descriptor);
         region->descriptor = -1;
     }
@@ -801,6 +790,22 @@ static inline void lbgym_shm_close(lbgym_shm_region *region)
     memset(&region->observation, 0, sizeof region->observation);
     memset(&region->action, 0, sizeof region->action);
     region->is_producer = region->is_agent = false;
+}
+
+/* Gives the region up, with its locks; a producer says that it publishes no more. A closed one may be closed again, and
+ * so may one that could not be created or attached. */
+static inline void lbgym_shm_close(lbgym_shm_region *region)
+{
+    if (region->header != NULL && region->is_producer) {
+        lbgym_shm_retire(region);
+        lbgym_shm_futex_wake(&region->header->observation_event);
+        /* Explicitly, for a child may have a copy of the descriptor. */
+        (void)lbgym_shm_lock(region->descriptor, F_UNLCK, LBGYM_SHM_PRODUCER_LOCK);
+    }
+    if (region->header != NULL && region->is_agent) {
+        (void)lbgym_shm_lock(region->descriptor, F_UNLCK, LBGYM_SHM_AGENT_LOCK);
+    }
+    lbgym_shm_forget(region);
 }
 
 /* Removes the region's name, unless it belongs to another file by now; who is attached stays so. */
@@ -1455,6 +1460,7 @@ static inline int lbgym_shm_take_name(lbgym_shm_region *region)
              * is marked first, so that the lock does not look like that of a live producer. */
             lbgym_shm_retire(old);
             code = lbgym_shm_unlink(old);
+            lbgym_shm_futex_wake(&old->header->observation_event);
             if (code < 0) {
                 (void)lbgym_shm_fail(region, code, "%.4600s", old->message);
             }
