@@ -35,6 +35,7 @@ HEAVY = (
     "PIL",
     "tensorboard",
     "pettingzoo",
+    "prometheus_client",
 )
 
 #: Every module or package of lbgym by level; a module imports its own level's own package and lower levels.
@@ -204,7 +205,7 @@ def test_theory_shows_the_registered_rewards() -> None:
     assert reward_table() in (ROOT / "docs" / "theory.md").read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/theory.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/theory.md", "docs/shared-memory.md"])
 def test_links_of_documents_lead_somewhere(document: str) -> None:
     path = ROOT / document
     text = path.read_text()
