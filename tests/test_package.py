@@ -90,6 +90,7 @@ def test_exported_names_exist_and_are_documented() -> None:
         "policies",
         "evaluation",
         "training",
+        "controller",
     ],
 )
 def test_exported_names_of_packages_exist(package: str) -> None:

@@ -208,11 +208,12 @@ def test_a_producer_that_is_killed_and_started_again_is_followed(nursery: Nurser
         resets = policy.resets
         first.kill()
         running.until(lambda: running.counts.timeouts >= 1)
-        with data_plane(nursery, capacity=128) as second:
+        # With more room, and more servers.
+        with data_plane(nursery, capacity=128, servers=6) as second:
             running.until(lambda: running.counts.restarts == 1)
             running.steps(2)
-            assert second.weights == WANTED
-            assert policy.resets > resets
+            assert second.weights == [*WANTED, 1.0, 1.0]
+            assert policy.resets > resets and running.counts.errors == 0
 
 
 def test_nonsense_is_counted_and_outlived(nursery: Nursery) -> None:
@@ -240,6 +241,21 @@ def test_servers_join_and_leave(nursery: Nursery) -> None:
         running.steps(2)
         # The one that left has the mean, in case it comes back.
         assert strings.weights == pytest.approx([3.0, 6.5 / 3, 2.0, 1.5])
+
+
+def test_a_data_plane_that_publishes_less_often_than_a_step_is_no_outage(
+    nursery: Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = Fickle(WANTED)
+    with data_plane(nursery, period=0.1) as strings, controlling(policy, fallback_after=1, trial_steps=1) as running:
+        running.steps(1)
+        policy.mode = "raises"
+        running.until(lambda: running.state.fallback)
+        policy.mode = "good"
+        running.until(lambda: not running.state.fallback, "the policy to come back")
+        running.steps(2)
+        assert strings.weights == WANTED and running.counts.missed >= 2
+    assert "publishes every 0.1 s, which is longer than a step of 0.04 s" in caplog.text
 
 
 def test_weights_move_at_the_limit(nursery: Nursery) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -118,6 +119,8 @@ class Controller:
         # Steps until the policy is tried.
         self._rest = 0
         self._forget = True
+        # Servers that the policy and the fallback decide for.
+        self._servers = 0
         # What was written last, None: nothing for this producer and these servers.
         self._weights: NDArray[np.float64] | None = None
         self._decided_at = math.nan
@@ -193,8 +196,7 @@ class Controller:
             if bound:
                 self._bind(plane, deciders)
             plane.grows = not bound
-            for decider in deciders:
-                decider.fit(plane.num_servers, ground_truth=plane.has_ground_truth)
+            self._fit(plane)
             self._set_lease(plane, refuse=True)
             region = plane.region
             self._log(
@@ -204,6 +206,12 @@ class Controller:
                 clock_rate=region.clock_rate, publish_interval=region.publish_interval,
                 dry_run=self.config.dry_run, pid=os.getpid(),
             )  # fmt: skip
+            if self._usually_missed(plane):
+                self._log(
+                    _WARNING, "interval",
+                    f"the data plane publishes every {region.publish_interval:g} s, which is longer than a step of "
+                    f"{self._interval:g} s",
+                )  # fmt: skip
             self._warm_up(plane)
         except BaseException:
             plane.close()
@@ -248,6 +256,11 @@ class Controller:
                         f"{other.servers}"
                     )
         plane.num_servers = next(decider.servers for decider in deciders if decider.servers is not None)
+
+    def _fit(self, plane: ControlledDataPlane) -> None:
+        self._servers = plane.num_servers
+        for decider in (self._policy, self._fallback):
+            decider.fit(plane.num_servers, ground_truth=plane.has_ground_truth)
 
     def _set_lease(self, plane: ControlledDataPlane, *, refuse: bool = False) -> None:
         """Longer than the longest time between two actions that is still in order."""
@@ -388,7 +401,8 @@ class Controller:
                 proposed = self._policy(snapshot, weights, plane.info)
         except Exception as error:
             counts.errors += 1
-            self._log(level, "policy_error", f"{_name_of(error)}: {error}")
+            told = {} if self._failures else {"traceback": traceback.format_exc()}
+            self._log(level, "policy_error", f"{_name_of(error)}: {error}", **told)
         took = time.monotonic() - began
         allowed = self._interval / plane.region.clock_rate
         if took > allowed:
@@ -437,7 +451,8 @@ class Controller:
             if self._failures >= self.config.fallback_after:
                 self._distrust = "policy"
         else:
-            self._good = 0 if plane.info["missed_observations"] else self._good + 1
+            in_time = plane.info["missed_observations"] <= self._usually_missed(plane)
+            self._good = self._good + 1 if in_time else 0
         if self._good >= self.config.trial_steps:
             self._distrust = None
             self.state.fallback = False
@@ -446,6 +461,10 @@ class Controller:
         return written_at
 
     # What comes from the data plane
+
+    def _usually_missed(self, plane: ControlledDataPlane) -> int:
+        """Deadlines that pass without an observation of their own where the data plane publishes less often."""
+        return max(0, math.ceil(plane.region.publish_interval / self._interval - 1e-6) - 1)
 
     def _note_silence(self, error: LbgymError) -> None:
         self._timeouts += 1
@@ -470,7 +489,7 @@ class Controller:
             self._timeouts = 0
         missed = info["missed_observations"]
         counts.missed += missed
-        if missed >= _MANY_MISSED:
+        if missed >= self._usually_missed(plane) + _MANY_MISSED:
             self._log(_WARNING, "missed", missed=missed, overrun=info["overrun"])
         if self.metrics is not None and not self.config.dry_run and math.isfinite(info["action_delay"]):
             self.metrics.delay.observe(max(0.0, info["action_delay"]))
@@ -482,20 +501,16 @@ class Controller:
         if info["clock_jumped"]:
             counts.jumps += 1
             self._log(_WARNING, "clock_jumped")
-        if info["producer_restarted"] or info["clock_jumped"]:
-            self._begin_anew()
-        if self._weights is not None and len(self._weights) != plane.num_servers:
+        joined = plane.num_servers != self._servers
+        if joined:
             self._log(_INFO, "servers_joined", servers=plane.num_servers)
-            for decider in (self._policy, self._fallback):
-                decider.fit(plane.num_servers, ground_truth=plane.has_ground_truth)
-            self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        """What was seen and done so far says nothing about what comes."""
-        self._forget = True
-        self._fallback.reset()
-        self._weights = None
-        self._decided_at = math.nan
+            self._fit(plane)
+        if joined or info["producer_restarted"] or info["clock_jumped"]:
+            # What was seen and done so far says nothing about what comes.
+            self._forget = True
+            self._fallback.reset()
+            self._weights = None
+            self._decided_at = math.nan
 
     # The end, and what is told
 
