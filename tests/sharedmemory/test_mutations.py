@@ -211,7 +211,8 @@ def assert_sane_dictionary(shown: dict, buffer: ObservationBuffer) -> None:
 
 def assert_sane_places(region: SharedMemoryRegion, image: np.ndarray) -> None:
     """Nothing that is read or written lies beyond the file or in something else."""
-    header = {name: int(image[: abi.HEADER.size].view(abi.HEADER.dtype)[name][0]) for name in SIZES}
+    fields = image[: abi.HEADER.size].view(abi.HEADER.dtype)[0]
+    header = {name: int(fields[name]) for name in SIZES}
     layout = abi.Layout(region.capacity)
     assert header["total_size"] == len(image)
     assert header["frame_size"] >= layout.frame_size and header["action_size"] >= layout.action_size

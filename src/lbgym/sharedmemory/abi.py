@@ -81,7 +81,7 @@ class Section:
         return _lines(_SIZES[self.type] * self.columns * capacity)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Struct:
     """Fields in order, naturally aligned without gaps, padded with reserved bytes to ``size``."""
 

@@ -26,6 +26,10 @@ _COUNTS = _word(abi.FRAME, "num_servers")
 _UNROUTED = _word(abi.FRAME, "unrouted")
 _FCT_COUNT = _word(abi.FRAME, "fct_count")
 _FCT_SUM = _word(abi.FRAME, "fct_sum")
+_ACTION_SEQUENCE_ID = _word(abi.ACTION, "sequence_id")
+_ACTION_WRITTEN_AT = _word(abi.ACTION, "written_at")
+_ACTION_LEASE = _word(abi.ACTION, "lease")
+_ACTION_COUNTS = _word(abi.ACTION, "num_servers")
 _LOW32 = 0xFFFFFFFF
 
 
@@ -240,17 +244,17 @@ class Action:
 
     @property
     def sequence_id(self) -> int:
-        return self._integers[_word(abi.ACTION, "sequence_id")]
+        return self._integers[_ACTION_SEQUENCE_ID]
 
     @property
     def written_at(self) -> int:
         """Ns of the monotonic clock."""
-        return self._integers[_word(abi.ACTION, "written_at")]
+        return self._integers[_ACTION_WRITTEN_AT]
 
     @property
     def lease_ns(self) -> int:
         """Ns after ``written_at`` for which the weights are good; 0: for ever."""
-        return self._integers[_word(abi.ACTION, "lease")]
+        return self._integers[_ACTION_LEASE]
 
     @property
     def lease(self) -> float:
@@ -259,7 +263,7 @@ class Action:
 
     @property
     def num_servers(self) -> int:
-        return self._integers[_word(abi.ACTION, "num_servers")] & _LOW32
+        return self._integers[_ACTION_COUNTS] & _LOW32
 
     def is_good(self, now: int) -> bool:
         """Whether the lease lasts at ``now`` (ns of the monotonic clock)."""
