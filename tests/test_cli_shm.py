@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import hashlib
 import json
@@ -230,6 +231,15 @@ def test_inspect_of_what_cannot_be_read(capsys: Capture, shm_dir: Path) -> None:
 # watch
 
 
+#: Standard input becomes the controlling terminal, so that keys become signals.
+_ON_A_TERMINAL = """
+import fcntl, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+from lbgym.cli import main
+main(sys.argv[1:])
+"""
+
+
 class Terminal:
     """A process on a terminal of its own, and what it shows there."""
 
@@ -239,16 +249,15 @@ class Terminal:
         self.before = termios.tcgetattr(self._follower)
         environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lbgym", *map(str, arguments)],
+            [sys.executable, "-c", _ON_A_TERMINAL, *map(str, arguments)],
             stdin=self._follower,
             stdout=self._follower if stdout is None else stdout,
             stderr=self._follower,
             env=environment | {"TERM": "xterm-256color", "LANG": "C.UTF-8"},
             start_new_session=True,
-            # Its controlling terminal, so that keys become signals.
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         self.shown = ""
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def __enter__(self) -> Terminal:
         return self
@@ -275,7 +284,7 @@ class Terminal:
                 self._read()
 
     def _read(self) -> None:
-        chunk = os.read(self._leader, 1 << 16).decode(errors="replace")
+        chunk = self._decode(os.read(self._leader, 1 << 16))
         self.shown = re.sub(r"\x1b\[[0-9;]*m", "", self.shown + chunk)
 
     def type(self, keys: str) -> None:
@@ -343,17 +352,15 @@ def test_watch_fits_many_servers_and_leaves_the_terminal_clean(columns: int, lin
         with Producer("lb1") as producer:
             snapshot = producer.publish(8)[-1].snapshot
         for number in range(2):
-            more = {
+            more: dict[str, Any] = {
                 name: np.resize(getattr(snapshot, name), n) * (number + 1)
                 for name in ("started", "completed", "rejected", "failed")
             }
             stats = np.resize(snapshot.stats, (n, 11))
             stats[:, 0] = np.arange(n) % 7
             stats[250, 0] = 99.0
-            active = np.arange(n) != 250
-            region.publish(
-                replace(snapshot, active=active, stats=stats, ground_truth=None, timestamp=0.25 + number, **more)
-            )
+            more |= {"active": np.arange(n) != 250, "stats": stats, "ground_truth": None, "timestamp": 0.25 + number}
+            region.publish(replace(snapshot, **more))
         with Terminal("shm", "watch", "lb0", columns=columns, lines=lines) as terminal:
             terminal.wait_for("299 of 300 serv")
             terminal.wait_for(r"250 +99 █+ +out of service" if columns > 40 else " 250 +99")

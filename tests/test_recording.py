@@ -646,18 +646,14 @@ def test_what_to_install(module: str, driven: object, tmp_path: Path, monkeypatc
 
 
 def test_no_room_is_said_in_one_sentence(tmp_path: Path) -> None:
-    import resource
-
+    script = (
+        "import resource, sys\nfrom lbgym.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\nmain(sys.argv[1:])"
+    )
     with Producer("lb0") as producer:
         producer.run(0.005)
-        command = [sys.executable, "-m", "lbgym", "shm", "record", "lb0", str(tmp_path / "out.parquet")]
-        done = subprocess.run(
-            [*command, "--steps", "40"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),
-        )
+        command = [sys.executable, "-c", script, "shm", "record", "lb0", str(tmp_path / "out.parquet"), "--steps", "40"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and "cannot write to" in done.stderr and "File too large" in done.stderr
     assert not any(tmp_path.iterdir())
