@@ -76,6 +76,11 @@ def without_privileges() -> Iterator[None]:
             os.seteuid(0)
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 # ls
 
 
