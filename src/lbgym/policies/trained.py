@@ -1,4 +1,4 @@
-"""Trained models as policies: this package's PPO checkpoints (.pt) and Stable-Baselines3 models (.zip)."""
+"""Trained models as policies: checkpoints of this package's recipes (.pt) and Stable-Baselines3 models (.zip)."""
 
 from __future__ import annotations
 
@@ -163,10 +163,10 @@ def load_policy(
 
 
 def _load_checkpoint(path: Path, deterministic: bool, env_kwargs: dict[str, Any], algorithm: Any) -> TrainedPolicy:
-    # The recipe owns the format and the network of its checkpoints.
-    from ..training import load_policy as load_ppo
+    # A recipe owns the format and the network of its checkpoints.
+    from ..training import load_policy as load_recipe
 
-    model = load_ppo(path, deterministic=deterministic)
+    model = load_recipe(path, deterministic=deterministic)
     return TrainedPolicy(model, path, {**model.env_kwargs, **env_kwargs})
 
 

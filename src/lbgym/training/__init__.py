@@ -1,4 +1,4 @@
-"""Recipes that train policies: PPO in plain torch, and Stable-Baselines3 through a thin adapter.
+"""Recipes that train policies: PPO and SAC-GRU in plain torch, and Stable-Baselines3 through a thin adapter.
 
 Importing this package imports neither torch nor Stable-Baselines3; the names below load them when first used.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .ppo import PPOConfig, PPOPolicy, TrainingResult, train_ppo
     from .runs import Progress, load_policy, read_checkpoint
+    from .sac_gru import SACGRUConfig, SACGRUPolicy, SACGRUResult, train_sac_gru
     from .sb3 import SB3Config, SB3VecEnv, train_sb3_ppo
 
 _HOMES = {
@@ -21,6 +22,10 @@ _HOMES = {
     "load_policy": "runs",
     "read_checkpoint": "runs",
     "train_ppo": "ppo",
+    "SACGRUConfig": "sac_gru",
+    "SACGRUPolicy": "sac_gru",
+    "SACGRUResult": "sac_gru",
+    "train_sac_gru": "sac_gru",
     "SB3Config": "sb3",
     "SB3VecEnv": "sb3",
     "train_sb3_ppo": "sb3",
@@ -30,12 +35,16 @@ __all__ = [
     "PPOConfig",
     "PPOPolicy",
     "Progress",
+    "SACGRUConfig",
+    "SACGRUPolicy",
+    "SACGRUResult",
     "SB3Config",
     "SB3VecEnv",
     "TrainingResult",
     "load_policy",
     "read_checkpoint",
     "train_ppo",
+    "train_sac_gru",
     "train_sb3_ppo",
 ]
 

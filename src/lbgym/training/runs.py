@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training in plain torch") from error
 
 #: Recipes in plain torch by the format of their checkpoints: module and class of the policy.
-RECIPES = {"lbgym-ppo": ("ppo", "PPOPolicy")}
+RECIPES = {"lbgym-ppo": ("ppo", "PPOPolicy"), "lbgym-sac-gru": ("sac_gru", "SACGRUPolicy")}
 
 
 @dataclass(frozen=True)
