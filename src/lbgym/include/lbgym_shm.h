@@ -1395,7 +1395,7 @@ static inline int lbgym_shm_make_file(lbgym_shm_region *region, mode_t mode, gid
 {
     const size_t folder = strlen(region->path) - strlen(region->name) - 1;
     struct stat status;
-    int error;
+    int error = EINTR;
     region->path[folder] = '\0';
     region->descriptor = open(folder > 0 ? region->path : "/", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
     region->path[folder] = '/';
