@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gymnasium.utils import seeding
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .env import LoadBalanceEnv, Setup, batch_info, check_seed, scenario_facts
-from .errors import InvalidOptionError, ResetNeeded, UnknownNameError
+from .env import LoadBalanceEnv, Setup, batch_info, scenario_facts
+from .errors import InvalidOptionError, ResetNeeded
 from .rendering import Viewer
+from .replicas import ReplicaVectorEnv
 from .scenarios import Scenario, ScenarioDistribution
 from .snapshot import Snapshot
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .simulator import Simulation
 
 
-class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
+class LoadBalanceVectorEnv(ReplicaVectorEnv):
     """``num_envs`` replicas of :class:`~lbgym.LoadBalanceEnv` in one kernel call per step, on all cores.
 
     Equal, replica by replica and bit for bit, to single environments with the same seeds: ``reset(seed=s)`` seeds
@@ -56,21 +56,13 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         num_threads: int | None = None,
         **keys: Any,
     ) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
-            raise InvalidOptionError(f"num_envs must be a whole number of at least 1, got {num_envs!r}")
-        try:
-            self.autoreset_mode = AutoresetMode(autoreset_mode)
-        except ValueError:
-            modes = [mode.value for mode in AutoresetMode]
-            raise UnknownNameError("autoreset mode", autoreset_mode, modes) from None
+        super().__init__(num_envs, autoreset_mode)
         if keys.get("shm_name") is not None:
             raise InvalidOptionError(
                 f"shm_name={keys['shm_name']!r}: a region is one data plane, not {num_envs} replicas; with "
                 'vectorization_mode="sync" each LoadBalanceEnv can have one of its own'
             )
         setup = Setup(**{key: value for key, value in keys.items() if key not in ("shm_name", "shm_timeout")})
-        self.metadata = LoadBalanceEnv.metadata | {"autoreset_mode": self.autoreset_mode}
-        self.num_envs = int(num_envs)
         self.scenario = setup.scenario
         self.distribution = setup.distribution
         self.num_servers = setup.num_servers
@@ -90,10 +82,6 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         self._rewards: NDArray[np.float64] = np.zeros(self.num_envs)
         self._weights = np.ones((self.num_envs, self.num_servers))
         self._steps = np.zeros(self.num_envs, np.int64)
-        # Replicas whose episode has ended, or has not begun.
-        self._over = np.ones(self.num_envs, np.bool_)
-        self._generators: list[np.random.Generator | None] = [None] * self.num_envs
-        self._all = np.ones(self.num_envs, np.bool_)
 
     def _make_simulation(self, num_threads: int | None) -> Simulation:
         from .simulator import Simulation
@@ -121,13 +109,9 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         """
         mask, rest = self._split(options)
         seeds = self._seeds(seed)
-        for one in seeds:
-            check_seed(one)
         source = self._scenario_with(rest)
         self._restore(mask, source)
-        for i in np.flatnonzero(mask).tolist():
-            if seeds[i] is not None or self._generators[i] is None:
-                self._generators[i] = seeding.np_random(seeds[i])[0]
+        self._seed(mask, seeds)
         self._snapshot = self._view(self._simulation.reset(self._draw_episodes(mask, source), mask))
         self._begin(mask)
         if self._setup.render_mode == "human":
@@ -150,18 +134,11 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
     def _step(
         self, weights: NDArray[np.float64]
     ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        again = self._over if self._over.any() else None
-        if again is not None and self.autoreset_mode != AutoresetMode.NEXT_STEP:
-            ended = np.flatnonzero(again)
-            raise ResetNeeded(
-                f"{len(ended)} replicas have ended or were never reset (the first is {ended[0]}); "
-                'call reset(options={"reset_mask": ...}) with them marked'
-            )
+        again = self._to_reset()
         self._weights = weights
         if again is None:
             snapshot = self._view(self._run(weights))
         else:
-            again = again.copy()
             self._restore(again, self._setup.source)
             seeds = self._draw_episodes(again, self._setup.source)
             snapshot = self._view(self._run(weights, seeds=seeds, reset=again))
@@ -187,21 +164,11 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
     def _reset_at_once(
         self, ended: NDArray[np.bool_], observation: Any, info: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        final = np.full(self.num_envs, None, dtype=object)
-        for i in np.flatnonzero(ended):
-            final[i] = (
-                {key: part[i] for key, part in observation.items()} if isinstance(observation, dict) else observation[i]
-            )
-        final_info = {
-            key: (value & ended if value.dtype == np.bool_ and key.startswith("_") else value)
-            for key, value in info.items()
-        }
+        final = self._final(ended, observation, info)
         self._restore(ended, self._setup.source)
         self._snapshot = self._view(self._simulation.reset(self._draw_episodes(ended, self._setup.source), ended))
         self._begin(ended)
-        info = self._info(self._snapshot, self._all) | self._facts(ended)
-        info |= {"final_obs": final, "_final_obs": ended.copy(), "final_info": final_info, "_final_info": ended.copy()}
-        return self._observation(self._snapshot), info
+        return self._observation(self._snapshot), self._info(self._snapshot, self._all) | self._facts(ended) | final
 
     def render(self) -> tuple[Any, ...] | None:
         """A frame per replica, as of the single environment; "human" shows replica 0 and returns None."""
@@ -229,39 +196,6 @@ class LoadBalanceVectorEnv(VectorEnv[Any, Any, Any]):
         # Gymnasium before 1.4 closes whatever it collects, also what a refused argument left half made.
         if hasattr(self, "_simulation"):
             self._simulation.close()
-
-    def _split(self, options: Mapping[str, Any] | None) -> tuple[NDArray[np.bool_], dict[str, Any]]:
-        rest = dict(options or {})
-        if rest.get("reset_mask") is None:
-            rest.pop("reset_mask", None)
-            return np.ones(self.num_envs, np.bool_), rest
-        mask = rest.pop("reset_mask")
-        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.shape != (self.num_envs,):
-            raise InvalidOptionError(
-                f"the option reset_mask must be a NumPy array of {self.num_envs} booleans, got {mask!r}"
-            )
-        if not mask.any():
-            raise InvalidOptionError("the option reset_mask must mark at least one replica, got none")
-        return mask.copy(), rest
-
-    def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        if isinstance(seed, (int, np.integer)):
-            check_seed(seed)
-            return [int(seed) + i for i in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise InvalidOptionError(f"reset takes {self.num_envs} seeds, one per replica, got {len(seed)}")
-        return seed
-
-    def _draw_seeds(self, mask: NDArray[np.bool_]) -> list[int]:
-        """The seed of the next episode of each masked replica, from its own generator like a single environment's."""
-        seeds = [0] * self.num_envs
-        for i in np.flatnonzero(mask).tolist():
-            generator = self._generators[i]
-            assert generator is not None
-            seeds[i] = int(generator.integers(1 << 63))
-        return seeds
 
     def _draw_episodes(self, mask: NDArray[np.bool_], source: Any) -> list[int]:
         """The seeds of the masked replicas' next episodes, to which each gets its scenario if ``source`` varies."""
