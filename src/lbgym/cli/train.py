@@ -25,6 +25,7 @@ class Algorithm(StrEnum):
     """Recipes by name."""
 
     PPO = "ppo"
+    SAC_GRU = "sac-gru"
     SB3_PPO = "sb3-ppo"
 
 
@@ -32,7 +33,9 @@ def train(
     scenario: Annotated[
         str | None, typer.Option(help="Name of a scenario or path of a TOML file.", show_default="heterogeneous")
     ] = None,
-    algo: Annotated[Algorithm, typer.Option(help="PPO in plain torch, or Stable-Baselines3's.")] = Algorithm.PPO,
+    algo: Annotated[
+        Algorithm, typer.Option(help="PPO or recurrent discrete SAC in plain torch, or Stable-Baselines3's PPO.")
+    ] = Algorithm.PPO,
     steps: Annotated[int | None, typer.Option(min=1, help="Environment steps to train, over all replicas.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="Seconds to train, compilation not counted.")] = None,
     num_envs: Annotated[int | None, typer.Option(min=1, help="Replicas of the scenario, stepped at once.")] = None,
@@ -76,7 +79,7 @@ def train(
         changes |= {"total_steps": steps, "seconds": seconds}
 
     out = out or resume or Path("out/train")
-    scenario, run = _ppo(changes, resume) if algo is Algorithm.PPO else _sb3(changes, resume)
+    scenario, run = {Algorithm.PPO: _ppo, Algorithm.SAC_GRU: _sac_gru, Algorithm.SB3_PPO: _sb3}[algo](changes, resume)
     if tensorboard is None:
         tensorboard = find_spec("tensorboard") is not None
     with _interruptible() as interrupted, _Display(quiet=as_json) as display:
@@ -104,6 +107,20 @@ def _ppo(changes: dict[str, Any], resume: Path | None) -> tuple[str, Run]:
 
     def run(out: Path, callback: Callable[[Progress], bool], tensorboard: bool) -> tuple[Path, list[Progress]]:
         result = train_ppo(config, out=out, resume_from=resume, callback=callback, tensorboard=tensorboard)
+        assert result.checkpoint is not None
+        return result.checkpoint, result.history
+
+    return str(config.scenario), run
+
+
+def _sac_gru(changes: dict[str, Any], resume: Path | None) -> tuple[str, Run]:
+    from ..training.sac_gru import SACGRUConfig, config_of, read_checkpoint, train_sac_gru
+
+    saved = config_of(read_checkpoint(resume), resume) if resume is not None else SACGRUConfig()
+    config = replace(saved, **changes)
+
+    def run(out: Path, callback: Callable[[Progress], bool], tensorboard: bool) -> tuple[Path, list[Progress]]:
+        result = train_sac_gru(config, out=out, resume_from=resume, callback=callback, tensorboard=tensorboard)
         assert result.checkpoint is not None
         return result.checkpoint, result.history
 
