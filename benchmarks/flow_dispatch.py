@@ -5,7 +5,9 @@ reward and the info made, finished episodes reset; Park's observation, reward an
 drawn beforehand, each in proportion to its rate, which keeps every queue stable (a uniform split would not); with a
 policy that looks, the time includes a vectorised least-delay rule in NumPy. All of it on one core, except where threads
 are given. Park's own environment makes 9,000 to 14,000 decisions per second on such a core, which is what the target of
-50 times as many refers to. The exit code is 1 if a full run misses it.
+50 times as many refers to. It is held against decisions per second of processor time, which other processes on the core
+do not use up (though they empty its caches); on a quiet machine that is the time on the wall. The exit code is 1 if a
+full run misses it.
 """
 
 from __future__ import annotations
@@ -30,25 +32,42 @@ REPLICAS = 256
 RATES = np.array([server.capacity for server in named_scenario("park").servers])
 
 
-def single(decisions: int, rounds: int) -> list[float]:
-    """Decisions per second of one environment, once per round."""
+Speeds = list[tuple[float, float]]
+
+
+def speeds(run: Callable[[], int], rounds: int) -> Speeds:
+    """Decisions per second of processor time and of time on the wall, once per round of ``run``.
+
+    The first round, not in the result, finds the arrays too small for the longest queues.
+    """
+    out = []
+    for _ in range(rounds + 1):
+        wall, processor = time.perf_counter(), time.process_time()
+        decisions = run()
+        out.append((decisions / (time.process_time() - processor), decisions / (time.perf_counter() - wall)))
+    return out[1:]
+
+
+def single(decisions: int, rounds: int) -> Speeds:
+    """One environment."""
     env = lbgym.FlowDispatchEnv()
     servers = np.random.default_rng(1).choice(len(RATES), p=RATES / RATES.sum(), size=4096).tolist()
     env.reset(seed=1)
-    out = []
-    for _ in range(rounds):
-        started = time.perf_counter()
+
+    def run() -> int:
         for k in range(decisions):
             *_, truncated, _ = env.step(servers[k % 4096])
             if truncated:
                 env.reset()
-        out.append(decisions / (time.perf_counter() - started))
+        return decisions
+
+    out = speeds(run, rounds)
     env.close()
     return out
 
 
-def vector(replicas: int, decisions: int, rounds: int, *, threads: int = 1, looks: bool = False) -> list[float]:
-    """Decisions per second over all replicas, once per round."""
+def vector(replicas: int, decisions: int, rounds: int, *, threads: int = 1, looks: bool = False) -> Speeds:
+    """All replicas together."""
     env = lbgym.FlowDispatchVectorEnv(replicas, num_threads=threads)
     drawn = np.random.default_rng(1).choice(len(RATES), p=RATES / RATES.sum(), size=(64, replicas))
     scale = (1 / RATES).astype(np.float32)
@@ -58,18 +77,19 @@ def vector(replicas: int, decisions: int, rounds: int, *, threads: int = 1, look
 
     observation, _ = env.reset(seed=1)
     steps = max(decisions // replicas, 20)
-    out = []
-    # The first round finds the arrays too small for the longest queues; what is timed is the steady state.
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
+
+    def run() -> int:
+        nonlocal observation
         for k in range(steps):
             observation, *_ = env.step(act(k, observation))
-        out.append(steps * replicas / (time.perf_counter() - started))
+        return steps * replicas
+
+    out = speeds(run, rounds)
     env.close()
-    return out[1:]
+    return out
 
 
-def on_one_core(measure: Callable[[], list[float]]) -> list[float]:
+def on_one_core(measure: Callable[[], Speeds]) -> Speeds:
     """``measure`` with this process kept on one core, where the system can."""
     if not hasattr(os, "sched_setaffinity"):
         return measure()
@@ -95,20 +115,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     results[looking] = on_one_core(lambda: vector(REPLICAS, decisions, rounds, looks=True))
     results["2048 replicas, 2 threads"] = vector(2048, decisions, rounds, threads=2)
 
-    reached = median(results[f"{REPLICAS} replicas"]) >= TARGET
-    rows = [
-        (
-            name,
-            round(median(speeds)),
-            round(max(speeds)),
-            median(speeds) / PARK,
-            TARGET if name == f"{REPLICAS} replicas" else "",
-            reached if name == f"{REPLICAS} replicas" else "",
+    held = f"{REPLICAS} replicas"
+    rows = []
+    for name, each in results.items():
+        # Several threads use several seconds of processor time in one.
+        one = "threads" not in name
+        processor, wall = median(a for a, _ in each), median(b for _, b in each)
+        speed = processor if one else wall
+        rows.append(
+            (
+                name,
+                round(processor) if one else "",
+                round(wall),
+                round(max(b for _, b in each)),
+                speed / PARK,
+                TARGET if name == held else "",
+                speed >= TARGET if name == held else "",
+            )
         )
-        for name, speeds in results.items()
-    ]
-    header = ("one core, unless threads are given", "decisions/s, median", "best", "x Park", "target", "reached")
-    report("flow_dispatch", arguments, markdown(rows, header), {"decisions_per_second": results, "target": TARGET})
+    reached = median(a for a, _ in results[held]) >= TARGET
+    header = ("decisions/s: one core, unless threads are given", "processor", "wall", "best", "x Park")
+    text = markdown(rows, (*header, "target", "reached"))
+    data = {
+        "per_second_of_processor_time": {name: [a for a, _ in each] for name, each in results.items()},
+        "per_second": {name: [b for _, b in each] for name, each in results.items()},
+        "target": TARGET,
+    }
+    report("flow_dispatch", arguments, text, data)
     return 0 if quick or reached else 1
 
 

@@ -444,6 +444,9 @@ class FlowDispatchVectorEnv(ReplicaVectorEnv):
     replica i with s + i, or takes a seed per replica. The clocks of the replicas differ, as each is at the arrival of a
     flow of its own. ``info`` holds arrays and, for each ``key``, a mask ``_key`` of the replicas that tell it.
 
+    Every server of every replica has room for the longest queue there has been in any of them, 48 bytes a place: a
+    policy that sends 1,000 flows to one of 10 servers takes 0.5 MB per replica.
+
     Args:
         num_envs: replicas.
         autoreset_mode: NEXT_STEP (a replica whose episode has ended is reset by the next step, which ignores its
