@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -105,6 +106,21 @@ def act(say: Say, name: str, lease: float) -> None:
     while True:
         number += 1
         region.write_action(sequence_id=number, weights=action_weights(number), lease=lease)
+
+
+def serve(say: Say, name: str, period: float) -> None:
+    """A producer that publishes every ``period`` seconds, by a clock that all who take over share.
+
+    It does not outlive its parent, which may be killed, too.
+    """
+    parent = os.getppid()
+    region = SharedMemoryRegion.create(name, num_servers=SERVERS, publish_interval=period)
+    number = 0
+    while os.getppid() == parent:
+        number += 1
+        region.weights_in_force()
+        region.publish(replace(payload(number), timestamp=time.monotonic()), fct_count=number * 5)
+        region.wait_action(period)
 
 
 def create(say: Say, name: str, **options: Any) -> None:

@@ -25,147 +25,49 @@ from lbgym.errors import (
     RegionFormatError,
     RegionNotFoundError,
 )
-from lbgym.sharedmemory import Action, SharedMemoryRegion, abi, region_names
+from lbgym.sharedmemory import SharedMemoryRegion, region_names
 from lbgym.snapshot import Snapshot
 from tests.sharedmemory import nursery as roles
-from tests.sharedmemory.nursery import Child, Nursery, assert_whole, assert_whole_action, payload
+from tests.sharedmemory.kills import attach_to, kill_agents, kill_producers, step_through_kills
+from tests.sharedmemory.nursery import Nursery, assert_whole
 
 #: Of producers and of agents, each.
 KILLS = 500
-LEASE = 0.004
-_NS = 1_000_000_000
-
-
-def attach_to(name: str, child: Child) -> SharedMemoryRegion:
-    """The region of a child that may just be creating it."""
-    while True:
-        region = SharedMemoryRegion.attach(name, timeout=20.0, live=True)
-        if region.producer_pid == child.pid:
-            return region
-        region.close()
-
-
-def locks_left_odd(region: SharedMemoryRegion, structs: str) -> int:
-    """How many sequence locks of the region's frames or actions say that somebody is writing."""
-    layout = region.layout
-    first, size, count = {
-        "frames": (layout.frames_offset, layout.frame_size, abi.NUM_FRAMES),
-        "actions": (layout.actions_offset, layout.action_size, abi.NUM_ACTIONS),
-    }[structs]
-    words = np.fromfile(region.path, "<u8")
-    return int((words[[(first + i * size) // 8 for i in range(count)]] % 2).sum())
 
 
 # Kills
 
 
 @pytest.mark.slow
-def test_producers_are_killed_at_any_instant(nursery: Nursery, shm_dir: Path) -> None:
+def test_producers_are_killed_at_any_instant(nursery: Nursery) -> None:
     """What can be read after a kill is whole, and the next producer starts at once and is found."""
-    random = np.random.default_rng(1)
-    half_written = unpublished = 0
-    descriptors = len(os.listdir("/proc/self/fd"))
-    for kill in range(KILLS):
-        victim = nursery.fork(roles.publish, name="lb0")
-        if kill % 4 == 0:
-            # Also while it replaces the region of the one before.
-            time.sleep(random.uniform(0.0, 0.006))
-            victim.kill()
-            try:
-                region = SharedMemoryRegion.attach("lb0")
-            except RegionNotFoundError:
-                unpublished += 1
-                continue
-            buffer = region.new_buffer()
-        else:
-            region = attach_to("lb0", victim)
-            assert region.wait_observation(0, 20.0)
-            buffer = region.new_buffer()
-            end = time.monotonic() + random.uniform(0.0, 0.003)
-            while time.monotonic() < end:
-                assert region.read_into(buffer)
-                assert_whole(buffer)
-            victim.kill()
-        assert not region.producer_alive
-        newest = region.latest
-        assert not region.wait_observation(newest, 0.0)
-        if region.read_into(buffer):
-            assert buffer.sequence_id == newest
-            assert_whole(buffer)
-        else:
-            assert newest == 0
-            unpublished += 1
-            with pytest.raises(DataPlaneTimeout, match="nothing has been published yet"):
-                region.read_observation()
-        # In its ring, too, is nothing that is not whole. One slot may have been overwritten by half.
-        earlier = range(max(1, newest - abi.NUM_FRAMES + 1), newest + 2)
-        found = set()
-        for number in earlier:
-            if region.read_earlier(buffer, number):
-                assert buffer.sequence_id == number
-                assert_whole(buffer)
-                found.add(number)
-        assert found >= set(range(max(1, newest - abi.NUM_FRAMES + 2), newest + 1))
-        half_written += locks_left_odd(region, "frames")
-        region.close()
+    tally = kill_producers(nursery, KILLS, seed=1)
     # The kills did hit producers in the middle of a frame, and before the first.
-    assert half_written > 0 and unpublished > 0
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert [path.name for path in shm_dir.iterdir()] in ([], ["lb0"])
-    with SharedMemoryRegion.create("lb0", num_servers=1):
-        pass
-    assert not list(shm_dir.iterdir())
+    assert tally["half_written"] > 0 and tally["unpublished"] > 0 and tally["reads"] > KILLS
 
 
 @pytest.mark.slow
 def test_agents_are_killed_at_any_instant(nursery: Nursery) -> None:
     """Actions are whole, the safe weights are in force when the lease ends, the next agent starts at once."""
-    random = np.random.default_rng(2)
-    half_written = ids = 0
-    safe_weights = np.full(roles.SERVERS, 3.0)
-    with SharedMemoryRegion.create("lb0", num_servers=roles.SERVERS, safe_weights=safe_weights) as region:
-        action = Action(region.layout)
+    tally = kill_agents(nursery, KILLS, seed=2)
+    assert tally["half_written"] > 0 and tally["reads"] > KILLS
 
-        def check() -> bool:
-            """Whether an agent's weights are in force, which they are as long as its lease lasts, and not longer."""
-            before = time.monotonic_ns()
-            weights = region.weights_in_force()
-            after = time.monotonic_ns()
-            newest = region._action
-            assert newest is not None
-            end = newest.written_at + newest.lease_ns
-            if region.safe_weights_in_force:
-                assert after >= end
-                assert np.array_equal(weights, safe_weights)
-                return False
-            assert before < end
-            expected = roles.action_weights(newest.sequence_id)
-            assert np.array_equal(weights[: len(expected)], expected)
-            assert np.array_equal(weights[len(expected) :], safe_weights[len(expected) :])
-            return True
 
-        for kill in range(KILLS):
-            victim = nursery.fork(roles.act, name="lb0", lease=LEASE)
-            if kill % 4 == 0:
-                time.sleep(random.uniform(0.0, 0.006))
-            else:
-                assert region.wait_action(20.0)
-                assert region.agent_pid == victim.pid and region.agent_alive
-                end = time.monotonic() + random.uniform(0.0, 0.003)
-                while time.monotonic() < end:
-                    check()
-            victim.kill()
-            assert not region.agent_alive
-            if region._read_action(action, 0):
-                assert_whole_action(action)
-                ids = max(ids, action.sequence_id)
-                while check():
-                    assert time.monotonic_ns() < action.written_at + 10 * _NS
-            assert region.safe_weights_in_force
-            half_written += locks_left_odd(region, "actions")
-        assert half_written > 0 and ids > 10
-        # And the producer goes on.
-        region.publish(payload(2))
+def test_an_agent_steps_on_while_its_producers_are_killed(nursery: Nursery) -> None:
+    tally = step_through_kills(nursery, 10, seed=3)
+    assert tally["steps"] > 0 and tally["restarts_followed"] > 0
+
+
+def test_a_region_of_a_producer_killed_before_it_published(nursery: Nursery) -> None:
+    victim = nursery.fork(roles.create, name="lb0")
+    victim.hear()
+    victim.kill()
+    with SharedMemoryRegion.attach("lb0") as region:
+        assert not region.producer_alive and not region.closed_by_producer
+        with pytest.raises(DataPlaneTimeout, match="nothing has been published yet"):
+            region.read_observation()
+    with pytest.raises(RegionNotFoundError, match=rf"the producer of region 'lb0' \(process {victim.pid}\) is gone"):
+        SharedMemoryRegion.attach("lb0", live=True)
 
 
 def test_an_agent_that_sleeps_outlives_producers(nursery: Nursery) -> None:
