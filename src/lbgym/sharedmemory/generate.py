@@ -189,7 +189,8 @@ def _document_tables() -> dict[str, str]:
     ]
     tables = {"constants": _markdown(("constant", "value", ""), constants)}
     for struct in (abi.HEADER, abi.FRAME, abi.ACTION):
-        rows, at = [], 0
+        rows: list[tuple[object, ...]] = []
+        at = 0
         for field in struct.fields:
             kind = field.type if field.count == 1 else f"{field.type}[{field.count}]"
             rows.append((at, kind, "" if field.name.startswith("reserved") else f"`{field.name}`", field.doc))
@@ -200,13 +201,13 @@ def _document_tables() -> dict[str, str]:
         ("frame sections", abi.FRAME_SECTIONS, few.frame_sections, many.frame_sections),
         ("action sections", abi.ACTION_SECTIONS, few.action_sections, many.action_sections),
     ):
-        rows = []
+        places: list[tuple[object, ...]] = []
         for section in sections:
             kind = f"{section.type}[{section.columns}]" if section.columns > 1 else section.type
-            rows.append((offsets[section.name], others[section.name], kind, f"`{section.name}`", section.doc))
-        tables[name] = _markdown(("byte, 64 servers", "byte, 1,024", "type per server", "section", ""), rows)
+            places.append((offsets[section.name], others[section.name], kind, f"`{section.name}`", section.doc))
+        tables[name] = _markdown(("byte, 64 servers", "byte, 1,024", "type per server", "section", ""), places)
     tables["sizes"] = _markdown(
-        ("capacity", "frame", "action", "region"),
+        ("capacity", "bytes of a frame", "of an action", "of the region"),
         [
             (f"{layout.capacity:,}", *(f"{n:,}" for n in (layout.frame_size, layout.action_size, layout.total_size)))
             for layout in (abi.Layout(1), few, many, abi.Layout(abi.MAX_CAPACITY))
