@@ -470,6 +470,7 @@ def test_record_until_it_is_stopped(number: signal.Signals, tmp_path: Path) -> N
         with Terminal("shm", "record", "lb0", out, columns=120, stdout=subprocess.PIPE) as terminal:
             terminal.wait_for(r"recording lb0: (\d+) observations", lambda match: int(match[1]) >= 10)
             producer.kill()
+            terminal.wait_for(rf"the producer of region 'lb0' \(process {producer.process.pid}\) is gone; waiting")
             with Producer("lb0") as second:
                 second.run(0.01)
                 terminal.wait_for(r"has a new producer \(process \d+\); recording it")

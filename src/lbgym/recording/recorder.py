@@ -162,7 +162,7 @@ def record(
         began = time.monotonic()
         sieve = _Sieve(interval)
         segments.begin(follower.region)
-        told = -math.inf
+        told, gone = -math.inf, False
         while steps is None or summary.observations < steps:
             now = time.monotonic()
             summary.seconds = now - began
@@ -174,11 +174,15 @@ def record(
                 progress(summary)
             segments.tick(now)
             if not follower.wait(min(left, _POLL)):
+                if not gone and not follower.region.producer_alive:
+                    gone = True
+                    pid = follower.region.producer_pid
+                    logger.warning("the producer of region %r (process %d) is gone; waiting for another", name, pid)
                 continue
             if follower.restarts != summary.restarts:
                 region = follower.region
                 logger.warning("region %r has a new producer (process %d); recording it", name, region.producer_pid)
-                summary.restarts = follower.restarts
+                summary.restarts, gone = follower.restarts, False
                 segments.begin(region)
                 sieve = _Sieve(interval)
             if not follower.read():
