@@ -14,8 +14,9 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 
 from lbgym import LoadBalanceEnv, LoadBalanceVectorEnv
-from lbgym.errors import InvalidOptionError, ScenarioError
+from lbgym.errors import InvalidOptionError, PolicyError, ScenarioError
 from lbgym.evaluation import compare as compare_policies
+from lbgym.policies import make_policy
 from lbgym.scenarios import (
     DISPATCH_RULES,
     Choice,
@@ -293,6 +294,14 @@ def test_a_short_training_on_a_distribution(recipe: str, tmp_path: Path) -> None
     assert result.checkpoint is not None and len(result.history) >= 8
     done = compare_policies(d, ["sed", f"agent={result.checkpoint}"], 2, processes=1)
     assert np.isfinite(done.values("agent", "fct_mean")).all()
+
+
+def test_heuristics_that_know_the_cores_need_a_cluster() -> None:
+    env = LoadBalanceEnv(**keys_of(action_type="continuous"))
+    observation, info = env.reset(seed=1)
+    env.step(make_policy("latency", env).act(observation, info))
+    with pytest.raises(PolicyError, match="must know the cores of the servers"):
+        make_policy("cores", env)
 
 
 def test_named_scenarios_are_as_before() -> None:
