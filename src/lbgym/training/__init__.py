@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .runs import Progress, load_policy, read_checkpoint
     from .sac_gru import SACGRUConfig, SACGRUPolicy, SACGRUResult, train_sac_gru
     from .sb3 import SB3Config, SB3VecEnv, train_sb3_ppo
+    from .sb3_policies import EquivariantExtractor, EquivariantPolicy, EquivariantQPolicy, EquivariantSACPolicy
 
 _HOMES = {
     "PPOConfig": "ppo",
@@ -29,9 +30,17 @@ _HOMES = {
     "SB3Config": "sb3",
     "SB3VecEnv": "sb3",
     "train_sb3_ppo": "sb3",
+    "EquivariantExtractor": "sb3_policies",
+    "EquivariantPolicy": "sb3_policies",
+    "EquivariantQPolicy": "sb3_policies",
+    "EquivariantSACPolicy": "sb3_policies",
 }
 
 __all__ = [
+    "EquivariantExtractor",
+    "EquivariantPolicy",
+    "EquivariantQPolicy",
+    "EquivariantSACPolicy",
     "PPOConfig",
     "PPOPolicy",
     "Progress",

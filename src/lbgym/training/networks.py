@@ -26,23 +26,21 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training in plain torch") from error
 
 
-class EquivariantNetwork(nn.Module):
-    """Features of every server -> outputs of every server, equivariant to their order.
+class ServerEncoder(nn.Module):
+    """Features of every server -> what is known of each, with the others in view.
 
     Args:
         features: F, inputs per server.
-        hidden: H, width of every layer.
-        outputs: O, outputs per server.
-        gain: scale of the head's initial parameters; small: the outputs begin near 0.
+        hidden: H, width.
     """
 
-    def __init__(self, features: int, hidden: int, outputs: int, gain: float = 0.01) -> None:
+    def __init__(self, features: int, hidden: int) -> None:
         super().__init__()
+        self._add_encoder(features, hidden)
+
+    def _add_encoder(self, features: int, hidden: int) -> None:
         self.encoder = linear(features, hidden, math.sqrt(2))
         self.others = linear(features, hidden, math.sqrt(2))
-        self.own = linear(hidden, hidden, 1.0)
-        self.context = linear(2 * hidden, hidden, 1.0)
-        self.head = linear(hidden, outputs, gain)
 
     def encode(self, features: Tensor, active: Tensor) -> Tensor:
         """Features [..., N, F], active bool[..., N] -> [..., N, H], not negative, 0 where inactive."""
@@ -50,14 +48,43 @@ class EquivariantNetwork(nn.Module):
         h = torch.relu(self.encoder(features) + self.others(mean_over_servers(features, active)).unsqueeze(-2))
         return masked(h, active)
 
-    def pool(self, h: Tensor, active: Tensor) -> Tensor:
+    @staticmethod
+    def pool(h: Tensor, active: Tensor) -> Tensor:
         """The context [..., 2 H]: mean and maximum over the active servers of h [..., N, H]."""
         # no feature is negative, so that an inactive server's 0 is never above an active one's
         return torch.cat([mean_over_servers(h, active), h.amax(-2)], -1)
 
+
+class ServerHead(nn.Module):
+    """What is known of a server and of all -> outputs of every server.
+
+    Args:
+        hidden: H, width.
+        outputs: O, outputs per server.
+        gain: scale of the last layer's initial parameters; small: the outputs begin near 0.
+    """
+
+    def __init__(self, hidden: int, outputs: int, gain: float = 0.01) -> None:
+        super().__init__()
+        self._add_head(hidden, outputs, gain)
+
+    def _add_head(self, hidden: int, outputs: int, gain: float) -> None:
+        self.own = linear(hidden, hidden, 1.0)
+        self.context = linear(2 * hidden, hidden, 1.0)
+        self.head = linear(hidden, outputs, gain)
+
     def decode(self, h: Tensor, pooled: Tensor) -> Tensor:
-        """Outputs [..., N, O] of encoded servers and their context."""
+        """Outputs [..., N, O] of encoded servers [..., N, H] and their context [..., 2 H]."""
         return self.head(torch.relu(self.own(h) + self.context(pooled).unsqueeze(-2)))
+
+
+class EquivariantNetwork(ServerEncoder, ServerHead):
+    """Features of every server -> outputs of every server, equivariant to their order; see the two parts."""
+
+    def __init__(self, features: int, hidden: int, outputs: int, gain: float = 0.01) -> None:
+        nn.Module.__init__(self)
+        self._add_encoder(features, hidden)
+        self._add_head(hidden, outputs, gain)
 
     def forward(self, features: Tensor, active: Tensor) -> Tensor:
         """Features [..., N, F], active bool[..., N] -> outputs [..., N, O]; those of inactive servers mean nothing."""
@@ -98,7 +125,7 @@ class ServerNetwork(EquivariantNetwork):
         self.choices = choices
         self.moments = Moments(features)
         self.returns = Moments(1)
-        self.critic = nn.Sequential(linear(2 * hidden, hidden, math.sqrt(2)), nn.ReLU(), linear(hidden, 1, 1.0))
+        self.critic = value_of_context(hidden)
         self.log_std = nn.Parameter(torch.tensor(log_std))
 
     def scale(self, inputs: Tensor, active: Tensor) -> Tensor:
@@ -245,6 +272,11 @@ def masked(x: Tensor, active: Tensor) -> Tensor:
 def mean_over_servers(x: Tensor, active: Tensor) -> Tensor:
     """Mean [..., F] of x [..., N, F], which is 0 where inactive, over the active servers."""
     return x.sum(-2) / active.sum(-1, keepdim=True).clamp(min=1)
+
+
+def value_of_context(hidden: int) -> nn.Sequential:
+    """A value [..., 1] of a context [..., 2 H]."""
+    return nn.Sequential(linear(2 * hidden, hidden, math.sqrt(2)), nn.ReLU(), linear(hidden, 1, 1.0))
 
 
 def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
