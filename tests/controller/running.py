@@ -108,6 +108,7 @@ class Fickle(WeightPolicy):
     def __init__(self, wanted: list[float]) -> None:
         self.wanted, self.mode = wanted, "good"
         self.resets = self.calls = 0
+        self.waiting, self.go = threading.Event(), threading.Event()
 
     def reset(self) -> None:
         self.resets += 1
@@ -129,6 +130,9 @@ class Fickle(WeightPolicy):
                 wanted = np.ones(len(active) + 1)
             case "is late":
                 time.sleep(1.5 * INTERVAL)
+            case "waits":
+                self.waiting.set()
+                self.go.wait(PATIENCE)
         return wanted
 
 

@@ -25,7 +25,7 @@ from lbgym.errors import (
 from lbgym.features import FEATURE_NAMES
 from lbgym.policies import load_policy
 from lbgym.sharedmemory import SharedMemoryRegion
-from tests.controller.running import INTERVAL, Fickle, Running, controlling, data_plane, until
+from tests.controller.running import INTERVAL, PATIENCE, Fickle, Running, controlling, data_plane, until
 from tests.dataplanes.puppet import features, snapshot
 from tests.sharedmemory.nursery import Nursery
 
@@ -146,6 +146,26 @@ def test_a_policy_that_fails_gives_way_to_the_fallback_and_comes_back(
     assert events.index("policy_error") < events.index("fallback") < events.index("policy_back")
 
 
+def test_a_failed_trial_is_followed_by_a_rest_and_delays_no_weights(nursery: Nursery) -> None:
+    policy = Fickle(WANTED)
+    keys: dict[str, Any] = {"fallback_after": 1, "trial_steps": 3, "fallback": "random"}
+    with data_plane(nursery) as strings, controlling(policy, **keys) as running:
+        running.steps(1)
+        policy.mode = "raises"
+        running.until(lambda: running.counts.fallback_steps >= 1)
+        calls, resets, steps = policy.calls, policy.resets, running.counts.fallback_steps
+        running.steps(12)
+        # One in four steps, and each with a policy that remembers nothing of the one before.
+        tried = policy.calls - calls
+        assert 2 <= tried <= (running.counts.fallback_steps - steps) // 4 + 1
+        assert abs(policy.resets - resets - tried) <= 1
+        policy.mode = "waits"
+        assert policy.waiting.wait(PATIENCE)
+        assert running.state.step is not None
+        assert strings.weights == running.state.step.weights.tolist()
+        policy.go.set()
+
+
 def test_one_failure_holds_the_weights_and_a_policy_may_not_come_back(nursery: Nursery) -> None:
     policy = Fickle(WANTED)
     with data_plane(nursery) as strings, controlling(policy, fallback_after=3, trial_steps=1, recover=False) as running:
@@ -208,12 +228,28 @@ def test_a_producer_that_is_killed_and_started_again_is_followed(nursery: Nurser
         resets = policy.resets
         first.kill()
         running.until(lambda: running.counts.timeouts >= 1)
-        # With more room, and more servers.
-        with data_plane(nursery, capacity=128, servers=6) as second:
+        with data_plane(nursery) as second:
             running.until(lambda: running.counts.restarts == 1)
             running.steps(2)
-            assert second.weights == [*WANTED, 1.0, 1.0]
-            assert policy.resets > resets and running.counts.errors == 0
+            assert second.weights == WANTED and policy.resets == resets + 1
+            second.kill()
+        # With more room, and more servers.
+        with data_plane(nursery, capacity=128, servers=6) as third:
+            running.until(lambda: running.counts.restarts == 2)
+            running.steps(2)
+            assert third.weights == [*WANTED, 1.0, 1.0] and running.counts.errors == 0
+
+
+def test_nothing_is_written_for_a_producer_of_whom_nothing_was_seen(nursery: Nursery) -> None:
+    with controlling(Fickle(WANTED), timeout=0.1) as running:
+        with data_plane(nursery):
+            running.steps(2)
+        running.until(lambda: running.counts.timeouts >= 1)
+        with SharedMemoryRegion.create("lb0", num_servers=4, safe_weights=SAFE) as region:
+            running.until(lambda: region.agent_alive, "the controller to follow")
+            timeouts = running.counts.timeouts
+            running.until(lambda: running.counts.timeouts >= timeouts + 2)
+            assert region.read_action() is None and region.weights_in_force().tolist() == SAFE
 
 
 def test_nonsense_is_counted_and_outlived(nursery: Nursery) -> None:
@@ -271,11 +307,21 @@ def test_weights_move_at_the_limit(nursery: Nursery) -> None:
         assert running.counts.interventions["rate_limit"] >= 2
 
 
+def test_the_fallback_is_within_the_envelope_too(nursery: Nursery) -> None:
+    policy = Fickle(WANTED)
+    policy.mode = "raises"
+    with data_plane(nursery) as strings, controlling(policy, rate_limit=1.0, fallback_after=1) as running:
+        running.until(lambda: running.counts.fallback_steps >= 2)
+        assert strings.weights == pytest.approx([0.4, 0.8, 1.2, 1.6])
+
+
 def test_a_dry_run_writes_nothing_and_holds_no_lock(nursery: Nursery, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lbgym")
     with data_plane(nursery) as strings, controlling(Fickle(WANTED), dry_run=True) as dry:
         dry.steps(3)
         assert strings.weights == SAFE
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("/lb0")]
+        assert mapped and all(line.split()[1] == "r--s" for line in mapped)
         with SharedMemoryRegion.attach("lb0", read_only=True) as region:
             assert not region.agent_alive and region.read_action() is None
         with controlling(Fickle(WANTED[::-1])) as real:
@@ -341,12 +387,14 @@ def test_what_cannot_be_is_said_at_once(nursery: Nursery) -> None:
 
 
 def test_time_may_be_scaled(nursery: Nursery) -> None:
-    with (
-        data_plane(nursery, period=0.2, rate=10.0) as strings,
-        controlling(Fickle(WANTED), interval=0.4, lease=None) as it,
-    ):
-        it.steps(5)
-        assert strings.weights == WANTED and it.state.lease == 5.0
+    policy = Fickle(WANTED)
+    # A step takes 0.04 s of real time, which is what a lease and a late decision are measured by.
+    keys: dict[str, Any] = {"interval": 10 * INTERVAL, "lease": 0.5, "timeout": 0.4}
+    with data_plane(nursery, period=5 * INTERVAL, rate=10.0) as strings, controlling(policy, **keys) as running:
+        running.steps(3)
+        assert strings.weights == WANTED
+        policy.mode = "is late"
+        running.until(lambda: running.counts.overruns >= 1)
 
 
 def test_metrics_need_their_extra(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
