@@ -285,12 +285,15 @@ def test_a_data_plane_that_publishes_less_often_than_a_step_is_no_outage(
     policy = Fickle(WANTED)
     with data_plane(nursery, period=0.1) as strings, controlling(policy, fallback_after=1, trial_steps=1) as running:
         running.steps(1)
+        resets = policy.resets
         policy.mode = "raises"
         running.until(lambda: running.state.fallback)
         policy.mode = "good"
         running.until(lambda: not running.state.fallback, "the policy to come back")
         running.steps(2)
         assert strings.weights == WANTED and running.counts.missed >= 2
+        # What it remembered when it failed was forgotten before the trial.
+        assert policy.resets > resets
     assert "publishes every 0.1 s, which is longer than a step of 0.04 s" in caplog.text
 
 
