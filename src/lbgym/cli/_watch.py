@@ -444,28 +444,38 @@ def _strips(servers: _Servers, width: int, unicode: bool) -> list[Text]:
 
 
 def show_live(view: View, console: Console, rate: float) -> None:
-    """Draw pictures on the whole screen until q or Ctrl-C; leaves the terminal as it was."""
+    """Draw pictures on the whole screen until q or a signal; leaves the terminal as it was.
+
+    Raises:
+        SystemExit: 128 + n after signal n, unless that was Ctrl-C.
+    """
     view.look()
-    with _ended_by_signals(), _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
-        due = time.monotonic()
-        while True:
-            live.update(view.picture(console, screen=True), refresh=True)
-            # A picture that is late, as after a stop, does not have others hurry after it.
-            due = max(due + 1.0 / rate, time.monotonic())
-            if view.look_until(due, pressed):
-                return
+    with _signals() as caught:
+        with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
+            due = time.monotonic()
+            while not caught:
+                live.update(view.picture(console, screen=True), refresh=True)
+                # A picture that is late, as after a stop, does not have others hurry after it.
+                due = max(due + 1.0 / rate, time.monotonic())
+                if view.look_until(due, lambda timeout: pressed(timeout) or bool(caught)):
+                    break
+        if caught and caught[0] != signal.SIGINT:
+            raise SystemExit(128 + caught[0])
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process as they do, but let it clean the terminal first."""
+def _signals() -> Iterator[list[int]]:
+    """A list that a signal to end is added to, so that none comes in the middle of a picture; the second one does."""
+    caught: list[int] = []
 
-    def end(number: int, _frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+    def note(number: int, _frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield
+        yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

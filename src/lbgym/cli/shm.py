@@ -76,37 +76,9 @@ def ls(
     if not rows:
         typer.echo(f"no regions in {folder}")
         return
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("region", style="bold", overflow="fold")
-    table.add_column("driver", overflow="fold")
-    for title in ("servers", "room", "age", "observed"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("producer", no_wrap=True)
-    table.add_column("agent", no_wrap=True)
-    table.add_column("version", justify="right", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    if any(row["problem"] for row in rows):
-        table.add_column("problem", style="red", overflow="fold", min_width=14)
-    for row in rows:
-        cells = [row["name"], *[""] * 8, f"{row['size'] / 1024:,.0f} KiB"]
-        if row["version"] is not None:
-            seen = row["servers"] is not None
-            cells[1:9] = [
-                row["driver"],
-                f"{row['active']}/{row['servers']}" if seen else "-",
-                str(row["capacity"]),
-                age(row["age"]) if seen else "-",
-                f"{row['observations']:,}",
-                _colored(row["producer"]),
-                _colored(row["agent"]),
-                row["version"],
-            ]
-        # The row says already which file it is.
-        table.add_row(*cells, *([row["problem"].partition(": ")[2] or row["problem"]] if row["problem"] else []))
-    results_console().print(table)
+    console = results_console()
+    for line in _listing(rows, console.width):
+        console.print(line, soft_wrap=True)
 
 
 def inspect(
@@ -278,6 +250,53 @@ def _row(name: str, size: int) -> dict[str, Any]:
     except LbgymError as error:
         row["problem"] = str(error)
     return row
+
+
+def _listing(rows: list[dict[str, Any]], width: int) -> Iterator[Any]:
+    """A line per region, with the columns that there is room for; what is wrong stands where the rest would."""
+    from rich.text import Text
+
+    def cells(row: dict[str, Any]) -> dict[str, str]:
+        seen = row["servers"] is not None
+        return {
+            "region": row["name"],
+            "driver": row["driver"],
+            "servers": f"{row['active']}/{row['servers']}" if seen else "-",
+            "room": f"{row['capacity']:,}",
+            "age": age(row["age"]) if seen else "-",
+            "observed": f"{row['observations']:,}",
+            "producer": row["producer"],
+            "agent": row["agent"],
+            "version": row["version"],
+            "size": f"{row['size'] / 1024:,.0f} KiB",
+        }
+
+    readable = [cells(row) for row in rows if row["version"] is not None]
+    titles = ["region", "driver", "servers", "room", "age", "observed", "producer", "agent", "version", "size"]
+    sizes = {title: max([len(title), *(len(row[title]) for row in readable)]) for title in titles}
+    sizes["region"] = max([len("region"), *(len(row["name"]) for row in rows)])
+    for title in ("size", "version", "room", "driver"):
+        if sum(sizes[title] + 2 for title in titles) - 2 > width:
+            titles.remove(title)
+    left = ("region", "driver", "producer", "agent")
+
+    def aligned(title: str, text: str) -> str:
+        return text.ljust(sizes[title]) if title in left else text.rjust(sizes[title])
+
+    yield Text("  ".join(aligned(title, title) for title in titles).rstrip(), "dim")
+    for row in rows:
+        line = Text.assemble((row["name"].ljust(sizes["region"]), "bold"))
+        if row["version"] is not None:
+            known = cells(row)
+            for title in titles[1:]:
+                line.append("  ")
+                line.append(aligned(title, known[title]), _COLORS.get(known[title]))
+            line.rstrip()
+            yield line
+            line = Text(" " * sizes["region"])
+        if row["problem"]:
+            # It says already which file it is.
+            yield line.append(f"  {row['problem'].partition(': ')[2] or row['problem']}", "red")
 
 
 def producer_state(region: SharedMemoryRegion) -> str:
