@@ -343,6 +343,7 @@ def test_events_of_the_base_stay_for_the_servers_that_are_drawn() -> None:
     distribution = ScenarioDistribution(base=replace(BASE, events=events), num_servers=Choice((1, 2)))
     kept = {distribution.draw(seed).num_servers: distribution.draw(seed).events for seed in range(30)}
     assert kept == {1: events[1:], 2: events}
+    assert replace(distribution, num_servers=1).reference.events == events[1:]
 
 
 # Refused
@@ -419,6 +420,14 @@ def test_events_of_the_base_stay_for_the_servers_that_are_drawn() -> None:
                 base=replace(BASE, workload=Workload(trace=Trace(times=np.arange(3.0), demands=np.zeros(3)))), load=0.5
             ),
             "every demand of the trace is 0",
+        ),
+        (
+            lambda: ScenarioDistribution(
+                base=replace(BASE, servers=(Server(speed=1e308),), workload=Workload(load=1e-9)),
+                num_servers=9,
+                server=ServerDistribution(speed=1.0),
+            ),
+            "arrival rate must be finite",
         ),
         (
             lambda: ScenarioDistribution(

@@ -414,6 +414,8 @@ class ScenarioDistribution:
         _set(self, events=events)
         self._check_rates(where)
         self._check_events(where)
+        # Not a draw, but environments are built on it.
+        _instance(self.reference, Scenario, f"{where}: reference", "a Scenario")
 
     def _check_rates(self, where: str) -> None:
         """Refuse what may draw an arrival rate that no scenario can have."""
@@ -482,11 +484,15 @@ class ScenarioDistribution:
     @cached_property
     def reference(self) -> Scenario:
         """The base with the largest number of servers: not a draw, but of the shape that holds every draw."""
-        return replace(self.base, servers=self._cluster(self.max_servers))
+        return replace(self.base, servers=self._cluster(self.max_servers), events=self._kept(self.max_servers))
 
     def _cluster(self, count: int) -> tuple[Server, ...]:
         servers = self.base.servers
         return tuple(servers[j % len(servers)] for j in range(count))
+
+    def _kept(self, count: int) -> tuple[Event, ...]:
+        """The base's events but those of servers that a cluster of ``count`` does not have."""
+        return tuple(event for event in self.base.events if event.server is None or event.server < count)
 
     def with_changes(self, **changes: Any) -> ScenarioDistribution:
         """A copy with other values; ``load=`` replaces a rate, and ``rate=`` a load.
@@ -548,9 +554,8 @@ class ScenarioDistribution:
         if sampling:
             changes["sampling"] = replace(base.sampling, **{k: _draw(value, rng) for k, value in sampling.items()})
         if self.events or base.events:
-            kept = [event for event in base.events if event.server is None or event.server < count]
             # The last draws, and in order of time, so that a shorter horizon changes nothing before it.
-            changes["events"] = (*kept, *self._occurrences(rng, count, horizon))
+            changes["events"] = (*self._kept(count), *self._occurrences(rng, count, horizon))
         return replace(base, **changes)
 
     def _occurrences(self, rng: np.random.Generator, count: int, horizon: float) -> Iterator[Event]:
