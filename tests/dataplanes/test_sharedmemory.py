@@ -292,6 +292,24 @@ def test_a_data_plane_that_publishes_nonsense_is_an_error() -> None:
         plane.close()
 
 
+def test_an_action_that_no_agent_may_write_keeps_nobody_out() -> None:
+    with puppet("lb0") as strings:
+        region = SharedMemoryRegion.attach("lb0")
+        region.write_action(sequence_id=7, weights=np.ones(4))
+        at = region.layout.actions_offset + region.layout.action_size + region.layout.action_sections["weights"]
+        with region.path.open("r+b") as file:
+            file.seek(at)
+            file.write(np.full(4, np.nan).tobytes())
+        with pytest.raises(RegionFormatError):
+            region.read_action()
+        region.close()
+        plane = SharedMemoryDataPlane("lb0", interval=INTERVAL)
+        plane.reset()
+        plane.step(np.full(4, 2.0))
+        assert strings.tell(weights=True) == [2.0] * 4
+        plane.close()
+
+
 def test_one_agent_per_region() -> None:
     with puppet("lb0") as _:
         first = lbgym.LoadBalanceEnv(shm_name="lb0", step_interval=INTERVAL)

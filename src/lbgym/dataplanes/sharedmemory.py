@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -15,6 +16,7 @@ from ..errors import (
     DataPlaneTimeout,
     InvalidOptionError,
     InvalidWeightsError,
+    RegionError,
     RegionFormatError,
     RegionNotFoundError,
     UnknownNameError,
@@ -89,9 +91,8 @@ class SharedMemoryDataPlane:
         self._weights: NDArray[np.float64] | None = None
         self._restarted = self._jumped = self._warned = False
         kernels.warm_up()
-        region = self._attach(timeout)
+        self._take(self._attach(timeout))
         try:
-            self._take(region)
             self._await_first()
             known = self._buffer.num_servers
             if num_servers is not None and num_servers < known:
@@ -104,7 +105,7 @@ class SharedMemoryDataPlane:
                     f"num_servers={num_servers}, but region {name!r} has room for {self._region.capacity}"
                 )
         except BaseException:
-            region.close()
+            self._region.close()
             raise
 
     @property
@@ -281,9 +282,11 @@ class SharedMemoryDataPlane:
 
     def _take(self, region: SharedMemoryRegion) -> None:
         """Go on with a region that this is the agent of."""
-        newest = region.read_action()
         # Ids go on from those of an agent before, so that it can be told whose action is in force.
-        self._action_id = max(self._action_id, newest.sequence_id if newest is not None else 0)
+        with contextlib.suppress(RegionError):
+            # An action that cannot be read is not in force either.
+            newest = region.read_action()
+            self._action_id = max(self._action_id, newest.sequence_id if newest is not None else 0)
         self._region = region
         self._buffer: ObservationBuffer = region.new_buffer()
         self._counts: NDArray[np.int64] | None = None
