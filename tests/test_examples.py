@@ -26,12 +26,14 @@ SHORT = {
     "multi_agent.py": [],
     "manual_control.py": ["--scenario", "uniform"],
     "train_ppo.py": ["--seconds", "1"],
+    "train_sac_gru.py": ["--seconds", "1", "--seeds", "2"],
 }
 #: Modules an example needs beyond the core.
 NEEDS = {
     "live_training.py": ("stable_baselines3", "typer"),
     "multi_agent.py": ("pettingzoo",),
     "train_ppo.py": ("torch", "rich", "scipy"),
+    "train_sac_gru.py": ("torch", "rich", "scipy"),
 }
 
 

@@ -145,6 +145,11 @@ class SACGRUConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise LbgymError(f"SACGRUConfig.{name} must be a whole number of at least {least}, got {value!r}")
+        action_type = self.observation_kwargs()["action_type"]
+        if action_type not in ("discrete", "joint"):
+            raise LbgymError(
+                f'SAC-GRU chooses among levels: use action_type="discrete" or "joint" instead of {action_type!r}'
+            )
         if self.sequence_length > self.max_steps:
             raise LbgymError(
                 f"SACGRUConfig.sequence_length must be at most max_steps={self.max_steps}, got {self.sequence_length}"
@@ -355,9 +360,6 @@ class _Trainer:
         assert observation.shape is not None
         self.features = observation.shape[0] // self.num_servers - 1
         self.kind = ActionKind.of(action, self.num_servers)
-        if not self.kind.choices:
-            self.env.close()
-            raise LbgymError(f'SAC-GRU chooses among levels: use action_type="discrete" or "joint" instead of {action}')
         self.shapes = {
             "features": self.features,
             "choices": self.kind.choices,
