@@ -962,7 +962,7 @@ os.register_at_fork(after_in_child=_lose_all)
 
 
 def region_names() -> Iterator[str]:
-    """The names of all regions there are, readable or not."""
+    """The names of all regions that this process may read, also of other versions."""
     magic = abi.MAGIC.to_bytes(8, "little")
     try:
         paths = sorted(system.directory().iterdir())
