@@ -1,0 +1,296 @@
+"""Hooks of the documentation site: what is read from the code, formulas, and links to files outside of docs/.
+
+MkDocs imports this file (mkdocs.yml). The reference of the environments is made at build time, so it cannot go stale;
+what the tables cannot be made for (a feature nobody described, a formula that is none) fails the build.
+"""
+
+from __future__ import annotations
+
+import ast
+import enum
+import html
+import inspect
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gymnasium import spaces
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+import lbgym
+from lbgym import wrappers
+from lbgym.actions import make_action_codec
+from lbgym.dataplanes import scenario_with_options
+from lbgym.features import FEATURE_ALIASES, FEATURE_NAMES, GROUND_TRUTH_NAMES
+from lbgym.flow_dispatch_env import FlowObservation
+from lbgym.observations import LAYOUTS, MAX_COUNT, MAX_TIME, TIME_UNIT, ObservationLayout
+from lbgym.rewards import reward_table
+
+log = logging.getLogger("mkdocs.hooks.lbgym")
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(lbgym.__file__).parent
+
+#: Servers of the examples of spaces.
+N = 4
+ACTION_TYPES = {
+    "discrete": "a level of `action_weights` per server",
+    "joint": "one number for every combination of levels, the last server's varying fastest",
+    "continuous": "the weights, clipped to `min_weight` and `max_weight`",
+    "normalized": "mapped by logarithm to `min_weight` to `max_weight`",
+}
+STATISTICS = {
+    "mean": "mean",
+    "p90": "90th percentile",
+    "std": "standard deviation",
+    "mean_decay": "mean, recent samples counting more",
+    "p90_decay": "90th percentile, recent samples counting more",
+}
+SAMPLES = {"fct": "flow completion times", "duration": "flow durations (ages of open flows)"}
+COLUMNS = {
+    "n_flow_on": ("flows", "flows that this balancer placed there and that have not ended"),
+    "cpu_usage": ("0 to 1", "busy cores over cores, mean over the step (ground truth)"),
+    "memory_usage": ("0 to 1", "memory in use (ground truth)"),
+    "busy_workers": ("flows", "flows in service (ground truth)"),
+} | {f"{f}_{s}": ("s", f"{words} of {what}") for f, what in SAMPLES.items() for s, words in STATISTICS.items()}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated page."""
+    files.append(File.generated(config, "environments.md", content=environments_page()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Fill in tables of settings, and turn links that leave docs/ into paths."""
+    markdown = re.sub(r"<!-- settings: (\S+) (\w+) -->", lambda m: settings_table(m[1], m[2]), markdown)
+    folder = Path(page.file.abs_src_path or Path(config.docs_dir) / page.file.src_uri).parent
+    return re.sub(r"\[([^\]]*)\]\((\.\./[^)\s]*)\)", lambda m: _outside(m, folder, config, page), markdown)
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Formulas as MathML, which browsers show without a script."""
+    pattern = r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
+    return re.sub(pattern, lambda m: _formula(m[2], m[1] == "div", page), content, flags=re.DOTALL)
+
+
+def _outside(link: re.Match[str], folder: Path, config: MkDocsConfig, page: Page) -> str:
+    label, target = link.groups()
+    path = (folder / target.split("#")[0]).resolve()
+    if path.is_relative_to(Path(config.docs_dir).resolve()):
+        return link[0]
+    if not path.is_relative_to(ROOT) or not path.exists():
+        log.warning("%s links to %s, which does not exist", page.file.src_uri, target)
+        return link[0]
+    name = path.relative_to(ROOT).as_posix()
+    if config.repo_url:
+        return f"[{label}]({config.repo_url.rstrip('/')}/blob/HEAD/{name})"
+    return f"`{name}`" if label.strip("`") == name else f"{label} (`{name}`)"
+
+
+def _formula(source: str, block: bool, page: Page) -> str:
+    try:
+        return convert(html.unescape(source).strip(), display="block" if block else "inline")
+    except Exception as error:
+        log.warning("%s has a formula that cannot be shown, %r: %r", page.file.src_uri, source, error)
+        return source
+
+
+# Markdown from the code
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines) + "\n"
+
+
+def plain(text: str) -> str:
+    """A docstring's text as Markdown: roles and double backquotes become code."""
+    text = re.sub(r":\w+:`([^`<]+?)\s*<[^`]*>`", r"`\1`", text)
+    text = re.sub(r":\w+:`~([^`]+)`", lambda m: f"`{m[1].rsplit('.', 1)[-1]}`", text)
+    text = re.sub(r":\w+:`([^`]+)`", r"`\1`", text)
+    return re.sub(r"``([^`]+)``", r"`\1`", text)
+
+
+def sections(item: Any) -> dict[str, str]:
+    """A Google docstring by section; "" is its text."""
+    parts = re.split(r"^(Args|Attributes|Raises|Returns|Yields):$", inspect.getdoc(item) or "", flags=re.MULTILINE)
+    return {"": parts[0].strip()} | dict(zip(parts[1::2], map(inspect.cleandoc, parts[2::2]), strict=True))
+
+
+def entries(section: str) -> list[tuple[str, str]]:
+    """Names and texts of a section such as "Args"."""
+    found = re.findall(r"^(\S[^:\n]*): (.*(?:\n[ \t]+.*)*)", section, flags=re.MULTILINE)
+    return [(name, " ".join(text.split())) for name, text in found]
+
+
+def options_table(item: type) -> str:
+    """The arguments of a constructor, with their defaults.
+
+    Raises:
+        ValueError: if an argument is not documented, or something else is.
+    """
+    parameters = inspect.signature(item).parameters
+    rows, named = [], []
+    for names, text in entries(sections(item).get("Args", "")):
+        each = names.split(", ")
+        named += each
+        defaults = [_default(parameters[name]) for name in each]
+        rows.append([", ".join(f"`{name}`" for name in each), ", ".join(defaults), plain(text)])
+    if set(named) != set(parameters):
+        raise ValueError(f"{item.__name__} documents {named} and takes {list(parameters)}")
+    return table(["option", "default", "meaning"], rows)
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    value = parameter.default
+    if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+        return "any"
+    if value is inspect.Parameter.empty:
+        return "required"
+    return f"`{value}`" if isinstance(value, enum.Enum) else f"`{value!r}`"
+
+
+def errors_list(item: Any) -> str:
+    """What a constructor raises."""
+    return "\n".join(f"* `{name}`: {plain(text)}" for name, text in entries(sections(item).get("Raises", "")))
+
+
+def describe(space: spaces.Space[Any]) -> str:
+    """A space in one line."""
+    if isinstance(space, spaces.Dict):
+        return ", ".join(f"`{key}`: {describe(part)}" for key, part in space.spaces.items())
+    if isinstance(space, spaces.Box):
+        low, high = f"{space.low.min():g}", f"{space.high.max():g}"
+        return f"`Box` {space.dtype}{list(space.shape)}, {low} to {high.replace('inf', '∞')}"
+    return f"`{space}`"
+
+
+def features_table() -> str:
+    """The columns of an observation.
+
+    Raises:
+        KeyError: for a column without a description.
+    """
+    aliases = {name: sorted(a for a, c in FEATURE_ALIASES.items() if c == name and a != name) for name in COLUMNS}
+    rows = []
+    for i, name in enumerate(FEATURE_NAMES + GROUND_TRUTH_NAMES):
+        unit, meaning = COLUMNS[name]
+        rows.append([i, f"`{name}`", unit, meaning, ", ".join(f"`{a}`" for a in aliases[name])])
+    return table(["column", "name", "unit", "meaning", "also called"], rows)
+
+
+def settings_table(file: str, name: str) -> str:
+    """The fields of a dataclass of ``file`` in the package; read, not imported, so that no extra is needed."""
+    tree = ast.parse((PACKAGE / file).read_text())
+    (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    rows = []
+    for field, words in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(words, ast.Expr) and isinstance(words.value, ast.Constant):
+            default = ast.unparse(field.value) if field.value else "required"
+            default = re.sub(r"field\(default_factory=(\w+)\)", r"\1()", default)
+            text = plain(" ".join(str(words.value.value).split())).replace("\\|", "|")
+            rows.append([f"`{ast.unparse(field.target)}`", f"`{default}`", text])
+    return table(["setting", "default", "meaning"], rows)
+
+
+def _environment(item: type, *, errors: bool = True) -> str:
+    parts = [plain(sections(item)[""]), "#### Options\n\n" + options_table(item)]
+    if errors and (raised := errors_list(item)):
+        parts.append("#### Errors\n\n" + raised)
+    # One heading per name, so that each has an address of its own.
+    body = "\n\n".join(parts)
+    return re.sub(r"^#### (\w+)$", rf"### \1 of {item.__name__}", body, flags=re.MULTILINE)
+
+
+def environments_page() -> str:
+    """The reference of all environments, in Markdown."""
+    layouts = [
+        [
+            f'`"{name}"`',
+            describe(ObservationLayout(N, name).space),
+            describe(ObservationLayout(N, name, normalize=True).space),
+        ]
+        for name in LAYOUTS
+    ]
+    actions = [[f'`"{name}"`', describe(make_action_codec(N, name).space), text] for name, text in ACTION_TYPES.items()]
+    flows = [[f'`"{name}"`', describe(FlowObservation(N, name).space)] for name in LAYOUTS]
+    wrapped = [
+        [f"`{name}`", plain(sections(getattr(wrappers, name))[""].split("\n\n")[0])] for name in wrappers.__all__
+    ]
+    return "\n\n".join(
+        [
+            "# Environments",
+            "Generated from the code. Units are seconds, flows and core-seconds; N is the number of servers. What the "
+            "formulas mean is in [theory](theory.md), what can be balanced in [scenarios](scenarios.md).",
+            table(
+                ["environment", "form", "one step is"],
+                [
+                    ["[`LoadBalanceEnv`](#loadbalanceenv)", "Gymnasium, `lbgym/LoadBalance-v0`", "a weight per server"],
+                    [
+                        "[`LoadBalanceVectorEnv`](#loadbalancevectorenv)",
+                        "its native vector form",
+                        "the same, R replicas",
+                    ],
+                    [
+                        "[`MultiLoadBalanceEnv`](#multiloadbalanceenv)",
+                        "PettingZoo, parallel",
+                        "weights of each balancer",
+                    ],
+                    ["[`MultiLoadBalanceVectorEnv`](#multiloadbalancevectorenv)", "arrays", "the same, R replicas"],
+                    [
+                        "[`FlowDispatchEnv`](#flowdispatchenv)",
+                        "Gymnasium, `lbgym/FlowDispatch-v0`",
+                        "the server of a flow",
+                    ],
+                    [
+                        "[`FlowDispatchVectorEnv`](#flowdispatchvectorenv)",
+                        "its native vector form",
+                        "the same, R replicas",
+                    ],
+                ],
+            ),
+            "## Features",
+            "What a balancer sees of each server. The last three are there with `use_ground_truth=True`. Rows of "
+            "servers that take no new flows are 0.",
+            features_table(),
+            "## Observation spaces",
+            f"For N = {N} servers. With `normalize=True` a count c becomes log(1 + c) / log(1 + {MAX_COUNT:g}), a time "
+            f"t in seconds log(1 + t / {TIME_UNIT:g}) / log(1 + {MAX_TIME:g} / {TIME_UNIT:g}), each at most 1.",
+            table(["`observation`", "space", "with `normalize=True`"], layouts),
+            "## Action spaces",
+            f"For N = {N} servers and the default levels and bounds.",
+            table(["`action_type`", "space", "meaning"], actions),
+            "## Rewards",
+            "`reward_type` is one of these names, a mapping of names to weights such as "
+            '`{"jain": 1.0, "p99_fct": 0.1, "jain:n_flow_on": 0.5}`, or a function of the `Snapshot`. l are the values '
+            "of `reward_field` at the n active servers. Fairness rewards first, then those of the flows that ended in "
+            "the step.",
+            reward_table(),
+            "## Options of reset",
+            plain(sections(scenario_with_options)[""]),
+            *(
+                f"## {item.__name__}\n\n{_environment(item)}"
+                for item in (
+                    lbgym.LoadBalanceEnv,
+                    lbgym.LoadBalanceVectorEnv,
+                    lbgym.MultiLoadBalanceEnv,
+                    lbgym.MultiLoadBalanceVectorEnv,
+                    lbgym.FlowDispatchEnv,
+                )
+            ),
+            f"Default fields, N = {N}:",
+            table(["`observation`", "space"], flows),
+            f"## FlowDispatchVectorEnv\n\n{_environment(lbgym.FlowDispatchVectorEnv)}",
+            "## Wrappers",
+            "In `lbgym.wrappers`, for single environments.",
+            table(["wrapper", "what it does"], wrapped),
+        ]
+    )
