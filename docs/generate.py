@@ -43,14 +43,14 @@ ACTION_TYPES = {
     "discrete": "a level of `action_weights` per server",
     "joint": "one number for every combination of levels, the last server's varying fastest",
     "continuous": "the weights, clipped to `min_weight` and `max_weight`",
-    "normalized": "mapped by logarithm to `min_weight` to `max_weight`",
+    "normalized": "the weights on a logarithmic scale: −1 is `min_weight`, 1 is `max_weight`",
 }
 STATISTICS = {
-    "mean": "mean",
-    "p90": "90th percentile",
-    "std": "standard deviation",
-    "mean_decay": "mean, recent samples counting more",
-    "p90_decay": "90th percentile, recent samples counting more",
+    "mean": "mean of {}",
+    "p90": "90th percentile of {}",
+    "std": "standard deviation of {}",
+    "mean_decay": "mean of {}, recent samples counting more",
+    "p90_decay": "90th percentile of {}, recent samples counting more",
 }
 SAMPLES = {"fct": "flow completion times", "duration": "flow durations (ages of open flows)"}
 COLUMNS = {
@@ -58,7 +58,7 @@ COLUMNS = {
     "cpu_usage": ("0 to 1", "busy cores over cores, mean over the step (ground truth)"),
     "memory_usage": ("0 to 1", "memory in use (ground truth)"),
     "busy_workers": ("flows", "flows in service (ground truth)"),
-} | {f"{f}_{s}": ("s", f"{words} of {what}") for f, what in SAMPLES.items() for s, words in STATISTICS.items()}
+} | {f"{f}_{s}": ("s", words.format(what)) for f, what in SAMPLES.items() for s, words in STATISTICS.items()}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
