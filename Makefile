@@ -64,6 +64,10 @@ cc: # the tests of the C headers need a compiler; where there is none and none c
 test: lint cc ## lint, then the tests with coverage
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=term
 
+.PHONY: docs
+docs: $(VENV)/.dev ## the documentation site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 .PHONY: bench
 bench: $(VENV)/.dev ## every benchmark, with what it must reach
 	@failed=; for name in $(BENCHMARKS); do \
@@ -73,5 +77,5 @@ bench: $(VENV)/.dev ## every benchmark, with what it must reach
 
 .PHONY: clean
 clean: ## remove what was made, also the virtual environment
-	rm -rf $(VENV) out dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out site dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples benchmarks -name __pycache__ -type d -exec rm -rf {} +
