@@ -288,9 +288,9 @@ def test_a_short_training_on_a_distribution(recipe: str, tmp_path: Path) -> None
         assert any(not np.array_equal(before[k], after[k]) for k in after if "weight" in k)
     else:
         pytest.importorskip("stable_baselines3")
-        from lbgym.training.sb3 import SB3Config, train_sb3_ppo
+        from lbgym.training.sb3 import SB3Config, train_sb3
 
-        result = train_sb3_ppo(SB3Config(**keys), out=tmp_path)
+        result = train_sb3(SB3Config(**keys), out=tmp_path)
     assert result.checkpoint is not None and len(result.history) >= 8
     done = compare_policies(d, ["sed", f"agent={result.checkpoint}"], 2, processes=1)
     assert np.isfinite(done.values("agent", "fct_mean")).all()

@@ -22,7 +22,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 from lbgym.training.runs import Progress
-from lbgym.training.sb3 import SB3Config, SB3VecEnv, config_of, train_sb3_ppo
+from lbgym.training.sb3 import SB3Config, SB3VecEnv, config_of, train_sb3
 
 SMALL = SB3Config(num_envs=8, num_steps=8, max_steps=16, total_steps=256, minibatches=2, hidden=8, epochs=2)
 
@@ -151,7 +151,7 @@ def test_another_autoreset_mode_is_refused(mode: AutoresetMode) -> None:
 
 def test_a_trained_model_is_saved_with_the_keys_of_its_environment(tmp_path: Path) -> None:
     history: list[Progress] = []
-    result = train_sb3_ppo(SMALL, out=tmp_path, callback=history.append)
+    result = train_sb3(SMALL, out=tmp_path, callback=history.append)
     assert result.checkpoint == tmp_path / "sb3-ppo.zip"
     assert [p.step for p in history] == [64, 128, 192, 256]
     assert all(math.isfinite(p.reward) for p in history)
@@ -168,23 +168,23 @@ def test_a_trained_model_is_saved_with_the_keys_of_its_environment(tmp_path: Pat
 
 
 def test_resuming_goes_on_counting(tmp_path: Path) -> None:
-    train_sb3_ppo(SMALL, out=tmp_path / "agent.zip", callback=lambda progress: progress.step == 128)
+    train_sb3(SMALL, out=tmp_path / "agent.zip", callback=lambda progress: progress.step == 128)
     saved = PPO.load(tmp_path / "agent.zip")
     assert saved.num_timesteps == 128
-    resumed = train_sb3_ppo(SMALL, out=tmp_path / "agent.zip", resume_from=tmp_path / "agent.zip")
+    resumed = train_sb3(SMALL, out=tmp_path / "agent.zip", resume_from=tmp_path / "agent.zip")
     assert resumed.model.num_timesteps == 256
     assert [p.step for p in resumed.history] == [192, 256]
     assert resumed.history[0].seconds > saved.lbgym_seconds
-    again = train_sb3_ppo(SMALL, resume_from=tmp_path / "agent.zip")
+    again = train_sb3(SMALL, resume_from=tmp_path / "agent.zip")
     assert again.history == []
 
 
 def test_a_model_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
-    train_sb3_ppo(replace(SMALL, total_steps=64), out=tmp_path)
+    train_sb3(replace(SMALL, total_steps=64), out=tmp_path)
     with pytest.raises(CheckpointError, match=r"observations Box.*\(96,\).* but .* Box.*\(48,\)"):
-        train_sb3_ppo(replace(SMALL, scenario="uniform"), resume_from=tmp_path / "sb3-ppo.zip")
+        train_sb3(replace(SMALL, scenario="uniform"), resume_from=tmp_path / "sb3-ppo.zip")
     with pytest.raises(CheckpointError, match="does not exist"):
-        train_sb3_ppo(SMALL, resume_from=tmp_path / "none.zip")
+        train_sb3(SMALL, resume_from=tmp_path / "none.zip")
     (tmp_path / "text.zip").write_text("hello")
     with pytest.raises(CheckpointError, match="is not a model that can be read"):
         config_of(tmp_path / "text.zip")
@@ -195,6 +195,6 @@ def test_interrupting_saves_the_model(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_sb3_ppo(SMALL, out=tmp_path, callback=interrupt)
+        train_sb3(SMALL, out=tmp_path, callback=interrupt)
     assert [p.name for p in tmp_path.iterdir()] == ["sb3-ppo.zip"]
     assert PPO.load(tmp_path / "sb3-ppo.zip").num_timesteps == 64

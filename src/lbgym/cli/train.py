@@ -27,6 +27,21 @@ class Algorithm(StrEnum):
     PPO = "ppo"
     SAC_GRU = "sac-gru"
     SB3_PPO = "sb3-ppo"
+    SB3_A2C = "sb3-a2c"
+    SB3_DQN = "sb3-dqn"
+    SB3_SAC = "sb3-sac"
+    SB3_TD3 = "sb3-td3"
+    SB3_RECURRENT_PPO = "sb3-recurrent-ppo"
+
+
+_SB3 = "sb3-"
+
+
+class Network(StrEnum):
+    """Networks of the policies for Stable-Baselines3."""
+
+    MLP = "mlp"
+    EQUIVARIANT = "equivariant"
 
 
 def train(
@@ -34,7 +49,7 @@ def train(
         str | None, typer.Option(help="Name of a scenario or path of a TOML file.", show_default="heterogeneous")
     ] = None,
     algo: Annotated[
-        Algorithm, typer.Option(help="PPO or recurrent discrete SAC in plain torch, or Stable-Baselines3's PPO.")
+        Algorithm, typer.Option(help="PPO or recurrent discrete SAC in plain torch, or one of Stable-Baselines3's.")
     ] = Algorithm.PPO,
     steps: Annotated[int | None, typer.Option(min=1, help="Environment steps to train, over all replicas.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="Seconds to train, compilation not counted.")] = None,
@@ -43,8 +58,14 @@ def train(
     reward: Annotated[str | None, typer.Option(help="What is maximised; any reward of the environment.")] = None,
     reward_field: Annotated[str | None, typer.Option(help="The feature that a fairness reward looks at.")] = None,
     action_type: Annotated[str | None, typer.Option(help='"normalized" (continuous), "discrete" or "joint".')] = None,
+    policy: Annotated[
+        Network | None,
+        typer.Option(
+            help="Network of an sb3- algorithm; equivariant shares its parameters over the servers.", show_default="mlp"
+        ),
+    ] = None,
     dispatch: Annotated[str | None, typer.Option(help="Dispatch rule.", show_default="the scenario's")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Step size of Adam.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Step size of the optimiser.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -79,7 +100,14 @@ def train(
         changes |= {"total_steps": steps, "seconds": seconds}
 
     out = out or resume or Path("out/train")
-    scenario, run = {Algorithm.PPO: _ppo, Algorithm.SAC_GRU: _sac_gru, Algorithm.SB3_PPO: _sb3}[algo](changes, resume)
+    if algo.startswith(_SB3):
+        scenario, run = _sb3(algo.removeprefix(_SB3), changes | ({"policy": str(policy)} if policy else {}), resume)
+    elif policy is not None:
+        raise typer.BadParameter(
+            f"{algo} has one network; only the sb3- algorithms have a choice", param_hint="--policy"
+        )
+    else:
+        scenario, run = {Algorithm.PPO: _ppo, Algorithm.SAC_GRU: _sac_gru}[algo](changes, resume)
     if tensorboard is None:
         tensorboard = find_spec("tensorboard") is not None
     with _interruptible() as interrupted, _Display(quiet=as_json) as display:
@@ -127,13 +155,16 @@ def _sac_gru(changes: dict[str, Any], resume: Path | None) -> tuple[str, Run]:
     return str(config.scenario), run
 
 
-def _sb3(changes: dict[str, Any], resume: Path | None) -> tuple[str, Run]:
-    from ..training.sb3 import SB3Config, config_of, train_sb3_ppo
+def _sb3(algorithm: str, changes: dict[str, Any], resume: Path | None) -> tuple[str, Run]:
+    from ..training.sb3 import SB3Config, config_of, train_sb3
 
-    config = replace(config_of(resume) if resume is not None else SB3Config(), **changes)
+    if resume is not None:
+        config = replace(config_of(resume, algorithm), **changes)
+    else:
+        config = SB3Config(algorithm=algorithm, **changes)
 
     def run(out: Path, callback: Callable[[Progress], bool], tensorboard: bool) -> tuple[Path, list[Progress]]:
-        result = train_sb3_ppo(config, out=out, resume_from=resume, callback=callback, tensorboard=tensorboard)
+        result = train_sb3(config, out=out, resume_from=resume, callback=callback, tensorboard=tensorboard)
         assert result.checkpoint is not None
         return result.checkpoint, result.history
 

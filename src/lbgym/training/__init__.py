@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .ppo import PPOConfig, PPOPolicy, TrainingResult, train_ppo
     from .runs import Progress, load_policy, read_checkpoint
     from .sac_gru import SACGRUConfig, SACGRUPolicy, SACGRUResult, train_sac_gru
-    from .sb3 import SB3Config, SB3VecEnv, train_sb3_ppo
+    from .sb3 import SB3Config, SB3VecEnv, train_sb3
     from .sb3_policies import EquivariantExtractor, EquivariantPolicy, EquivariantQPolicy, EquivariantSACPolicy
 
 _HOMES = {
@@ -29,7 +29,7 @@ _HOMES = {
     "train_sac_gru": "sac_gru",
     "SB3Config": "sb3",
     "SB3VecEnv": "sb3",
-    "train_sb3_ppo": "sb3",
+    "train_sb3": "sb3",
     "EquivariantExtractor": "sb3_policies",
     "EquivariantPolicy": "sb3_policies",
     "EquivariantQPolicy": "sb3_policies",
@@ -54,7 +54,7 @@ __all__ = [
     "read_checkpoint",
     "train_ppo",
     "train_sac_gru",
-    "train_sb3_ppo",
+    "train_sb3",
 ]
 
 

@@ -1,16 +1,21 @@
-"""Stable-Baselines3 on the vector environment: a thin adapter, and PPO through it.
+"""Stable-Baselines3 on the vector environment: a thin adapter, and one recipe for its algorithms.
 
 Stable-Baselines3 has no adapter for Gymnasium's vector environments, and wrapping single environments one by one is
 many times slower than stepping all replicas at once.
+
+What the algorithms differ in is one table, :data:`ALGORITHMS`; the recipe, :func:`train_sb3`, is the same for all.
 """
 
 from __future__ import annotations
 
+import inspect
 import io
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -19,13 +24,15 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError, LbgymError, MissingExtraError
+from ..actions import ACTION_TYPES
+from ..errors import CheckpointError, LbgymError, MissingExtraError, UnknownNameError, UnsupportedSpaceError
 
 try:
-    from stable_baselines3 import PPO
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import configure
+    from stable_baselines3.common.noise import NormalActionNoise
+    from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
     from stable_baselines3.common.save_util import load_from_zip_file
     from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize
     from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
@@ -38,7 +45,106 @@ if TYPE_CHECKING:
     from ..scenarios import Scenario
     from ..vector_env import LoadBalanceVectorEnv
 
-CHECKPOINT_NAME = "sb3-ppo.zip"
+#: Transitions per gradient step of the off-policy algorithms: with minibatches of 256 each serves about eight times.
+TRANSITIONS_PER_GRADIENT_STEP = 32
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What one algorithm of Stable-Baselines3 takes, and its defaults here.
+
+    Attributes:
+        module: where its class is.
+        name: of its class.
+        action_types: those it takes, the default first.
+        policies: by the configuration's ``policy``: a name that Stable-Baselines3 knows, which may begin with "Mlp", or
+            a class of :mod:`lbgym.training.sb3_policies`.
+        num_envs: replicas.
+        num_steps: steps of every replica between two updates.
+        learning_rate: step size of the optimiser.
+        options: further arguments of the class.
+        env_kwargs: keys of the environment.
+    """
+
+    module: str
+    name: str
+    action_types: tuple[str, ...]
+    policies: Mapping[str, str]
+    num_envs: int
+    num_steps: int
+    learning_rate: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> type[BaseAlgorithm]:
+        """Its class.
+
+        Raises:
+            MissingExtraError: if sb3-contrib, which has it, is not installed.
+        """
+        try:
+            found: type[BaseAlgorithm] = getattr(import_module(self.module), self.name)
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(self.module, "sb3", f"training with {self.name}") from error
+        return found
+
+
+_ANY_ACTION = ("normalized", "continuous", "discrete", "joint")
+_ACTOR_CRITIC = {"mlp": "MlpPolicy", "equivariant": "EquivariantPolicy"}
+# With gamma 0.95 a reward matters for some 20 steps: what the policy did long ago is of no use.
+_REPLAY = {"buffer_size": 100_000, "learning_starts": 4_096, "batch_size": 256}
+
+#: The algorithms by name.
+ALGORITHMS = {
+    "ppo": Algorithm("stable_baselines3", "PPO", _ANY_ACTION, _ACTOR_CRITIC, 256, 64, 1e-3),
+    "a2c": Algorithm("stable_baselines3", "A2C", _ANY_ACTION, _ACTOR_CRITIC, 256, 8, 7e-4),
+    "recurrent-ppo": Algorithm("sb3_contrib", "RecurrentPPO", _ANY_ACTION, {"mlp": "MlpLstmPolicy"}, 64, 64, 1e-3),
+    "dqn": Algorithm(
+        "stable_baselines3",
+        "DQN",
+        ("joint",),
+        {"mlp": "MlpPolicy", "equivariant": "EquivariantQPolicy"},
+        64,
+        4,
+        5e-4,
+        _REPLAY | {"target_update_interval": 8_192, "exploration_fraction": 0.2},
+        # two levels make 2 ** 8 joint actions of the 8 servers of "heterogeneous"; three would be too many
+        {"action_weights": [1.0, 4.0]},
+    ),
+    "sac": Algorithm(
+        "stable_baselines3",
+        "SAC",
+        ("normalized", "continuous"),
+        {"mlp": "MlpPolicy", "equivariant": "EquivariantSACPolicy"},
+        64,
+        4,
+        1e-3,
+        # the entropy of an action per server outweighs rewards scaled to 1 for long if its weight begins at 1, too
+        _REPLAY | {"ent_coef": "auto_0.02"},
+    ),
+    "td3": Algorithm(
+        "stable_baselines3",
+        "TD3",
+        ("normalized", "continuous"),
+        {"mlp": "MlpPolicy"},
+        64,
+        4,
+        5e-4,
+        _REPLAY | {"action_noise": 0.2},
+    ),
+}
+
+# What a field of the configuration that was not given is until the algorithm's default takes its place.
+PER_ALGORITHM: Any = None
+
+# What is logged, by the names of Progress and those of Stable-Baselines3's logs, of which the first found counts.
+_LOSSES = {
+    "policy": ("policy_gradient_loss", "policy_loss", "actor_loss"),
+    "value": ("value_loss", "critic_loss", "loss"),
+    "kl": ("approx_kl",),
+    "clipped": ("clip_fraction",),
+    "temperature": ("ent_coef",),
+}
 
 
 class SB3VecEnv(VecEnv):
@@ -134,14 +240,33 @@ class SB3VecEnv(VecEnv):
 
 @dataclass(kw_only=True)
 class SB3Config:
-    """What to train on and how, with Stable-Baselines3's PPO and its MlpPolicy."""
+    """What to train on and how, with an algorithm of Stable-Baselines3 or sb3-contrib.
+
+    The fields whose default depends on the algorithm hold it once the configuration is made; so ``dataclasses.replace``
+    with another ``algorithm`` keeps those of the first.
+
+    The off-policy algorithms (DQN, SAC, TD3) make one gradient step per 32 transitions, whatever the number of
+    replicas: all replicas go ``num_steps`` steps, then ``num_envs num_steps / 32`` gradient steps follow. For 32 to 256
+    replicas that is 4 to 32 at a time with the default of 4 steps; more gradient steps per transition
+    (``options={"gradient_steps": ...}``) learn from fewer steps of the environment, and cost their time.
+    """
+
+    algorithm: str = "ppo"
+    """"ppo", "a2c", "dqn", "sac", "td3" or "recurrent-ppo": a name of ``ALGORITHMS``"""
+    policy: str = "mlp"
+    """"mlp" (beside an LSTM for "recurrent-ppo"), or "equivariant", parameters shared over the servers, which
+    "recurrent-ppo" and "td3" do not have"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the algorithm's class over those of ``ALGORITHMS``; ``action_noise`` is the standard
+    deviation of the noise, a number"""
 
     scenario: str | Path | Scenario | None = "heterogeneous"
     """a scenario's name, a TOML path or a Scenario"""
     num_servers: int | None = None
     """servers; None: the scenario's"""
-    action_type: str = "normalized"
-    """any ``action_type`` of ``LoadBalanceEnv``"""
+    action_type: str = PER_ALGORITHM
+    """an ``action_type`` of ``LoadBalanceEnv``: any for "ppo", "a2c" and "recurrent-ppo" (default "normalized"),
+    "joint" for "dqn", and for "sac" and "td3" either "normalized" (default) or "continuous"."""
     reward_type: Any = "open_flows"
     """what is maximised; any ``reward_type`` of the environment"""
     reward_field: str | None = None
@@ -151,7 +276,7 @@ class SB3Config:
     max_steps: int = 256
     """steps of an episode"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """further keys of ``LoadBalanceVectorEnv``"""
+    """further keys of ``LoadBalanceVectorEnv``; "dqn" has ``action_weights`` of 1 and 4 unless told otherwise"""
 
     seed: int = 1
     """seeds the network, the actions and the replicas"""
@@ -159,24 +284,24 @@ class SB3Config:
     """environment steps, all replicas together; None: no limit"""
     seconds: float | None = None
     """wall-clock limit; None: no limit"""
-    num_envs: int = 256
-    """replicas"""
-    num_steps: int = 64
-    """steps of every replica between two updates"""
-    learning_rate: float = 1e-3
-    """step size of Adam"""
+    num_envs: int = PER_ALGORITHM
+    """replicas; 256 for "ppo" and "a2c", 64 for the others"""
+    num_steps: int = PER_ALGORITHM
+    """steps of every replica between two updates; 64 for "ppo" and "recurrent-ppo", 8 for "a2c", 4 for the others"""
+    learning_rate: float = PER_ALGORITHM
+    """step size of the optimiser; 1e-3, but 7e-4 for "a2c" and 5e-4 for "dqn" and "td3"."""
     gamma: float = 0.95
     """discount per step"""
     gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate"""
+    """lambda of the generalised advantage estimate; on-policy algorithms only"""
     epochs: int = 4
-    """passes over the rollout per update"""
+    """passes over the rollout per update; "ppo" and "recurrent-ppo" only"""
     minibatches: int = 4
-    """minibatches per pass"""
+    """minibatches per pass; "ppo" and "recurrent-ppo" only"""
     hidden: int = 64
-    """width of the two layers of actor and critic"""
+    """width of the layers, two of them with "mlp", and of the LSTM"""
     log_std: float = -1.0
-    """initial log standard deviation of continuous actions"""
+    """initial log standard deviation of continuous actions; on-policy algorithms only"""
     torch_threads: int = 1
     """threads of torch; more than one rarely pays for a network this small"""
     checkpoint_every: float = 30.0
@@ -185,6 +310,34 @@ class SB3Config:
     def __post_init__(self) -> None:
         if self.total_steps is None and self.seconds is None:
             raise LbgymError("SB3Config needs total_steps, seconds or both, got neither")
+        if self.algorithm not in ALGORITHMS:
+            raise UnknownNameError("algorithm", self.algorithm, ALGORITHMS, "SB3Config")
+        kind = ALGORITHMS[self.algorithm]
+        for name, default in (
+            ("action_type", kind.action_types[0]),
+            ("num_envs", kind.num_envs),
+            ("num_steps", kind.num_steps),
+            ("learning_rate", kind.learning_rate),
+        ):
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+        self.env_kwargs = {**kind.env_kwargs, **self.env_kwargs}
+        # a name that is no action type at all is the environment's to refuse
+        if self.action_type in ACTION_TYPES and self.action_type not in kind.action_types:
+            fits = f"use action_type {kind.action_types[0]!r}"
+            if kind.action_types == ("joint",):
+                fits += ", with few enough action_weights ** servers, or an algorithm for many servers such as 'ppo'"
+            raise UnsupportedSpaceError(
+                f"{kind.name} of {kind.module} cannot take action_type {self.action_type!r}: {fits}"
+            )
+        if self.policy not in ("mlp", "equivariant"):
+            raise UnknownNameError("policy", self.policy, ("mlp", "equivariant"), "SB3Config")
+        if self.policy not in kind.policies:
+            having = [name for name, other in ALGORITHMS.items() if self.policy in other.policies]
+            raise LbgymError(
+                f"there is no policy {self.policy!r} for {self.algorithm!r}, only for {', '.join(having)}: use policy "
+                f"{next(iter(kind.policies))!r}"
+            )
 
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a policy's observations and actions depend on."""
@@ -207,7 +360,7 @@ class SB3Config:
 class SB3Result:
     """A finished training run: Stable-Baselines3's model, its zip file (None without ``out``) and the history."""
 
-    model: PPO
+    model: BaseAlgorithm
     checkpoint: Path | None
     history: list[Progress]
 
@@ -225,6 +378,7 @@ class _Watch(BaseCallback):
         super().__init__()
         self.config, self.checkpoint, self.told = config, checkpoint, callback
         self.history: list[Progress] = []
+        self.losses: dict[str, float] = {}
         self.started = time.perf_counter() - elapsed
         self.written = self.begun = time.perf_counter()
         self.reward = 0.0
@@ -244,28 +398,37 @@ class _Watch(BaseCallback):
         config = self.config
         by_steps = self.num_timesteps / config.total_steps if config.total_steps is not None else 0.0
         by_time = seconds / config.seconds if config.seconds is not None else 0.0
+        fraction = min(1.0, max(by_steps, by_time))
+        if fraction > 0.0:
+            # schedules, such as DQN's of exploration, follow the share of the budget, which may be one of time
+            self.model._total_timesteps = math.ceil(self.num_timesteps / fraction)
         logged = getattr(self.logger, "name_to_value", {})
-        names = {"policy": "policy_gradient_loss", "value": "value_loss", "kl": "approx_kl", "clipped": "clip_fraction"}
+        # a log that was written in this rollout is empty: then the losses are still those before
+        self.losses |= {
+            name: float(logged[key])
+            for name, keys in _LOSSES.items()
+            if (key := next((f"train/{k}" for k in keys if f"train/{k}" in logged), None)) is not None
+        }
         progress = Progress(
             step=self.num_timesteps,
             seconds=seconds,
-            fraction=min(1.0, max(by_steps, by_time)),
+            fraction=fraction,
             steps_per_second=self.steps * config.num_envs / (now - self.begun),
             reward=self.reward / self.steps,
             fct_mean=float("nan"),
-            losses={name: float(logged[f"train/{key}"]) for name, key in names.items() if f"train/{key}" in logged},
+            losses=dict(self.losses),
         )
         self.history.append(progress)
         self.begun, self.reward, self.steps = now, 0.0, 0
         self.model.lbgym_seconds = seconds  # type: ignore[attr-defined]
         if self.checkpoint is not None and now - self.written >= config.checkpoint_every:
-            write_whole(self.checkpoint, _saver(self.model))
+            _save(self.model, self.checkpoint)
             self.written = now
         told = bool(self.told(progress)) if self.told is not None else False
         self.stop = told or (config.seconds is not None and seconds >= config.seconds)
 
 
-def train_sb3_ppo(
+def train_sb3(
     config: SB3Config | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
@@ -273,27 +436,36 @@ def train_sb3_ppo(
     callback: Callable[[Progress], bool | None] | None = None,
     tensorboard: bool = False,
 ) -> SB3Result:
-    """Train Stable-Baselines3's PPO.
+    """Train with an algorithm of Stable-Baselines3.
 
     The model is saved in Stable-Baselines3's own format with one attribute more, ``lbgym_env_kwargs``: the environment
     keys that its observations and actions depend on.
 
+    The replay buffer of DQN, SAC and TD3 is saved beside it at the end of the training, and when it is stopped or
+    interrupted: ``sb3-sac.replay.pkl`` for ``sb3-sac.zip``. It is not saved with the checkpoints in between, since it
+    has up to some hundred megabytes. Without it, as after a crash or with another number of replicas, a resumed
+    training fills a new one with ``learning_starts`` random steps before it goes on learning.
+
     Args:
         config: None: the defaults.
-        out: the model's file, ending in .zip, or a folder for ``sb3-ppo.zip``; always written whole or not at all.
-            None: keep nothing.
-        resume_from: a model saved here to go on with: parameters, optimiser and step count. The scale of the rewards is
-            estimated anew.
+        out: the model's file, ending in .zip, or a folder for ``sb3-ppo.zip`` and so on; always written whole or not at
+            all. None: keep nothing.
+        resume_from: a model saved here to go on with, its pickled parts included, so a file you trust: parameters,
+            optimiser, step count, scale of the rewards. Everything else is the configuration's.
         callback: told the progress after every rollout; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the model.
 
     On KeyboardInterrupt the model is saved before the exception goes on.
 
     Raises:
-        CheckpointError: if the model does not fit the environment.
+        CheckpointError: if the model does not fit the environment, or is of another algorithm, policy or width.
+        MissingExtraError: for "recurrent-ppo" without sb3-contrib.
+        UnknownNameError: for an option that the algorithm does not have.
     """
     config = config or SB3Config()
-    checkpoint = output_file(out, CHECKPOINT_NAME)
+    kind = ALGORITHMS[config.algorithm].load()
+    arguments = _arguments(config, kind)
+    checkpoint = output_file(out, f"sb3-{config.algorithm}.zip")
     logs = checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
     vector = config.make_env()
     with torch_threads(config.torch_threads):
@@ -302,85 +474,176 @@ def train_sb3_ppo(
             vector.step(vector.action_space.sample())  # compiles the simulator outside the time budget
             # the networks learn from rewards of any scale; observations are in [0, 1] already
             env = VecNormalize(VecMonitor(SB3VecEnv(vector)), norm_obs=False, gamma=config.gamma)
-            model = _load(resume_from, env) if resume_from is not None else _new(config, env)
+            if (noise := arguments.get("action_noise")) is not None:
+                size = env.action_space.shape or ()
+                arguments["action_noise"] = NormalActionNoise(np.zeros(size), np.full(size, float(noise)))
+            if resume_from is not None:
+                model = _load(kind, Path(resume_from), config, env, arguments)
+            else:
+                model = _new(kind, config, env, arguments)
             model.set_logger(configure(str(logs), ["tensorboard"]) if logs is not None else configure(None, []))
             model.lbgym_env_kwargs = config.observation_kwargs()  # type: ignore[attr-defined]
             model.lbgym_config = plain_config(config)  # type: ignore[attr-defined]
             watch = _Watch(config, checkpoint, callback, getattr(model, "lbgym_seconds", 0.0))
             # learn() counts from where the model stands
             remaining = (2**62 if config.total_steps is None else config.total_steps) - model.num_timesteps
+            # rollouts, or for off-policy algorithms episodes: those of all replicas, which end together
+            log_interval = config.num_envs if isinstance(model, OffPolicyAlgorithm) else 1
             try:
                 if remaining > 0:
-                    model.learn(remaining, callback=watch, reset_num_timesteps=False)
+                    model.learn(remaining, callback=watch, log_interval=log_interval, reset_num_timesteps=False)
                 if watch.stop:
                     # a callback can only stop in a step; that one was not learnt from
                     model.num_timesteps = watch.history[-1].step
             finally:
                 if checkpoint is not None:
-                    write_whole(checkpoint, _saver(model))
+                    _save(model, checkpoint, replay=True)
         finally:
             vector.close()
     return SB3Result(model, checkpoint, watch.history)
 
 
-def _new(config: SB3Config, env: VecEnv) -> PPO:
-    model = PPO(
-        "MlpPolicy",
-        env,
-        learning_rate=config.learning_rate,
-        n_steps=config.num_steps,
-        batch_size=max(2, config.num_envs * config.num_steps // config.minibatches),
-        n_epochs=config.epochs,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        seed=config.seed,
-        device="cpu",
-        policy_kwargs={"net_arch": [config.hidden] * 2, "log_std_init": config.log_std},
-    )
+def _arguments(config: SB3Config, kind: type[BaseAlgorithm]) -> dict[str, Any]:
+    """Arguments of an algorithm's class, those aside that make its network."""
+    arguments: dict[str, Any] = {"learning_rate": config.learning_rate, "gamma": config.gamma}
+    if issubclass(kind, OffPolicyAlgorithm):
+        transitions = config.num_envs * config.num_steps
+        arguments["train_freq"] = config.num_steps
+        changeable = {"gradient_steps": max(1, transitions // TRANSITIONS_PER_GRADIENT_STEP)}
+    else:
+        arguments |= {"n_steps": config.num_steps, "gae_lambda": config.gae_lambda}
+        changeable = {}
+        if "n_epochs" in inspect.signature(kind).parameters:
+            arguments["n_epochs"] = config.epochs
+            arguments["batch_size"] = max(2, config.num_envs * config.num_steps // config.minibatches)
+    owned = {"policy", "env", "seed", "device", "policy_kwargs", "tensorboard_log", "verbose", *arguments}
+    known = {name for name in inspect.signature(kind).parameters if not name.startswith("_")} - owned
+    for name in config.options:
+        if name not in known:
+            raise UnknownNameError("option", name, known, f"options of {config.algorithm!r}")
+    return arguments | changeable | dict(ALGORITHMS[config.algorithm].options) | config.options
+
+
+def _new(kind: type[BaseAlgorithm], config: SB3Config, env: VecEnv, arguments: dict[str, Any]) -> BaseAlgorithm:
+    policy: Any = ALGORITHMS[config.algorithm].policies[config.policy]
+    if config.policy == "equivariant":
+        from . import sb3_policies
+
+        policy = getattr(sb3_policies, policy)
+        policy_kwargs: dict[str, Any] = {"features_extractor_kwargs": {"hidden": config.hidden}}
+    else:
+        if isinstance(env.observation_space, gymnasium.spaces.Dict):
+            policy = policy.replace("Mlp", "MultiInput")
+        policy_kwargs = {"net_arch": [config.hidden] * 2}
+    if not issubclass(kind, OffPolicyAlgorithm):
+        policy_kwargs["log_std_init"] = config.log_std
+    if "Lstm" in str(policy):
+        policy_kwargs["lstm_hidden_size"] = config.hidden
+    model = kind(policy, env, seed=config.seed, device="cpu", policy_kwargs=policy_kwargs, **arguments)
     model.lbgym_seconds = 0.0  # type: ignore[attr-defined]
     return model
 
 
-def _saver(model: BaseAlgorithm) -> Callable[[BinaryIO], None]:
+def replay_file(path: Path) -> Path:
+    """Where the replay buffer of a saved model is."""
+    return path.with_suffix(".replay.pkl")
+
+
+def _save(model: BaseAlgorithm, path: Path, *, replay: bool = False) -> None:
     def save(stream: BinaryIO) -> None:
         assert isinstance(stream, io.BufferedIOBase)
         model.save(stream)
 
-    return save
+    def save_replay(stream: BinaryIO) -> None:
+        assert isinstance(stream, io.BufferedIOBase)
+        assert isinstance(model, OffPolicyAlgorithm)
+        model.save_replay_buffer(stream)
+
+    env = model.get_env()
+    assert isinstance(env, VecNormalize)
+    scale = env.ret_rms
+    model.lbgym_returns = [float(scale.mean), float(scale.var), float(scale.count)]  # type: ignore[attr-defined]
+    # the buffer beside a model is that model's own, or there is none
+    if isinstance(model, OffPolicyAlgorithm):
+        replay_file(path).unlink(missing_ok=True)
+    write_whole(path, save)
+    if replay and isinstance(model, OffPolicyAlgorithm):
+        write_whole(replay_file(path), save_replay)
 
 
-def _load(path: str | os.PathLike[str], env: VecEnv) -> PPO:
-    try:
-        return PPO.load(Path(path), env=env, device="cpu")
-    except ValueError as error:
-        saved = PPO.load(Path(path), device="cpu")
+def _load(
+    kind: type[BaseAlgorithm], path: Path, config: SB3Config, env: VecNormalize, arguments: dict[str, Any]
+) -> BaseAlgorithm:
+    data = _read(path)
+    _check_algorithm(path, data, config.algorithm)
+    if (data["observation_space"], data["action_space"]) != (env.observation_space, env.action_space):
         raise CheckpointError(
-            f"model {os.fspath(path)} takes observations {saved.observation_space} and gives actions "
-            f"{saved.action_space}, but the environment to train on has {env.observation_space} and {env.action_space}"
-        ) from error
+            f"model {path} takes observations {data['observation_space']} and gives actions {data['action_space']}, "
+            f"but the environment to train on has {env.observation_space} and {env.action_space}"
+        )
+    saved = data["lbgym_config"]
+    for name in ("policy", "hidden"):
+        # models from before there was a choice have no policy written down
+        was, wanted = saved.get(name, "mlp"), getattr(config, name)
+        if was != wanted:
+            raise CheckpointError(f"model {path} was trained with {name} {was!r}, but the configuration has {wanted!r}")
+    model = kind.load(path, env=env, device="cpu", **arguments)
+    if (returns := data.get("lbgym_returns")) is not None:
+        mean, var, env.ret_rms.count = returns
+        env.ret_rms.mean, env.ret_rms.var = np.array(mean), np.array(var)
+    if isinstance(model, OffPolicyAlgorithm):
+        fresh = model.replay_buffer
+        if replay_file(path).is_file():
+            model.load_replay_buffer(replay_file(path))
+        kept = model.replay_buffer
+        assert fresh is not None
+        assert kept is not None
+        if kept is fresh or (kept.n_envs, kept.buffer_size) != (fresh.n_envs, fresh.buffer_size):
+            model.replay_buffer = fresh
+            model.learning_starts += model.num_timesteps
+    return model
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a model saved here holds beside its parameters."""
+    try:
+        data, _, _ = load_from_zip_file(path, device="cpu")
     except FileNotFoundError as error:
-        raise CheckpointError(f"model {os.fspath(path)} does not exist") from error
+        raise CheckpointError(f"model {path} does not exist") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not a model that can be read: {error}") from error
+    if not data or data.get("lbgym_config") is None:
+        raise CheckpointError(f"{path} is a Stable-Baselines3 model, but was not trained by lbgym")
+    return data
 
 
-def config_of(path: str | os.PathLike[str]) -> SB3Config:
+def _check_algorithm(path: Path, data: Mapping[str, Any], wanted: str) -> None:
+    # before there was a choice it was PPO
+    algorithm = data["lbgym_config"].get("algorithm", "ppo")
+    if algorithm != wanted:
+        raise CheckpointError(f"model {path} was trained with algorithm {algorithm!r}, not {wanted!r}")
+
+
+def config_of(path: str | os.PathLike[str], algorithm: str | None = None) -> SB3Config:
     """The configuration that a saved model was trained with.
 
+    Args:
+        path: the model's file.
+        algorithm: the one it must be of; None: any.
+
     Raises:
-        CheckpointError: if the file is no model saved here, or its configuration had a part with no plain form.
+        CheckpointError: if the file is no model saved here or of another algorithm, or its configuration had a part
+            with no plain form.
     """
-    try:
-        data, _, _ = load_from_zip_file(Path(path), device="cpu")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"model {os.fspath(path)} does not exist") from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{os.fspath(path)} is not a model that can be read: {error}") from error
-    plain = dict(data or {}).get("lbgym_config")
-    if plain is None:
-        raise CheckpointError(f"{os.fspath(path)} is a Stable-Baselines3 model, but was not trained by lbgym")
+    path = Path(path)
+    data = _read(path)
+    if algorithm is not None:
+        _check_algorithm(path, data, algorithm)
+    plain = dict(data["lbgym_config"])
     for name in ("scenario", "reward_type"):
         if plain[name] is None:
             raise CheckpointError(
-                f"model {os.fspath(path)} was trained with a {name} that is a Python object: resume it from Python "
+                f"model {path} was trained with a {name} that is a Python object: resume it from Python "
                 f"with a config that has it"
             )
     return SB3Config(**plain)
