@@ -95,8 +95,15 @@ def _outside(link: re.Match[str], folder: Path, config: MkDocsConfig, page: Page
 
 
 def _formula(source: str, block: bool, page: Page) -> str:
+    # The converter forgets that a single letter is upright, and does not know arg.
+    upright = re.sub(r"\\mathrm\{(\w)\}", r"\\text{\1}", html.unescape(source).strip())
+    upright = re.sub(r"\\arg\b", r"\\text{arg}\\,", upright)
     try:
-        return convert(html.unescape(source).strip(), display="block" if block else "inline")
+        shown = convert(upright, display="block" if block else "inline")
+        # A command it does not know comes back as text.
+        if re.search(r"\\|&#x0*5C;", shown):
+            raise ValueError("unknown command")
+        return shown
     except Exception as error:
         log.warning("%s has a formula that cannot be shown, %r: %r", page.file.src_uri, source, error)
         return source

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,23 +52,40 @@ def fetched(html: str) -> list[str]:
     return [address for address in found if re.match(r"(https?:)?//", address)]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("mkdocs")
-    pytest.importorskip("material")
-    pytest.importorskip("latex2mathml")
-    folder = tmp_path_factory.mktemp("site")
+def build(root: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The site of the checkout ``root`` into ``folder``."""
+    for module in ("mkdocs", "material", "latex2mathml"):
+        pytest.importorskip(module)
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT,
+        cwd=root,
         env=os.environ | {"PYTHONPATH": path, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    done = build(ROOT, folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_build_refuses_what_is_broken(tmp_path: Path) -> None:
+    shutil.copytree(DOCS, tmp_path / "docs")
+    for name in ("src", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with (tmp_path / "docs" / "live.md").open("a") as page:
+        page.write("\n[a](../src/none.py) [b](none.md) [c](theory.md#none)\n\n$x \\nosuchcommand y$\n")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode != 0
+    for what in ("links to ../src/none.py", "'none.md'", "'#none'", "nosuchcommand"):
+        assert what in done.stderr
 
 
 def test_site_needs_no_network(site: Path) -> None:
