@@ -204,8 +204,8 @@ def test_reading_allocates_nothing() -> None:
             after, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        # The status that the kernel returns is an object of Python for a moment, and a measurement of coverage has some;
-        # a copy of the observation, or what a thousand reads leave behind, would be more.
+        # The status that the kernel returns is an object of Python for a moment, and a measurement of coverage has
+        # some; a copy of the observation, or what a thousand reads leave behind, would be more.
         assert after - before < 1000 and peak - before < buffer.words.nbytes / 2
         assert buffer.words.ctypes.data == address
 
