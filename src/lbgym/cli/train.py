@@ -49,7 +49,8 @@ def train(
         str | None, typer.Option(help="Name of a scenario or path of a TOML file.", show_default="heterogeneous")
     ] = None,
     algo: Annotated[
-        Algorithm, typer.Option(help="PPO or recurrent discrete SAC in plain torch, or one of Stable-Baselines3's.")
+        Algorithm,
+        typer.Option(metavar="NAME", help=f"The recipe: {', '.join(Algorithm)}. The sb3 ones are Stable-Baselines3's."),
     ] = Algorithm.PPO,
     steps: Annotated[int | None, typer.Option(min=1, help="Environment steps to train, over all replicas.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="Seconds to train, compilation not counted.")] = None,
