@@ -125,8 +125,19 @@ def test_a_second_signal_ends_it_at_once(nursery: Nursery) -> None:
         assert deaf.hear() == "busy"
         deaf.signal(signal.SIGTERM)
         assert deaf.hear() == "busy"
+        # One at the same time is the same request, as when a whole process group is signalled.
+        time.sleep(1.1)
         deaf.signal(signal.SIGTERM)
         assert deaf.end() == 128 + signal.SIGTERM
+
+
+def test_a_signal_that_comes_twice_at_once_gives_the_weights_up(nursery: Nursery) -> None:
+    with data_plane(nursery) as strings, command(nursery, *BASIC) as run:
+        run.wait_for("attached")
+        for _ in range(2):
+            run.signal(signal.SIGTERM)
+        assert run.end() == 0
+        assert strings.weights == SAFE
 
 
 def test_the_emulator_is_driven(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -86,8 +88,15 @@ def run(
     raise typer.Exit(SILENT if outcome is Outcome.SILENT else 0)
 
 
+#: Seconds within which a second signal means the same as the first.
+_SAME_SIGNAL = 1.0
+
+
 class _Signals:
     """The first SIGTERM or SIGINT asks the controller to stop, the second one ends the process; SIGHUP does nothing.
+
+    One that follows within a second is the first once more: who signals a wrapper (timeout, make) and its whole process
+    group sends two at once, and the weights must be given up all the same.
 
     Attributes:
         stop: set by the first.
@@ -97,6 +106,7 @@ class _Signals:
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.controller: Controller | None = None
+        self._first = math.nan
 
     def __enter__(self) -> _Signals:
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -109,7 +119,10 @@ class _Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.stop.is_set():
-            os._exit(128 + number)
+            if time.monotonic() - self._first > _SAME_SIGNAL:
+                os._exit(128 + number)
+            return
+        self._first = time.monotonic()
         self.stop.set()
         if self.controller is None:
             raise SystemExit(0)
