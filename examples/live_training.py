@@ -23,6 +23,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 import lbgym
+from lbgym.errors import LbgymError
 
 
 @contextmanager
@@ -65,12 +66,15 @@ def main() -> None:
     parser.add_argument("--speedup", type=float, default=20.0, help="of the emulator's clock")
     parser.add_argument("--steps", type=int, default=2000, help="steps to train")
     options = parser.parse_args()
-    if options.shm is not None:
-        train(options.shm, options.steps)
-        return
-    name = f"live-training-{os.getpid()}"
-    with emulator(name, options.scenario, options.speedup):
-        train(name, options.steps)
+    try:
+        if options.shm is not None:
+            train(options.shm, options.steps)
+            return
+        name = f"live-training-{os.getpid()}"
+        with emulator(name, options.scenario, options.speedup):
+            train(name, options.steps)
+    except LbgymError as error:
+        sys.exit(f"{error}")
 
 
 def train(name: str, steps: int) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidOptionError
 from ..scenarios import Scenario
-from ..sharedmemory import SharedMemoryRegion, kernels
+from ..sharedmemory import SharedMemoryRegion, kernels, system
 from ..simulator import Simulation
 from ..simulator import layout as at
 from ..snapshot import Snapshot
@@ -106,6 +106,10 @@ class Emulator:
         self.scenario, self.seed = scenario, int(seed)
         self.slips, self.lost = 0, 0.0
         m = scenario.balancers
+        names = [name] if m == 1 else [f"{name}_{b}" for b in range(m)]
+        for region_name in names:
+            # A bad name is refused before the simulator is compiled for it.
+            system.path_of(region_name)
         # The snapshot counts for all balancers together; where there are several, the flows say whose they are.
         self._simulation = Simulation(scenario, dispatch=dispatch, service=m == 1, record_flows=m > 1)
         self._fct_count = np.zeros(m, np.int64)
@@ -123,9 +127,9 @@ class Emulator:
         self._next_warning = 0
         with ExitStack() as made:
             regions = []
-            for b in range(m):
+            for region_name in names:
                 region = SharedMemoryRegion.create(
-                    name if m == 1 else f"{name}_{b}",
+                    region_name,
                     num_servers=scenario.num_servers,
                     capacity=capacity,
                     publish_interval=self.publish_interval,

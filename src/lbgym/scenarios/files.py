@@ -134,8 +134,8 @@ def fixed_scenario(scenario: Scenario | ScenarioDistribution | str | os.PathLike
     loaded = load_scenario(scenario)
     if isinstance(loaded, ScenarioDistribution):
         raise ScenarioError(
-            f"{loaded.name!r} is a distribution of scenarios, and here is one cluster; draw a scenario from it with "
-            "ScenarioDistribution.draw, or give another"
+            f"{loaded.name!r} is a distribution of scenarios, and here is one cluster; draw a scenario from it "
+            f"(`lbgym describe {loaded.name} --draw SEED --toml`, ScenarioDistribution.draw), or give another"
         )
     return loaded
 
