@@ -6,9 +6,9 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,41 +17,46 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import InvalidOptionError
+from ..training.recipes import RECIPES, algo_of, make_config, read_config, to_toml
+from ..training.recipes import train as run_recipe
+
 if TYPE_CHECKING:
     from ..training import Progress
-
-
-class Algorithm(StrEnum):
-    """Recipes by name."""
-
-    PPO = "ppo"
-    SAC_GRU = "sac-gru"
-    SB3_PPO = "sb3-ppo"
-    SB3_A2C = "sb3-a2c"
-    SB3_DQN = "sb3-dqn"
-    SB3_SAC = "sb3-sac"
-    SB3_TD3 = "sb3-td3"
-    SB3_RECURRENT_PPO = "sb3-recurrent-ppo"
-
-
-_SB3 = "sb3-"
+    from ..training.config import TrainingConfig
 
 
 class Network(StrEnum):
-    """Networks of the policies for Stable-Baselines3."""
+    """Networks of the recipes that have a choice."""
 
     MLP = "mlp"
     EQUIVARIANT = "equivariant"
 
 
+class Backend(StrEnum):
+    """Where a training runs."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+# no commas: the longest name just fits the column of a narrow terminal
+ALGO_HELP = f"The recipe, one of {' '.join(RECIPES)}"
+SET_HELP = "KEY=VALUE, any setting of the recipe's configuration, the value as in TOML. Can be given often."
+
+
 def train(
     scenario: Annotated[
-        str | None, typer.Option(help="Name of a scenario or path of a TOML file.", show_default="heterogeneous")
+        str | None,
+        typer.Option(
+            "--scenario", "-s", help="Name of a scenario or path of a TOML file.", show_default="heterogeneous"
+        ),
     ] = None,
-    algo: Annotated[
-        Algorithm,
-        typer.Option(metavar="NAME", help=f"The recipe: {', '.join(Algorithm)}. The sb3 ones are Stable-Baselines3's."),
-    ] = Algorithm.PPO,
+    algo: Annotated[str | None, typer.Option(metavar="NAME", help=ALGO_HELP, show_default="ppo, or --resume's")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="TOML file: algo, and settings of the recipe's configuration.")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Environment steps to train, over all replicas.")] = None,
     seconds: Annotated[float | None, typer.Option(min=0.1, help="Seconds to train, compilation not counted.")] = None,
     num_envs: Annotated[int | None, typer.Option(min=1, help="Replicas of the scenario, stepped at once.")] = None,
@@ -62,7 +67,9 @@ def train(
     policy: Annotated[
         Network | None,
         typer.Option(
-            help="Network of an sb3- algorithm; equivariant shares its parameters over the servers.", show_default="mlp"
+            metavar="NAME",
+            help="Network of an sb3-, rllib- or benchmarl- recipe: mlp, or equivariant, which shares weights.",
+            show_default="the recipe's",
         ),
     ] = None,
     dispatch: Annotated[str | None, typer.Option(help="Dispatch rule.", show_default="the scenario's")] = None,
@@ -74,41 +81,56 @@ def train(
         ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="A checkpoint to go on with.")] = None,
+    evaluate: Annotated[
+        int, typer.Option(min=0, metavar="SEEDS", help="Then compare it with the usual rules on so many seeds.")
+    ] = 0,
+    backend: Annotated[
+        Backend,
+        typer.Option(
+            metavar="NAME", help="local: in this process; ray: on a Ray cluster, where the loss of a node is survived."
+        ),
+    ] = Backend.LOCAL,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of the Ray cluster, with --backend ray.", show_default="RAY_ADDRESS, else a local one"),
+    ] = None,
     tensorboard: Annotated[
         bool | None,
         typer.Option(
             help="Log to a folder tensorboard beside the checkpoint.", show_default="if TensorBoard is installed"
         ),
     ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the configuration as TOML, and do not train.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
 ) -> None:
     """Train a policy; it is saved now and then, at the end, and when interrupted.
 
+    What is not given comes from --config, then from the checkpoint of --resume, then from the recipe's defaults.
     Ctrl-C ends the training after the update in progress, saves the checkpoint and exits with code 130.
     """
-    changes: dict[str, Any] = {
+    options: dict[str, Any] = {
         "scenario": scenario,
         "num_envs": num_envs,
         "seed": seed,
         "reward_type": reward,
         "reward_field": reward_field,
         "action_type": action_type,
+        "policy": None if policy is None else str(policy),
         "dispatch": dispatch,
         "learning_rate": learning_rate,
     }
-    changes = {key: value for key, value in changes.items() if value is not None}
+    options = {key: value for key, value in options.items() if value is not None} | parse_settings(settings or [])
     if steps is not None or seconds is not None:
-        changes |= {"total_steps": steps, "seconds": seconds}
-
+        options |= {"total_steps": steps, "seconds": seconds}
+    if address is not None and backend is not Backend.RAY:
+        raise InvalidOptionError(f"--address {address} needs --backend ray")
+    algo, chosen = chosen_config(algo, config, options, resume)
+    if print_config:
+        typer.echo(to_toml(algo, chosen), nl=False)
+        return
     out = out or resume or Path("out/train")
-    if algo.startswith(_SB3):
-        scenario, run = _sb3(algo.removeprefix(_SB3), changes | ({"policy": str(policy)} if policy else {}), resume)
-    elif policy is not None:
-        raise typer.BadParameter(
-            f"{algo} has one network; only the sb3- algorithms have a choice", param_hint="--policy"
-        )
-    else:
-        scenario, run = {Algorithm.PPO: _ppo, Algorithm.SAC_GRU: _sac_gru}[algo](changes, resume)
     if tensorboard is None:
         tensorboard = find_spec("tensorboard") is not None
     with _interruptible() as interrupted, _Display(quiet=as_json) as display:
@@ -117,59 +139,58 @@ def train(
             display.show(progress)
             return interrupted.is_set()
 
-        checkpoint, history = run(out, callback, tensorboard)
-    _report(scenario, checkpoint, history, interrupted.is_set(), as_json)
+        keywords: dict[str, Any] = {"out": out, "resume_from": resume, "callback": callback, "tensorboard": tensorboard}
+        if backend is Backend.RAY:
+            from ..training.cluster import train_on_ray
+
+            result = train_on_ray(algo, chosen, address=address, **keywords)
+        else:
+            result = run_recipe(algo, chosen, **keywords)
+    assert result.checkpoint is not None
+    _report(str(chosen.scenario), result.checkpoint, result.history, interrupted.is_set(), as_json)
     if interrupted.is_set():
         raise typer.Exit(130)
+    if evaluate:
+        from .compare import compare
+
+        compare(
+            scenario=str(chosen.scenario), policies=f"ecmp,lsq,sed,{result.checkpoint}", seeds=evaluate, quiet=as_json
+        )
 
 
-Run = Callable[[Path, Callable[["Progress"], bool], bool], tuple[Path, list["Progress"]]]
+def chosen_config(
+    algo: str | None, file: Path | None, options: dict[str, Any], resume: Path | None
+) -> tuple[str, TrainingConfig]:
+    """The recipe's name and its configuration: the checkpoint's, the file's over it, the options over both.
+
+    Raises:
+        LbgymError: what the user can put right.
+    """
+    in_file: dict[str, Any] = {}
+    named = None
+    if file is not None:
+        named, in_file = read_config(file)
+    algo = algo or named or (algo_of(resume) if resume is not None else "ppo")
+    if "total_steps" in options or "seconds" in options:
+        # a budget on the command line is all of it
+        in_file = {key: value for key, value in in_file.items() if key not in ("total_steps", "seconds")}
+    if in_file:
+        make_config(algo, in_file, where=str(file))
+    return algo, make_config(algo, in_file | options, resume_from=resume, where="the options")
 
 
-def _ppo(changes: dict[str, Any], resume: Path | None) -> tuple[str, Run]:
-    from ..training.ppo import PPOConfig, config_of, read_checkpoint, train_ppo
-
-    saved = config_of(read_checkpoint(resume), resume) if resume is not None else PPOConfig()
-    # any number of replicas will do: share the flows among as many as go into it
-    replicas = math.gcd(saved.replicas_per_seed, changes.get("num_envs", saved.num_envs))
-    config = replace(saved, **changes, replicas_per_seed=replicas)
-
-    def run(out: Path, callback: Callable[[Progress], bool], tensorboard: bool) -> tuple[Path, list[Progress]]:
-        result = train_ppo(config, out=out, resume_from=resume, callback=callback, tensorboard=tensorboard)
-        assert result.checkpoint is not None
-        return result.checkpoint, result.history
-
-    return str(config.scenario), run
-
-
-def _sac_gru(changes: dict[str, Any], resume: Path | None) -> tuple[str, Run]:
-    from ..training.sac_gru import SACGRUConfig, config_of, read_checkpoint, train_sac_gru
-
-    saved = config_of(read_checkpoint(resume), resume) if resume is not None else SACGRUConfig()
-    config = replace(saved, **changes)
-
-    def run(out: Path, callback: Callable[[Progress], bool], tensorboard: bool) -> tuple[Path, list[Progress]]:
-        result = train_sac_gru(config, out=out, resume_from=resume, callback=callback, tensorboard=tensorboard)
-        assert result.checkpoint is not None
-        return result.checkpoint, result.history
-
-    return str(config.scenario), run
-
-
-def _sb3(algorithm: str, changes: dict[str, Any], resume: Path | None) -> tuple[str, Run]:
-    from ..training.sb3 import SB3Config, config_of, train_sb3
-
-    if resume is not None:
-        config = replace(config_of(resume, algorithm), **changes)
-    else:
-        config = SB3Config(algorithm=algorithm, **changes)
-
-    def run(out: Path, callback: Callable[[Progress], bool], tensorboard: bool) -> tuple[Path, list[Progress]]:
-        result = train_sb3(config, out=out, resume_from=resume, callback=callback, tensorboard=tensorboard)
-        assert result.checkpoint is not None
-        return result.checkpoint, result.history
-
-    return str(config.scenario), run
+def parse_settings(items: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts; a value that is no TOML is a text."""
+    settings = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise InvalidOptionError(f"--set takes KEY=VALUE, got {item!r}")
+        try:
+            settings[key.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            settings[key.strip()] = text.strip()
+    return settings
 
 
 @contextmanager

@@ -92,6 +92,49 @@ class EquivariantNetwork(ServerEncoder, ServerHead):
         return self.decode(h, self.pool(h, active))
 
 
+class FlatServerNetwork(EquivariantNetwork):
+    """The same from a flat observation to flat outputs: where other frameworks expect dense layers.
+
+    As a TorchRL module: ``TensorDictModule(FlatServerNetwork(12, 64, 3), ["observation"], ["logits"])``.
+
+    Args:
+        features: F, numbers per server behind the bitmap of the active ones; 11 for the observation layout "flat".
+        hidden: H, width.
+        outputs: O, outputs per server.
+        joint: give the outputs of all O^N joint choices instead, each the sum of its servers'; see :func:`joint_sums`.
+        value: give one value of all servers instead of their outputs.
+        gain: scale of the last layer's initial parameters.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        outputs: int = 1,
+        *,
+        joint: bool = False,
+        value: bool = False,
+        gain: float = 0.01,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.features, self.joint = features, joint
+        self._add_encoder(features, hidden)
+        self.critic = value_of_context(hidden) if value else None
+        if not value:
+            self._add_head(hidden, outputs, gain)
+
+    def forward(self, flat: Tensor) -> Tensor:  # type: ignore[override]
+        """Flat [..., N (1 + F)] -> outputs [..., N O], 0 where inactive, or [..., O^N], or a value [..., 1]."""
+        n = flat.shape[-1] // (1 + self.features)
+        active = flat[..., :n] > 0.5
+        h = self.encode(flat[..., n:].unflatten(-1, (n, self.features)), active)
+        pooled = self.pool(h, active)
+        if self.critic is not None:
+            return self.critic(pooled)
+        out = masked(self.decode(h, pooled), active)
+        return joint_sums(out) if self.joint else out.flatten(-2)
+
+
 class RecurrentNetwork(EquivariantNetwork):
     """The same with a memory: a GRU of shared weights per server between the encoder and the pooling."""
 
@@ -262,6 +305,18 @@ def draw(logits: Tensor, active: Tensor, generator: torch.Generator | None) -> T
     """Choices [B, N] drawn from logits [B, N, K]; inactive servers get the mode."""
     drawn = torch.multinomial(logits.flatten(0, 1).softmax(-1), 1, generator=generator).view(active.shape)
     return torch.where(active, drawn, logits.argmax(-1))
+
+
+def joint_sums(out: Tensor) -> Tensor:
+    """Outputs [..., N, O] of every server -> their sums [..., O^N] for all joint choices, the last server's fastest.
+
+    Of logits they are those of independent choices; of utilities, values by decomposition (Sunehag et al.,
+    arXiv:1706.05296, 2017).
+    """
+    total = out[..., 0, :]
+    for i in range(1, out.shape[-2]):
+        total = (total.unsqueeze(-1) + out[..., i, :].unsqueeze(-2)).flatten(-2)
+    return total
 
 
 def masked(x: Tensor, active: Tensor) -> Tensor:

@@ -18,13 +18,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
-from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError, LbgymError, MissingExtraError
@@ -35,23 +34,18 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training with PPO") from error
 
+from .config import TrainingConfig, plain_config, saved_config
 from .networks import ActionKind, ServerNetwork, server_inputs
 from .runs import (
     Progress,
     clone,
     log,
     output_file,
-    plain_config,
     read_format,
-    saved_config,
     summary_writer,
     torch_threads,
     write_whole,
 )
-
-if TYPE_CHECKING:
-    from ..scenarios import Scenario
-    from ..vector_env import LoadBalanceVectorEnv
 
 FORMAT = "lbgym-ppo"
 VERSION = 1
@@ -60,45 +54,18 @@ LOSSES = ("policy", "value", "entropy", "kl", "clipped")
 
 
 @dataclass(kw_only=True)
-class PPOConfig:
-    """What to train on and how."""
+class PPOConfig(TrainingConfig):
+    """What to train on and how: action types "normalized" (continuous), "discrete" and "joint"."""
 
-    scenario: str | Path | Scenario | None = "heterogeneous"
-    """a scenario's name, a TOML path or a Scenario"""
-    num_servers: int | None = None
-    """servers; None: the scenario's"""
-    action_type: str = "normalized"
-    """"normalized" (continuous), "discrete" or "joint"; see ``LoadBalanceEnv``"""
-    reward_type: Any = "open_flows"
-    """what is maximised; any ``reward_type`` of the environment"""
-    reward_field: str | None = None
-    """the feature that a fairness reward is taken on; None: the environment's default"""
-    dispatch: str | None = None
-    """dispatch rule; None: the scenario's"""
-    max_steps: int = 256
-    """steps of an episode; the episode is then truncated and the replicas start again, empty"""
-    env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """further keys of ``LoadBalanceVectorEnv``"""
-
-    seed: int = 1
-    """seeds the network, the actions, the minibatches and every replica"""
     total_steps: int | None = 1_500_000
     """environment steps, all replicas together; None: no limit"""
-    seconds: float | None = None
-    """wall-clock limit, without the compilation of the simulator; None: no limit"""
-    num_envs: int = 256
-    """replicas"""
     replicas_per_seed: int = 4
     """replicas that see the same flows; their mean advantage is the baseline. 1: no such baseline"""
-    num_steps: int = 16
-    """steps of every replica between two updates"""
 
     learning_rate: float = 3e-3
     """step size of Adam"""
     anneal_lr: bool = True
     """let the step size fall linearly to zero over the budget"""
-    gamma: float = 0.95
-    """discount per step"""
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimate"""
     epochs: int = 2
@@ -127,18 +94,14 @@ class PPOConfig:
     log_std: float = -1.2
     """initial log standard deviation of continuous actions"""
 
-    torch_threads: int = 1
-    """threads of torch; more than one rarely pays for a network this small"""
-    checkpoint_every: float = 30.0
-    """seconds between checkpoints"""
+    whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {
+        "replicas_per_seed": 1,
+        "epochs": 1,
+        "minibatches": 1,
+    }
 
     def __post_init__(self) -> None:
-        if self.total_steps is None and self.seconds is None:
-            raise LbgymError("PPOConfig needs total_steps, seconds or both, got neither")
-        for name in ("num_envs", "replicas_per_seed", "num_steps", "max_steps", "epochs", "minibatches", "hidden"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise LbgymError(f"PPOConfig.{name} must be a whole number of at least 1, got {value!r}")
+        super().__post_init__()
         if self.num_envs % self.replicas_per_seed:
             raise LbgymError(
                 f"PPOConfig.num_envs must be a multiple of replicas_per_seed={self.replicas_per_seed}, "
@@ -149,30 +112,6 @@ class PPOConfig:
                 f"PPOConfig.minibatches must be at most num_envs * num_steps = {self.num_envs * self.num_steps}, "
                 f"got {self.minibatches}"
             )
-
-    def observation_kwargs(self) -> dict[str, Any]:
-        """The environment keys that a policy's observations and actions depend on."""
-        keys: dict[str, Any] = {"action_type": self.action_type, "dispatch": self.dispatch, "step_interval": 0.25}
-        keys |= {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
-        return keys | {"observation": "flat", "normalize": True}
-
-    def make_env(self) -> LoadBalanceVectorEnv:
-        """The vector environment to train on."""
-        from ..vector_env import LoadBalanceVectorEnv
-
-        keys: dict[str, Any] = {
-            "scenario": self.scenario,
-            "num_servers": self.num_servers,
-            "reward_type": self.reward_type,
-            "max_steps": self.max_steps,
-            "action_type": self.action_type,
-            "dispatch": self.dispatch,
-        }
-        if self.reward_field is not None:
-            keys["reward_field"] = self.reward_field
-        keys |= self.env_kwargs
-        keys |= {"observation": "flat", "normalize": True, "autoreset_mode": AutoresetMode.DISABLED}
-        return LoadBalanceVectorEnv(num_envs=self.num_envs, **keys)
 
 
 @dataclass(frozen=True)
@@ -278,7 +217,7 @@ def train_ppo(
     saved = None
     if resume_from is not None:
         saved = read_checkpoint(resume_from)
-        config = config or config_of(saved, resume_from)
+        config = config or PPOConfig(**saved_config(saved["config"], resume_from))
     config = config or PPOConfig()
     checkpoint = output_file(out, CHECKPOINT_NAME)
     logs = checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
@@ -559,13 +498,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read_format(path, {FORMAT: VERSION})
 
 
-def config_of(saved: dict[str, Any], path: str | os.PathLike[str]) -> PPOConfig:
-    """The configuration that a checkpoint, read from ``path``, was trained with.
+def config_of(path: str | os.PathLike[str]) -> PPOConfig:
+    """The configuration that a checkpoint was trained with.
 
     Raises:
-        CheckpointError: if it had a part with no plain form.
+        CheckpointError: if the file is none of this recipe, or the configuration had a part with no plain form.
     """
-    return PPOConfig(**saved_config(saved, path))
+    return PPOConfig(**saved_config(read_checkpoint(path)["config"], path))
 
 
 class PPOPolicy:

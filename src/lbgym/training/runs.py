@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,11 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training in plain torch") from error
 
 #: Recipes in plain torch by the format of their checkpoints: module and class of the policy.
-RECIPES = {"lbgym-ppo": ("ppo", "PPOPolicy"), "lbgym-sac-gru": ("sac_gru", "SACGRUPolicy")}
+RECIPES = {
+    "lbgym-ppo": ("ppo", "PPOPolicy"),
+    "lbgym-sac-gru": ("sac_gru", "SACGRUPolicy"),
+    "lbgym-exported": ("exported", "ExportedPolicy"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,20 +50,6 @@ class Progress:
     reward: float
     fct_mean: float
     losses: dict[str, float]
-
-
-def plain_config(config: Any) -> dict[str, Any]:
-    """A configuration as plain data. A Scenario object or a callable reward has no plain form and becomes None."""
-    plain = {f.name: getattr(config, f.name) for f in fields(config)}
-    if isinstance(config.scenario, Path):
-        plain["scenario"] = str(config.scenario)
-    elif not isinstance(config.scenario, str):
-        plain["scenario"] = None
-    if callable(config.reward_type):
-        plain["reward_type"] = None
-    elif isinstance(config.reward_type, Mapping):
-        plain["reward_type"] = dict(config.reward_type)
-    return plain
 
 
 def clone(tree: Any) -> Any:
@@ -157,7 +147,9 @@ def read_format(path: str | os.PathLike[str], versions: Mapping[str, int]) -> di
         raise CheckpointError(f"{os.fspath(path)} is not a checkpoint that can be read: {error}") from error
     found = str(saved.get("format") if isinstance(saved, dict) else type(saved).__name__)
     if not isinstance(saved, dict) or found not in versions:
-        raise CheckpointError(f"{os.fspath(path)} is no {' or '.join(versions)} checkpoint: its format is {found}")
+        *others, last = versions
+        known = f"{', '.join(others)} or {last}" if others else last
+        raise CheckpointError(f"{os.fspath(path)} is no {known} checkpoint: its format is {found}")
     if saved["version"] != versions[found]:
         raise CheckpointError(
             f"checkpoint {os.fspath(path)} has format version {saved['version']}, written by lbgym {saved['lbgym']}; "
@@ -196,19 +188,3 @@ def load_policy(path: str | os.PathLike[str], *, deterministic: bool = True, see
 
 def _module(recipe: str) -> Any:
     return import_module(f".{RECIPES[recipe][0]}", __package__)
-
-
-def saved_config(saved: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of the configuration that a checkpoint, read from ``path``, was trained with.
-
-    Raises:
-        CheckpointError: if it had a part with no plain form.
-    """
-    plain = dict(saved["config"])
-    for name in ("scenario", "reward_type"):
-        if plain[name] is None:
-            raise CheckpointError(
-                f"checkpoint {os.fspath(path)} was trained with a {name} that is a Python object: resume it from "
-                f"Python with a config that has it"
-            )
-    return plain

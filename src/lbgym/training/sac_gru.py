@@ -25,13 +25,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
-from gymnasium.vector import AutoresetMode
 
 from ..errors import CheckpointError, LbgymError, MissingExtraError
 
@@ -41,23 +40,18 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training with SAC-GRU") from error
 
+from .config import TrainingConfig, plain_config, saved_config
 from .networks import ActionKind, Moments, RecurrentNetwork, draw, server_inputs
 from .runs import (
     Progress,
     clone,
     log,
     output_file,
-    plain_config,
     read_format,
-    saved_config,
     summary_writer,
     torch_threads,
     write_whole,
 )
-
-if TYPE_CHECKING:
-    from ..scenarios import Scenario
-    from ..vector_env import LoadBalanceVectorEnv
 
 FORMAT = "lbgym-sac-gru"
 VERSION = 1
@@ -66,35 +60,19 @@ LOSSES = ("policy", "value", "entropy", "temperature", "q")
 
 
 @dataclass(kw_only=True)
-class SACGRUConfig:
+class SACGRUConfig(TrainingConfig):
     """What to train on and how. Values named "MARLLB" are those of its paper's moderate testbed."""
 
-    scenario: str | Path | Scenario | None = "heterogeneous"
-    """a scenario's name, a TOML path or a Scenario"""
-    num_servers: int | None = None
-    """servers; None: the scenario's"""
     action_type: str = "discrete"
     """"discrete" or "joint"; see ``LoadBalanceEnv``"""
     action_weights: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
     """levels to choose each server's weight from. MARLLB's 1 to 2 in steps of 0.2 are for servers whose speeds differ
     twofold"""
-    reward_type: Any = "open_flows"
-    """what is maximised; any ``reward_type`` of the environment"""
-    reward_field: str | None = None
-    """the feature that a fairness reward is taken on; None: the environment's default"""
-    dispatch: str | None = None
-    """dispatch rule; None: the scenario's"""
     max_steps: int = 240
     """steps of an episode; MARLLB: 60 s of 0.25 s each"""
-    env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """further keys of ``LoadBalanceVectorEnv``"""
 
-    seed: int = 1
-    """seeds the network, the actions, the batches and every replica"""
     total_steps: int | None = 300_000
     """environment steps, all replicas together; None: no limit"""
-    seconds: float | None = None
-    """wall-clock limit, without the compilation of the simulator; None: no limit"""
     num_envs: int = 64
     """replicas; each lives through flows of its own"""
     num_steps: int = 8
@@ -104,8 +82,6 @@ class SACGRUConfig:
     """step size of Adam for actor and critics; MARLLB: 1e-3"""
     temperature_rate: float = 1e-2
     """step size of Adam for the logarithm of the temperature"""
-    gamma: float = 0.95
-    """discount per step"""
     tau: float = 0.01
     """share of the critics that their targets take over per update"""
     updates: int = 4
@@ -131,20 +107,17 @@ class SACGRUConfig:
     """width of every layer and of the recurrent state. MARLLB: 128, for all servers at once; here the parameters are
     those of one server"""
 
-    torch_threads: int = 1
-    """threads of torch"""
-    checkpoint_every: float = 30.0
-    """seconds between checkpoints"""
+    whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {
+        "updates": 1,
+        "batch_size": 1,
+        "sequence_length": 1,
+        "burn_in": 0,
+        "warmup": 0,
+    }
 
     def __post_init__(self) -> None:
         self.action_weights = tuple(float(w) for w in self.action_weights)
-        if self.total_steps is None and self.seconds is None:
-            raise LbgymError("SACGRUConfig needs total_steps, seconds or both, got neither")
-        positive = ("num_envs", "num_steps", "max_steps", "updates", "batch_size", "sequence_length", "hidden")
-        for name, least in (*((name, 1) for name in positive), ("burn_in", 0), ("warmup", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise LbgymError(f"SACGRUConfig.{name} must be a whole number of at least {least}, got {value!r}")
+        super().__post_init__()
         action_type = self.observation_kwargs()["action_type"]
         if action_type not in ("discrete", "joint"):
             raise LbgymError(
@@ -161,21 +134,7 @@ class SACGRUConfig:
 
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a policy's observations and actions depend on."""
-        keys: dict[str, Any] = {"action_type": self.action_type, "action_weights": self.action_weights}
-        keys |= {"dispatch": self.dispatch, "step_interval": 0.25}
-        keys |= {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
-        return keys | {"observation": "flat", "normalize": True}
-
-    def make_env(self) -> LoadBalanceVectorEnv:
-        """The vector environment to train on."""
-        from ..vector_env import LoadBalanceVectorEnv
-
-        keys: dict[str, Any] = {"scenario": self.scenario, "num_servers": self.num_servers, "max_steps": self.max_steps}
-        keys |= {"reward_type": self.reward_type}
-        if self.reward_field is not None:
-            keys["reward_field"] = self.reward_field
-        keys |= self.env_kwargs | self.observation_kwargs()
-        return LoadBalanceVectorEnv(num_envs=self.num_envs, autoreset_mode=AutoresetMode.DISABLED, **keys)
+        return {"action_weights": self.action_weights} | super().observation_kwargs()
 
 
 @dataclass(frozen=True)
@@ -334,7 +293,7 @@ def train_sac_gru(
     saved = None
     if resume_from is not None:
         saved = read_checkpoint(resume_from)
-        config = config or config_of(saved, resume_from)
+        config = config or SACGRUConfig(**saved_config(saved["config"], resume_from))
     config = config or SACGRUConfig()
     checkpoint = output_file(out, CHECKPOINT_NAME)
     logs = checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
@@ -578,13 +537,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read_format(path, {FORMAT: VERSION})
 
 
-def config_of(saved: dict[str, Any], path: str | os.PathLike[str]) -> SACGRUConfig:
-    """The configuration that a checkpoint, read from ``path``, was trained with.
+def config_of(path: str | os.PathLike[str]) -> SACGRUConfig:
+    """The configuration that a checkpoint was trained with.
 
     Raises:
-        CheckpointError: if it had a part with no plain form.
+        CheckpointError: if the file is none of this recipe, or the configuration had a part with no plain form.
     """
-    return SACGRUConfig(**saved_config(saved, path))
+    return SACGRUConfig(**saved_config(read_checkpoint(path)["config"], path))
 
 
 class SACGRUPolicy:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
 import gymnasium
 import numpy as np
@@ -39,10 +39,10 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "training with Stable-Baselines3") from error
 
-from .runs import Progress, output_file, plain_config, torch_threads, write_whole
+from .config import PER_ALGORITHM, TrainingConfig, plain_config, saved_config
+from .runs import Progress, output_file, torch_threads, write_whole
 
 if TYPE_CHECKING:
-    from ..scenarios import Scenario
     from ..vector_env import LoadBalanceVectorEnv
 
 #: Transitions per gradient step of the off-policy algorithms: with minibatches of 256 each serves about eight times.
@@ -133,9 +133,6 @@ ALGORITHMS = {
         _REPLAY | {"action_noise": 0.2},
     ),
 }
-
-# What a field of the configuration that was not given is until the algorithm's default takes its place.
-PER_ALGORITHM: Any = None
 
 # What is logged, by the names of Progress and those of Stable-Baselines3's logs, of which the first found counts.
 _LOSSES = {
@@ -239,7 +236,7 @@ class SB3VecEnv(VecEnv):
 
 
 @dataclass(kw_only=True)
-class SB3Config:
+class SB3Config(TrainingConfig):
     """What to train on and how, with an algorithm of Stable-Baselines3 or sb3-contrib.
 
     The fields whose default depends on the algorithm hold it once the configuration is made; so ``dataclasses.replace``
@@ -260,38 +257,18 @@ class SB3Config:
     """further arguments of the algorithm's class over those of ``ALGORITHMS``; ``action_noise`` is the standard
     deviation of the noise, a number"""
 
-    scenario: str | Path | Scenario | None = "heterogeneous"
-    """a scenario's name, a TOML path or a Scenario"""
-    num_servers: int | None = None
-    """servers; None: the scenario's"""
     action_type: str = PER_ALGORITHM
     """an ``action_type`` of ``LoadBalanceEnv``: any for "ppo", "a2c" and "recurrent-ppo" (default "normalized"),
     "joint" for "dqn", and for "sac" and "td3" either "normalized" (default) or "continuous"."""
-    reward_type: Any = "open_flows"
-    """what is maximised; any ``reward_type`` of the environment"""
-    reward_field: str | None = None
-    """the feature that a fairness reward is taken on; None: the environment's default"""
-    dispatch: str | None = None
-    """dispatch rule; None: the scenario's"""
-    max_steps: int = 256
-    """steps of an episode"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """further keys of ``LoadBalanceVectorEnv``; "dqn" has ``action_weights`` of 1 and 4 unless told otherwise"""
 
-    seed: int = 1
-    """seeds the network, the actions and the replicas"""
-    total_steps: int | None = 1_000_000
-    """environment steps, all replicas together; None: no limit"""
-    seconds: float | None = None
-    """wall-clock limit; None: no limit"""
     num_envs: int = PER_ALGORITHM
     """replicas; 256 for "ppo" and "a2c", 64 for the others"""
     num_steps: int = PER_ALGORITHM
     """steps of every replica between two updates; 64 for "ppo" and "recurrent-ppo", 8 for "a2c", 4 for the others"""
     learning_rate: float = PER_ALGORITHM
     """step size of the optimiser; 1e-3, but 7e-4 for "a2c" and 5e-4 for "dqn" and "td3"."""
-    gamma: float = 0.95
-    """discount per step"""
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimate; on-policy algorithms only"""
     epochs: int = 4
@@ -302,25 +279,20 @@ class SB3Config:
     """width of the layers, two of them with "mlp", and of the LSTM"""
     log_std: float = -1.0
     """initial log standard deviation of continuous actions; on-policy algorithms only"""
-    torch_threads: int = 1
-    """threads of torch; more than one rarely pays for a network this small"""
-    checkpoint_every: float = 30.0
-    """seconds between checkpoints"""
+
+    autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.SAME_STEP
 
     def __post_init__(self) -> None:
-        if self.total_steps is None and self.seconds is None:
-            raise LbgymError("SB3Config needs total_steps, seconds or both, got neither")
         if self.algorithm not in ALGORITHMS:
             raise UnknownNameError("algorithm", self.algorithm, ALGORITHMS, "SB3Config")
         kind = ALGORITHMS[self.algorithm]
-        for name, default in (
-            ("action_type", kind.action_types[0]),
-            ("num_envs", kind.num_envs),
-            ("num_steps", kind.num_steps),
-            ("learning_rate", kind.learning_rate),
-        ):
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        self.fill_in(
+            action_type=kind.action_types[0],
+            num_envs=kind.num_envs,
+            num_steps=kind.num_steps,
+            learning_rate=kind.learning_rate,
+        )
+        super().__post_init__()
         self.env_kwargs = {**kind.env_kwargs, **self.env_kwargs}
         # a name that is no action type at all is the environment's to refuse
         if self.action_type in ACTION_TYPES and self.action_type not in kind.action_types:
@@ -340,20 +312,9 @@ class SB3Config:
             )
 
     def observation_kwargs(self) -> dict[str, Any]:
-        """The environment keys that a policy's observations and actions depend on."""
-        keys: dict[str, Any] = {"observation": "flat", "normalize": True, "action_type": self.action_type}
-        keys |= {"dispatch": self.dispatch, "step_interval": 0.25}
-        return keys | {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
-
-    def make_env(self) -> LoadBalanceVectorEnv:
-        """The vector environment to train on."""
-        from ..vector_env import LoadBalanceVectorEnv
-
-        keys: dict[str, Any] = {"scenario": self.scenario, "num_servers": self.num_servers, "max_steps": self.max_steps}
-        keys |= {"reward_type": self.reward_type} | self.observation_kwargs() | self.env_kwargs
-        if self.reward_field is not None:
-            keys["reward_field"] = self.reward_field
-        return LoadBalanceVectorEnv(num_envs=self.num_envs, autoreset_mode=AutoresetMode.SAME_STEP, **keys)
+        """The environment keys that a policy's observations and actions depend on; every layout will do."""
+        keys = super().observation_kwargs()
+        return keys | {k: v for k, v in self.env_kwargs.items() if k in keys}
 
 
 @dataclass(frozen=True)
@@ -639,11 +600,4 @@ def config_of(path: str | os.PathLike[str], algorithm: str | None = None) -> SB3
     data = _read(path)
     if algorithm is not None:
         _check_algorithm(path, data, algorithm)
-    plain = dict(data["lbgym_config"])
-    for name in ("scenario", "reward_type"):
-        if plain[name] is None:
-            raise CheckpointError(
-                f"model {path} was trained with a {name} that is a Python object: resume it from Python "
-                f"with a config that has it"
-            )
-    return SB3Config(**plain)
+    return SB3Config(**saved_config(data["lbgym_config"], path))

@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "policies for Stable-Baselines3") from error
 
 from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH
-from .networks import ServerEncoder, ServerHead, masked, value_of_context
+from .networks import ServerEncoder, ServerHead, joint_sums, masked, value_of_context
 
 # Numbers per server of a flat observation: whether it is active, and the features without and with the ground truth.
 _FLAT_WIDTHS = (1 + NUM_FEATURES, 1 + NUM_FEATURES + NUM_GROUND_TRUTH)
@@ -115,8 +115,7 @@ class ServerOutputs(nn.Module):
     """O outputs per server from what the extractor gives, 0 where inactive.
 
     They come server by server, [B, N O], or with ``joint`` as the sum over the servers for each of the O^N joint
-    choices, the last server's varying fastest: logits of independent choices, or utilities whose sum is the value
-    (Sunehag et al., arXiv:1706.05296, 2017).
+    choices: :func:`~lbgym.training.networks.joint_sums`.
     """
 
     def __init__(self, extractor: EquivariantExtractor, outputs: int, *, joint: bool = False) -> None:
@@ -127,12 +126,7 @@ class ServerOutputs(nn.Module):
     def forward(self, flat: Tensor) -> Tensor:
         active, h, pooled = split(flat, self.num_servers, self.hidden)
         out = masked(self.head.decode(h, pooled), active)
-        if not self.joint:
-            return out.flatten(1)
-        total = out[:, 0]
-        for i in range(1, self.num_servers):
-            total = (total.unsqueeze(-1) + out[:, i].unsqueeze(1)).flatten(1)
-        return total
+        return joint_sums(out) if self.joint else out.flatten(1)
 
 
 class ContextValue(nn.Module):
