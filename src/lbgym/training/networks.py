@@ -44,9 +44,14 @@ class ServerEncoder(nn.Module):
 
     def encode(self, features: Tensor, active: Tensor) -> Tensor:
         """Features [..., N, F], active bool[..., N] -> [..., N, H], not negative, 0 where inactive."""
-        features = masked(features, active)
+        features = self.mask(features, active)
         h = torch.relu(self.encoder(features) + self.others(mean_over_servers(features, active)).unsqueeze(-2))
-        return masked(h, active)
+        return self.mask(h, active)
+
+    @staticmethod
+    def mask(x: Tensor, active: Tensor) -> Tensor:
+        """X [..., N, F] with 0 where inactive, which is no work where all are active."""
+        return masked(x, active)
 
     @staticmethod
     def pool(h: Tensor, active: Tensor) -> Tensor:
@@ -131,8 +136,13 @@ class FlatServerNetwork(EquivariantNetwork):
         pooled = self.pool(h, active)
         if self.critic is not None:
             return self.critic(pooled)
-        out = masked(self.decode(h, pooled), active)
+        out = self.mask(self.decode(h, pooled), active)
         return joint_sums(out) if self.joint else out.flatten(-2)
+
+    @staticmethod
+    def mask(x: Tensor, active: Tensor) -> Tensor:
+        """X [..., N, F] with 0 where inactive, whatever the values: torch.vmap, in TorchRL's losses, allows no branch."""
+        return x * active.unsqueeze(-1)
 
 
 class RecurrentNetwork(EquivariantNetwork):
