@@ -1,0 +1,314 @@
+"""Any recipe on a Ray cluster: it trains on whichever node is free, and survives the loss of that node.
+
+The training runs in an actor; its checkpoints come back to this process through Ray and are written here, so the nodes
+share no storage. When the actor is lost with its node, another one goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import shutil
+import socket
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, InvalidOptionError, LbgymError, MissingExtraError
+
+try:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+except ModuleNotFoundError as error:
+    raise MissingExtraError("ray", "rllib", "training on a Ray cluster") from error
+
+from .config import TrainingConfig
+from .recipes import recipe_of
+from .recipes import train as run_recipe
+from .runs import Progress, log, output_file, summary_writer
+
+logger = logging.getLogger("lbgym")
+
+#: Seconds between two looks at the training.
+POLL = 0.25
+#: Seconds without an answer after which it is said that none comes.
+PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class ClusterResult:
+    """A finished training run: the last checkpoint (None without ``out``), the history, and how often it was lost."""
+
+    checkpoint: Path | None
+    history: list[Progress]
+    restarts: int
+
+
+class ClusterError(LbgymError, RuntimeError):
+    """A training that the cluster lost more often than it was to be started again."""
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """A connection to Ray: the process's own if it has one, else one that ends with the block.
+
+    Args:
+        address: of a cluster, such as "auto", "10.0.0.1:6379" or "ray://10.0.0.1:10001"; None: that of the environment
+            variable RAY_ADDRESS, else a local Ray that is started here.
+
+    Raises:
+        ClusterError: if there is no cluster at that address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _check_answers(address or os.environ.get("RAY_ADDRESS") or "")
+    try:
+        # without this Ray starts workers with a copy of the current folder where it finds a uv environment
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+        ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ClusterError(f"cannot join the Ray cluster at {address or 'RAY_ADDRESS'}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself takes minutes to find out that nothing listens at an address.
+
+    Raises:
+        ClusterError: if nothing does.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():
+        # "auto", "local": Ray finds the address itself
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(f"cannot join the Ray cluster at {address}: nothing answers there ({error})") from None
+
+
+def train_on_ray(
+    algo: str,
+    config: TrainingConfig,
+    *,
+    address: str | None = None,
+    cpus: float = 1.0,
+    max_restarts: int = 10,
+    out: str | os.PathLike[str] | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
+    callback: Callable[[Progress], bool | None] | None = None,
+    tensorboard: bool = False,
+) -> ClusterResult:
+    """Train with any recipe on a Ray cluster, whose nodes need lbgym and the recipe's framework.
+
+    Args:
+        algo: the recipe's name, one of ``RECIPES``.
+        config: what to train on and how. ``checkpoint_every`` is what the loss of a node can cost.
+        address: of the cluster; see :func:`connected`.
+        cpus: that the training takes on its node. RLlib's env runners take theirs beside it.
+        max_restarts: how often the training may be lost before that is an error.
+        out: the checkpoint's file, or a folder for it, on this machine; None: keep nothing.
+        resume_from: a checkpoint of the same recipe, on this machine, to go on with.
+        callback: told the progress after every update; returning True stops the training.
+        tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
+
+    On KeyboardInterrupt the training is asked to stop, and its checkpoint is written before the exception goes on.
+
+    Raises:
+        ClusterError: without a cluster, or if the training is lost more than ``max_restarts`` times.
+        LbgymError: what the recipe itself raises.
+    """
+    recipe = recipe_of(algo)
+    if not max_restarts >= 0:
+        raise InvalidOptionError(f"max_restarts must be at least 0, got {max_restarts!r}")
+    name = f"{algo}{recipe.suffix}"
+    checkpoint = output_file(out, name)
+    logs = checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
+    kept = None
+    if resume_from is not None:
+        if not Path(resume_from).is_file():
+            raise CheckpointError(f"checkpoint {os.fspath(resume_from)} does not exist")
+        kept = pack(Path(resume_from), (checkpoint or Path(name)).name)
+    run = _Run(algo, config, cpus, checkpoint or Path(name), kept, keep=checkpoint is not None)
+    with connected(address), summary_writer(logs) as writer:
+
+        def told(progress: Progress) -> bool:
+            if writer is not None:
+                log(writer, progress)
+            return bool(callback(progress)) if callback is not None else False
+
+        restarts = 0
+        while True:
+            try:
+                run.follow(told)
+                return ClusterResult(checkpoint, run.history, restarts)
+            except RayActorError as error:
+                restarts += 1
+                if restarts > max_restarts:
+                    raise ClusterError(
+                        f"the training was lost {restarts} times, the last time at step {run.step:,}: {error}"
+                    ) from None
+                lost_at = run.step
+                run.forget_lost_steps()
+                logger.warning(
+                    "the training was lost with its node at step %s; it goes on from %s",
+                    f"{lost_at:,}", f"the checkpoint of step {run.step:,}" if run.step else "where it began",
+                )  # fmt: skip
+
+
+class _Run:
+    """A training as this process knows it."""
+
+    def __init__(
+        self, algo: str, config: TrainingConfig, cpus: float, file: Path, saved: bytes | None, *, keep: bool
+    ) -> None:
+        self._algo, self._config, self._cpus, self._file, self._keep = algo, config, cpus, file, keep
+        self._saved = saved
+        self._saved_step = 0
+        self.history: list[Progress] = []
+
+    @property
+    def step(self) -> int:
+        return self.history[-1].step if self.history else self._saved_step
+
+    def forget_lost_steps(self) -> None:
+        """Go back to the last checkpoint."""
+        self.history = [progress for progress in self.history if progress.step <= self._saved_step]
+
+    def follow(self, told: Callable[[Progress], bool]) -> None:
+        """Start the training and look at it until it ends.
+
+        Raises:
+            RayActorError: if it is lost.
+        """
+        worker = ray.remote(_Worker).options(num_cpus=self._cpus, max_concurrency=2, max_restarts=0).remote()
+        done = worker.run.remote(self._algo, self._config, self._file.name, self._saved)
+        over, quiet_since, complained = False, time.monotonic(), False
+        try:
+            while not over:
+                # seen to be over before the last look, so that the look misses nothing
+                over = bool(ray.wait([done], timeout=POLL)[0])
+                try:
+                    news, saved = ray.get(worker.news.remote(), timeout=PATIENCE)
+                except GetTimeoutError:
+                    if not complained and time.monotonic() - quiet_since >= PATIENCE:
+                        logger.warning(
+                            "no answer for %.0f s: waiting for %g free CPU on a node of the Ray cluster, or for a node "
+                            "that does not answer",
+                            PATIENCE, self._cpus,
+                        )  # fmt: skip
+                        complained = True
+                    over = False
+                    continue
+                quiet_since, complained = time.monotonic(), False
+                self._take(news, saved, told, worker)
+            ray.get(done)
+        except KeyboardInterrupt:
+            worker.stop.remote()
+            ray.wait([done], timeout=60.0)
+            self._take(*ray.get(worker.news.remote(), timeout=PATIENCE), lambda progress: False, worker)
+            raise
+        except RayTaskError as error:
+            # the recipe's own exception, without the traceback of another machine in its text
+            if isinstance(error.cause, LbgymError):
+                raise error.cause from None
+            raise
+        finally:
+            ray.kill(worker)
+
+    def _take(
+        self, news: list[Progress], saved: tuple[int, bytes] | None, told: Callable[[Progress], bool], worker: Any
+    ) -> None:
+        for progress in news:
+            self.history.append(progress)
+            if told(progress):
+                worker.stop.remote()
+        if saved is not None:
+            self._saved_step, self._saved = saved
+            if self._keep:
+                unpack(self._saved, self._file.parent)
+
+
+class _Worker:
+    """The actor that trains, on some node of the cluster."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._news: list[Progress] = []
+        self._saved: tuple[int, bytes] | None = None
+        self._stop = threading.Event()
+
+    def run(self, algo: str, config: TrainingConfig, name: str, saved: bytes | None) -> None:
+        """Train to the end, or until told to stop."""
+        with tempfile.TemporaryDirectory(prefix="lbgym-") as folder:
+            file = Path(folder) / name
+            if saved is not None:
+                unpack(saved, file.parent)
+            written, step = self._age(file), 0
+
+            def callback(progress: Progress) -> bool:
+                nonlocal written, step
+                step = progress.step
+                # in the thread that writes checkpoints, so that none changes while it is packed
+                if (age := self._age(file)) != written:
+                    written = age
+                    self._publish(step, file)
+                with self._lock:
+                    self._news.append(progress)
+                return self._stop.is_set()
+
+            run_recipe(algo, config, out=file, resume_from=file if saved is not None else None, callback=callback)
+            self._publish(step, file)
+
+    def news(self) -> tuple[list[Progress], tuple[int, bytes] | None]:
+        """Progress, and the newest checkpoint with its step, since the last call."""
+        with self._lock:
+            news, self._news = self._news, []
+            saved, self._saved = self._saved, None
+        return news, saved
+
+    def stop(self) -> None:
+        """End after the update in progress."""
+        self._stop.set()
+
+    def _publish(self, step: int, file: Path) -> None:
+        packed = pack(file, file.name)
+        with self._lock:
+            self._saved = step, packed
+
+    @staticmethod
+    def _age(file: Path) -> int | None:
+        return file.stat().st_mtime_ns if file.exists() else None
+
+
+def pack(file: Path, name: str) -> bytes:
+    """A checkpoint and what lies beside it under its name (a replay buffer, a trainer's state), under another name."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for part in sorted(file.parent.glob(f"{file.stem}.*")):
+            archive.add(part, Path(name).stem + part.name.removeprefix(file.stem))
+    return stream.getvalue()
+
+
+def unpack(packed: bytes, folder: Path) -> None:
+    """Put the parts of a checkpoint into a folder, each whole or not at all, in place of those that are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".checkpoint-") as temporary:
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            archive.extractall(temporary, filter="data")
+        # the file itself last: what it needs is there by then
+        for part in sorted(Path(temporary).iterdir(), key=lambda part: part.is_file()):
+            if (there := folder / part.name).is_dir():
+                shutil.rmtree(there)
+            os.replace(part, there)
