@@ -66,6 +66,7 @@ def write_policy(
     num_servers: int,
     features: int,
     sees_weights: bool,
+    squash: bool = False,
     step: int,
     seconds: float,
     trainer: Mapping[str, Any] | None = None,
@@ -86,6 +87,7 @@ def write_policy(
         features: F, without the weights in force.
         sees_weights: whether each server's features end with the logarithm of its weight in force, as
             :func:`~lbgym.training.networks.server_inputs` gives it; the input is then float[B, N (2 + F)].
+        squash: whether continuous actions are the hyperbolic tangent of the network's outputs.
         step: environment steps it was trained for.
         seconds: time it was trained for.
         trainer: tensors and plain data that resuming needs.
@@ -102,6 +104,7 @@ def write_policy(
         "env_kwargs": config.observation_kwargs(),
         "shapes": {"features": features, "choices": kind.choices, "joint": kind.joint, "num_servers": num_servers},
         "sees_weights": sees_weights,
+        "squash": squash,
         "network": {"name": network, "arguments": dict(arguments), "parameters": clone(dict(parameters))},
         "step": step,
         "seconds": seconds,
@@ -154,6 +157,7 @@ class ExportedPolicy:
         self.features: int = shapes["features"]
         self.kind = ActionKind(shapes["choices"], shapes["joint"])
         self.sees_weights: bool = state["sees_weights"]
+        self.squash: bool = state["squash"]
         # dense layers are for the servers they were trained with, the others for any number
         self.num_servers: int | None = shapes["num_servers"] if network["name"] == "mlp" else None
         self.network = NETWORKS[network["name"]](**network["arguments"])
@@ -197,7 +201,7 @@ class ExportedPolicy:
     def _choose(self, out: Tensor, n: int) -> Tensor:
         """Choices [B, N] from the network's outputs."""
         if not self.kind.choices:
-            return out
+            return out.tanh() if self.squash else out
         logits = out if self.kind.joint else out.unflatten(-1, (n, self.kind.choices))
         if self.deterministic:
             index = logits.argmax(-1)

@@ -1,0 +1,210 @@
+"""The environments as RLlib's env runners step them, whatever the scale of the reward.
+
+RLlib hands rewards to its losses as they are. Here they are divided by a number that is the same in all env runners, so
+that a node that joins late, or a training that is resumed, learns from the same rewards as the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from ..errors import MissingExtraError
+
+try:
+    import torch
+    from ray.rllib.callbacks.callbacks import RLlibCallback
+    from ray.rllib.env.wrappers.pettingzoo_env import ParallelPettingZooEnv
+except ModuleNotFoundError as error:
+    raise MissingExtraError("ray", "rllib", "training with RLlib") from error
+
+from ..multi_agent_env import MultiLoadBalanceEnv
+from ..multi_agent_vector_env import MultiLoadBalanceVectorEnv
+from ..vector_env import LoadBalanceVectorEnv
+from .exported import with_weights
+
+#: What is told of the steps taken, by name; see :class:`Statistics`.
+STATISTICS = ("steps", "reward", "flows", "fct")
+
+
+class Statistics:
+    """Sums over the steps since they were last taken.
+
+    ``steps`` of all replicas (and balancers, if they are agents), their ``reward`` as the environment gives it, the
+    ``flows`` that ended and their completion times ``fct``, seconds.
+    """
+
+    def __init__(self) -> None:
+        self._sums = dict.fromkeys(STATISTICS, 0.0)
+
+    def add(self, rewards: NDArray[Any], completed: NDArray[Any], fct_mean: NDArray[Any]) -> None:
+        """Add steps with these rewards, in which so many flows ended, with such a mean completion time."""
+        self._sums["steps"] += rewards.size
+        self._sums["reward"] += float(rewards.sum())
+        self._sums["flows"] += float(completed.sum())
+        # the mean of no flows is NaN
+        self._sums["fct"] += float(np.where(completed > 0, fct_mean * completed, 0.0).sum())
+
+    def take(self) -> dict[str, float]:
+        """The sums, which begin again at 0."""
+        taken, self._sums = self._sums, dict.fromkeys(STATISTICS, 0.0)
+        return taken
+
+
+def observation_space(num_servers: int, features: int) -> spaces.Box:
+    """Flat observations with the weights in force, float32[N (2 + F)]."""
+    return spaces.Box(-np.inf, np.inf, (num_servers * (2 + features),), np.float32)
+
+
+class RLlibVectorEnv(LoadBalanceVectorEnv):
+    """The native vector environment for ``gym_env_vectorize_mode="vector_entry_point"``.
+
+    Observations are flat, with the weights in force: :func:`~lbgym.training.exported.with_weights`. Infos are empty,
+    since RLlib would make a dictionary per replica and step of them; what matters is in ``statistics``.
+
+    Args:
+        num_envs: replicas.
+        reward_scale: what rewards are divided by.
+        keys: those of :class:`~lbgym.LoadBalanceVectorEnv`.
+    """
+
+    def __init__(self, num_envs: int = 1, *, reward_scale: float = 1.0, **keys: Any) -> None:
+        super().__init__(num_envs, **keys | {"observation": "flat"})
+        self.reward_scale = reward_scale
+        self.statistics = Statistics()
+        self.single_observation_space = observation_space(self.num_servers, len(self.feature_columns))
+        self.observation_space = spaces.Box(-np.inf, np.inf, (num_envs, *self.single_observation_space.shape))
+        # compiles the simulator before the clock of the training starts
+        super().reset(seed=0)
+        super().step(self.action_space.sample())
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """As the vector environment; a whole number seeds replica i with ``seed * num_envs + i``.
+
+        RLlib's env runners get consecutive seeds, whose replicas would otherwise share most of theirs.
+        """
+        seeds = [seed * self.num_envs + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        observation, _ = super().reset(seed=seeds, options=options)
+        return observation, {}
+
+    def step(
+        self, actions: Any
+    ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """As the vector environment, with scaled rewards and nothing in the info."""
+        observation, rewards, terminated, truncated, info = super().step(actions)
+        # a replica that was reset has taken no step
+        stepped = self._steps > 0
+        self.statistics.add(rewards[stepped], info["completed"][stepped], info["fct_mean"][stepped])
+        return observation, rewards / self.reward_scale, terminated, truncated, {}
+
+    def _observation(self, snapshot: Any) -> Any:
+        flat = torch.from_numpy(super()._observation(snapshot))
+        return with_weights(flat, self._weights, len(self.feature_columns)).numpy()
+
+
+class RLlibMultiAgentEnv(ParallelPettingZooEnv):
+    """Every balancer an agent, as an RLlib ``MultiAgentEnv`` of one replica; otherwise as :class:`RLlibVectorEnv`.
+
+    Args:
+        keys: those of :class:`~lbgym.MultiLoadBalanceEnv`, and ``reward_scale``.
+        worker_index: that of the env runner, which spreads the seeds.
+    """
+
+    def __init__(self, keys: Mapping[str, Any], worker_index: int = 0) -> None:
+        rest = {name: value for name, value in keys.items() if name != "reward_scale"}
+        env = MultiLoadBalanceEnv(**rest | {"observation": "flat"})
+        # the constructor resets it
+        super().__init__(env)
+        self.env, self.worker_index = env, worker_index
+        self.reward_scale = float(keys.get("reward_scale", 1.0))
+        self.statistics = Statistics()
+        self.features = len(env.feature_columns)
+        # RLlib wants the balancers' names in a fixed order
+        self.agents = self.possible_agents = list(env.possible_agents)
+        space = observation_space(env.num_servers, self.features)
+        self.observation_spaces = dict.fromkeys(self.agents, space)
+        self.action_spaces = {agent: env.action_space(agent) for agent in self.agents}
+        self.observation_space = spaces.Dict(self.observation_spaces)
+        self.action_space = spaces.Dict(self.action_spaces)
+        env.step({agent: env.action_space(agent).sample() for agent in self.agents})
+
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
+        """Begin an episode; ``seed`` is made another one in each env runner."""
+        if seed is not None:
+            seed = seed * 1_000 + self.worker_index
+        observations, infos = self.env.reset(seed=seed, options=options)
+        return self._seen(observations, infos), {agent: {} for agent in observations}
+
+    def step(self, action_dict: Mapping[str, Any]) -> tuple[Any, Any, Any, Any, Any]:
+        """One interval, with scaled rewards and nothing in the infos."""
+        observations, rewards, terminated, truncated, infos = self.env.step(action_dict)
+        told = list(infos.values())
+        # the flows that ended are those of all balancers, told to each
+        first = told[0]
+        self.statistics.add(
+            np.array(list(rewards.values())), np.array(first["completed"]), np.array(first["fct_mean"])
+        )
+        scaled = {agent: reward / self.reward_scale for agent, reward in rewards.items()}
+        terminated["__all__"], truncated["__all__"] = all(terminated.values()), all(truncated.values())
+        return self._seen(observations, infos), scaled, terminated, truncated, {agent: {} for agent in observations}
+
+    def _seen(self, observations: Mapping[str, Any], infos: Mapping[str, Any]) -> dict[str, Any]:
+        rows = torch.from_numpy(np.stack([observations[agent] for agent in observations]))
+        weights = np.stack([infos[agent]["weights"] for agent in observations])
+        return dict(zip(observations, with_weights(rows, weights, self.features).numpy(), strict=True))
+
+
+class StatisticsCallback(RLlibCallback):
+    """Adds the statistics of the environments to the metrics of their env runner, under "lbgym"."""
+
+    def on_sample_end(self, *, env_runner: Any = None, metrics_logger: Any = None, **kwargs: Any) -> None:
+        """Called by an env runner after it has sampled."""
+        env = env_runner.env.unwrapped
+        replicas = [part.unwrapped for part in env.envs] if hasattr(env, "envs") else [env]
+        taken = [part.statistics.take() for part in replicas]
+        for name in STATISTICS:
+            metrics_logger.log_value(("lbgym", name), sum(part[name] for part in taken), reduce="sum")
+
+
+def make_vector_env(keys: Mapping[str, Any]) -> RLlibVectorEnv:
+    """What RLlib's registry makes single-agent environments with; ``num_envs`` is among the keys."""
+    return RLlibVectorEnv(**keys)
+
+
+def make_multi_agent_env(keys: Mapping[str, Any]) -> RLlibMultiAgentEnv:
+    """What RLlib's registry makes multi-agent environments with; the keys are an ``EnvContext``."""
+    return RLlibMultiAgentEnv(keys, int(getattr(keys, "worker_index", 0) or 0))
+
+
+def measure_reward_scale(keys: Mapping[str, Any], gamma: float, seed: int, *, multi_agent: bool = False) -> float:
+    """The standard deviation of discounted returns under equal weights, where policies begin; 1 where there is none.
+
+    Args:
+        keys: of the environment.
+        gamma: discount per step.
+        seed: of the episodes.
+        multi_agent: every balancer is an agent.
+    """
+    kind = MultiLoadBalanceVectorEnv if multi_agent else LoadBalanceVectorEnv
+    env = kind(16, **keys)
+    try:
+        env.reset(seed=seed)
+        balancers = env.num_balancers if isinstance(env, MultiLoadBalanceVectorEnv) else 1
+        equal = env.action_codec.encode(np.ones((env.num_envs * balancers, env.num_servers)))
+        actions = np.asarray(equal).reshape(env.action_space.shape or ())
+        total = np.zeros(())
+        returns = []
+        for _ in range(min(256, keys["max_steps"])):
+            _, rewards, _, _, _ = env.step(actions)
+            total = gamma * total + rewards
+            returns.append(total)
+    finally:
+        env.close()
+    scale = float(np.std(returns))
+    return scale if np.isfinite(scale) and scale > 0.0 else 1.0

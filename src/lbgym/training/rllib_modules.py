@@ -1,0 +1,184 @@
+"""RLlib's modules around networks in plain torch, so that a trained actor is exported as it is.
+
+``model_config`` has these keys: ``network``, a name of :data:`lbgym.training.exported.NETWORKS`; ``actor`` and
+``critic``, the keywords of its class; and what each module names besides.
+
+* :class:`ActorCriticModule`: PPO and IMPALA;
+* :class:`TargetActorCriticModule`: APPO, which keeps an older actor;
+* :class:`QModule`: DQN;
+* :class:`SACModule`: SAC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+
+from ..errors import MissingExtraError
+
+try:
+    import torch
+    from ray.rllib.algorithms.dqn.torch.default_dqn_torch_rl_module import DefaultDQNTorchRLModule
+    from ray.rllib.algorithms.sac.torch.default_sac_torch_rl_module import DefaultSACTorchRLModule
+    from ray.rllib.core.columns import Columns
+    from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCategorical, TorchSquashedGaussian
+    from ray.rllib.core.learner.utils import make_target_network
+    from ray.rllib.core.models.base import ENCODER_OUT
+    from ray.rllib.core.rl_module.apis import (
+        TARGET_NETWORK_ACTION_DIST_INPUTS,
+        InferenceOnlyAPI,
+        TargetNetworkAPI,
+        ValueFunctionAPI,
+    )
+    from ray.rllib.core.rl_module.torch import TorchRLModule
+    from ray.rllib.utils.schedules.scheduler import Scheduler
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    raise MissingExtraError("ray", "rllib", "training with RLlib") from error
+
+from .exported import MLP, NETWORKS
+
+#: Bounds of SAC's log standard deviation, as in the paper's code (Haarnoja et al., arXiv:1812.05905, 2018).
+LOG_STD_BOUNDS = (-20.0, 2.0)
+
+
+def _network(model_config: Mapping[str, Any], part: str) -> nn.Module:
+    return NETWORKS[model_config["network"]](**model_config[part])
+
+
+class Spread(nn.Module):
+    """A log standard deviation per action that depends on nothing; its result is float[B, 2 N], the means first."""
+
+    def __init__(self, actions: int, log_std: float) -> None:
+        super().__init__()
+        self.log_std = nn.Parameter(torch.full((actions,), log_std))
+
+    def forward(self, means: Tensor) -> Tensor:
+        return torch.cat([means, self.log_std.expand_as(means)], -1)
+
+
+class ActorCriticModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):  # type: ignore[misc]
+    """An actor and a critic that share nothing; ``model_config["log_std"]`` is where continuous actions begin."""
+
+    def setup(self) -> None:
+        """Build the networks."""
+        space = self.action_space
+        self.actor = _network(self.model_config, "actor")
+        self.critic = _network(self.model_config, "critic")
+        if isinstance(self.actor, MLP):
+            # as the networks over servers do: begin with about equal weights
+            with torch.no_grad():
+                self.actor[-1].weight.mul_(0.01)
+                self.actor[-1].bias.zero_()
+        self.spread: nn.Module = nn.Identity()
+        if isinstance(space, gymnasium.spaces.Box):
+            self.spread = Spread(space.shape[0], self.model_config["log_std"])
+        elif isinstance(space, gymnasium.spaces.MultiDiscrete):
+            self.action_dist_cls = TorchMultiCategorical.get_partial_dist_cls(
+                space=space, input_lens=[int(n) for n in space.nvec]
+            )
+
+    def get_non_inference_attributes(self) -> list[str]:
+        """What env runners do without."""
+        return ["critic"]
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return {Columns.ACTION_DIST_INPUTS: self.spread(self.actor(batch[Columns.OBS]))}
+
+    def compute_values(self, batch: dict[str, Any], embeddings: Any = None) -> Tensor:
+        """Values [B] of observations."""
+        return self.critic(batch[Columns.OBS]).squeeze(-1)
+
+
+class TargetActorCriticModule(ActorCriticModule, TargetNetworkAPI):  # type: ignore[misc]
+    """The same with an older actor, which APPO holds the new one to."""
+
+    def make_target_networks(self) -> None:
+        """Copy the actor."""
+        self.old_actor = make_target_network(self.actor)
+        self.old_spread = make_target_network(self.spread)
+
+    def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Networks and their copies."""
+        return [(self.actor, self.old_actor), (self.spread, self.old_spread)]
+
+    def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the older actor says."""
+        return {TARGET_NETWORK_ACTION_DIST_INPUTS: self.old_spread(self.old_actor(batch[Columns.OBS]))}
+
+    def get_non_inference_attributes(self) -> list[str]:
+        """What env runners do without."""
+        return [*super().get_non_inference_attributes(), "old_actor", "old_spread"]
+
+
+class PassOn(nn.Module):
+    """An encoder that leaves observations to the network behind it."""
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {ENCODER_OUT: batch[Columns.OBS]}
+
+
+class WithActions(nn.Module):
+    """Observations [B, N (1 + F)] and actions [B, N] -> [B, N (2 + F)]: a server's action is its last feature."""
+
+    def __init__(self, num_servers: int) -> None:
+        super().__init__()
+        self.num_servers = num_servers
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        flat, actions = batch[Columns.OBS], batch[Columns.ACTIONS]
+        mask, features = flat[..., : self.num_servers], flat[..., self.num_servers :]
+        servers = features.unflatten(-1, (self.num_servers, -1))
+        both = torch.cat([servers, actions.unsqueeze(-1)], -1)
+        return {ENCODER_OUT: torch.cat([mask, both.flatten(-2)], -1)}
+
+
+class QModule(DefaultDQNTorchRLModule):  # type: ignore[misc]
+    """Values of all joint actions; ``model_config`` has DQN's ``epsilon`` and ``double_q`` as well."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # without the catalogue of networks that the default's constructor looks things up in
+        TorchRLModule.__init__(self, *args, **kwargs)
+
+    def setup(self) -> None:
+        """Build the networks."""
+        self.uses_dueling, self.num_atoms = False, 1
+        self.uses_double_q = self.model_config["double_q"]
+        self.epsilon_schedule = Scheduler(
+            fixed_value_or_schedule=self.model_config["epsilon"], framework=self.framework
+        )
+        self.encoder = PassOn()
+        self.af = _network(self.model_config, "actor")
+
+
+class MeanAndSpread(nn.Module):
+    """Means and log standard deviations of a network each, float[B, 2 N]."""
+
+    def __init__(self, mean: nn.Module, spread: nn.Module) -> None:
+        super().__init__()
+        self.mean, self.spread = mean, spread
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return torch.cat([self.mean(observations), self.spread(observations).clamp(*LOG_STD_BOUNDS)], -1)
+
+
+class SACModule(DefaultSACTorchRLModule):  # type: ignore[misc]
+    """An actor whose actions are squashed by tanh, and critics; ``model_config`` has SAC's ``twin_q`` as well."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # without the catalogue of networks that the default's constructor looks things up in
+        TorchRLModule.__init__(self, *args, **kwargs)
+
+    def setup(self) -> None:
+        """Build the networks."""
+        config, n = self.model_config, self.action_space.shape[0]
+        self.action_dist_cls = TorchSquashedGaussian
+        self.twin_q = config["twin_q"]
+        self.pi_encoder = PassOn()
+        self.pi = MeanAndSpread(_network(config, "actor"), _network(config, "actor"))
+        if not self.inference_only:
+            self.qf_encoder, self.qf = WithActions(n), _network(config, "critic")
+            if self.twin_q:
+                self.qf_twin_encoder, self.qf_twin = WithActions(n), _network(config, "critic")
