@@ -141,7 +141,7 @@ class FlatServerNetwork(EquivariantNetwork):
 
     @staticmethod
     def mask(x: Tensor, active: Tensor) -> Tensor:
-        """X [..., N, F] with 0 where inactive, whatever the values: torch.vmap, in TorchRL's losses, allows no branch."""
+        """X [..., N, F] with 0 where inactive, without a branch: torch.vmap, in TorchRL's losses, allows none."""
         return x * active.unsqueeze(-1)
 
 
