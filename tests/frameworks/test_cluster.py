@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,19 @@ from typing import Any
 
 import pytest
 
-ray = pytest.importorskip("ray")
+pytest.importorskip("ray")
 pytest.importorskip("torch")
 
+import ray
+from ray import tune
 from ray.cluster_utils import Cluster
 
-from lbgym.errors import CheckpointError, UnknownNameError
+from lbgym.errors import CheckpointError, LbgymError, UnknownNameError
 from lbgym.evaluation import compare
 from lbgym.training import PPOConfig, Progress, read_checkpoint
 from lbgym.training.cluster import ClusterError, pack, train_on_ray, unpack
+from lbgym.training.recipes import make_config, read_config
+from lbgym.training.tuning import parse_space, tune_recipe
 
 SMALL = PPOConfig(scenario="uniform", num_envs=8, num_steps=8, max_steps=64, total_steps=512, checkpoint_every=0.0)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning:ray")]
@@ -81,7 +86,7 @@ def test_it_is_what_it_would_be_here(cluster: Any, tmp_path: Path) -> None:
     assert all((saved[name] == part).all() for name, part in here.items())
     assert list((tmp_path / "tensorboard").iterdir())
     more = train_on_ray("ppo", replace(SMALL, total_steps=1024), out=tmp_path, resume_from=tmp_path / "agent.pt")
-    assert [progress.step for progress in more.history][0] == 512 + 64
+    assert more.history[0].step == 512 + 64
 
 
 def test_what_the_recipe_refuses_comes_back_as_it_is(cluster: Any) -> None:
@@ -94,6 +99,71 @@ def test_a_callback_stops_it(cluster: Any) -> None:
     result = train_on_ray("ppo", replace(SMALL, total_steps=10**9), callback=lambda progress: progress.step >= 256)
     assert 256 <= result.history[-1].step < 10**6
     assert result.checkpoint is None
+
+
+def test_a_search_survives_the_loss_of_a_node(cluster: Any, tmp_path: Path) -> None:
+    (first,) = cluster.worker_nodes
+    cluster.add_node(num_cpus=1)
+    killed: list[int] = []
+
+    def callback(last: list[Any]) -> None:
+        percents = [result.get("percent", 0) for result in last]
+        if not killed and len(percents) == 2 and min(percents) >= 20:
+            killed.append(min(percents))
+            cluster.remove_node(first, allow_graceful=False)
+
+    config = replace(SMALL, total_steps=12_000)
+    space = parse_space({"learning_rate": "loguniform(1e-3, 1e-2)", "hidden": "choice(8, 16)"})
+    result = tune_recipe("ppo", config, space, trials=2, out=tmp_path, early_stopping=False, callback=callback)
+    assert killed
+    assert [one.fraction for one in result.trials] == [1.0, 1.0]
+    assert [one.error for one in result.trials] == ["", ""]
+    assert result.trials[0].metric >= result.trials[1].metric
+    algo, values = read_config(result.file)
+    assert make_config(algo or "", values) == result.config == replace(config, **result.trials[0].settings)
+    assert read_checkpoint(result.checkpoint)["config"]["learning_rate"] == result.trials[0].settings["learning_rate"]
+    assert result.checkpoint == tmp_path / "ppo.pt"
+
+
+def test_the_poor_trials_are_stopped_and_failed_ones_named(cluster: Any, tmp_path: Path) -> None:
+    config = replace(SMALL, total_steps=3_000)
+    space = {"num_envs": tune.grid_search([8, 7])}  # 7 is no multiple of replicas_per_seed
+    result = tune_recipe("ppo", config, space, trials=1, out=tmp_path, metric="fct_mean")
+    assert result.config.num_envs == 8
+    good, failed = result.trials
+    assert good.metric > 0
+    assert "num_envs must be a multiple of replicas_per_seed=4, got 7" in failed.error
+    with pytest.raises(ClusterError, match=r"none of 1 trials came to a checkpoint.*multiple of replicas_per_seed"):
+        tune_recipe("ppo", config, {"num_envs": tune.grid_search([7])}, trials=1, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.1", "write a distribution, such as"),
+        ("loguniform(0, 1)", "takes 2 numbers, low < high, above 0"),
+        ("uniform(2, 1)", "takes 2 numbers, low < high"),
+        ("choice()", "give at least one value"),
+        ("chioce(1)", "Did you mean 'choice'?"),
+        ("choice(x)", "write a distribution"),
+        ("__import__('os').system('true')", "write a distribution"),
+    ],
+)
+def test_a_space_that_is_none(text: str, message: str) -> None:
+    with pytest.raises(LbgymError, match=re.escape(message)):
+        parse_space({"gamma": text})
+
+
+def test_what_a_search_refuses(tmp_path: Path) -> None:
+    space = parse_space({"gamma": "uniform(0.9, 0.99)"})
+    with pytest.raises(UnknownNameError, match=r"unknown setting 'gama'.*Did you mean 'gamma'"):
+        tune_recipe("ppo", SMALL, {"gama": space["gamma"]}, out=tmp_path)
+    with pytest.raises(UnknownNameError, match="unknown metric 'fct'"):
+        tune_recipe("ppo", SMALL, space, out=tmp_path, metric="fct")
+    with pytest.raises(LbgymError, match="trials must be at least 1, got 0"):
+        tune_recipe("ppo", SMALL, space, out=tmp_path, trials=0)
+    with pytest.raises(LbgymError, match="nothing to tune"):
+        tune_recipe("ppo", SMALL, {}, out=tmp_path)
 
 
 def test_packing_takes_what_belongs_to_a_checkpoint(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line, ``lbgym``: compare, train, run, scenarios, describe, dataplane, shm.
+"""The command line, ``lbgym``: compare, train, tune, run, scenarios, describe, dataplane, shm.
 
 Exit codes: 0; 1 for a fault of lbgym, with its traceback; 2 for what the user can put right, in one line on
 standard error; 130 after Ctrl-C.
@@ -59,6 +59,7 @@ def _app() -> typer.Typer:
     from .run import run
     from .scenarios import describe, scenarios
     from .train import train
+    from .tune import tune
 
     app = typer.Typer(
         name="lbgym",
@@ -70,7 +71,7 @@ def _app() -> typer.Typer:
     )
 
     app.callback()(options)
-    for command in (compare, train, run, scenarios, describe):
+    for command in (compare, train, tune, run, scenarios, describe):
         app.command()(_guarded(command))
     dataplane = typer.Typer(help="Publish a data plane in shared memory.", no_args_is_help=True)
     dataplane.command()(_guarded(emulate))

@@ -73,7 +73,13 @@ def connected(address: str | None) -> Iterator[None]:
     try:
         # without this Ray starts workers with a copy of the current folder where it finds a uv environment
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=None if address else False,
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ClusterError(f"cannot join the Ray cluster at {address or 'RAY_ADDRESS'}: {error}") from None
     try:

@@ -119,7 +119,7 @@ def train(
     if config is None:
         config = make_config(algo, changes, resume_from=resume_from)
     elif changes:
-        config = replace(config, **_checked(type(config), changes, f"the configuration of {algo!r}"))
+        config = replace(config, **check_settings(type(config), changes, f"the configuration of {algo!r}"))
     result: TrainingResult = recipe.load(recipe.train)(
         config, out=out, resume_from=resume_from, callback=callback, tensorboard=tensorboard
     )
@@ -149,7 +149,7 @@ def make_config(
     """
     recipe = recipe_of(algo)
     kind: type[TrainingConfig] = recipe.load(recipe.config)
-    changes = _checked(kind, changes or {}, where or f"the configuration of {algo!r}")
+    changes = check_settings(kind, changes or {}, where or f"the configuration of {algo!r}")
     if "algorithm" in changes:
         raise InvalidOptionError(
             f"algorithm={changes['algorithm']!r} in {where or 'the configuration'}: the recipe {algo!r} says which"
@@ -176,8 +176,12 @@ def _known(kind: type[TrainingConfig]) -> dict[str, str]:
     return {f.name: str(f.type) for f in fields(kind)}
 
 
-def _checked(kind: type[TrainingConfig], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values, if there are fields of these names and types."""
+def check_settings(kind: type[TrainingConfig], values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values, if a configuration has fields of these names and types.
+
+    Raises:
+        UnknownNameError, InvalidOptionError: naming ``where`` they come from.
+    """
     known = _known(kind)
     for name, value in values.items():
         if name not in known:
