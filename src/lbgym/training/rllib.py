@@ -54,12 +54,14 @@ from .exported import ExportedPolicy, check_shapes, read_checkpoint, write_polic
 from .networks import ActionKind
 from .runs import Progress, log, output_file, summary_writer, torch_threads
 
-#: Transitions per gradient step of the off-policy algorithms: with batches of 256 each serves about four times.
-TRANSITIONS_PER_GRADIENT_STEP = 64
-#: Size of their batches.
-BATCH = 256
+#: Transitions per gradient step of the off-policy algorithms: with batches of 128 each serves about four times.
+TRANSITIONS_PER_GRADIENT_STEP = 32
+#: Size of their batches. RLlib's replay buffers take most of a gradient step's time, and that grows with the batch.
+BATCH = 128
 #: Names of the environments in RLlib's registry.
 ENV, MULTI_AGENT_ENV = "lbgym-rllib", "lbgym-rllib-multi-agent"
+#: RLlib's name of the policy that all balancers share where each is an agent.
+SHARED_POLICY = "balancer"
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ _REPLAY = {
     "replay_buffer_config": {"type": "EpisodeReplayBuffer", "capacity": 100_000},
     "num_steps_sampled_before_learning_starts": 4_096,
 }
+# Looking for samples without waiting would take a core from those who make them.
+_ASYNCHRONOUS = {"entropy_coeff": 0.0, "timeout_s_sampler_manager": 0.05}
 
 #: The algorithms by name.
 ALGORITHMS = {
@@ -172,11 +176,11 @@ ALGORITHMS = {
         _ON_POLICY,
         _ANY_NETWORK,
         64,
-        16,
+        8,
         1e-3,
         env_runners=1,
         seconds=0.5,
-        options={"entropy_coeff": 0.0},
+        options=_ASYNCHRONOUS,
     ),
     "appo": Algorithm(
         "appo",
@@ -186,11 +190,11 @@ ALGORITHMS = {
         _ON_POLICY,
         _ANY_NETWORK,
         64,
-        16,
+        8,
         1e-3,
         env_runners=1,
         seconds=0.5,
-        options={"entropy_coeff": 0.0},
+        options=_ASYNCHRONOUS,
     ),
 }
 
@@ -221,7 +225,7 @@ class RLlibConfig(TrainingConfig):
     with another ``algorithm`` keeps those of the first.
 
     Rewards are divided by the standard deviation of discounted returns under equal weights, measured once before the
-    training. The off-policy algorithms (DQN, SAC) make one gradient step per 64 transitions, whatever the number of
+    training. The off-policy algorithms (DQN, SAC) make one gradient step per 32 transitions, whatever the number of
     replicas; another ratio is ``options={"training_intensity": ...}``.
     """
 
@@ -249,7 +253,7 @@ class RLlibConfig(TrainingConfig):
     num_envs: int = PER_ALGORITHM
     """replicas, all env runners together; 64, but 16 with ``multi_agent``, where each is stepped on its own"""
     num_steps: int = PER_ALGORITHM
-    """steps of every replica between two updates; 32 for "ppo", 16 for "impala" and "appo", 4 for "dqn" and "sac"."""
+    """steps of every replica between two updates; 32 for "ppo", 8 for "impala" and "appo", 4 for "dqn" and "sac"."""
     learning_rate: float = PER_ALGORITHM
     """step size of the optimiser; 1e-3, but 5e-4 for "dqn"."""
     gae_lambda: float = 0.95
@@ -383,6 +387,7 @@ class _Run:
     def __init__(self, config: RLlibConfig, saved: Mapping[str, Any] | None, path: Path | None) -> None:
         keys = config.environment_kwargs()
         self._config, self._kind = config, ALGORITHMS[config.algorithm]
+        self._module_id = SHARED_POLICY if config.multi_agent else DEFAULT_MODULE_ID
         self.history: list[Progress] = []
         self.step = 0 if saved is None else int(saved["step"])
         self._seconds = 0.0 if saved is None else float(saved["seconds"])
@@ -476,7 +481,14 @@ class _Run:
             # a resumed training begins with an empty replay buffer
             options["num_steps_sampled_before_learning_starts"] += self.step
         made = kind.load()()
-        made.environment(MULTI_AGENT_ENV if config.multi_agent else ENV, env_config=keys, disable_env_checking=True)
+        # the environment clips actions itself
+        made.environment(
+            MULTI_AGENT_ENV if config.multi_agent else ENV,
+            env_config=keys,
+            disable_env_checking=True,
+            normalize_actions=False,
+            clip_actions=False,
+        )
         made.env_runners(
             num_env_runners=config.env_runners,
             num_envs_per_env_runner=config.num_envs // max(1, config.env_runners),
@@ -491,7 +503,7 @@ class _Run:
         made.reporting(min_time_s_per_iteration=kind.seconds, min_sample_timesteps_per_iteration=0)
         made.debugging(seed=config.seed, log_level="ERROR")
         if config.multi_agent:
-            made.multi_agent(policies={DEFAULT_MODULE_ID}, policy_mapping_fn=_shared)
+            made.multi_agent(policies={SHARED_POLICY}, policy_mapping_fn=_shared)
         return made.build_algo()
 
     def train(
@@ -507,12 +519,13 @@ class _Run:
             result = self._algorithm.train()
             now = time.perf_counter()
             self._seconds = now - began
-            told = result.get("env_runners", {}).get("lbgym", {})
+            # NaN, or nothing, where no env runner had anything to tell
+            told = {name: np.nan_to_num(value) for name, value in result.get("env_runners", {}).get("lbgym", {}).items()}
             steps = int(told.get("steps", 0))
             self.step += steps
             by_steps = self.step / config.total_steps if config.total_steps is not None else 0.0
             by_time = self._seconds / config.seconds if config.seconds is not None else 0.0
-            learned = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
+            learned = result.get("learners", {}).get(self._module_id, {})
             losses |= {
                 name: float(learned[key])
                 for name, keys in _LOSSES.items()
@@ -567,7 +580,7 @@ class _Run:
 
     def _export(self, path: Path, state: str) -> None:
         config, kind = self._config, self._kind
-        weights = self._algorithm.get_weights([DEFAULT_MODULE_ID])[DEFAULT_MODULE_ID]
+        weights = self._algorithm.get_weights([self._module_id])[self._module_id]
         prefix = f"{kind.actor}."
         write_policy(
             path,
@@ -620,7 +633,7 @@ class _Run:
                 distribution = module.get_inference_action_dist_cls().from_logits(told[Columns.ACTION_DIST_INPUTS])
                 wanted = distribution.to_deterministic().sample().numpy()
         if not self._action_kind.choices:
-            # as RLlib's env runners do
+            # as the environment does
             wanted = wanted.clip(-1.0, 1.0)
         acted = policy.act(flat, info)
         if not np.allclose(acted, wanted, atol=1e-5):
@@ -638,7 +651,7 @@ class _Run:
 
 def _shared(agent: Any, *args: Any, **kwargs: Any) -> str:
     """The policy of every agent."""
-    return str(DEFAULT_MODULE_ID)
+    return SHARED_POLICY
 
 
 @contextmanager

@@ -34,8 +34,8 @@ STATISTICS = ("steps", "reward", "flows", "fct")
 class Statistics:
     """Sums over the steps since they were last taken.
 
-    ``steps`` of all replicas (and balancers, if they are agents), their ``reward`` as the environment gives it, the
-    ``flows`` that ended and their completion times ``fct``, seconds.
+    ``steps`` of all replicas, their ``reward`` as the environment gives it (the balancers' mean where they are agents),
+    the ``flows`` that ended and their completion times ``fct``, seconds.
     """
 
     def __init__(self) -> None:
@@ -144,12 +144,10 @@ class RLlibMultiAgentEnv(ParallelPettingZooEnv):
     def step(self, action_dict: Mapping[str, Any]) -> tuple[Any, Any, Any, Any, Any]:
         """One interval, with scaled rewards and nothing in the infos."""
         observations, rewards, terminated, truncated, infos = self.env.step(action_dict)
-        told = list(infos.values())
         # the flows that ended are those of all balancers, told to each
-        first = told[0]
-        self.statistics.add(
-            np.array(list(rewards.values())), np.array(first["completed"]), np.array(first["fct_mean"])
-        )
+        first = next(iter(infos.values()))
+        reward = np.mean(list(rewards.values()))
+        self.statistics.add(np.asarray(reward), np.asarray(first["completed"]), np.asarray(first["fct_mean"]))
         scaled = {agent: reward / self.reward_scale for agent, reward in rewards.items()}
         terminated["__all__"], truncated["__all__"] = all(terminated.values()), all(truncated.values())
         return self._seen(observations, infos), scaled, terminated, truncated, {agent: {} for agent in observations}

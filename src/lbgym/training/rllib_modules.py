@@ -23,7 +23,11 @@ try:
     from ray.rllib.algorithms.dqn.torch.default_dqn_torch_rl_module import DefaultDQNTorchRLModule
     from ray.rllib.algorithms.sac.torch.default_sac_torch_rl_module import DefaultSACTorchRLModule
     from ray.rllib.core.columns import Columns
-    from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCategorical, TorchSquashedGaussian
+    from ray.rllib.core.distribution.torch.torch_distribution import (
+        TorchDeterministic,
+        TorchMultiCategorical,
+        TorchSquashedGaussian,
+    )
     from ray.rllib.core.learner.utils import make_target_network
     from ray.rllib.core.models.base import ENCODER_OUT
     from ray.rllib.core.rl_module.apis import (
@@ -164,6 +168,13 @@ class MeanAndSpread(nn.Module):
         return torch.cat([self.mean(observations), self.spread(observations).clamp(*LOG_STD_BOUNDS)], -1)
 
 
+class SquashedGaussian(TorchSquashedGaussian):  # type: ignore[misc]
+    """RLlib's, but that its mode is squashed as well."""
+
+    def to_deterministic(self) -> TorchDeterministic:
+        return TorchDeterministic(loc=self._squash(self.loc))
+
+
 class SACModule(DefaultSACTorchRLModule):  # type: ignore[misc]
     """An actor whose actions are squashed by tanh, and critics; ``model_config`` has SAC's ``twin_q`` as well."""
 
@@ -174,7 +185,7 @@ class SACModule(DefaultSACTorchRLModule):  # type: ignore[misc]
     def setup(self) -> None:
         """Build the networks."""
         config, n = self.model_config, self.action_space.shape[0]
-        self.action_dist_cls = TorchSquashedGaussian
+        self.action_dist_cls = SquashedGaussian
         self.twin_q = config["twin_q"]
         self.pi_encoder = PassOn()
         self.pi = MeanAndSpread(_network(config, "actor"), _network(config, "actor"))
