@@ -1,0 +1,278 @@
+"""BenchMARL: the scenarios as its tasks, and the recipe for its algorithms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+if find_spec("benchmarl") is None:
+    pytest.skip("needs benchmarl", allow_module_level=True)
+
+import torch
+
+from lbgym import LoadBalanceEnv
+from lbgym.errors import CheckpointError, InvalidOptionError, LbgymError, UnknownNameError, UnsupportedSpaceError
+from lbgym.evaluation import compare
+from lbgym.scenarios import scenario_names
+from lbgym.training import benchmarl as recipe
+from lbgym.training import load_policy, read_checkpoint
+from lbgym.training.benchmarl import ALGORITHMS, BenchMARLConfig, LoadBalanceTask, config_of, train_benchmarl
+from lbgym.training.exported import with_weights
+from lbgym.training.runs import Progress
+
+# isort: split
+from benchmarl.environments import task_config_registry
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
+
+SMALL = {
+    "num_envs": 4,
+    "num_steps": 8,
+    "max_steps": 16,
+    "total_steps": 96,
+    "minibatches": 2,
+    "hidden": 8,
+    "epochs": 2,
+    "batch_size": 16,
+    "optimizer_steps": 2,
+    "env_kwargs": {"num_threads": 1},
+}
+TRAINED = ("qmix", "vdn", "maddpg", "mappo", "isac")
+
+
+def small(**changes: Any) -> BenchMARLConfig:
+    return BenchMARLConfig(**SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of each of some algorithms."""
+    folder = tmp_path_factory.mktemp("benchmarl")
+    found = {}
+    for algorithm in TRAINED:
+        path = train_benchmarl(small(algorithm=algorithm), out=folder).checkpoint
+        assert path is not None
+        found[algorithm] = path
+    return found
+
+
+@pytest.mark.parametrize("algorithm", TRAINED)
+def test_a_checkpoint_acts_without_benchmarl(algorithm: str, checkpoints: dict[str, Path]) -> None:
+    path = checkpoints[algorithm]
+    assert path.name == f"benchmarl-{algorithm}.pt"
+    policy = load_policy(path)
+    assert policy.algo == f"benchmarl-{algorithm}"
+    assert policy.step == 96
+    env = LoadBalanceEnv(scenario="marllb-moderate", **policy.env_kwargs)
+    observation, info = env.reset(seed=1)
+    for _ in range(3):
+        action = policy.act(observation, info)
+        assert env.action_space.contains(action)
+        observation, *_, info = env.step(action)
+    comparison = compare("marllb-moderate", f"lsq,{path}", seeds=2, duration=5.0, processes=1)
+    assert len(comparison.contenders) == 2
+
+
+@pytest.mark.parametrize("algorithm", TRAINED)
+@pytest.mark.parametrize("policy", ["equivariant", "mlp"])
+def test_learning_moves_the_policy_that_is_saved(
+    algorithm: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiments = []
+    make = recipe._experiment
+
+    def remember(*arguments: Any) -> Any:
+        experiments.append(make(*arguments))
+        before.extend(p.detach().clone() for p in experiments[-1].losses["lb"].parameters())
+        return experiments[-1]
+
+    before: list[torch.Tensor] = []
+    monkeypatch.setattr(recipe, "_experiment", remember)
+    result = train_benchmarl(small(algorithm=algorithm, policy=policy), out=tmp_path)
+    (experiment,) = experiments
+    after = list(experiment.losses["lb"].parameters())
+    moved = [not torch.equal(p, q) for p, q in zip(after, before, strict=True) if p.requires_grad]
+    assert moved
+    # of a head that begins at 0 the layer before gets no gradient, and inactive servers there are none
+    assert np.mean(moved) > 0.8
+
+    # what is loaded acts as BenchMARL's policy in the environment itself
+    vector = small(algorithm=algorithm, policy=policy).make_env()
+    observation, info = vector.reset(seed=3)
+    torch.manual_seed(0)
+    for _ in range(3):
+        observation, *_, info = vector.step(vector.action_space.sample())
+    rows, weights = observation.reshape(8, -1), info["weights"].reshape(8, -1)
+    seen = with_weights(torch.from_numpy(rows), weights, 11).reshape(4, 2, -1)
+    told = TensorDict({"lb": TensorDict({"observation": seen}, [4, 2])}, [4])
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        wanted = experiment.algorithm.get_policy_for_loss("lb")(told)["lb", "action"].numpy()
+    got = load_policy(result.checkpoint).act(rows, {"weights": weights})
+    assert np.allclose(np.asarray(got).reshape(wanted.shape), np.clip(wanted, -1, None), atol=1e-5)
+    vector.close()
+
+
+@pytest.mark.parametrize("algorithm", TRAINED)
+def test_goes_on_where_it_stopped(algorithm: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = checkpoints[algorithm]
+    config = config_of(path, algorithm)
+    assert config == small(algorithm=algorithm)
+    again = train_benchmarl(replace(config, total_steps=160), out=tmp_path, resume_from=path)
+    assert [p.step for p in again.history] == [128, 160]
+    before, after = read_checkpoint(path), read_checkpoint(again.checkpoint)
+    assert after["seconds"] > before["seconds"]
+    assert after["trainer"]["scaling"] == before["trainer"]["scaling"]
+    name = next(iter(before["trainer"]["optimizers"]))
+    steps = [float(saved["trainer"]["optimizers"][name]["state"][0]["step"]) for saved in (before, after)]
+    assert steps[1] == pytest.approx(steps[0] * 5 / 3)
+    # nothing is left of the budget: the checkpoint is written again as it was
+    same = train_benchmarl(config, out=tmp_path / "same", resume_from=path)
+    assert same.history == []
+    kept = read_checkpoint(same.checkpoint)["network"]["parameters"]
+    for key, value in before["network"]["parameters"].items():
+        assert torch.equal(kept[key], value)
+
+
+@pytest.mark.parametrize("algorithm", ["qmix", "mappo", "isac", "maddpg"])
+def test_permuted_servers_get_permuted_weights(algorithm: str, checkpoints: dict[str, Path]) -> None:
+    policy = load_policy(checkpoints[algorithm])
+    env = LoadBalanceEnv(scenario="marllb-moderate", **policy.env_kwargs)
+    n, rng = env.num_servers, np.random.default_rng(0)
+    observation = rng.random(n * 12, np.float32)
+    observation[:n] = 1.0
+    weights = rng.uniform(0.5, 2.0, n)
+    order = rng.permutation(n)
+    moved = np.concatenate([observation[:n][order], observation[n:].reshape(n, 11)[order].ravel()])
+
+    def act(flat: Any, in_force: Any) -> Any:
+        return env.action_codec.to_weights(policy.act(flat, {"weights": in_force}))
+
+    assert np.allclose(act(moved, weights[order]), act(observation, weights)[order], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "action_type"), [("iql", "joint"), ("ippo", "joint"), ("masac", "normalized"), ("masac", "joint")]
+)
+def test_the_other_algorithms(algorithm: str, action_type: str) -> None:
+    result = train_benchmarl(small(algorithm=algorithm, action_type=action_type))
+    assert result.checkpoint is None
+    assert result.policy.algo == f"benchmarl-{algorithm}"
+    assert len(result.history) == 3
+
+
+def test_progress_and_ends(tmp_path: Path) -> None:
+    heard: list[Progress] = []
+
+    def stop_at_64(progress: Progress) -> bool:
+        heard.append(progress)
+        return progress.step >= 64
+
+    result = train_benchmarl(small(), out=tmp_path / "some.pt", callback=stop_at_64, tensorboard=True)
+    assert heard == result.history
+    assert [p.step for p in heard] == [32, 64]
+    assert all(p.reward < 0 and p.steps_per_second > 0 and 0 < p.fraction < 1 for p in heard)
+    assert all(np.isfinite(p.losses["value"]) for p in heard)
+    assert result.policy.step == 64
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["some.pt", "tensorboard"]
+    by_time = train_benchmarl(small(total_steps=None, seconds=0.05))
+    assert by_time.history[-1].fraction == 1.0
+
+
+def test_exploration_falls_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    class Watch(recipe._Watch):
+        def explore(self) -> None:
+            super().explore()
+            found.append(float(self.experiment.explores()[0].eps))
+
+    monkeypatch.setattr(recipe, "_Watch", Watch)
+    train_benchmarl(small(total_steps=128, exploration=0.5))
+    assert found == pytest.approx([1.0, 0.51, 0.02, 0.02, 0.02])
+
+
+def test_an_interrupt_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_benchmarl(small(), out=tmp_path, callback=interrupt)
+    assert load_policy(tmp_path / "benchmarl-qmix.pt").step == 32
+    told = capsys.readouterr()
+    assert told.out == told.err == ""
+
+
+def test_refuses_what_does_not_fit(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    qmix = checkpoints["qmix"]
+    for changes, said in (
+        ({"algorithm": "vdn"}, "recipe 'benchmarl-qmix', not by 'benchmarl-vdn'"),
+        ({"policy": "mlp"}, "policy 'equivariant', but the configuration has 'mlp'"),
+        ({"hidden": 16}, "hidden 8, but the configuration has 16"),
+        ({"sees_weights": False}, "sees_weights True"),
+        ({"num_balancers": 3}, "2 balancers, but the environment to train on has 3"),
+        ({"scenario": None, "num_servers": 5}, "num_servers=7, but the environment to train on needs num_servers=5"),
+        ({"env_kwargs": {"action_weights": [1.0, 1.5, 2.0]}}, "choices=2"),
+        ({"options": {"mixing_embed_dim": 8}}, "other options"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            train_benchmarl(small(**changes), resume_from=qmix, out=tmp_path)
+    with pytest.raises(CheckpointError, match="'benchmarl-vdn'"):
+        config_of(qmix, "vdn")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_configurations_that_make_no_sense() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'qmix'"):
+        BenchMARLConfig(algorithm="qmx")
+    with pytest.raises(UnsupportedSpaceError, match=r"use action_type 'joint'.*'mappo'"):
+        BenchMARLConfig(algorithm="qmix", action_type="normalized")
+    with pytest.raises(UnsupportedSpaceError, match="use action_type 'normalized'"):
+        BenchMARLConfig(algorithm="maddpg", action_type="discrete")
+    with pytest.raises(UnknownNameError, match="policy"):
+        BenchMARLConfig(policy="gnn")
+    with pytest.raises(UnknownNameError, match="reward sharing"):
+        BenchMARLConfig(reward_sharing="all")
+    with pytest.raises(InvalidOptionError, match="exploration must be above 0"):
+        BenchMARLConfig(exploration=0.0)
+    with pytest.raises(LbgymError, match="batch_size must be a whole number"):
+        BenchMARLConfig(batch_size=0)
+    with pytest.raises(UnknownNameError, match="Did you mean 'mixing_embed_dim'"):
+        train_benchmarl(small(options={"mixing_embed": 8}))
+    with pytest.raises(UnknownNameError, match="option 'lr'"):
+        train_benchmarl(small(options={"lr": 1e-3}))
+
+
+def test_algorithms_have_the_defaults_of_the_table() -> None:
+    for name, kind in ALGORITHMS.items():
+        config = BenchMARLConfig(algorithm=name)
+        assert config.action_type == kind.action_types[0]
+        assert (config.num_envs, config.num_steps) == (kind.num_envs, kind.num_steps)
+        assert ("action_weights" in config.env_kwargs) == (config.action_type == "joint")
+    # keys of several balancers are none of one that acts alone
+    config = BenchMARLConfig(env_kwargs={"action_delay": 0.1})
+    assert "action_delay" in config.environment_kwargs()
+    assert "action_delay" not in config.observation_kwargs()
+
+
+def test_tasks() -> None:
+    task = LoadBalanceTask.MARLLB_MODERATE.get_task({"num_balancers": 3, "max_steps": 5})
+    assert task_config_registry["lbgym/marllb_moderate"] is LoadBalanceTask.MARLLB_MODERATE
+    assert {name.lower().replace("_", "-") for name in LoadBalanceTask.__members__} == set(scenario_names())
+    for continuous in (True, False):
+        env = task.get_env_fun(2, continuous, 0, "cpu")()
+        check_env_specs(env)
+        assert env.batch_size == (2,)
+        assert task.max_steps(env) == 5
+        assert task.group_map(env) == {"lb": ["lb_0", "lb_1", "lb_2"]}
+        assert task.observation_spec(env)["lb", "observation"].shape == (3, 91)
+        assert task.state_spec(env)["state"].shape == env.observation_spec["state"].shape[1:]
+        assert task.action_spec(env)["lb", "action"].shape == ((3, 7) if continuous else (3,))
+        env.close()
+    assert (task.supports_continuous_actions(), task.supports_discrete_actions()) == (True, True)
+    joint = LoadBalanceTask.UNIFORM.get_task({"action_type": "joint"})
+    assert (joint.supports_continuous_actions(), joint.supports_discrete_actions()) == (False, True)
