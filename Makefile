@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
+# RLlib and BenchMARL ask for other versions of Gymnasium and TorchRL than the rest.
+FRAMEWORKS ?= $(VENV)-frameworks
 PYTHON ?= python3
 # An index to take torch from first, such as PyTorch's own of CPU wheels, which saves gigabytes of CUDA libraries.
 TORCH_INDEX ?=
@@ -11,7 +13,8 @@ SECONDS ?= 60
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 BENCHMARKS := $(filter-out __init__ common,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
@@ -19,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 
 .PHONY: help
 help: ## what there is to make
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
 
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"lbgym needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; make PYTHON=...")'
@@ -36,6 +39,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.torch
 	@echo "installing into $(VENV), about a minute ..."
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.all
+
+$(FRAMEWORKS)/.dev: pyproject.toml constraints.txt constraints-frameworks.txt
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	@echo "installing RLlib and BenchMARL into $(FRAMEWORKS), about two minutes ..."
+	@test -z "$(TORCH_INDEX)" || $(FRAMEWORKS)/bin/python $(INSTALL) -c constraints.txt --no-deps --index-url "$(TORCH_INDEX)" torch
+	$(FRAMEWORKS)/bin/python $(INSTALL) -c constraints-frameworks.txt -e '.[frameworks]'
+	@touch $@
 
 .PHONY: venv
 venv: $(VENV)/.dev ## a virtual environment with everything for development in $(VENV)
@@ -61,8 +71,14 @@ cc: # the tests of the C headers need a compiler; where there is none and none c
 		echo "no C compiler, and no right to install one: the tests of the C headers will be skipped"
 
 .PHONY: test
-test: lint cc ## lint, then the tests with coverage
-	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=term
+test: lint cc ## lint, then the tests with coverage, also those of the frameworks
+	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
+	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
+
+.PHONY: test-frameworks
+test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray, and of the contract on the Gymnasium they pin
+	$(FRAMEWORKS)/bin/python -m pytest -n 2 --dist loadfile $(COVERAGE) tests/frameworks tests/training/test_recipes.py
+	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 -m contract
 
 .PHONY: docs
 docs: $(VENV)/.dev ## the documentation site, in site/
@@ -77,5 +93,5 @@ bench: $(VENV)/.dev ## every benchmark, with what it must reach
 
 .PHONY: clean
 clean: ## remove what was made, also the virtual environment
-	rm -rf $(VENV) out site dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS) out site dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples benchmarks -name __pycache__ -type d -exec rm -rf {} +

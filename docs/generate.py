@@ -195,17 +195,28 @@ def features_table() -> str:
 
 
 def settings_table(file: str, name: str) -> str:
-    """The fields of a dataclass of ``file`` in the package; read, not imported, so that no extra is needed."""
+    """The fields of a dataclass of ``file`` in the package, with those it inherits from TrainingConfig behind its own.
+
+    Read, not imported, so that no extra is needed.
+    """
+    own = _settings(file, name)
+    inherited = {} if name == "TrainingConfig" else _settings("training/config.py", "TrainingConfig")
+    rows = own | {field: row for field, row in inherited.items() if field not in own}
+    return table(["setting", "default", "meaning"], list(rows.values()))
+
+
+def _settings(file: str, name: str) -> dict[str, list[str]]:
+    """Rows by field."""
     tree = ast.parse((PACKAGE / file).read_text())
     (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-    rows = []
+    rows = {}
     for field, words in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(words, ast.Expr) and isinstance(words.value, ast.Constant):
             default = ast.unparse(field.value) if field.value else "required"
-            default = re.sub(r"field\(default_factory=(\w+)\)", r"\1()", default)
+            default = re.sub(r"field\(default_factory=(\w+)\)", r"\1()", default).replace("PER_ALGORITHM", "its own")
             text = plain(" ".join(str(words.value.value).split())).replace("\\|", "|")
-            rows.append([f"`{ast.unparse(field.target)}`", f"`{default}`", text])
-    return table(["setting", "default", "meaning"], rows)
+            rows[ast.unparse(field.target)] = [f"`{ast.unparse(field.target)}`", f"`{default}`", text]
+    return rows
 
 
 def _environment(item: type, *, errors: bool = True) -> str:

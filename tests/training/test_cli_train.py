@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +76,42 @@ def test_stable_baselines3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert load_policy(tmp_path / "sb3-ppo.zip").env_kwargs["action_type"] == "discrete"
 
 
+def test_a_file_has_the_settings_and_options_go_over_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "agent.toml"
+    file.write_text('algo = "sac-gru"\nscenario = "uniform"\nseconds = 100\nnum_envs = 4\nwarmup = 1\nhidden = 16\n')
+    arguments = ("--config", file, "--steps", 64, "--set", "sequence_length=4", "--set", "burn_in=2")
+    code, printed, _ = in_process(capsys, *arguments, "--set", 'dispatch="wcmp"', "--print-config")
+    assert code == 0
+    told = tomllib.loads(printed)
+    assert told.items() >= {"algo": "sac-gru", "hidden": 16, "sequence_length": 4, "total_steps": 64}.items()
+    assert told["dispatch"] == "wcmp"
+    # a budget on the command line is all of it
+    assert "seconds" not in told
+    result = result_of(capsys, *arguments, "--no-tensorboard", "--out", tmp_path)
+    assert result["checkpoint"] == str(tmp_path / "sac-gru.pt")
+    # what was printed is a configuration of the same training, and --resume knows the recipe
+    (tmp_path / "printed.toml").write_text(printed)
+    again = ("--config", tmp_path / "printed.toml", "--resume", tmp_path / "sac-gru.pt", "--steps", 128)
+    assert result_of(capsys, *again, "--no-tensorboard")["steps"] >= 128
+
+
+def test_the_result_is_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    code, out, _ = in_process(capsys, *SHORT, "--steps", 64, "--out", tmp_path, "--evaluate", 2)
+    assert code == 0
+    assert re.search(r"\becmp\b.*\blsq\b.*\bsed\b.*\bppo\b", out, flags=re.DOTALL)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--algo", "poo"), "unknown recipe 'poo'. Did you mean 'ppo'?"),
+        (("--set", "gamma"), "--set takes KEY=VALUE, got 'gamma'"),
+        (("--set", "gama=1"), "unknown setting 'gama' in the options. Did you mean 'gamma'?"),
+        (("--set", "gamma=high"), "gamma in the options must be of type float, got 'high'"),
+        (("--policy", "mlp"), "unknown setting 'policy' in the options"),
+        (("--config", "none.toml"), "there is no configuration file none.toml"),
+        (("--address", "10.0.0.1:6379"), "--address 10.0.0.1:6379 needs --backend ray"),
         (("--scenario", "heterogenous"), "Did you mean 'heterogeneous'?"),
         (("--reward", "jane"), "Did you mean 'jain'?"),
         (("--resume", "none.pt"), "none.pt does not exist"),

@@ -286,7 +286,7 @@ def test_torch_keeps_its_threads() -> None:
 
 
 @pytest.fixture(scope="module", params=["normalized", "discrete", "joint"])
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ppo.TrainingResult:
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ppo.PPOResult:
     out = tmp_path_factory.mktemp("trained") / "agent.pt"
     return train_ppo(replace(SMALL, scenario="uniform", action_type=request.param), out=out)
 
@@ -305,7 +305,7 @@ def play(policy: object, steps: int = 5, **keys: object) -> list[np.ndarray]:
     return actions
 
 
-def test_a_checkpoint_reloads_to_the_same_actions(trained: ppo.TrainingResult) -> None:
+def test_a_checkpoint_reloads_to_the_same_actions(trained: ppo.PPOResult) -> None:
     assert trained.checkpoint is not None
     loaded = load_policy(trained.checkpoint)
     assert loaded.step == 256
@@ -315,13 +315,13 @@ def test_a_checkpoint_reloads_to_the_same_actions(trained: ppo.TrainingResult) -
             assert np.array_equal(a, b)
 
 
-def test_a_policy_serves_another_number_of_servers(trained: ppo.TrainingResult) -> None:
+def test_a_policy_serves_another_number_of_servers(trained: ppo.PPOResult) -> None:
     servers = 6 if trained.policy.kind.joint else 11
     for action in play(trained.policy, num_servers=servers):
         assert action.shape == (() if trained.policy.kind.joint else (servers,))
 
 
-def test_drawn_actions_follow_the_seed(trained: ppo.TrainingResult) -> None:
+def test_drawn_actions_follow_the_seed(trained: ppo.PPOResult) -> None:
     assert trained.checkpoint is not None
     one, two, three = (
         play(load_policy(trained.checkpoint, deterministic=False, seed=seed), scenario="uniform") for seed in (1, 1, 2)

@@ -437,7 +437,9 @@ def test_checkpoints_of_other_recipes_and_versions_are_refused(trained: Path, tm
     with pytest.raises(CheckpointError, match=r"format version 99, written by lbgym 9\.9; this lbgym reads version 1"):
         load_policy(tmp_path / "newer.pt")
     torch.save({"format": "other"}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="no lbgym-ppo, lbgym-sac-gru or lbgym-exported checkpoint: its format is other"):
+    with pytest.raises(
+        CheckpointError, match="no lbgym-ppo, lbgym-sac-gru or lbgym-exported checkpoint: its format is other"
+    ):
         load_any_policy(tmp_path / "other.pt")
 
 

@@ -1,6 +1,8 @@
-"""Recipes that train policies: PPO and SAC-GRU in plain torch, and Stable-Baselines3 through a thin adapter.
+"""Recipes that train policies: in plain torch, and with Stable-Baselines3, RLlib, BenchMARL and TorchRL.
 
-Importing this package imports neither torch nor Stable-Baselines3; the names below load them when first used.
+:data:`RECIPES` has them by name and :func:`train` runs any of them; :func:`train_on_ray` does so on a cluster, and
+:func:`tune_recipe` searches for settings. Importing this package imports no framework; the names below load what they
+need when first used.
 """
 
 from __future__ import annotations
@@ -9,20 +11,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .ppo import PPOConfig, PPOPolicy, TrainingResult, train_ppo
+    from .benchmarl import BenchMARLConfig, train_benchmarl
+    from .cluster import ClusterError, ClusterResult, train_on_ray
+    from .config import TrainingConfig
+    from .exported import ExportedPolicy
+    from .networks import FlatServerNetwork
+    from .ppo import PPOConfig, PPOPolicy, PPOResult, train_ppo
+    from .recipes import RECIPES, TrainingResult, algo_of, make_config, read_config, to_toml, train
+    from .rllib import RLlibConfig, train_rllib
     from .runs import Progress, load_policy, read_checkpoint
     from .sac_gru import SACGRUConfig, SACGRUPolicy, SACGRUResult, train_sac_gru
     from .sb3 import SB3Config, SB3VecEnv, train_sb3
     from .sb3_policies import EquivariantExtractor, EquivariantPolicy, EquivariantQPolicy, EquivariantSACPolicy
+    from .torchrl_env import MultiTorchRLEnv, TorchRLEnv
+    from .tuning import TuningResult, parse_space, tune_recipe
 
 _HOMES = {
+    "BenchMARLConfig": "benchmarl",
+    "train_benchmarl": "benchmarl",
+    "ClusterError": "cluster",
+    "ClusterResult": "cluster",
+    "train_on_ray": "cluster",
+    "TrainingConfig": "config",
+    "ExportedPolicy": "exported",
+    "FlatServerNetwork": "networks",
     "PPOConfig": "ppo",
     "PPOPolicy": "ppo",
+    "PPOResult": "ppo",
+    "train_ppo": "ppo",
+    "RECIPES": "recipes",
+    "TrainingResult": "recipes",
+    "algo_of": "recipes",
+    "make_config": "recipes",
+    "read_config": "recipes",
+    "to_toml": "recipes",
+    "train": "recipes",
+    "RLlibConfig": "rllib",
+    "train_rllib": "rllib",
     "Progress": "runs",
-    "TrainingResult": "ppo",
     "load_policy": "runs",
     "read_checkpoint": "runs",
-    "train_ppo": "ppo",
     "SACGRUConfig": "sac_gru",
     "SACGRUPolicy": "sac_gru",
     "SACGRUResult": "sac_gru",
@@ -34,27 +62,54 @@ _HOMES = {
     "EquivariantPolicy": "sb3_policies",
     "EquivariantQPolicy": "sb3_policies",
     "EquivariantSACPolicy": "sb3_policies",
+    "TorchRLEnv": "torchrl_env",
+    "MultiTorchRLEnv": "torchrl_env",
+    "TuningResult": "tuning",
+    "parse_space": "tuning",
+    "tune_recipe": "tuning",
 }
 
 __all__ = [
+    "RECIPES",
+    "BenchMARLConfig",
+    "ClusterError",
+    "ClusterResult",
     "EquivariantExtractor",
     "EquivariantPolicy",
     "EquivariantQPolicy",
     "EquivariantSACPolicy",
+    "ExportedPolicy",
+    "FlatServerNetwork",
+    "MultiTorchRLEnv",
     "PPOConfig",
     "PPOPolicy",
+    "PPOResult",
     "Progress",
+    "RLlibConfig",
     "SACGRUConfig",
     "SACGRUPolicy",
     "SACGRUResult",
     "SB3Config",
     "SB3VecEnv",
+    "TorchRLEnv",
+    "TrainingConfig",
     "TrainingResult",
+    "TuningResult",
+    "algo_of",
     "load_policy",
+    "make_config",
+    "parse_space",
     "read_checkpoint",
+    "read_config",
+    "to_toml",
+    "train",
+    "train_benchmarl",
+    "train_on_ray",
     "train_ppo",
+    "train_rllib",
     "train_sac_gru",
     "train_sb3",
+    "tune_recipe",
 ]
 
 

@@ -115,7 +115,7 @@ class PPOConfig(TrainingConfig):
 
 
 @dataclass(frozen=True)
-class TrainingResult:
+class PPOResult:
     """A finished training run: the policy, the last checkpoint (None without ``out``) and the history of updates."""
 
     policy: PPOPolicy
@@ -195,7 +195,7 @@ def train_ppo(
     resume_from: str | os.PathLike[str] | None = None,
     callback: Callable[[Progress], bool | None] | None = None,
     tensorboard: bool = False,
-) -> TrainingResult:
+) -> PPOResult:
     """Train a policy with PPO.
 
     Args:
@@ -305,7 +305,7 @@ class _Trainer:
 
     def run(
         self, checkpoint: Path | None, callback: Callable[[Progress], bool | None] | None, writer: Any
-    ) -> TrainingResult:
+    ) -> PPOResult:
         config = self.config
         self.env.reset(seed=config.seed)
         self.env.step(self.env.action_space.sample())  # compiles the simulator outside the time budget
@@ -349,7 +349,7 @@ class _Trainer:
             raise
         if checkpoint is not None:
             write_whole(checkpoint, partial(torch.save, state))
-        return TrainingResult(PPOPolicy(state), checkpoint, history)
+        return PPOResult(PPOPolicy(state), checkpoint, history)
 
     def reset_env(self, mask: NDArray[np.bool_] | None) -> None:
         """Begin the episode numbered ``self.episode`` in the replicas of ``mask`` (None: in all)."""

@@ -232,6 +232,9 @@ def read_config(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any
     algo = values.pop("algo", None)
     if algo is not None:
         recipe_of(algo)
+    if "seconds" in values:
+        # TOML has no null: a budget in the file is all of it
+        values.setdefault("total_steps", None)
     scenario = values.get("scenario")
     if isinstance(scenario, str) and (file.parent / scenario).is_file():
         values["scenario"] = str(file.parent / scenario)
