@@ -100,7 +100,17 @@ def actions_of(module: Any, seen: torch.Tensor) -> np.ndarray:
         ("impala", {}),
         ("appo", {}),
     ],
-    ids=["ppo-discrete", "ppo", "ppo-multi-agent", "dqn", "dqn-equivariant", "sac", "sac-equivariant", "impala", "appo"],
+    ids=[
+        "ppo-discrete",
+        "ppo",
+        "ppo-multi-agent",
+        "dqn",
+        "dqn-equivariant",
+        "sac",
+        "sac-equivariant",
+        "impala",
+        "appo",
+    ],
 )
 def test_learns_is_exported_and_goes_on(algorithm: str, changes: dict[str, Any], tmp_path: Path) -> None:
     short = config(algorithm, **changes)
@@ -195,9 +205,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both(trained: RLlibResul
         train_rllib(config(policy="equivariant"), resume_from=path)
     with pytest.raises(CheckpointError, match="hidden 8, but the configuration has 16"):
         train_rllib(config(hidden=16), resume_from=path)
-    with pytest.raises(CheckpointError, match="choices=0, .* needs choices=3"):
+    with pytest.raises(CheckpointError, match=r"choices=0, .* needs choices=3"):
         train_rllib(config(action_type="discrete"), resume_from=path)
-    with pytest.raises(CheckpointError, match="num_servers=8, .* needs num_servers=4"):
+    with pytest.raises(CheckpointError, match=r"num_servers=8, .* needs num_servers=4"):
         train_rllib(config(scenario="uniform"), resume_from=path)
     alone = shutil.copy(path, tmp_path)
     with pytest.raises(CheckpointError, match=r"the state of its training, .*rllib-ppo\.rllib.*, is missing"):

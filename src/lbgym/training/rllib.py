@@ -40,7 +40,7 @@ try:
     from ray.rllib.algorithms.algorithm_config import NotProvided
     from ray.rllib.core import DEFAULT_MODULE_ID
     from ray.rllib.core.columns import Columns
-    from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+    from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
     from ray.tune.registry import register_env
 except ModuleNotFoundError as error:
     raise MissingExtraError("ray", "rllib", "training with RLlib") from error
@@ -50,7 +50,7 @@ from ..vector_env import LoadBalanceVectorEnv
 from . import rllib_env, rllib_modules
 from .cluster import connected
 from .config import PER_ALGORITHM, TrainingConfig, saved_config
-from .exported import ExportedPolicy, check_shapes, read_checkpoint, write_policy
+from .exported import ExportedPolicy, check_shapes, read_checkpoint, with_weights, write_policy
 from .networks import ActionKind
 from .runs import Progress, log, output_file, summary_writer, torch_threads
 
@@ -60,6 +60,8 @@ TRANSITIONS_PER_GRADIENT_STEP = 32
 BATCH = 128
 #: Names of the environments in RLlib's registry.
 ENV, MULTI_AGENT_ENV = "lbgym-rllib", "lbgym-rllib-multi-agent"
+#: Where RLlib keeps the modules in the state of an algorithm.
+_MODULES = Path("learner_group", "learner", "rl_module")
 #: RLlib's name of the policy that all balancers share where each is an agent.
 SHARED_POLICY = "balancer"
 
@@ -177,7 +179,7 @@ ALGORITHMS = {
         _ANY_NETWORK,
         64,
         8,
-        1e-3,
+        5e-4,
         env_runners=1,
         seconds=0.5,
         options=_ASYNCHRONOUS,
@@ -194,7 +196,13 @@ ALGORITHMS = {
         1e-3,
         env_runners=1,
         seconds=0.5,
-        options=_ASYNCHRONOUS,
+        # each sample is learnt from four times, and the older actor is never older than four samples
+        options=_ASYNCHRONOUS
+        | {
+            "circular_buffer_num_batches": 4,
+            "circular_buffer_iterations_per_batch": 4,
+            "target_network_update_freq": 1,
+        },
     ),
 }
 
@@ -255,7 +263,7 @@ class RLlibConfig(TrainingConfig):
     num_steps: int = PER_ALGORITHM
     """steps of every replica between two updates; 32 for "ppo", 8 for "impala" and "appo", 4 for "dqn" and "sac"."""
     learning_rate: float = PER_ALGORITHM
-    """step size of the optimiser; 1e-3, but 5e-4 for "dqn"."""
+    """step size of the optimiser; 1e-3, but 5e-4 for "dqn" and "impala"."""
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimate; "ppo" only"""
     epochs: int = 4
@@ -265,7 +273,7 @@ class RLlibConfig(TrainingConfig):
     hidden: int = 64
     """width of the layers, two of them with "mlp"."""
     log_std: float = -1.0
-    """initial log standard deviation of continuous actions; not "sac"."""
+    """initial log standard deviation of continuous actions"""
 
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.NEXT_STEP
     whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {
@@ -351,7 +359,7 @@ def train_rllib(
             not at all. None: keep nothing.
         resume_from: a checkpoint saved here to go on with, its pickled parts in the folder included, so files you
             trust: parameters, optimiser, step count, scale of the rewards. Everything else is the configuration's.
-        callback: told the progress after every iteration of RLlib; returning True stops the training.
+        callback: told the progress after every iteration of RLlib that had steps; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
     On KeyboardInterrupt the checkpoint is saved before the exception goes on.
@@ -506,9 +514,7 @@ class _Run:
             made.multi_agent(policies={SHARED_POLICY}, policy_mapping_fn=_shared)
         return made.build_algo()
 
-    def train(
-        self, checkpoint: Path | None, callback: Callable[[Progress], bool | None] | None, writer: Any
-    ) -> None:
+    def train(self, checkpoint: Path | None, callback: Callable[[Progress], bool | None] | None, writer: Any) -> None:
         """Train until the budget is used up or the callback says so."""
         config = self._config
         began = time.perf_counter() - self._seconds
@@ -520,24 +526,29 @@ class _Run:
             now = time.perf_counter()
             self._seconds = now - began
             # NaN, or nothing, where no env runner had anything to tell
-            told = {name: np.nan_to_num(value) for name, value in result.get("env_runners", {}).get("lbgym", {}).items()}
-            steps = int(told.get("steps", 0))
-            self.step += steps
+            told = result.get("env_runners", {}).get("lbgym", {})
+            steps = _finite(told.get("steps"))
+            self.step += int(steps)
             by_steps = self.step / config.total_steps if config.total_steps is not None else 0.0
             by_time = self._seconds / config.seconds if config.seconds is not None else 0.0
+            fraction = min(1.0, max(by_steps, by_time))
+            stop = fraction >= 1.0
             learned = result.get("learners", {}).get(self._module_id, {})
-            losses |= {
-                name: float(learned[key])
-                for name, keys in _LOSSES.items()
-                if (key := next((k for k in keys if k in learned), None)) is not None
-            }
+            for name, keys in _LOSSES.items():
+                key = next((k for k in keys if k in learned), None)
+                if key is not None and math.isfinite(learned[key]):
+                    losses[name] = float(learned[key])
+            if not steps:
+                # those who sample by themselves had nothing ready
+                continue
+            flows = _finite(told.get("flows"))
             progress = Progress(
                 step=self.step,
                 seconds=self._seconds,
-                fraction=min(1.0, max(by_steps, by_time)),
+                fraction=fraction,
                 steps_per_second=steps / (now - last),
-                reward=told["reward"] / steps if steps else math.nan,
-                fct_mean=told["fct"] / told["flows"] if told.get("flows") else math.nan,
+                reward=float(told["reward"]) / steps,
+                fct_mean=float(told["fct"]) / flows if flows else math.nan,
                 losses=dict(losses),
             )
             last = now
@@ -547,8 +558,8 @@ class _Run:
             if checkpoint is not None and now - written >= config.checkpoint_every:
                 self.save(checkpoint)
                 written = now
-            stop = bool(callback(progress)) if callback is not None else False
-            stop = stop or progress.fraction >= 1.0
+            if callback is not None and callback(progress):
+                stop = True
 
     def save(self, path: Path) -> None:
         """Write the checkpoint, whole or not at all.
@@ -562,8 +573,10 @@ class _Run:
         unfinished = folder / f".{name}.tmp"
         try:
             self._algorithm.save_to_path(str(unfinished.absolute()))
+            # IMPALA and APPO go on learning meanwhile: what is exported is what was saved
+            module = RLModule.from_checkpoint(unfinished / _MODULES / self._module_id)
             os.replace(unfinished, folder / name)
-            self._export(path, name)
+            self._export(path, module, name)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -574,13 +587,13 @@ class _Run:
 
     def policy(self) -> ExportedPolicy:
         """The policy as it is now."""
+        module = self._spec.build()
+        module.set_state(self._algorithm.get_weights([self._module_id])[self._module_id])
         with tempfile.TemporaryDirectory(prefix="lbgym-") as folder:
-            self._export(Path(folder) / "policy.pt", "")
-            return ExportedPolicy(read_checkpoint(Path(folder) / "policy.pt"))
+            return self._export(Path(folder) / "policy.pt", module, "")
 
-    def _export(self, path: Path, state: str) -> None:
+    def _export(self, path: Path, module: Any, state: str) -> ExportedPolicy:
         config, kind = self._config, self._kind
-        weights = self._algorithm.get_weights([self._module_id])[self._module_id]
         prefix = f"{kind.actor}."
         write_policy(
             path,
@@ -589,8 +602,8 @@ class _Run:
             network=config.policy,
             arguments=self._spec.model_config["actor"],
             parameters={
-                name.removeprefix(prefix): torch.as_tensor(value)
-                for name, value in weights.items()
+                name.removeprefix(prefix): value
+                for name, value in module.state_dict().items()
                 if name.startswith(prefix)
             },
             kind=self._action_kind,
@@ -602,29 +615,21 @@ class _Run:
             seconds=self._seconds,
             trainer={"state": state, "reward_scale": self._scale},
         )
-        self._check_export(ExportedPolicy(read_checkpoint(path)), weights)
+        policy = ExportedPolicy(read_checkpoint(path))
+        self._check_export(policy, module)
+        return policy
 
-    def _check_export(self, policy: ExportedPolicy, weights: Mapping[str, Any]) -> None:
-        """Hold an exported policy to the module of these weights, which RLlib would act with.
+    def _check_export(self, policy: ExportedPolicy, module: Any) -> None:
+        """Hold an exported policy to RLlib's module, which must act alike.
 
         Raises:
             CheckpointError: if their actions differ.
         """
         n, rows = self._num_servers, 16
         rng = np.random.default_rng(0)
-        active = np.ones((rows, n), np.float32)
-        flat = np.concatenate([active, rng.random((rows, n * self._features), np.float32)], -1)
+        flat = np.concatenate([np.ones((rows, n)), rng.random((rows, n * self._features))], -1).astype(np.float32)
         info = {"weights": rng.uniform(0.5, 2.0, (rows, n))}
-        spec = RLModuleSpec(
-            module_class=self._spec.module_class,
-            observation_space=self._spec.observation_space,
-            action_space=self._spec.action_space,
-            model_config=self._spec.model_config,
-            inference_only=True,
-        )
-        module: Any = spec.build()
-        module.set_state(dict(weights))
-        seen = rllib_env.with_weights(torch.from_numpy(flat), info["weights"], self._features)
+        seen = with_weights(torch.from_numpy(flat), info["weights"], self._features)
         with torch.no_grad():
             told = module.forward_inference({Columns.OBS: seen})
             if Columns.ACTIONS in told:
@@ -647,6 +652,11 @@ class _Run:
         self._algorithm.stop()
         # a folder in the user's home that RLlib makes for itself, whether it has anything to put there or not
         shutil.rmtree(self._algorithm.logdir, ignore_errors=True)
+
+
+def _finite(value: Any) -> float:
+    """A sum among RLlib's metrics, which is NaN or missing where nothing was added."""
+    return float(value) if value is not None and math.isfinite(value) else 0.0
 
 
 def _shared(agent: Any, *args: Any, **kwargs: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ..errors import MissingExtraError
@@ -55,7 +56,7 @@ class Statistics:
         return taken
 
 
-def observation_space(num_servers: int, features: int) -> spaces.Box:
+def observation_space(num_servers: int, features: int) -> spaces.Space[Any]:
     """Flat observations with the weights in force, float32[N (2 + F)]."""
     return spaces.Box(-np.inf, np.inf, (num_servers * (2 + features),), np.float32)
 
@@ -77,7 +78,7 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
         self.reward_scale = reward_scale
         self.statistics = Statistics()
         self.single_observation_space = observation_space(self.num_servers, len(self.feature_columns))
-        self.observation_space = spaces.Box(-np.inf, np.inf, (num_envs, *self.single_observation_space.shape))
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
         # compiles the simulator before the clock of the training starts
         super().reset(seed=0)
         super().step(self.action_space.sample())

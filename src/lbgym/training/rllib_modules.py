@@ -1,7 +1,8 @@
 """RLlib's modules around networks in plain torch, so that a trained actor is exported as it is.
 
 ``model_config`` has these keys: ``network``, a name of :data:`lbgym.training.exported.NETWORKS`; ``actor`` and
-``critic``, the keywords of its class; and what each module names besides.
+``critic``, the keywords of its class; ``log_std``, where the log standard deviation of continuous actions begins; and
+what each module names besides.
 
 * :class:`ActorCriticModule`: PPO and IMPALA;
 * :class:`TargetActorCriticModule`: APPO, which keeps an older actor;
@@ -63,19 +64,22 @@ class Spread(nn.Module):
         return torch.cat([means, self.log_std.expand_as(means)], -1)
 
 
-class ActorCriticModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):  # type: ignore[misc]
-    """An actor and a critic that share nothing; ``model_config["log_std"]`` is where continuous actions begin."""
+class ActorCriticModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
+    """An actor and a critic that share nothing."""
 
     def setup(self) -> None:
         """Build the networks."""
         space = self.action_space
-        self.actor = _network(self.model_config, "actor")
-        self.critic = _network(self.model_config, "critic")
-        if isinstance(self.actor, MLP):
+        actor = _network(self.model_config, "actor")
+        if isinstance(actor, MLP):
             # as the networks over servers do: begin with about equal weights
+            last = actor[-1]
+            assert isinstance(last, nn.Linear)
             with torch.no_grad():
-                self.actor[-1].weight.mul_(0.01)
-                self.actor[-1].bias.zero_()
+                last.weight.mul_(0.01)
+                last.bias.zero_()
+        self.actor = actor
+        self.critic = _network(self.model_config, "critic")
         self.spread: nn.Module = nn.Identity()
         if isinstance(space, gymnasium.spaces.Box):
             self.spread = Spread(space.shape[0], self.model_config["log_std"])
@@ -96,7 +100,7 @@ class ActorCriticModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):  # t
         return self.critic(batch[Columns.OBS]).squeeze(-1)
 
 
-class TargetActorCriticModule(ActorCriticModule, TargetNetworkAPI):  # type: ignore[misc]
+class TargetActorCriticModule(ActorCriticModule, TargetNetworkAPI):
     """The same with an older actor, which APPO holds the new one to."""
 
     def make_target_networks(self) -> None:
@@ -139,7 +143,7 @@ class WithActions(nn.Module):
         return {ENCODER_OUT: torch.cat([mask, both.flatten(-2)], -1)}
 
 
-class QModule(DefaultDQNTorchRLModule):  # type: ignore[misc]
+class QModule(DefaultDQNTorchRLModule):
     """Values of all joint actions; ``model_config`` has DQN's ``epsilon`` and ``double_q`` as well."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -156,26 +160,34 @@ class QModule(DefaultDQNTorchRLModule):  # type: ignore[misc]
         self.encoder = PassOn()
         self.af = _network(self.model_config, "actor")
 
+    def _forward_exploration(self, batch: dict[str, Any], t: int) -> dict[str, Any]:
+        # the default never explores actions whose value is exactly 0, as all are before the first flow arrives
+        self.epsilon_schedule.update(t)
+        best = self._forward_inference(batch)[Columns.ACTIONS]
+        explored = torch.rand(best.shape) < self.epsilon_schedule.get_current_value()
+        return {Columns.ACTIONS: torch.where(explored, torch.randint_like(best, int(self.action_space.n)), best)}
+
 
 class MeanAndSpread(nn.Module):
-    """Means and log standard deviations of a network each, float[B, 2 N]."""
+    """Means and log standard deviations, which begin about ``log_std``, of a network each, float[B, 2 N]."""
 
-    def __init__(self, mean: nn.Module, spread: nn.Module) -> None:
+    def __init__(self, mean: nn.Module, spread: nn.Module, log_std: float) -> None:
         super().__init__()
-        self.mean, self.spread = mean, spread
+        self.mean, self.spread, self.log_std = mean, spread, log_std
 
     def forward(self, observations: Tensor) -> Tensor:
-        return torch.cat([self.mean(observations), self.spread(observations).clamp(*LOG_STD_BOUNDS)], -1)
+        log_std = (self.log_std + self.spread(observations)).clamp(*LOG_STD_BOUNDS)
+        return torch.cat([self.mean(observations), log_std], -1)
 
 
-class SquashedGaussian(TorchSquashedGaussian):  # type: ignore[misc]
+class SquashedGaussian(TorchSquashedGaussian):
     """RLlib's, but that its mode is squashed as well."""
 
     def to_deterministic(self) -> TorchDeterministic:
         return TorchDeterministic(loc=self._squash(self.loc))
 
 
-class SACModule(DefaultSACTorchRLModule):  # type: ignore[misc]
+class SACModule(DefaultSACTorchRLModule):
     """An actor whose actions are squashed by tanh, and critics; ``model_config`` has SAC's ``twin_q`` as well."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -188,7 +200,7 @@ class SACModule(DefaultSACTorchRLModule):  # type: ignore[misc]
         self.action_dist_cls = SquashedGaussian
         self.twin_q = config["twin_q"]
         self.pi_encoder = PassOn()
-        self.pi = MeanAndSpread(_network(config, "actor"), _network(config, "actor"))
+        self.pi = MeanAndSpread(_network(config, "actor"), _network(config, "actor"), config["log_std"])
         if not self.inference_only:
             self.qf_encoder, self.qf = WithActions(n), _network(config, "critic")
             if self.twin_q:
