@@ -251,7 +251,7 @@ def test_algorithms_have_the_defaults_of_the_table() -> None:
     for name, kind in ALGORITHMS.items():
         config = BenchMARLConfig(algorithm=name)
         assert config.action_type == kind.action_types[0]
-        assert (config.num_envs, config.num_steps) == (kind.num_envs, kind.num_steps)
+        assert (config.num_steps, config.learning_rate) == (kind.num_steps, kind.learning_rate)
         assert ("action_weights" in config.env_kwargs) == (config.action_type == "joint")
     # keys of several balancers are none of one that acts alone
     config = BenchMARLConfig(env_kwargs={"action_delay": 0.1})

@@ -275,7 +275,6 @@ class Algorithm:
         name: of its configuration's class, in ``benchmarl.algorithms``.
         action_types: those it takes, the default first.
         own_critic: whether its critic, if any, sees what one balancer sees, and not the state.
-        num_envs: replicas.
         num_steps: steps of every replica between two updates.
         learning_rate: step size of the optimiser.
         options: over BenchMARL's defaults.
@@ -285,7 +284,6 @@ class Algorithm:
     name: str
     action_types: tuple[str, ...]
     own_critic: bool
-    num_envs: int
     num_steps: int
     learning_rate: float
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -314,22 +312,21 @@ _SOFT = _REPLAY | {"alpha_init": 0.02, "scale_mapping": "biased_softplus_0.4"}
 
 #: The algorithms by name.
 ALGORITHMS = {
-    "qmix": Algorithm("QmixConfig", ("joint",), True, 128, 8, 1e-3, _GREEDY, _TWO_LEVELS),
-    "vdn": Algorithm("VdnConfig", ("joint",), True, 128, 8, 1e-3, _GREEDY, _TWO_LEVELS),
-    "iql": Algorithm("IqlConfig", ("joint",), True, 128, 8, 1e-3, _GREEDY, _TWO_LEVELS),
-    "mappo": Algorithm("MappoConfig", _EITHER, False, 256, 16, 3e-3, _ACTOR),
-    "ippo": Algorithm("IppoConfig", _EITHER, True, 256, 16, 3e-3, _ACTOR),
+    "qmix": Algorithm("QmixConfig", ("joint",), True, 8, 1e-3, _GREEDY, _TWO_LEVELS),
+    "vdn": Algorithm("VdnConfig", ("joint",), True, 8, 1e-3, _GREEDY, _TWO_LEVELS),
+    "iql": Algorithm("IqlConfig", ("joint",), True, 8, 1e-3, _GREEDY, _TWO_LEVELS),
+    "mappo": Algorithm("MappoConfig", _EITHER, False, 16, 3e-3, _ACTOR),
+    "ippo": Algorithm("IppoConfig", _EITHER, True, 16, 3e-3, _ACTOR),
     "maddpg": Algorithm(
         "MaddpgConfig",
         ("normalized",),
         False,
-        128,
         8,
         5e-4,
         _REPLAY | {"exploration_eps_init": 0.4, "exploration_eps_end": 0.05},
     ),
-    "isac": Algorithm("IsacConfig", _EITHER, True, 128, 8, 1e-3, _SOFT),
-    "masac": Algorithm("MasacConfig", _EITHER, False, 128, 8, 1e-3, _SOFT),
+    "isac": Algorithm("IsacConfig", _EITHER, True, 8, 1e-3, _SOFT),
+    "masac": Algorithm("MasacConfig", _EITHER, False, 8, 1e-3, _SOFT),
 }
 
 # What is logged, by the names of Progress and those of BenchMARL's losses, of which the first found counts.
@@ -377,8 +374,6 @@ class BenchMARLConfig(TrainingConfig):
     """further keys of ``MultiLoadBalanceVectorEnv``; with "joint" actions ``action_weights`` of 1 and 2 unless told
     otherwise"""
 
-    num_envs: int = PER_ALGORITHM
-    """replicas; 256 for "mappo" and "ippo", 128 for the others"""
     num_steps: int = PER_ALGORITHM
     """steps of every replica between two updates; 16 for "mappo" and "ippo", 8 for the others"""
     learning_rate: float = PER_ALGORITHM
@@ -389,7 +384,7 @@ class BenchMARLConfig(TrainingConfig):
     """steps of a replica in a gradient step; off-policy algorithms only"""
     optimizer_steps: int = 4
     """gradient steps after each collection; off-policy algorithms only"""
-    exploration: float = 0.5
+    exploration: float = 0.4
     """share of the budget over which exploration falls from ``exploration_eps_init`` to ``exploration_eps_end``: the
     share of random actions of "qmix", "vdn" and "iql", the standard deviation of the noise of "maddpg"."""
     gae_lambda: float = 0.9
@@ -412,7 +407,6 @@ class BenchMARLConfig(TrainingConfig):
         kind = ALGORITHMS[self.algorithm]
         self.fill_in(
             action_type=kind.action_types[0],
-            num_envs=kind.num_envs,
             num_steps=kind.num_steps,
             learning_rate=kind.learning_rate,
         )
