@@ -18,10 +18,11 @@ from lbgym.rewards import REWARDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ["index", "quickstart", "multi-agent", *sorted(f"frameworks/{p.stem}" for p in DOCS.glob("frameworks/*.md"))]
+PAGES = ["index", "quickstart", "multi-agent", "training", "clusters", *sorted(f"frameworks/{p.stem}" for p in DOCS.glob("frameworks/*.md"))]
 #: What makes a training of the pages short.
 SHORTER = {
     "total_steps=1_500_000": "total_steps=4_096",
+    '"total_steps": 1_500_000': '"total_steps": 4_096',
     "total_steps=300_000": "total_steps=2_048, num_envs=8, warmup=1, max_steps=32",
     "total_timesteps=100_000": "total_timesteps=1_024",
     "seeds=10": "seeds=2, duration=5.0",
@@ -30,6 +31,11 @@ SHORTER = {
 NEEDS = {
     "quickstart": ("torch", "rich", "scipy"),
     "multi-agent": ("pettingzoo",),
+    "training": ("torch", "tomli_w"),
+    "clusters": ("torch", "ray"),
+    "frameworks/rllib": ("ray",),
+    "frameworks/benchmarl": ("benchmarl",),
+    "frameworks/torchrl": ("torchrl",),
     "frameworks/pettingzoo": ("pettingzoo",),
     "frameworks/ppo": ("torch",),
     "frameworks/sac-gru": ("torch",),
@@ -133,6 +139,19 @@ def test_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.Mo
         for long, short in SHORTER.items():
             code = code.replace(long, short)
         exec(compile(code, f"docs/{page}.md", "exec"), {"__name__": "docs"})
+
+
+def test_files_of_settings_are_files_of_settings(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from lbgym.training import make_config, read_config
+
+    files = blocks("training", "toml")
+    assert files
+    for text in files:
+        (tmp_path / "config.toml").write_text(text)
+        algo, values = read_config(tmp_path / "config.toml")
+        assert algo is not None
+        make_config(algo, values)
 
 
 def test_what_is_made_shorter_is_there() -> None:

@@ -25,14 +25,20 @@ SHORT = {
     "random_policy.py": [],
     "multi_agent.py": [],
     "manual_control.py": ["--scenario", "uniform"],
+    "train_benchmarl.py": ["--seconds", "1", "--seeds", "2"],
     "train_ppo.py": ["--seconds", "1"],
+    "train_rllib.py": ["--seconds", "1", "--seeds", "2"],
+    "train_sb3.py": ["--seconds", "1", "--seeds", "2"],
     "train_sac_gru.py": ["--seconds", "1", "--seeds", "2"],
 }
 #: Modules an example needs beyond the core.
 NEEDS = {
     "live_training.py": ("stable_baselines3", "typer"),
     "multi_agent.py": ("pettingzoo",),
+    "train_benchmarl.py": ("benchmarl", "rich", "scipy"),
     "train_ppo.py": ("torch", "rich", "scipy"),
+    "train_rllib.py": ("ray", "rich", "scipy"),
+    "train_sb3.py": ("stable_baselines3", "rich", "scipy"),
     "train_sac_gru.py": ("torch", "rich", "scipy"),
 }
 
