@@ -175,13 +175,18 @@ def test_a_lost_env_runner_is_started_again_and_the_training_goes_on(
     assert result.history[-1].step >= killed[0] + 256
 
 
-def test_a_training_stops_when_told_and_is_saved_when_interrupted(tmp_path: Path) -> None:
+def test_a_training_stops_when_told_and_is_saved_when_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
     def interrupt(progress: Progress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_rllib(config(), out=tmp_path / "some.pt", callback=interrupt)
-    assert load_policy(tmp_path / "some.pt").step == 64
+        train_rllib(config(), out="some.pt", callback=interrupt)
+    assert load_policy("some.pt").step == 64
+    assert train_rllib(config(), resume_from="some.pt").policy.step == 128
     steps = config().num_envs * config().num_steps
     result = train_rllib(config(total_steps=None, seconds=600.0, checkpoint_every=0.0), callback=lambda progress: True)
     assert (len(result.history), result.checkpoint, result.policy.step) == (1, None, steps)

@@ -8,6 +8,7 @@ Ray.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import os
 import shutil
@@ -196,12 +197,12 @@ ALGORITHMS = {
         1e-3,
         env_runners=1,
         seconds=0.5,
-        # each sample is learnt from four times, and the older actor is never older than four samples
+        # each sample is learnt from twice; an older actor that is renewed seldom would hold the new one back
         options=_ASYNCHRONOUS
         | {
-            "circular_buffer_num_batches": 4,
-            "circular_buffer_iterations_per_batch": 4,
-            "target_network_update_freq": 1,
+            "circular_buffer_num_batches": 2,
+            "circular_buffer_iterations_per_batch": 2,
+            "target_network_update_freq": 0.5,
         },
     ),
 }
@@ -512,7 +513,8 @@ class _Run:
         made.debugging(seed=config.seed, log_level="ERROR")
         if config.multi_agent:
             made.multi_agent(policies={SHARED_POLICY}, policy_mapping_fn=_shared)
-        return made.build_algo()
+        with _quiet():
+            return made.build_algo()
 
     def train(self, checkpoint: Path | None, callback: Callable[[Progress], bool | None] | None, writer: Any) -> None:
         """Train until the budget is used up or the callback says so."""
@@ -572,7 +574,7 @@ class _Run:
         name = f"{self.step}-{uuid.uuid4().hex[:8]}"
         unfinished = folder / f".{name}.tmp"
         try:
-            self._algorithm.save_to_path(str(unfinished.absolute()))
+            self._algorithm.save_to_path(str(unfinished))
             # IMPALA and APPO go on learning meanwhile: what is exported is what was saved
             module = RLModule.from_checkpoint(unfinished / _MODULES / self._module_id)
             os.replace(unfinished, folder / name)
@@ -665,6 +667,20 @@ def _shared(agent: Any, *args: Any, **kwargs: Any) -> str:
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Without RLlib's advice on what is as it should be, such as the API in use."""
+    loggers = [logging.getLogger(name) for name in ("ray.rllib", "ray.tune")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
 def _made(config: RLlibConfig, keys: Mapping[str, Any]) -> Iterator[Any]:
     """One replica of the environment, for its spaces."""
     env = MultiLoadBalanceVectorEnv(1, **keys) if config.multi_agent else LoadBalanceVectorEnv(1, **keys)
@@ -698,8 +714,8 @@ def _check_cpus(config: RLlibConfig) -> None:
 
 
 def _state_folder(path: Path) -> Path:
-    """Where the state of RLlib's algorithm is, beside a checkpoint."""
-    return path.with_suffix(".rllib")
+    """Where the state of RLlib's algorithm is, beside a checkpoint; RLlib takes a relative path for an address."""
+    return path.absolute().with_suffix(".rllib")
 
 
 def _read(path: Path) -> dict[str, Any]:
