@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -152,8 +151,8 @@ class Run:
         return saved
 
 
-def train_one(run: Run) -> None:
-    """Train in this process; the policy and then the history take their places once they are whole."""
+def train_one(run: Run, scratch: Path) -> None:
+    """Train in this process and in the folder ``scratch``; what is whole then takes its place, the history last."""
     from lbgym.training.recipes import make_config, train
     from lbgym.training.runs import write_whole
 
@@ -162,13 +161,11 @@ def train_one(run: Run) -> None:
     # other runs have the other cores
     changes |= {"env_kwargs": {"num_threads": 1}, "torch_threads": 1, "checkpoint_every": math.inf}
     config = make_config(training.recipe, changes)
-    # frameworks leave buffers and states of their own beside the policy, of hundreds of megabytes
-    with tempfile.TemporaryDirectory(dir=run.folder, prefix=".") as scratch:
-        started = time.perf_counter()
-        result = train(training.recipe, config, out=Path(scratch) / run.checkpoint.name)
-        total = time.perf_counter() - started
-        assert result.checkpoint is not None
-        shutil.move(result.checkpoint, run.checkpoint)
+    started = time.perf_counter()
+    result = train(training.recipe, config, out=scratch / run.checkpoint.name)
+    total = time.perf_counter() - started
+    assert result.checkpoint is not None
+    os.replace(result.checkpoint, run.checkpoint)
     history = [(p.step, round(p.seconds, 3), float(f"{p.reward:.5g}")) for p in result.history]
     saved = {
         "name": run.name,
@@ -211,8 +208,8 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[Run]:
                     say(f"{head}: {run.read()['total_seconds']:.0f} s")
                     continue
                 failed.append(run)
-                tail = "\n".join(f"    {line}" for line in (done.stdout + done.stderr).splitlines()[-12:])
-                say(f"{head} failed with exit code {done.returncode}; its last lines:\n{tail}")
+                tail = (done.stdout + done.stderr).splitlines()[-12:] or ["(it said nothing)"]
+                say("\n    ".join([f"{head} failed with exit code {done.returncode}; its last lines:", *tail]))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -221,16 +218,18 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[Run]:
 
 def in_process(run: Run) -> subprocess.CompletedProcess[str]:
     """Train in a process of its own, with one thread."""
-    command = [sys.executable, "-m", "benchmarks.learning_curves", "--run", run.name, str(run.seed), str(run.steps)]
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    return subprocess.run(
-        [*command, "--out", str(run.folder.parent)],
-        env=os.environ | threads,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    # frameworks leave buffers and states of their own beside the policy, of hundreds of megabytes
+    with tempfile.TemporaryDirectory(dir=run.folder, prefix=".") as scratch:
+        what = (run.name, str(run.seed), str(run.steps), scratch)
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks.learning_curves", "--out", str(run.folder.parent), "--run", *what],
+            env=os.environ | threads,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
 
 
 def say(line: str) -> None:
@@ -368,6 +367,7 @@ def reference_reward(scenario: Scenario, name: str, seeds: int = 10) -> float:
 def plot(scenario: str, runs: Sequence[Run], axis: str, file: Path) -> None:
     """One panel per algorithm: its mean over the seeds with the 95 % interval, the others in grey, the heuristics."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     names = list(dict.fromkeys(run.name for run in runs))
     loaded = load_scenario(scenario)
@@ -393,10 +393,15 @@ def plot(scenario: str, runs: Sequence[Run], axis: str, file: Path) -> None:
     for column in range(columns):
         lowest = (len(names) - 1 - column) // columns
         grid[lowest, column].xaxis.set_tick_params(labelbottom=True)
-    worst = min(curves[name].mean.min() for name in names)
-    # an algorithm that fails would leave nothing to see of those that do not
-    floor = max(worst, 2.5 * heuristics[RANDOM] if heuristics[RANDOM] < 0 else worst)
-    grid[0, 0].set_ylim(-((-floor) * 1.05), 0.8 * max(heuristics.values()))
+    worst = min(float(curves[name].mean.min()) for name in names)
+    best = max(float(curves[name].mean.max()) for name in names)
+    limits = 1.15 * min(worst, *heuristics.values()), 0.87 * max(best, *heuristics.values())
+    # the worst have hundreds of times the open flows of the best
+    grid[0, 0].set_yscale("symlog", linthresh=min(1.0, -limits[1]))
+    grid[0, 0].set_ylim(*limits)
+    ticks = [-x * 10.0**power for power in range(-1, 6) for x in (1, 2, 5) if limits[0] < -x * 10.0**power < limits[1]]
+    grid[0, 0].set_yticks(ticks, labels=[f"−{-tick:g}" for tick in ticks])
+    grid[0, 0].yaxis.set_minor_locator(NullLocator())
     figure.supxlabel("environment steps" if axis == "steps" else "seconds of training", fontsize=10, color=_TEXT)
     figure.supylabel("reward per step (−open flows)", fontsize=10, color=_TEXT)
     seeds = len({run.seed for run in runs})
@@ -429,8 +434,9 @@ class Curve:
 def curve(runs: Sequence[Run], axis: str) -> Curve:
     """The curve of one algorithm."""
     histories = [np.array(run.read()["history"]) for run in runs]
-    first = max(history[0, 0] for history in histories)
     last = min(history[-1, 0] for history in histories)
+    # nothing is learnt before
+    first = max(last / 100, *(history[0, 0] for history in histories))
     steps = np.geomspace(first, last, 80)
     rewards = [smoothed(run, steps) for run in runs]
     intervals = [mean_interval(column) for column in np.transpose(rewards)]
@@ -495,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     only = options.add_mutually_exclusive_group()
     only.add_argument("--train-only", action="store_true", help="no evaluation")
     only.add_argument("--evaluate-only", action="store_true", help="no training: what is in the folder")
-    only.add_argument("--run", nargs=3, metavar=("NAME", "SEED", "STEPS"), default=None, help=argparse.SUPPRESS)
+    only.add_argument("--run", nargs=4, default=None, help=argparse.SUPPRESS)
     arguments = options.parse_args(argv)
     try:
         if arguments.out is None and arguments.quick:
@@ -511,8 +517,8 @@ def run_all(arguments: argparse.Namespace, out: Path) -> int:
     """What the options ask for, in a folder; the exit code."""
     folder = out / "runs"
     if arguments.run is not None:
-        name, seed, steps = arguments.run
-        train_one(Run(name, int(seed), int(steps), folder))
+        name, seed, steps, scratch = arguments.run
+        train_one(Run(name, int(seed), int(steps), folder), Path(scratch))
         return 0
     seeds, scale, flow_seeds, duration = arguments.seeds, arguments.steps_scale, arguments.flow_seeds, None
     algos = list(RUNS) if arguments.algos is None else names_in(arguments.algos)
