@@ -18,12 +18,15 @@ from lbgym.rewards import REWARDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ["index", "quickstart", "multi-agent", "training", "clusters", *sorted(f"frameworks/{p.stem}" for p in DOCS.glob("frameworks/*.md"))]
+FRAMEWORKS = sorted(f"frameworks/{page.stem}" for page in DOCS.glob("frameworks/*.md"))
+PAGES = ["index", "quickstart", "multi-agent", "training", "clusters", *FRAMEWORKS]
 #: What makes a training of the pages short.
 SHORTER = {
     "total_steps=1_500_000": "total_steps=4_096",
     '"total_steps": 1_500_000': '"total_steps": 4_096',
+    'policy="equivariant", total_steps=300_000': 'policy="equivariant", total_steps=2_048, num_envs=8, max_steps=32',
     "total_steps=300_000": "total_steps=2_048, num_envs=8, warmup=1, max_steps=32",
+    "total_steps=500_000": "total_steps=1_024, num_envs=8, max_steps=32",
     "total_timesteps=100_000": "total_timesteps=1_024",
     "seeds=10": "seeds=2, duration=5.0",
 }
@@ -33,7 +36,7 @@ NEEDS = {
     "multi-agent": ("pettingzoo",),
     "training": ("torch", "tomli_w"),
     "clusters": ("torch", "ray"),
-    "frameworks/rllib": ("ray",),
+    "frameworks/rllib": ("ray", "pettingzoo"),
     "frameworks/benchmarl": ("benchmarl",),
     "frameworks/torchrl": ("torchrl",),
     "frameworks/pettingzoo": ("pettingzoo",),

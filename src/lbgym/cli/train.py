@@ -24,6 +24,7 @@ from ..training.recipes import train as run_recipe
 if TYPE_CHECKING:
     from ..training import Progress
     from ..training.config import TrainingConfig
+    from ..training.recipes import TrainingResult
 
 
 class Network(StrEnum):
@@ -143,7 +144,7 @@ def train(
         if backend is Backend.RAY:
             from ..training.cluster import train_on_ray
 
-            result = train_on_ray(algo, chosen, address=address, **keywords)
+            result: TrainingResult = train_on_ray(algo, chosen, address=address, **keywords)
         else:
             result = run_recipe(algo, chosen, **keywords)
     assert result.checkpoint is not None

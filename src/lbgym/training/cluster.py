@@ -69,7 +69,9 @@ def connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    _check_answers(address or os.environ.get("RAY_ADDRESS") or "")
+    # without an address Ray would join whatever cluster was last started on this machine
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_answers(address)
     try:
         # without this Ray starts workers with a copy of the current folder where it finds a uv environment
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -78,10 +80,10 @@ def connected(address: str | None) -> Iterator[None]:
             address=address,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            include_dashboard=None if address else False,
+            include_dashboard=False if address == "local" else None,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ClusterError(f"cannot join the Ray cluster at {address or 'RAY_ADDRESS'}: {error}") from None
+        raise ClusterError(f"cannot join the Ray cluster at {address}: {error}") from None
     try:
         yield
     finally:
@@ -223,7 +225,8 @@ class _Run:
         except KeyboardInterrupt:
             worker.stop.remote()
             ray.wait([done], timeout=60.0)
-            self._take(*ray.get(worker.news.remote(), timeout=PATIENCE), lambda progress: False, worker)
+            news, saved = ray.get(worker.news.remote(), timeout=PATIENCE)
+            self._take(news, saved, lambda progress: False, worker)
             raise
         except RayTaskError as error:
             # the recipe's own exception, without the traceback of another machine in its text
