@@ -166,7 +166,9 @@ def train_one(run: Run, scratch: Path) -> None:
     total = time.perf_counter() - started
     assert result.checkpoint is not None
     os.replace(result.checkpoint, run.checkpoint)
-    history = [(p.step, round(p.seconds, 3), float(f"{p.reward:.5g}")) for p in result.history]
+    # an update in which no episode told a reward adds its steps to those of the next
+    told = [p for p in result.history if math.isfinite(p.reward)]
+    history = [(p.step, round(p.seconds, 3), float(f"{p.reward:.5g}")) for p in told]
     saved = {
         "name": run.name,
         "recipe": training.recipe,
