@@ -193,7 +193,7 @@ def test_exploration_falls_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(recipe, "_Watch", Watch)
     train_benchmarl(small(total_steps=128, exploration=0.5))
-    assert found == pytest.approx([1.0, 0.51, 0.02, 0.02, 0.02])
+    assert found == pytest.approx([1.0, 0.55, 0.1, 0.1, 0.1])
 
 
 def test_an_interrupt_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,7 +252,7 @@ def test_algorithms_have_the_defaults_of_the_table() -> None:
         config = BenchMARLConfig(algorithm=name)
         assert config.action_type == kind.action_types[0]
         assert (config.num_steps, config.learning_rate) == (kind.num_steps, kind.learning_rate)
-        assert ("action_weights" in config.env_kwargs) == (config.action_type == "joint")
+        assert config.env_kwargs == recipe.WEIGHTS[config.action_type]
     # keys of several balancers are none of one that acts alone
     config = BenchMARLConfig(env_kwargs={"action_delay": 0.1})
     assert "action_delay" in config.environment_kwargs()

@@ -59,6 +59,13 @@ from .torchrl_env import GROUP, MultiTorchRLEnv
 if TYPE_CHECKING:
     from ..scenarios import Scenario, ScenarioDistribution
 
+#: Keys of the environment by action type, unless told otherwise. Two levels make 2 ** 7 joint actions of the 7 servers
+#: of "marllb-moderate", three would make 2,187; and weights that are too far apart at random overload servers.
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "joint": {"action_weights": [1.0, 2.0]},
+    "normalized": {"min_weight": 0.25, "max_weight": 4.0},
+}
+
 #: Keys of the environment that balancers have together; one that acts alone knows none of them.
 _OF_SEVERAL = ("num_balancers", "reward_sharing", "action_offsets", "action_delay")
 
@@ -76,7 +83,8 @@ class LoadBalanceTaskClass(TaskClass):
     * ``reward_loc`` and ``reward_scale``: BenchMARL is given ``reward_scale * reward + reward_loc`` (default 1 and 0).
 
     Observations are "flat" and normalised unless told otherwise, rewards "open_flows". Without an ``action_type``,
-    algorithms with continuous actions get "normalized" and those with discrete ones "joint", at two levels.
+    algorithms with continuous actions get "normalized" and those with discrete ones "joint", with the weights of
+    ``WEIGHTS``.
     """
 
     def get_env_fun(
@@ -89,8 +97,7 @@ class LoadBalanceTaskClass(TaskClass):
             keys.pop(name, None)
         keys.setdefault("scenario", self.name.lower().replace("_", "-"))
         keys.setdefault("action_type", "normalized" if continuous_actions else "joint")
-        if keys["action_type"] == "joint":
-            keys.setdefault("action_weights", _TWO_LEVELS["action_weights"])
+        keys = WEIGHTS.get(keys["action_type"], {}) | keys
 
         def make() -> EnvBase:
             vector = MultiLoadBalanceVectorEnv(num_envs, autoreset_mode="Disabled", **keys)
@@ -278,7 +285,6 @@ class Algorithm:
         num_steps: steps of every replica between two updates.
         learning_rate: step size of the optimiser.
         options: over BenchMARL's defaults.
-        env_kwargs: keys of the environment.
     """
 
     name: str
@@ -287,7 +293,6 @@ class Algorithm:
     num_steps: int
     learning_rate: float
     options: Mapping[str, Any] = field(default_factory=dict)
-    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> Any:
         """Its configuration's class."""
@@ -298,23 +303,22 @@ class Algorithm:
         return bool(self.load().on_policy())
 
 
-# Two levels make 2 ** 7 joint actions of the 7 servers of "marllb-moderate"; three would make 2,187.
-_TWO_LEVELS = {"action_weights": [1.0, 2.0]}
 _EITHER = ("normalized", "joint")
-# With gamma 0.8 a reward matters for some five steps: targets can follow at once, and what the policy did long ago is
-# of no use.
+# With gamma 0.6 a reward matters for two or three steps: targets can follow at once, and what the policy did long ago
+# is of no use.
 _REPLAY = {"off_policy_memory_size": 65_536, "polyak_tau": 0.05}
-_GREEDY = _REPLAY | {"exploration_eps_init": 1.0, "exploration_eps_end": 0.02}
-# Actions are in [-1, 1], and weights that far apart at random overload servers: a standard deviation of 1 is too much.
-_ACTOR = {"use_tanh_normal": False, "scale_mapping": "biased_softplus_0.2"}
+# Where all balancers act alike always, nothing tells how much better that is than anything else.
+_GREEDY = _REPLAY | {"exploration_eps_init": 1.0, "exploration_eps_end": 0.1}
+# Actions are in [-1, 1], which a standard deviation of 1 would leave all the time.
+_ACTOR = {"use_tanh_normal": False, "scale_mapping": "biased_softplus_0.3"}
 # The entropy of an action per server outweighs rewards scaled to 1 for long if its weight begins at 1, too.
-_SOFT = _REPLAY | {"alpha_init": 0.02, "scale_mapping": "biased_softplus_0.4"}
+_SOFT = _REPLAY | {"alpha_init": 0.02, "scale_mapping": "biased_softplus_0.3"}
 
 #: The algorithms by name.
 ALGORITHMS = {
-    "qmix": Algorithm("QmixConfig", ("joint",), True, 8, 1e-3, _GREEDY, _TWO_LEVELS),
-    "vdn": Algorithm("VdnConfig", ("joint",), True, 8, 1e-3, _GREEDY, _TWO_LEVELS),
-    "iql": Algorithm("IqlConfig", ("joint",), True, 8, 1e-3, _GREEDY, _TWO_LEVELS),
+    "qmix": Algorithm("QmixConfig", ("joint",), True, 8, 1e-3, _GREEDY),
+    "vdn": Algorithm("VdnConfig", ("joint",), True, 8, 1e-3, _GREEDY),
+    "iql": Algorithm("IqlConfig", ("joint",), True, 8, 1e-3, _GREEDY),
     "mappo": Algorithm("MappoConfig", _EITHER, False, 16, 3e-3, _ACTOR),
     "ippo": Algorithm("IppoConfig", _EITHER, True, 16, 3e-3, _ACTOR),
     "maddpg": Algorithm(
@@ -371,16 +375,16 @@ class BenchMARLConfig(TrainingConfig):
     """an ``action_type`` of ``LoadBalanceEnv``: "joint" for "qmix", "vdn" and "iql", "normalized" for
     "maddpg", either for the others (default "normalized")"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """further keys of ``MultiLoadBalanceVectorEnv``; with "joint" actions ``action_weights`` of 1 and 2 unless told
-    otherwise"""
+    """further keys of ``MultiLoadBalanceVectorEnv``; unless told otherwise "joint" actions are of weights 1 and 2,
+    "normalized" ones of weights from 0.25 to 4"""
 
     num_steps: int = PER_ALGORITHM
     """steps of every replica between two updates; 16 for "mappo" and "ippo", 8 for the others"""
     learning_rate: float = PER_ALGORITHM
     """step size of the optimiser; 3e-3 for "mappo" and "ippo", 5e-4 for "maddpg", 1e-3 for the others"""
-    gamma: float = 0.8
-    """discount per step; queues forget what was done within a second or two, and a longer view adds noise"""
-    batch_size: int = 512
+    gamma: float = 0.6
+    """discount per step; queues forget within a second what was done, and a longer view adds noise"""
+    batch_size: int = 256
     """steps of a replica in a gradient step; off-policy algorithms only"""
     optimizer_steps: int = 4
     """gradient steps after each collection; off-policy algorithms only"""
@@ -425,8 +429,7 @@ class BenchMARLConfig(TrainingConfig):
             if kind.action_types == ("joint",):
                 fits += ", with few enough action_weights ** servers, or an algorithm for many servers such as 'mappo'"
             raise UnsupportedSpaceError(f"{self.algorithm!r} of BenchMARL cannot take {self.action_type!r}: {fits}")
-        if self.action_type == "joint":
-            self.env_kwargs = {**_TWO_LEVELS, **self.env_kwargs}
+        self.env_kwargs = {**WEIGHTS.get(self.action_type, {}), **self.env_kwargs}
 
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a balancer's observations and actions depend on, also where it is alone."""
