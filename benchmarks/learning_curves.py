@@ -71,23 +71,23 @@ class Training:
 
 #: The algorithms by name. The off-policy ones learn more from a step and take longer over it.
 RUNS = {
-    "ppo": Training("ppo", SINGLE, 1_500_000),
+    "ppo": Training("ppo", SINGLE, 1_000_000),
     "sac-gru": Training("sac-gru", SINGLE, 300_000),
-    "sb3-ppo": Training("sb3-ppo", SINGLE, 1_500_000, EQUIVARIANT),
-    "sb3-ppo-mlp": Training("sb3-ppo", SINGLE, 1_500_000),
-    "sb3-a2c": Training("sb3-a2c", SINGLE, 1_500_000, EQUIVARIANT),
-    "sb3-dqn": Training("sb3-dqn", SINGLE, 500_000, EQUIVARIANT),
-    "sb3-sac": Training("sb3-sac", SINGLE, 500_000, EQUIVARIANT),
-    "sb3-td3": Training("sb3-td3", SINGLE, 500_000),
-    "sb3-recurrent-ppo": Training("sb3-recurrent-ppo", SINGLE, 1_500_000),
-    "rllib-ppo": Training("rllib-ppo", SINGLE, 1_500_000, EQUIVARIANT),
-    "rllib-dqn": Training("rllib-dqn", SINGLE, 500_000, EQUIVARIANT),
-    "rllib-sac": Training("rllib-sac", SINGLE, 500_000, EQUIVARIANT),
-    "rllib-impala": Training("rllib-impala", SINGLE, 1_500_000, EQUIVARIANT),
-    "rllib-appo": Training("rllib-appo", SINGLE, 1_500_000, EQUIVARIANT),
+    "sb3-ppo": Training("sb3-ppo", SINGLE, 1_000_000, EQUIVARIANT),
+    "sb3-ppo-mlp": Training("sb3-ppo", SINGLE, 1_000_000),
+    "sb3-a2c": Training("sb3-a2c", SINGLE, 1_000_000, EQUIVARIANT),
+    "sb3-dqn": Training("sb3-dqn", SINGLE, 200_000, EQUIVARIANT),
+    "sb3-sac": Training("sb3-sac", SINGLE, 200_000, EQUIVARIANT),
+    "sb3-td3": Training("sb3-td3", SINGLE, 200_000),
+    "sb3-recurrent-ppo": Training("sb3-recurrent-ppo", SINGLE, 1_000_000),
+    "rllib-ppo": Training("rllib-ppo", SINGLE, 1_000_000, EQUIVARIANT),
+    "rllib-dqn": Training("rllib-dqn", SINGLE, 200_000, EQUIVARIANT),
+    "rllib-sac": Training("rllib-sac", SINGLE, 200_000, EQUIVARIANT),
+    "rllib-impala": Training("rllib-impala", SINGLE, 1_000_000, EQUIVARIANT),
+    "rllib-appo": Training("rllib-appo", SINGLE, 1_000_000, EQUIVARIANT),
     "benchmarl-qmix": Training("benchmarl-qmix", SEVERAL, 500_000),
     "benchmarl-vdn": Training("benchmarl-vdn", SEVERAL, 500_000),
-    "benchmarl-mappo": Training("benchmarl-mappo", SEVERAL, 1_500_000),
+    "benchmarl-mappo": Training("benchmarl-mappo", SEVERAL, 1_000_000),
     "benchmarl-maddpg": Training("benchmarl-maddpg", SEVERAL, 500_000),
     "benchmarl-isac": Training("benchmarl-isac", SEVERAL, 500_000),
 }
@@ -526,7 +526,7 @@ def run_all(arguments: argparse.Namespace, out: Path) -> int:
     algos = list(RUNS) if arguments.algos is None else names_in(arguments.algos)
     if arguments.quick:
         seeds, scale, flow_seeds, duration = 2, 0.005, 2, 5.0
-        algos = ["ppo", "sb3-ppo"] if arguments.algos is None else algos
+        algos = ["ppo", "sac-gru"] if arguments.algos is None else algos
     runs = [Run(name, seed, budget_of(name, scale), folder) for name in algos for seed in range(1, seeds + 1)]
     failed: list[Run] = []
     if not arguments.evaluate_only:

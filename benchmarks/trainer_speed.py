@@ -39,12 +39,17 @@ FLOW_SEEDS = 10_000
 
 
 def speeds(trainer: str, seconds: float, warmup: float) -> list[float]:
-    """Steps per second of every update after the warm-up."""
+    """Steps per second of every update that ends after the warm-up, in a training of at least so many seconds."""
     algo, changes = TRAINERS[trainer]
-    config = make_config(algo, {"scenario": SCENARIO, "total_steps": None, "seconds": seconds, **changes})
-    history = train(algo, config).history
-    # an update may be longer than a quick run's warm-up: the last one always counts
-    return [p.steps_per_second for p in history[:-1] if p.seconds > warmup] + [history[-1].steps_per_second]
+    history: list[Progress] = []
+
+    def enough(progress: Progress) -> bool:
+        history.append(progress)
+        return progress.seconds >= seconds and len(history) >= 3
+
+    train(algo, make_config(algo, {"scenario": SCENARIO, "total_steps": 10**9, **changes}), callback=enough)
+    # Stable-Baselines3 tells its first rollout before it has learnt anything.
+    return [p.steps_per_second for p in history[1:] if p.seconds > warmup]
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,13 @@ def time_to_beat(
         contenders = [Contender("lsq", "lsq", "cores")]
         contenders += [Contender(s.label, path=str(s.path)) for run in runs.values() for s in run]
         comparison = compare(
-            SCENARIO, contenders, range(FLOW_SEEDS, FLOW_SEEDS + flow_seeds), duration=duration, baseline="lsq"
+            SCENARIO,
+            contenders,
+            range(FLOW_SEEDS, FLOW_SEEDS + flow_seeds),
+            duration=duration,
+            baseline="lsq",
+            # not worth a process of its own, which would take longer to start
+            processes=1 if len(contenders) * flow_seeds < 20 else None,
         )
     lsq = comparison.interval("lsq", "fct_p99")
     for seed, run in runs.items():
@@ -130,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Loads torch, Stable-Baselines3 and the compiled simulator, which is no part of any trainer's time.
     for trainer in TRAINERS:
-        speeds(trainer, 0.1, 0.0)
+        speeds(trainer, 0.0, 0.0)
     measured: dict[str, list[list[float]]] = {trainer: [] for trainer in TRAINERS}
     for _ in range(rounds):
         for trainer in TRAINERS:
