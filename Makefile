@@ -15,7 +15,8 @@ PYTEST_ARGS ?= -n 2
 BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
-BENCHMARKS := $(filter-out __init__ common,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+# Learning curves take hours, and need both environments: make curves.
+BENCHMARKS := $(filter-out __init__ common learning_curves marl_training,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
 export OMP_NUM_THREADS ?= 1
@@ -85,11 +86,18 @@ docs: $(VENV)/.dev ## the documentation site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 .PHONY: bench
-bench: $(VENV)/.dev ## every benchmark, with what it must reach
+bench: $(VENV)/.dev $(FRAMEWORKS)/.dev ## every benchmark, with what it must reach
 	@failed=; for name in $(BENCHMARKS); do \
 		echo "python -m benchmarks.$$name"; \
 		$(BIN)/python -m benchmarks.$$name --out out/bench || failed="$$failed $$name"; \
-	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+	done; \
+	$(FRAMEWORKS)/bin/python -m benchmarks.marl_training --out out/bench || failed="$$failed marl_training"; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+.PHONY: curves
+curves: $(VENV)/.dev $(FRAMEWORKS)/.dev ## every algorithm, five seeds: out/curves
+	$(FRAMEWORKS)/bin/python -m benchmarks.learning_curves --out out/curves --train-only
+	$(BIN)/python -m benchmarks.learning_curves --out out/curves
 
 .PHONY: clean
 clean: ## remove what was made, also the virtual environment

@@ -256,7 +256,7 @@ class _Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.network = ServerNetwork(self.encoder.size, config.hidden, self.kind.choices, config.log_std)
-        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, eps=1e-5)
+        self.optimiser = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = self.iteration = self.episode = 0
         self.seconds = 0.0
