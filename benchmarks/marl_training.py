@@ -20,6 +20,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.common import markdown, parser, report
+from benchmarks.env_speed import cluster
+from benchmarks.multi_agent_speed import FLOWS, SERIAL_TRAINER, SERVERS
 from lbgym import MultiLoadBalanceEnv
 from lbgym.training import benchmarl as recipe
 from lbgym.training.benchmarl import BenchMARLConfig, train_benchmarl
@@ -27,8 +29,6 @@ from lbgym.training.benchmarl import BenchMARLConfig, train_benchmarl
 # isort: split
 from torchrl.envs import EnvBase, PettingZooWrapper
 
-#: Frames per second of BenchMARL over its serial PettingZoo path, measured at the outset on this kind of machine.
-SERIAL_TRAINER = 365.0
 LEAST = 20.0
 SERIAL_ENVS = 8
 
@@ -63,8 +63,9 @@ class SerialTask(recipe.LoadBalanceTaskClass):
         return spec
 
 
-def batched(algorithm: str, **changes: Any) -> BenchMARLConfig:
-    """The recipe's defaults."""
+def batched(algorithm: str, scenario: str | None, **changes: Any) -> BenchMARLConfig:
+    """The recipe's defaults; without a scenario on the cluster of the benchmarks of environments."""
+    changes |= {"scenario": cluster(SERVERS, FLOWS), "num_balancers": 2} if scenario is None else {"scenario": scenario}
     return BenchMARLConfig(algorithm=algorithm, sees_weights=False, total_steps=None, seconds=3600.0, **changes)
 
 
@@ -110,12 +111,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--seconds", type=float, default=10.0, help="of each measurement, at least")
+    options.add_argument("--scenario", default=None, help="name or file; 8 servers and 25 flows per step otherwise")
     arguments = options.parse_args(argv)
     rounds, seconds = (1, 1.0) if arguments.quick else (arguments.rounds, arguments.seconds)
     changes: dict[str, Any] = {"num_envs": 32, "num_steps": 4} if arguments.quick else {}
     measured: dict[str, list[tuple[float, float]]] = {}
     for algorithm in ("qmix", "mappo"):
-        config = batched(algorithm, **changes)
+        config = batched(algorithm, arguments.scenario, **changes)
         few = serial(config)
         for _ in range(rounds):
             for name, of, one_by_one in (

@@ -388,6 +388,8 @@ class BenchMARLConfig(TrainingConfig):
     """steps of a replica in a gradient step; off-policy algorithms only"""
     optimizer_steps: int = 4
     """gradient steps after each collection; off-policy algorithms only"""
+    hidden: int = 32
+    """width of the layers; those of central critics are twice as wide"""
     exploration: float = 0.4
     """share of the budget over which exploration falls from ``exploration_eps_init`` to ``exploration_eps_end``: the
     share of random actions of "qmix", "vdn" and "iql", the standard deviation of the noise of "maddpg"."""
@@ -762,7 +764,7 @@ def _experiment(
     model = LoadBalanceModelConfig(network=config.policy, num_servers=facts.num_servers, hidden=config.hidden)
     critic = replace(model)
     if not ALGORITHMS[config.algorithm].own_critic:
-        critic = MlpConfig(num_cells=[config.hidden] * 2, activation_class=nn.Tanh, layer_class=nn.Linear)
+        critic = MlpConfig(num_cells=[2 * config.hidden] * 2, activation_class=nn.Tanh, layer_class=nn.Linear)
     with _quiet():
         return _Experiment(
             task=LoadBalanceTaskClass("TRAINING", config.environment_kwargs() | keys),
