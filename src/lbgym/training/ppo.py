@@ -18,7 +18,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -228,7 +229,7 @@ def train_ppo(
                 trainer.restore(saved, Path(resume_from or ""))
             return trainer.run(checkpoint, callback, writer)
         finally:
-            trainer.env.close()
+            trainer.close()
 
 
 class _Trainer:
@@ -258,8 +259,16 @@ class _Trainer:
             self.network = ServerNetwork(self.encoder.size, config.hidden, self.kind.choices, config.log_std)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
+        # torch lets go of the interpreter, so that two Python threads learn on two cores; its own threads wait for one
+        # another so eagerly that they slow down to a crawl where another process has a core
+        self.pool = ThreadPoolExecutor(2, "ppo", lambda: torch.set_num_threads(config.torch_threads))
         self.step = self.iteration = self.episode = 0
         self.seconds = 0.0
+
+    def close(self) -> None:
+        """Release threads."""
+        self.pool.shutdown()
+        self.env.close()
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint holds, as copies."""
@@ -422,51 +431,81 @@ class _Trainer:
             return dict.fromkeys(LOSSES, 0.0) | {"explained_variance": 1 - residual}
 
         inputs, active = rollout.inputs.flatten(0, 1), rollout.active.flatten(0, 1)
-        scaled = net.scale(inputs, active)
-        choices, old_log_probs = rollout.choices.flatten(0, 1), rollout.log_probs.flatten()
-        targets = ((returns - net.returns.mean) / net.returns.std).flatten()
-        old_values = ((rollout.values - net.returns.mean) / net.returns.std).flatten()
-        flat_advantages = advantages.flatten()
+        samples = _Samples(
+            net.scale(inputs, active),
+            active,
+            rollout.choices.flatten(0, 1),
+            rollout.log_probs.flatten(),
+            ((returns - net.returns.mean) / net.returns.std).flatten(),
+            ((rollout.values - net.returns.mean) / net.returns.std).flatten(),
+            advantages.flatten(),
+        )
         size = math.ceil(len(inputs) / config.minibatches)
+        parameters = list(net.parameters())
         sums = torch.zeros(5)
         batches = 0
         for _ in range(config.epochs):
             kl_of_epoch = 0.0
             for index in torch.randperm(len(inputs), generator=self.generator).split(size):
-                mask = active[index]
-                out, value = net(scaled[index], mask)
-                log_probs, entropy = net.log_prob(out, mask, choices[index])
-                log_ratio = log_probs - old_log_probs[index]
-                ratio = log_ratio.exp()
-                advantage = flat_advantages[index]
+                batch = samples.at(index)
                 if config.normalize_advantage:
-                    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-                clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
-                policy_loss = -torch.minimum(advantage * ratio, advantage * clipped).mean()
-                target, old = targets[index], old_values[index]
-                value_loss = (value - target).square()
-                if config.clip_value:
-                    near = old + (value - old).clamp(-config.clip, config.clip)
-                    value_loss = torch.maximum(value_loss, (near - target).square())
-                value_loss = 0.5 * value_loss.mean()
-                mean_entropy = entropy.mean()
-                loss = policy_loss + config.value_coefficient * value_loss - config.entropy_coefficient * mean_entropy
-                self.optimiser.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(net.parameters(), config.max_grad_norm)
+                    batch.advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
+                # always the same halves, added in the same order, however many threads there are
+                halves = [batch.at(half) for half in torch.arange(len(index)).chunk(2)]
+                done = list(self.pool.map(partial(self.gradients, total=len(index)), halves))
+                for i, parameter in enumerate(parameters):
+                    parameter.grad = sum(gradients[i] for gradients, _ in done)  # type: ignore[assignment]
+                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
                 self.optimiser.step()
-                with torch.no_grad():
-                    # an estimate of the KL divergence that is never negative (Schulman, "Approximating KL Divergence")
-                    kl = (ratio - 1 - log_ratio).mean()
-                    share = ((ratio - 1).abs() > config.clip).float().mean()
-                    sums += torch.stack([policy_loss, value_loss, mean_entropy, kl, share])
+                of_batch = torch.stack([part for _, part in done]).sum(0)
+                sums += of_batch
                 batches += 1
-                kl_of_epoch = float(kl)
+                kl_of_epoch = float(of_batch[LOSSES.index("kl")])
             if config.target_kl is not None and kl_of_epoch > config.target_kl:
                 break
         net.moments.update(rollout.inputs[rollout.active])
         losses = {name: float(x) for name, x in zip(LOSSES, sums / batches, strict=True)}
         return losses | {"explained_variance": 1 - residual}
+
+    def gradients(self, part: _Samples, total: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What part of a minibatch of ``total`` steps adds to its gradients, and to its losses, those of ``LOSSES``."""
+        config, net = self.config, self.network
+        out, value = net(part.inputs, part.active)
+        log_probs, entropy = net.log_prob(out, part.active, part.choices)
+        log_ratio = log_probs - part.log_probs
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - config.clip, 1 + config.clip)
+        policy_loss = -torch.minimum(part.advantages * ratio, part.advantages * clipped).sum() / total
+        value_loss = (value - part.targets).square()
+        if config.clip_value:
+            near = part.values + (value - part.values).clamp(-config.clip, config.clip)
+            value_loss = torch.maximum(value_loss, (near - part.targets).square())
+        value_loss = 0.5 * value_loss.sum() / total
+        entropy = entropy.sum() / total
+        loss = policy_loss + config.value_coefficient * value_loss - config.entropy_coefficient * entropy
+        gradients = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
+        with torch.no_grad():
+            # an estimate of the KL divergence that is never negative (Schulman, "Approximating KL Divergence")
+            kl = (ratio - 1 - log_ratio).sum() / total
+            share = ((ratio - 1).abs() > config.clip).float().sum() / total
+            return gradients, torch.stack([policy_loss, value_loss, entropy, kl, share])
+
+
+@dataclass
+class _Samples:
+    """Steps to learn from, [B, ...]: scaled inputs, and by their side what the policy did and what came of it."""
+
+    inputs: Tensor
+    active: Tensor
+    choices: Tensor
+    log_probs: Tensor
+    targets: Tensor
+    values: Tensor
+    advantages: Tensor
+
+    def at(self, index: Tensor) -> _Samples:
+        """Those numbered ``index``."""
+        return _Samples(*(getattr(self, part.name)[index] for part in fields(self)))
 
 
 class _Rollout:
