@@ -11,23 +11,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .benchmarl import BenchMARLConfig, train_benchmarl
+    from .benchmarl import BenchMARLConfig, BenchMARLResult, LoadBalanceTask, train_benchmarl
     from .cluster import ClusterError, ClusterResult, train_on_ray
     from .config import TrainingConfig
     from .exported import ExportedPolicy
     from .networks import FlatServerNetwork
     from .ppo import PPOConfig, PPOPolicy, PPOResult, train_ppo
     from .recipes import RECIPES, TrainingResult, algo_of, make_config, read_config, to_toml, train
-    from .rllib import RLlibConfig, train_rllib
+    from .rllib import RLlibConfig, RLlibResult, train_rllib
     from .runs import Progress, load_policy, read_checkpoint
     from .sac_gru import SACGRUConfig, SACGRUPolicy, SACGRUResult, train_sac_gru
-    from .sb3 import SB3Config, SB3VecEnv, train_sb3
+    from .sb3 import SB3Config, SB3Result, SB3VecEnv, train_sb3
     from .sb3_policies import EquivariantExtractor, EquivariantPolicy, EquivariantQPolicy, EquivariantSACPolicy
     from .torchrl_env import MultiTorchRLEnv, TorchRLEnv
     from .tuning import TuningResult, parse_space, tune_recipe
 
 _HOMES = {
     "BenchMARLConfig": "benchmarl",
+    "BenchMARLResult": "benchmarl",
+    "LoadBalanceTask": "benchmarl",
     "train_benchmarl": "benchmarl",
     "ClusterError": "cluster",
     "ClusterResult": "cluster",
@@ -47,6 +49,7 @@ _HOMES = {
     "to_toml": "recipes",
     "train": "recipes",
     "RLlibConfig": "rllib",
+    "RLlibResult": "rllib",
     "train_rllib": "rllib",
     "Progress": "runs",
     "load_policy": "runs",
@@ -56,6 +59,7 @@ _HOMES = {
     "SACGRUResult": "sac_gru",
     "train_sac_gru": "sac_gru",
     "SB3Config": "sb3",
+    "SB3Result": "sb3",
     "SB3VecEnv": "sb3",
     "train_sb3": "sb3",
     "EquivariantExtractor": "sb3_policies",
@@ -72,6 +76,7 @@ _HOMES = {
 __all__ = [
     "RECIPES",
     "BenchMARLConfig",
+    "BenchMARLResult",
     "ClusterError",
     "ClusterResult",
     "EquivariantExtractor",
@@ -80,16 +85,19 @@ __all__ = [
     "EquivariantSACPolicy",
     "ExportedPolicy",
     "FlatServerNetwork",
+    "LoadBalanceTask",
     "MultiTorchRLEnv",
     "PPOConfig",
     "PPOPolicy",
     "PPOResult",
     "Progress",
     "RLlibConfig",
+    "RLlibResult",
     "SACGRUConfig",
     "SACGRUPolicy",
     "SACGRUResult",
     "SB3Config",
+    "SB3Result",
     "SB3VecEnv",
     "TorchRLEnv",
     "TrainingConfig",
