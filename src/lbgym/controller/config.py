@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidOptionError, UnknownNameError
+from ..toml_files import read_toml
 from .envelope import SafetyEnvelope
 from .logs import LOG_FORMATS, LOG_LEVELS
 
@@ -162,15 +161,7 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
         UnknownNameError: for a key that there is not.
         InvalidOptionError: for a file that cannot be read, or a bad value.
     """
-    file = Path(path).expanduser()
-    try:
-        values = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise InvalidOptionError(f"there is no configuration file {file}") from None
-    except OSError as error:
-        raise InvalidOptionError(f"cannot read configuration file {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidOptionError(f"{file} is not valid TOML: {error}") from error
+    file, values = read_toml(path)
     checked = {}
     for name, value in values.items():
         if name not in KEYS:

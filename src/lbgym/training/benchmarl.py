@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from ..actions import ACTION_TYPES
 from ..errors import CheckpointError, InvalidOptionError, MissingExtraError, UnknownNameError, UnsupportedSpaceError
 
 try:
@@ -425,12 +424,7 @@ class BenchMARLConfig(TrainingConfig):
             )
         if self.policy not in ("mlp", "equivariant"):
             raise UnknownNameError("policy", self.policy, ("mlp", "equivariant"), "BenchMARLConfig")
-        # a name that is no action type at all is the environment's to refuse
-        if self.action_type in ACTION_TYPES and self.action_type not in kind.action_types:
-            fits = f"use action_type {kind.action_types[0]!r}"
-            if kind.action_types == ("joint",):
-                fits += ", with few enough action_weights ** servers, or an algorithm for many servers such as 'mappo'"
-            raise UnsupportedSpaceError(f"{self.algorithm!r} of BenchMARL cannot take {self.action_type!r}: {fits}")
+        self.check_action_type(f"{self.algorithm!r} of BenchMARL", kind.action_types, "mappo")
         self.env_kwargs = {**WEIGHTS.get(self.action_type, {}), **self.env_kwargs}
 
     def observation_kwargs(self) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gymnasium.vector import AutoresetMode
 
-from ..errors import CheckpointError, LbgymError
+from ..actions import ACTION_TYPES
+from ..errors import CheckpointError, LbgymError, UnsupportedSpaceError
 
 if TYPE_CHECKING:
     from ..scenarios import Scenario, ScenarioDistribution
@@ -82,6 +83,24 @@ class TrainingConfig:
         for name, value in defaults.items():
             if getattr(self, name) is PER_ALGORITHM:
                 setattr(self, name, value)
+
+    def check_action_type(self, who: str, allowed: Sequence[str], other: str) -> None:
+        """Hold ``action_type`` to those that an algorithm takes; a name that is none is the environment's to refuse.
+
+        Args:
+            who: the algorithm, as an error names it.
+            allowed: those it takes, the default first.
+            other: an algorithm for where joint actions would be too many.
+
+        Raises:
+            UnsupportedSpaceError: naming what fits.
+        """
+        if self.action_type not in ACTION_TYPES or self.action_type in allowed:
+            return
+        fits = f"use action_type {' or '.join(map(repr, allowed))}"
+        if tuple(allowed) == ("joint",):
+            fits += f", with few enough action_weights ** servers, or an algorithm for many servers such as {other!r}"
+        raise UnsupportedSpaceError(f"{who} cannot take action_type {self.action_type!r}: {fits}")
 
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a policy's observations and actions depend on."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointError, InvalidOptionError, MissingExtraError, UnknownNameError
+from ..toml_files import read_toml
 from .config import TrainingConfig, plain_config
 
 if TYPE_CHECKING:
@@ -220,15 +220,7 @@ def read_config(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any
         InvalidOptionError: for a file that cannot be read.
         UnknownNameError: for an unknown recipe; fields are looked at by :func:`make_config`.
     """
-    file = Path(path).expanduser()
-    try:
-        values = tomllib.loads(file.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise InvalidOptionError(f"there is no configuration file {file}") from None
-    except OSError as error:
-        raise InvalidOptionError(f"cannot read configuration file {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InvalidOptionError(f"{file} is not valid TOML: {error}") from error
+    file, values = read_toml(path)
     algo = values.pop("algo", None)
     if algo is not None:
         recipe_of(algo)

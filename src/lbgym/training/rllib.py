@@ -25,14 +25,12 @@ from typing import Any, ClassVar
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from ..actions import ACTION_TYPES
 from ..errors import (
     CheckpointError,
     InvalidOptionError,
     LbgymError,
     MissingExtraError,
     UnknownNameError,
-    UnsupportedSpaceError,
 )
 
 try:
@@ -296,14 +294,7 @@ class RLlibConfig(TrainingConfig):
         )
         super().__post_init__()
         self.env_kwargs = {**kind.env_kwargs, **self.env_kwargs}
-        # a name that is no action type at all is the environment's to refuse
-        if self.action_type in ACTION_TYPES and self.action_type not in kind.action_types:
-            fits = f"use action_type {' or '.join(repr(name) for name in kind.action_types)}"
-            if kind.action_types == ("joint",):
-                fits += ", with few enough action_weights ** servers, or an algorithm for many servers such as 'ppo'"
-            raise UnsupportedSpaceError(
-                f"the recipe for RLlib's {self.algorithm.upper()} cannot take action_type {self.action_type!r}: {fits}"
-            )
+        self.check_action_type(f"the recipe for RLlib's {self.algorithm.upper()}", kind.action_types, "ppo")
         if self.policy not in kind.policies:
             raise UnknownNameError("policy", self.policy, kind.policies, f"RLlibConfig of {self.algorithm!r}")
         if self.multi_agent and not kind.multi_agent:

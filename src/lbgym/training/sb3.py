@@ -24,8 +24,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from ..actions import ACTION_TYPES
-from ..errors import CheckpointError, LbgymError, MissingExtraError, UnknownNameError, UnsupportedSpaceError
+from ..errors import CheckpointError, LbgymError, MissingExtraError, UnknownNameError
 
 try:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -294,14 +293,7 @@ class SB3Config(TrainingConfig):
         )
         super().__post_init__()
         self.env_kwargs = {**kind.env_kwargs, **self.env_kwargs}
-        # a name that is no action type at all is the environment's to refuse
-        if self.action_type in ACTION_TYPES and self.action_type not in kind.action_types:
-            fits = f"use action_type {kind.action_types[0]!r}"
-            if kind.action_types == ("joint",):
-                fits += ", with few enough action_weights ** servers, or an algorithm for many servers such as 'ppo'"
-            raise UnsupportedSpaceError(
-                f"{kind.name} of {kind.module} cannot take action_type {self.action_type!r}: {fits}"
-            )
+        self.check_action_type(f"{kind.name} of {kind.module}", kind.action_types, "ppo")
         if self.policy not in ("mlp", "equivariant"):
             raise UnknownNameError("policy", self.policy, ("mlp", "equivariant"), "SB3Config")
         if self.policy not in kind.policies:
