@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 # Learning curves take hours, and need both environments: make curves.
-BENCHMARKS := $(filter-out __init__ common learning_curves marl_training,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out __init__ common learning_curves marl_training node_loss,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
 export OMP_NUM_THREADS ?= 1
@@ -91,7 +91,10 @@ bench: $(VENV)/.dev $(FRAMEWORKS)/.dev ## every benchmark, with what it must rea
 		echo "python -m benchmarks.$$name"; \
 		$(BIN)/python -m benchmarks.$$name --out out/bench || failed="$$failed $$name"; \
 	done; \
-	$(FRAMEWORKS)/bin/python -m benchmarks.marl_training --out out/bench || failed="$$failed marl_training"; \
+	for name in marl_training node_loss; do \
+		echo "python -m benchmarks.$$name"; \
+		$(FRAMEWORKS)/bin/python -m benchmarks.$$name --out out/bench || failed="$$failed $$name"; \
+	done; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 .PHONY: curves
