@@ -92,7 +92,7 @@ class PPOConfig(TrainingConfig):
     """share of the moving averages of the observations that a step keeps; 0: no memory"""
     hidden: int = 32
     """width of every layer"""
-    log_std: float = -1.2
+    log_std: float = -2.0
     """initial log standard deviation of continuous actions"""
 
     whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {

@@ -95,9 +95,9 @@ _REPLAY = {"buffer_size": 100_000, "learning_starts": 4_096, "batch_size": 256}
 
 #: The algorithms by name.
 ALGORITHMS = {
-    "ppo": Algorithm("stable_baselines3", "PPO", _ANY_ACTION, _ACTOR_CRITIC, 256, 64, 1e-3),
+    "ppo": Algorithm("stable_baselines3", "PPO", _ANY_ACTION, _ACTOR_CRITIC, 256, 16, 1e-3),
     "a2c": Algorithm("stable_baselines3", "A2C", _ANY_ACTION, _ACTOR_CRITIC, 256, 8, 7e-4),
-    "recurrent-ppo": Algorithm("sb3_contrib", "RecurrentPPO", _ANY_ACTION, {"mlp": "MlpLstmPolicy"}, 64, 64, 1e-3),
+    "recurrent-ppo": Algorithm("sb3_contrib", "RecurrentPPO", _ANY_ACTION, {"mlp": "MlpLstmPolicy"}, 64, 16, 1e-3),
     "dqn": Algorithm(
         "stable_baselines3",
         "DQN",
@@ -265,7 +265,7 @@ class SB3Config(TrainingConfig):
     num_envs: int = PER_ALGORITHM
     """replicas; 256 for "ppo" and "a2c", 64 for the others"""
     num_steps: int = PER_ALGORITHM
-    """steps of every replica between two updates; 64 for "ppo" and "recurrent-ppo", 8 for "a2c", 4 for the others"""
+    """steps of every replica between two updates; 16 for "ppo" and "recurrent-ppo", 8 for "a2c", 4 for the others"""
     learning_rate: float = PER_ALGORITHM
     """step size of the optimiser; 1e-3, but 7e-4 for "a2c" and 5e-4 for "dqn" and "td3"."""
     gae_lambda: float = 0.95
@@ -276,8 +276,9 @@ class SB3Config(TrainingConfig):
     """minibatches per pass; "ppo" and "recurrent-ppo" only"""
     hidden: int = 64
     """width of the layers, two of them with "mlp", and of the LSTM"""
-    log_std: float = -1.0
-    """initial log standard deviation of continuous actions; on-policy algorithms only"""
+    log_std: float = -2.0
+    """initial log standard deviation of continuous actions; on-policy algorithms only. With much more noise than this
+    the first thing to be learnt is to keep all actions beyond the bounds of the space, where the noise is cut off"""
 
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.SAME_STEP
 
