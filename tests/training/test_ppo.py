@@ -214,10 +214,11 @@ def test_value_clipping_and_the_limit_on_kl_train_too() -> None:
 def test_training_improves_the_reward() -> None:
     config = replace(
         SMALL,
+        scenario="heterogeneous",
         num_envs=64,
         num_steps=16,
         max_steps=64,
-        total_steps=64 * 16 * 30,
+        total_steps=64 * 16 * 60,
         replicas_per_seed=4,
         epochs=4,
         hidden=16,

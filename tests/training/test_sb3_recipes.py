@@ -224,7 +224,7 @@ def test_the_command_line_trains_resumes_and_refuses(capsys: pytest.CaptureFixtu
         ((*again, "--algo", "sb3-td3"), "algorithm 'sac', not 'td3'"),
         ((*again, "--algo", "sb3-sac", "--policy", "equivariant"), "policy 'mlp', but the configuration has"),
         ((*common, "--algo", "sb3-dqn", "--action-type", "discrete"), "use action_type 'joint'"),
-        ((*common, "--algo", "ppo", "--policy", "mlp"), "only the sb3- algorithms"),
+        ((*common, "--algo", "ppo", "--policy", "mlp"), "only the sb3-, rllib- and benchmarl- recipes"),
     ):
         code, _, err = lbgym(capsys, *arguments)
         assert code == 2

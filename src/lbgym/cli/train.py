@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InvalidOptionError
-from ..training.recipes import RECIPES, algo_of, make_config, read_config, to_toml
+from ..training.recipes import RECIPES, algo_of, make_config, read_config, recipe_of, to_toml
 from ..training.recipes import train as run_recipe
 
 if TYPE_CHECKING:
@@ -172,6 +172,10 @@ def chosen_config(
     if file is not None:
         named, in_file = read_config(file)
     algo = algo or named or (algo_of(resume) if resume is not None else "ppo")
+    if "policy" in options and recipe_of(algo).algorithm is None:
+        raise InvalidOptionError(
+            f"{algo} has one network; only the sb3-, rllib- and benchmarl- recipes have a choice of --policy"
+        )
     if "total_steps" in options or "seconds" in options:
         # a budget on the command line is all of it
         in_file = {key: value for key, value in in_file.items() if key not in ("total_steps", "seconds")}
