@@ -79,6 +79,7 @@ test: lint cc ## lint, then the tests with coverage, also those of the framework
 .PHONY: test-frameworks
 test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray, and of the contract on the Gymnasium they pin
 	$(FRAMEWORKS)/bin/python -m pytest -n 2 --dist loadfile $(COVERAGE) tests/frameworks tests/training/test_recipes.py
+	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 tests/test_docs.py tests/test_examples.py -k "rllib or benchmarl or clusters"
 	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 -m contract
 
 .PHONY: docs
