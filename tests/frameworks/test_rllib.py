@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -25,7 +26,8 @@ from lbgym.training import rllib as recipe
 from lbgym.training.exported import read_checkpoint, with_weights
 from lbgym.training.recipes import algo_of, make_config
 from lbgym.training.rllib import ALGORITHMS, RLlibConfig, RLlibResult, config_of, train_rllib
-from lbgym.training.rllib_env import RLlibMultiAgentEnv, RLlibVectorEnv
+from lbgym.training.rllib_env import RLlibMultiAgentEnv, RLlibVectorEnv, observation_space
+from lbgym.training.rllib_modules import SACModule
 from lbgym.training.runs import Progress
 
 pytestmark = [
@@ -282,6 +284,21 @@ def test_rewards_are_scaled_and_told_as_they_are() -> None:
     assert scaled.statistics.take()["steps"] == 0
     for env in (plain, scaled):
         env.close()
+
+
+def test_what_all_means_of_sac_share_is_taken_out_but_not_what_all_deviations_share() -> None:
+    network = {"features": 12, "hidden": 8, "outputs": 1, "centered": True}
+    critic = {"features": 13, "hidden": 8, "value": True}
+    module = SACModule(
+        observation_space=observation_space(4, 11),
+        action_space=gymnasium.spaces.Box(-1, 1, (4,)),
+        model_config={"network": "equivariant", "actor": network, "critic": critic, "log_std": -2.0, "twin_q": True},
+    )
+    for head in (module.pi.mean.head, module.pi.spread.head):
+        torch.nn.init.constant_(head.bias, 1.0)
+    means, log_std = module.pi(torch.ones(3, 52)).detach().split(4, -1)
+    assert torch.allclose(means, torch.zeros(3, 4), atol=1e-5)
+    assert torch.allclose(log_std, torch.full((3, 4), -1.0), atol=0.1)
 
 
 def test_balancers_are_agents() -> None:

@@ -16,7 +16,7 @@ from lbgym.policies import load_policy
 
 torch = pytest.importorskip("torch")
 
-from lbgym.training.networks import EquivariantNetwork, RecurrentNetwork  # noqa: E402
+from lbgym.training.networks import EquivariantNetwork, FlatServerNetwork, RecurrentNetwork  # noqa: E402
 
 FEATURES, HIDDEN, OUTPUTS = 5, 16, 3
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -95,6 +95,21 @@ def test_every_parameter_learns(network: Any) -> None:
     assert [name for name, p in network.named_parameters() if not p.grad.abs().sum() > 0] == []
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_centered_outputs_differ_as_before_and_have_no_mean(outputs: int) -> None:
+    x, active = servers(32, 8)
+    flat = torch.cat([active.float(), x.flatten(-2)], -1)
+    plain = randomised(FlatServerNetwork(FEATURES, HIDDEN, outputs)).requires_grad_(False)
+    centered = FlatServerNetwork(FEATURES, HIDDEN, outputs, centered=True).requires_grad_(False)
+    centered.load_state_dict(plain.state_dict())
+    before, after = (network(flat).unflatten(-1, (8, outputs)) for network in (plain, centered))
+    means = before[..., 0].sum(-1, keepdim=True) / active.sum(-1, keepdim=True)
+    assert means.abs().max() > 0.1
+    assert torch.allclose(after[..., 0], (before[..., 0] - means) * active, **CLOSE)
+    # such as standard deviations
+    assert torch.equal(after[..., 1:], before[..., 1:])
+
+
 # Stable-Baselines3
 
 
@@ -159,6 +174,28 @@ def test_policies_of_stable_baselines3_are_equivariant(kind: str, layout: str, a
         assert len(np.unique(actions[active])) > 1
         assert np.array_equal(actions, act(active, np.where(active[..., None], features, 0.7)))
         assert not np.array_equal(actions, act(active, np.where(active[..., None], 0.7, features)))
+
+
+@pytest.mark.parametrize("kind", ["EquivariantPolicy", "EquivariantSACPolicy"])
+def test_actions_that_are_logarithms_are_centered_in_stable_baselines3(kind: str) -> None:
+    # a large offset of all actions would otherwise have them all cut off at the same bound
+    rng = np.random.default_rng(0)
+    active = np.ones((16, 6), bool)
+    active[:, 4:] = False
+    seen = observations("flat", 6, active, rng.random((16, 6, 11)))
+    for action_type in ("normalized", "continuous"):
+        policy = randomised(make_policy(kind, "flat", action_type, 6))
+        head = policy.action_net.head if kind == "EquivariantPolicy" else policy.actor.mu.head
+        told = []
+        for offset in (0.0, 50.0):
+            torch.nn.init.constant_(head.head.bias, offset)
+            told.append(policy.predict(seen, deterministic=True)[0][:, :4])
+        if action_type == "normalized":
+            assert np.allclose(told[0], told[1], atol=1e-4)
+            assert np.ptp(told[1], axis=1).min() > 0
+        else:
+            # these are weights themselves
+            assert np.ptp(told[1]) == 0
 
 
 def test_critics_of_stable_baselines3_see_servers_with_their_actions() -> None:

@@ -219,7 +219,12 @@ class LoadBalanceModel(Model):
             features = self.features + (self.acted is not None)
             per_server = kind.choices or self.parts
             self.network: nn.Module = FlatServerNetwork(
-                features, hidden, per_server, joint=kind.joint and not value, value=value
+                features,
+                hidden,
+                per_server,
+                joint=kind.joint and not value,
+                value=value,
+                centered=not (kind.choices or value),
             )
         else:
             self.network = MLP([sum(sizes.values()), hidden, hidden, outputs])
@@ -817,7 +822,13 @@ def _actor(
     arguments: dict[str, Any]
     if model.equivariant:
         last, outputs = ("head.weight", "head.bias"), 1
-        arguments = {"features": per_server, "hidden": hidden, "outputs": choices or 1, "joint": facts.kind.joint}
+        arguments = {
+            "features": per_server,
+            "hidden": hidden,
+            "outputs": choices or 1,
+            "joint": facts.kind.joint,
+            "centered": not choices,
+        }
     else:
         last, outputs = tuple(parameters)[-2:], n
         arguments = {"sizes": [n * (1 + per_server), hidden, hidden, choices**n if choices else n]}

@@ -108,6 +108,8 @@ class FlatServerNetwork(EquivariantNetwork):
         outputs: O, outputs per server.
         joint: give the outputs of all O^N joint choices instead, each the sum of its servers'; see :func:`joint_sums`.
         value: give one value of all servers instead of their outputs.
+        centered: make the first output of every server relative to its mean over the active ones; for the actions of
+            type "normalized", see :func:`centered`.
         gain: scale of the last layer's initial parameters.
     """
 
@@ -119,10 +121,11 @@ class FlatServerNetwork(EquivariantNetwork):
         *,
         joint: bool = False,
         value: bool = False,
+        centered: bool = False,
         gain: float = 0.01,
     ) -> None:
         nn.Module.__init__(self)
-        self.features, self.joint = features, joint
+        self.features, self.joint, self.centered = features, joint, centered
         self._add_encoder(features, hidden)
         self.critic = value_of_context(hidden) if value else None
         if not value:
@@ -137,6 +140,8 @@ class FlatServerNetwork(EquivariantNetwork):
         if self.critic is not None:
             return self.critic(pooled)
         out = self.mask(self.decode(h, pooled), active)
+        if self.centered:
+            out = torch.cat([centered(out[..., :1], active), out[..., 1:]], -1)
         return joint_sums(out) if self.joint else out.flatten(-2)
 
     @staticmethod
@@ -327,6 +332,16 @@ def joint_sums(out: Tensor) -> Tensor:
     for i in range(1, out.shape[-2]):
         total = (total.unsqueeze(-1) + out[..., i, :].unsqueeze(-2)).flatten(-2)
     return total
+
+
+def centered(out: Tensor, active: Tensor) -> Tensor:
+    """Outputs [..., N, O], which are 0 where inactive, less their mean over the active servers; 0 where inactive.
+
+    Actions of type "normalized" are logarithms of weights, and dispatch rules know weights relative to one another
+    only, so that what all actions have in common means nothing. Left to the network, it drifts with the noise of the
+    gradients until all actions are cut off at the same bound: equal weights, from where no gradient leads back.
+    """
+    return (out - mean_over_servers(out, active).unsqueeze(-2)) * active.unsqueeze(-1)
 
 
 def masked(x: Tensor, active: Tensor) -> Tensor:

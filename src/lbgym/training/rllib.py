@@ -428,7 +428,13 @@ class _Run:
         seen = features + 1 if config.algorithm == "sac" else features
         outputs = kind.choices or 1
         if config.policy == "equivariant":
-            model["actor"] = {"features": features, "hidden": config.hidden, "outputs": outputs, "joint": kind.joint}
+            model["actor"] = {
+                "features": features,
+                "hidden": config.hidden,
+                "outputs": outputs,
+                "joint": kind.joint,
+                "centered": not kind.choices,
+            }
             model["critic"] = {"features": seen, "hidden": config.hidden, "value": True}
         else:
             total = kind.choices**n if kind.joint else n * outputs

@@ -200,7 +200,10 @@ class SACModule(DefaultSACTorchRLModule):
         self.action_dist_cls = SquashedGaussian
         self.twin_q = config["twin_q"]
         self.pi_encoder = PassOn()
-        self.pi = MeanAndSpread(_network(config, "actor"), _network(config, "actor"), config["log_std"])
+        # what all means have in common says nothing, but what all deviations have in common does
+        spread = {"network": config["network"], "actor": {**config["actor"]}}
+        spread["actor"].pop("centered", None)
+        self.pi = MeanAndSpread(_network(config, "actor"), _network(spread, "actor"), config["log_std"])
         if not self.inference_only:
             self.qf_encoder, self.qf = WithActions(n), _network(config, "critic")
             if self.twin_q:
