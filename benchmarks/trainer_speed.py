@@ -1,8 +1,9 @@
 """How fast the default trainer steps, and how soon its policy beats LSQ: ``python -m benchmarks.trainer_speed``.
 
 * Speed: steps per second of ``train_ppo(PPOConfig())`` on ``heterogeneous``, simulation and learning together, beside
-  Stable-Baselines3's PPO (recipe "sb3-ppo") with dense layers and with the same kind of network. The rounds alternate
-  between them, so that a change of the machine's speed meets everybody. What comes first in a run does not count.
+  Stable-Baselines3's PPO (recipe "sb3-ppo") with dense layers and with the same kind of network, and beside the
+  environment on its own, whose speed no trainer can reach. The rounds alternate between them, so that a change of the
+  machine's speed meets everybody. What comes first in a run does not count.
 * Time to beat LSQ: for each training seed the policy is kept every few seconds of a training of a minute. Afterwards
   each of these meets LSQ on the same flows, none of which it was trained on. What counts is the first training time
   from which on p99 of the FCT, as a mean over the flow seeds, is below LSQ's in this and all later policies.
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 from benchmarks.common import markdown, parser, report
@@ -34,6 +36,7 @@ TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sb3-ppo, dense layers": ("sb3-ppo", {}),
     "sb3-ppo, equivariant": ("sb3-ppo", {"policy": "equivariant"}),
 }
+ALONE = "environment alone, random actions"
 #: Flows that no training sees: its own seeds are drawn from all 32-bit numbers.
 FLOW_SEEDS = 10_000
 
@@ -50,6 +53,24 @@ def speeds(trainer: str, seconds: float, warmup: float) -> list[float]:
     train(algo, make_config(algo, {"scenario": SCENARIO, "total_steps": 10**9, **changes}), callback=enough)
     # Stable-Baselines3 tells its first rollout before it has learnt anything.
     return [p.steps_per_second for p in history[1:] if p.seconds > warmup]
+
+
+def environment_speed(seconds: float) -> list[float]:
+    """Steps per second of the environment that PPO trains in, with random actions, in parts of an episode."""
+    config = PPOConfig(scenario=SCENARIO)
+    env = config.make_env()
+    env.action_space.seed(0)
+    found: list[float] = []
+    started = perf_counter()
+    while perf_counter() - started < seconds or not found:
+        env.reset(seed=len(found))
+        actions = [env.action_space.sample() for _ in range(8)]
+        begun = perf_counter()
+        for t in range(config.max_steps):
+            env.step(actions[t % len(actions)])
+        found.append(config.num_envs * config.max_steps / (perf_counter() - begun))
+    env.close()
+    return found
 
 
 @dataclass(frozen=True)
@@ -142,10 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Loads torch, Stable-Baselines3 and the compiled simulator, which is no part of any trainer's time.
     for trainer in TRAINERS:
         speeds(trainer, 0.0, 0.0)
-    measured: dict[str, list[list[float]]] = {trainer: [] for trainer in TRAINERS}
+    measured: dict[str, list[list[float]]] = {trainer: [] for trainer in [*TRAINERS, ALONE]}
     for _ in range(rounds):
         for trainer in TRAINERS:
             measured[trainer].append(speeds(trainer, seconds, warmup))
+        measured[ALONE].append(environment_speed(seconds / 4))
 
     def ratio(trainer: str) -> float:
         pairs = zip(measured["ppo"], measured[trainer], strict=True)

@@ -69,8 +69,8 @@ class PPOConfig(TrainingConfig):
     """let the step size fall linearly to zero over the budget"""
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimate"""
-    epochs: int = 2
-    """passes over the rollout per update"""
+    epochs: int = 1
+    """passes over the rollout per update; new steps are cheap enough to learn from each once"""
     minibatches: int = 4
     """minibatches per pass"""
     normalize_advantage: bool = True
