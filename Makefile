@@ -13,7 +13,8 @@ SECONDS ?= 60
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
-INSTALL := -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported; to compile everything that is installed takes as long as the rest.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 # Learning curves take hours, and need both environments: make curves.
 BENCHMARKS := $(filter-out __init__ common learning_curves marl_training node_loss,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
@@ -71,8 +72,13 @@ cc: # the tests of the C headers need a compiler; where there is none and none c
 	@command -v cc >/dev/null || { apt-get update -qq && apt-get install -qq -y gcc g++ libc6-dev; } || \
 		echo "no C compiler, and no right to install one: the tests of the C headers will be skipped"
 
+.PHONY: warm
+warm: $(VENV)/.dev # or else every process of the tests compiles the simulator at the same time
+	$(BIN)/python -c 'import gymnasium, lbgym; env = gymnasium.make("lbgym/LoadBalance-v0"); env.reset(seed=0); env.step(env.action_space.sample())'
+
 .PHONY: test
-test: lint cc ## lint, then the tests with coverage, also those of the frameworks
+test: cc ## lint, then the tests with coverage, also those of the frameworks
+	$(MAKE) -j 2 lint warm $(FRAMEWORKS)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
 

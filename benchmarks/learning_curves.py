@@ -81,15 +81,15 @@ RUNS = {
     "sb3-td3": Training("sb3-td3", SINGLE, 100_000),
     "sb3-recurrent-ppo": Training("sb3-recurrent-ppo", SINGLE, 150_000),
     "rllib-ppo": Training("rllib-ppo", SINGLE, 200_000, EQUIVARIANT),
-    "rllib-dqn": Training("rllib-dqn", SINGLE, 30_000, EQUIVARIANT),
-    "rllib-sac": Training("rllib-sac", SINGLE, 20_000, EQUIVARIANT),
+    "rllib-dqn": Training("rllib-dqn", SINGLE, 100_000, EQUIVARIANT),
+    "rllib-sac": Training("rllib-sac", SINGLE, 40_000, EQUIVARIANT),
     "rllib-impala": Training("rllib-impala", SINGLE, 150_000, EQUIVARIANT),
     "rllib-appo": Training("rllib-appo", SINGLE, 150_000, EQUIVARIANT),
     "benchmarl-qmix": Training("benchmarl-qmix", SEVERAL, 300_000),
     "benchmarl-vdn": Training("benchmarl-vdn", SEVERAL, 300_000),
     "benchmarl-mappo": Training("benchmarl-mappo", SEVERAL, 300_000),
     "benchmarl-maddpg": Training("benchmarl-maddpg", SEVERAL, 150_000),
-    "benchmarl-isac": Training("benchmarl-isac", SEVERAL, 150_000),
+    "benchmarl-isac": Training("benchmarl-isac", SEVERAL, 300_000),
 }
 #: What a module of recipes needs beyond the package.
 FRAMEWORKS = {"ppo": "torch", "sac_gru": "torch", "sb3": "stable_baselines3", "rllib": "ray", "benchmarl": "benchmarl"}

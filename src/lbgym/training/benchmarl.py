@@ -330,7 +330,7 @@ ALGORITHMS = {
         ("normalized",),
         False,
         8,
-        5e-4,
+        2e-4,
         _REPLAY | {"exploration_eps_init": 0.4, "exploration_eps_end": 0.05},
     ),
     "isac": Algorithm("IsacConfig", _EITHER, True, 8, 1e-3, _SOFT),
@@ -385,7 +385,7 @@ class BenchMARLConfig(TrainingConfig):
     num_steps: int = PER_ALGORITHM
     """steps of every replica between two updates; 16 for "mappo" and "ippo", 8 for the others"""
     learning_rate: float = PER_ALGORITHM
-    """step size of the optimiser; 3e-3 for "mappo" and "ippo", 5e-4 for "maddpg", 1e-3 for the others"""
+    """step size of the optimiser; 3e-3 for "mappo" and "ippo", 2e-4 for "maddpg", 1e-3 for the others"""
     gamma: float = 0.6
     """discount per step; queues forget within a second what was done, and a longer view adds noise"""
     batch_size: int = 256

@@ -272,8 +272,8 @@ class RLlibConfig(TrainingConfig):
     hidden: int = 64
     """width of the layers, two of them with "mlp"."""
     log_std: float = -2.0
-    """initial log standard deviation of continuous actions. With much more noise than this the first thing to be learnt
-    is to keep all actions beyond the bounds of the space, where the noise is cut off"""
+    """initial log standard deviation of continuous actions. With much more noise than this the first thing that dense
+    layers learn is to keep all actions beyond the bounds of the space, where the noise is cut off"""
 
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.NEXT_STEP
     whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {

@@ -278,7 +278,7 @@ class SB3Config(TrainingConfig):
     """width of the layers, two of them with "mlp", and of the LSTM"""
     log_std: float = -2.0
     """initial log standard deviation of continuous actions; on-policy algorithms only. With much more noise than this
-    the first thing to be learnt is to keep all actions beyond the bounds of the space, where the noise is cut off"""
+    the first thing that dense layers learn is to keep all actions beyond the bounds, where the noise is cut off"""
 
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.SAME_STEP
 
