@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidOptionError, MissingExtraError, UnknownNameError
+from ..errors import InvalidOptionError, LbgymError, MissingExtraError, UnknownNameError
 
 # The display is the caller's: Ray Tune's own, which is read when it is imported, would be printed beside it.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -36,6 +36,8 @@ METRICS = {"reward": "max", "fct_mean": "min"}
 TAIL = 0.2
 #: Reports of a trial that runs to its end.
 REPORTS = 50
+#: What a trial whose settings are refused reports instead of its progress: why.
+REFUSED = "refused"
 
 _DRAWS = ("uniform", "loguniform", "quniform", "randint", "lograndint", "choice", "grid")
 
@@ -170,7 +172,11 @@ def tune_recipe(
     name = f"{algo}{recipe.suffix}"
 
     def trial(settings: dict[str, Any]) -> None:
-        _try(algo, replace(config, **settings), name)
+        try:
+            _try(algo, replace(config, **settings), name)
+        except LbgymError as error:
+            # would fail again however often it was started: only what is lost with its node is worth another try
+            tune.report({REFUSED: str(error), "percent": 0} | dict.fromkeys(METRICS, math.nan))
 
     with connected(address):
         tuner = tune.Tuner(
@@ -221,7 +227,7 @@ def _tried(result: Any, metric: str) -> Trial:
         settings=dict(result.config or {}),
         metric=float(last.get(metric, math.nan)),
         fraction=last.get("percent", 0) / 100,
-        error="" if result.error is None else _cause(result.error),
+        error=last.get(REFUSED, "") if result.error is None else _cause(result.error),
     )
 
 
