@@ -13,7 +13,7 @@ SECONDS ?= 60
 PYTEST_ARGS ?= -n 2
 
 BIN := $(VENV)/bin
-# Python compiles what is imported; to compile everything that is installed takes as long as the rest.
+# Python compiles what it imports, by itself; most of what is installed is never imported.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 # Learning curves take hours, and need both environments: make curves.

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 from benchmarks.common import markdown, parser, report
+from benchmarks.env_speed import seconds_per_call
 from lbgym.evaluation import Contender, compare
 from lbgym.training import PPOConfig, Progress, read_checkpoint, train_ppo
 from lbgym.training.recipes import make_config, train
@@ -55,22 +55,16 @@ def speeds(trainer: str, seconds: float, warmup: float) -> list[float]:
     return [p.steps_per_second for p in history[1:] if p.seconds > warmup]
 
 
-def environment_speed(seconds: float) -> list[float]:
-    """Steps per second of the environment that PPO trains in, with random actions, in parts of an episode."""
-    config = PPOConfig(scenario=SCENARIO)
+def environment_speed(calls: int) -> list[float]:
+    """Steps per second of the environment that PPO trains in, with random actions, once per round."""
+    config = PPOConfig(scenario=SCENARIO, max_steps=10**9)
     env = config.make_env()
-    env.action_space.seed(0)
-    found: list[float] = []
-    started = perf_counter()
-    while perf_counter() - started < seconds or not found:
-        env.reset(seed=len(found))
-        actions = [env.action_space.sample() for _ in range(8)]
-        begun = perf_counter()
-        for t in range(config.max_steps):
-            env.step(actions[t % len(actions)])
-        found.append(config.num_envs * config.max_steps / (perf_counter() - begun))
+    env.action_space.seed(1)
+    actions = [env.action_space.sample() for _ in range(16)]
+    env.reset(seed=1)
+    times = seconds_per_call(lambda i: env.step(actions[i % 16]), calls, rounds=3)
     env.close()
-    return found
+    return [config.num_envs / each for each in times]
 
 
 @dataclass(frozen=True)
@@ -167,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _ in range(rounds):
         for trainer in TRAINERS:
             measured[trainer].append(speeds(trainer, seconds, warmup))
-        measured[ALONE].append(environment_speed(seconds / 4))
+        measured[ALONE].append(environment_speed(16 if quick else 256))
 
     def ratio(trainer: str) -> float:
         pairs = zip(measured["ppo"], measured[trainer], strict=True)

@@ -292,7 +292,8 @@ def test_what_all_means_of_sac_share_is_taken_out_but_not_what_all_deviations_sh
     module = SACModule(
         observation_space=observation_space(4, 11),
         action_space=gymnasium.spaces.Box(-1, 1, (4,)),
-        model_config={"network": "equivariant", "actor": network, "critic": critic, "log_std": -2.0, "twin_q": True},
+        model_config={"network": "equivariant", "actor": network, "critic": critic, "log_std": -2.0, "twin_q": True}
+        | {"spread": network | {"centered": False}},
     )
     for head in (module.pi.mean.head, module.pi.spread.head):
         torch.nn.init.constant_(head.bias, 1.0)

@@ -216,16 +216,12 @@ class LoadBalanceModel(Model):
         # of continuous actions all means come first, then all standard deviations
         self.parts = 1 if value or kind.joint else outputs // num_servers
         if self.equivariant:
-            features = self.features + (self.acted is not None)
-            per_server = kind.choices or self.parts
-            self.network: nn.Module = FlatServerNetwork(
-                features,
-                hidden,
-                per_server,
-                joint=kind.joint and not value,
-                value=value,
-                centered=not (kind.choices or value),
-            )
+            if value:
+                features = self.features + (self.acted is not None)
+                self.network: nn.Module = FlatServerNetwork(features, hidden, value=True)
+            else:
+                arguments = kind.actor_arguments(self.features, hidden)
+                self.network = FlatServerNetwork(**arguments | {"outputs": kind.choices or self.parts})
         else:
             self.network = MLP([sum(sizes.values()), hidden, hidden, outputs])
         self.network.to(self.device)
@@ -822,13 +818,7 @@ def _actor(
     arguments: dict[str, Any]
     if model.equivariant:
         last, outputs = ("head.weight", "head.bias"), 1
-        arguments = {
-            "features": per_server,
-            "hidden": hidden,
-            "outputs": choices or 1,
-            "joint": facts.kind.joint,
-            "centered": not choices,
-        }
+        arguments = facts.kind.actor_arguments(per_server, hidden)
     else:
         last, outputs = tuple(parameters)[-2:], n
         arguments = {"sizes": [n * (1 + per_server), hidden, hidden, choices**n if choices else n]}

@@ -281,15 +281,25 @@ class ActionKind:
         Raises:
             LbgymError: for a space that these networks cannot act in.
         """
+        if is_normalized(space):
+            return cls(0, False)
         if isinstance(space, gymnasium.spaces.Box):
-            if np.all(space.low == -1) and np.all(space.high == 1):
-                return cls(0, False)
             raise LbgymError(f'these networks act in [-1, 1]: use action_type="normalized" instead of {space}')
         if isinstance(space, gymnasium.spaces.MultiDiscrete):
             return cls(int(space.nvec[0]), False)
         if isinstance(space, gymnasium.spaces.Discrete):
             return cls(round(float(space.n) ** (1 / num_servers)), True)
         raise LbgymError(f"these networks know Box(-1, 1), MultiDiscrete and Discrete action spaces, got {space}")
+
+    def actor_arguments(self, features: int, hidden: int) -> dict[str, Any]:
+        """Keywords of the :class:`FlatServerNetwork` that says these actions; F features per server, width H."""
+        return {
+            "features": features,
+            "hidden": hidden,
+            "outputs": self.choices or 1,
+            "joint": self.joint,
+            "centered": not self.choices,
+        }
 
     def encode(self, choice: NDArray[Any]) -> Any:
         """Environment actions of choices [B, N]."""
@@ -298,6 +308,11 @@ class ActionKind:
         if not self.joint:
             return choice.astype(np.int64)
         return choice.astype(np.int64) @ (self.choices ** np.arange(choice.shape[-1])[::-1])
+
+
+def is_normalized(space: gymnasium.Space[Any]) -> bool:
+    """Whether actions are of type "normalized": logarithms of weights, of which only the differences matter."""
+    return isinstance(space, gymnasium.spaces.Box) and bool(np.all(space.low == -1) and np.all(space.high == 1))
 
 
 def server_inputs(observation: Any, weights: Any, features: int) -> tuple[Tensor, Tensor]:

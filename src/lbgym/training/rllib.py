@@ -426,21 +426,17 @@ class _Run:
         model: dict[str, Any] = {"network": config.policy, "log_std": config.log_std}
         # SAC's critics are given actions as well
         seen = features + 1 if config.algorithm == "sac" else features
-        outputs = kind.choices or 1
         if config.policy == "equivariant":
-            model["actor"] = {
-                "features": features,
-                "hidden": config.hidden,
-                "outputs": outputs,
-                "joint": kind.joint,
-                "centered": not kind.choices,
-            }
+            model["actor"] = kind.actor_arguments(features, config.hidden)
+            # what all means have in common says nothing, but what all deviations have in common does
+            model["spread"] = model["actor"] | {"centered": False}
             model["critic"] = {"features": seen, "hidden": config.hidden, "value": True}
         else:
-            total = kind.choices**n if kind.joint else n * outputs
+            total = kind.choices**n if kind.joint else n * (kind.choices or 1)
             activation = "relu" if self._kind.off_policy else "tanh"
             widths = [config.hidden, config.hidden]
             model["actor"] = {"sizes": [n * (1 + features), *widths, total], "activation": activation}
+            model["spread"] = model["actor"]
             model["critic"] = {"sizes": [n * (1 + seen), *widths, 1], "activation": activation}
         # what RLlib puts into the configurations of its own modules by itself
         options = dict(self._kind.options) | config.options

@@ -1,8 +1,8 @@
 """RLlib's modules around networks in plain torch, so that a trained actor is exported as it is.
 
-``model_config`` has these keys: ``network``, a name of :data:`lbgym.training.exported.NETWORKS`; ``actor`` and
-``critic``, the keywords of its class; ``log_std``, where the log standard deviation of continuous actions begins; and
-what each module names besides.
+``model_config`` has these keys: ``network``, a name of :data:`lbgym.training.exported.NETWORKS`; ``actor``, ``critic``
+and, for SAC's deviations, ``spread``, the keywords of its class; ``log_std``, where the log standard deviation of
+continuous actions begins; and what each module names besides.
 
 * :class:`ActorCriticModule`: PPO and IMPALA;
 * :class:`TargetActorCriticModule`: APPO, which keeps an older actor;
@@ -200,10 +200,7 @@ class SACModule(DefaultSACTorchRLModule):
         self.action_dist_cls = SquashedGaussian
         self.twin_q = config["twin_q"]
         self.pi_encoder = PassOn()
-        # what all means have in common says nothing, but what all deviations have in common does
-        spread = {"network": config["network"], "actor": {**config["actor"]}}
-        spread["actor"].pop("centered", None)
-        self.pi = MeanAndSpread(_network(config, "actor"), _network(spread, "actor"), config["log_std"])
+        self.pi = MeanAndSpread(_network(config, "actor"), _network(config, "spread"), config["log_std"])
         if not self.inference_only:
             self.qf_encoder, self.qf = WithActions(n), _network(config, "critic")
             if self.twin_q:

@@ -29,7 +29,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "policies for Stable-Baselines3") from error
 
 from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH
-from .networks import ServerEncoder, ServerHead, centered, joint_sums, masked, value_of_context
+from .networks import ServerEncoder, ServerHead, centered, is_normalized, joint_sums, masked, value_of_context
 
 # Numbers per server of a flat observation: whether it is active, and the features without and with the ground truth.
 _FLAT_WIDTHS = (1 + NUM_FEATURES, 1 + NUM_FEATURES + NUM_GROUND_TRUTH)
@@ -206,7 +206,7 @@ class EquivariantPolicy(ActorCriticPolicy):
         elif isinstance(space, gymnasium.spaces.MultiDiscrete):
             this.action_net = ServerOutputs(actor, int(space.nvec[0]))
         else:
-            this.action_net = ServerOutputs(actor, 1, centered=_relative(space))
+            this.action_net = ServerOutputs(actor, 1, centered=is_normalized(space))
             this.log_std = nn.Parameter(torch.full((1,), float(this.log_std_init)))
         this.value_net = ContextValue(this.vf_features_extractor)
         this.optimizer = this.optimizer_class(this.parameters(), lr=lr_schedule(1), **this.optimizer_kwargs)
@@ -240,7 +240,7 @@ class EquivariantSACPolicy(SACPolicy):
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         actor: Any = super().make_actor(features_extractor)
-        actor.mu = ServerOutputs(actor.features_extractor, 1, centered=_relative(self.action_space))
+        actor.mu = ServerOutputs(actor.features_extractor, 1, centered=is_normalized(self.action_space))
         actor.log_std = ServerOutputs(actor.features_extractor, 1)
         made: Actor = actor.to(self.device)
         return made
@@ -256,8 +256,3 @@ class EquivariantSACPolicy(SACPolicy):
 
 def _levels(space: Any, num_servers: int) -> int:
     return round(float(space.n) ** (1 / num_servers))
-
-
-def _relative(space: Any) -> bool:
-    """Whether actions are of type "normalized", where only their differences matter."""
-    return bool(np.all(space.low == -1) and np.all(space.high == 1))

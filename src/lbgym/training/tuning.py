@@ -172,11 +172,7 @@ def tune_recipe(
     name = f"{algo}{recipe.suffix}"
 
     def trial(settings: dict[str, Any]) -> None:
-        try:
-            _try(algo, replace(config, **settings), name)
-        except LbgymError as error:
-            # would fail again however often it was started: only what is lost with its node is worth another try
-            tune.report({REFUSED: str(error), "percent": 0} | dict.fromkeys(METRICS, math.nan))
+        _try(algo, config, settings, name)
 
     with connected(address):
         tuner = tune.Tuner(
@@ -237,7 +233,7 @@ def _cause(error: Exception) -> str:
     return str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
 
 
-def _try(algo: str, config: TrainingConfig, name: str) -> None:
+def _try(algo: str, config: TrainingConfig, settings: Mapping[str, Any], name: str) -> None:
     """A trial, on some node: reports to Ray Tune, with checkpoints."""
     history: list[Progress] = []
     reported, written = 0, None
@@ -265,13 +261,19 @@ def _try(algo: str, config: TrainingConfig, name: str) -> None:
                 reported = percent
                 report(percent)
 
-        run_recipe(
-            algo,
-            config,
-            out=folder / name,
-            resume_from=folder / name if (folder / name).is_file() else None,
-            callback=callback,
-        )
+        try:
+            run_recipe(
+                algo,
+                replace(config, **settings),
+                out=folder / name,
+                resume_from=folder / name if (folder / name).is_file() else None,
+                callback=callback,
+            )
+        except LbgymError as error:
+            if history or begun is not None:
+                raise
+            # settings that are refused would be again, however often the trial was started
+            tune.report({REFUSED: str(error), "percent": 0} | dict.fromkeys(METRICS, math.nan))
         if history:
             report(100)
 
