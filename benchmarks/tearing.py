@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.common import markdown, parser, report
 from lbgym.errors import RegionBusyError, RegionFormatError
-from lbgym.sharedmemory import Action, ObservationBuffer, SharedMemoryRegion, abi, get_include, kernels
+from lbgym.sharedmemory import Action, ObservationBuffer, SharedMemoryRegion, abi, get_include, seqlock
 from lbgym.sharedmemory.system import DIRECTORY_VARIABLE
 
 SOURCE = Path(__file__).parents[1] / "tests" / "sharedmemory" / "tearing.c"
@@ -83,7 +83,7 @@ def action_is_whole(action: Action, servers: int) -> bool:
     number, n = action.sequence_id, servers_of(action.sequence_id, servers)
     weights = 1.0 + (number * 13 + 7 * np.arange(n) & 0x3FF)
     threshold, alias = np.zeros((2, n), np.uint32)
-    kernels.alias_table(weights, threshold, alias, np.zeros(n, np.int64), np.zeros(n))
+    seqlock.alias_table(weights, threshold, alias, np.zeros(n, np.int64), np.zeros(n))
     return (
         action.num_servers == n
         and action.lease_ns == number + 1
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ[DIRECTORY_VARIABLE] = regions
         program = build(command, Path(folder))
         unsafe = build(command, Path(folder), unsafe=True)
-        kernels.warm_up()
+        seqlock.warm_up()
         for what, servers, share in SHARES:
             with writer(program, what, servers) as region:
                 begin = time.perf_counter()

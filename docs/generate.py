@@ -25,12 +25,12 @@ from mkdocs.structure.pages import Page
 
 import lbgym
 from lbgym import wrappers
-from lbgym.actions import make_action_codec
 from lbgym.dataplanes import scenario_with_options
+from lbgym.env.actions import make_action_codec
+from lbgym.env.flow_dispatch import FlowObservation
+from lbgym.env.observations import LAYOUTS, MAX_COUNT, MAX_TIME, TIME_UNIT, ObservationLayout
+from lbgym.env.rewards import reward_table
 from lbgym.features import FEATURE_ALIASES, FEATURE_NAMES, GROUND_TRUTH_NAMES
-from lbgym.flow_dispatch_env import FlowObservation
-from lbgym.observations import LAYOUTS, MAX_COUNT, MAX_TIME, TIME_UNIT, ObservationLayout
-from lbgym.rewards import reward_table
 
 log = logging.getLogger("mkdocs.hooks.lbgym")
 

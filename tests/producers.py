@@ -14,7 +14,7 @@ import numpy as np
 
 from lbgym.dataplanes import SimulatedDataPlane
 from lbgym.scenarios import load_scenario
-from lbgym.sharedmemory import SharedMemoryRegion, kernels
+from lbgym.sharedmemory import SharedMemoryRegion, seqlock
 from lbgym.sharedmemory.system import DIRECTORY_VARIABLE
 from lbgym.snapshot import Snapshot
 
@@ -157,7 +157,7 @@ def _first(snapshot: Snapshot, n: int, jumped: float) -> Snapshot:
 
 def warm_up() -> None:
     """Load what is compiled, in the process that others are forked from."""
-    kernels.warm_up()
+    seqlock.warm_up()
     plane = SimulatedDataPlane(load_scenario("heterogeneous"), interval=INTERVAL)
     plane.reset(0)
     plane.step(np.ones(plane.num_servers))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import lbgym
+from lbgym.env.rewards import REWARDS
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
-from lbgym.rewards import REWARDS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

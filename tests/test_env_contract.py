@@ -16,10 +16,10 @@ from gymnasium.utils.env_checker import check_env
 
 import lbgym
 from lbgym import LoadBalanceEnv
+from lbgym.env.wrappers import LegacyGymWrapper
 from lbgym.errors import InvalidActionError, LbgymError, ResetNeeded, UnknownNameError
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from lbgym.scenarios import Deterministic, Event, Scenario, Server, Workload, servers_of
-from lbgym.wrappers import LegacyGymWrapper
 
 ID = "lbgym:lbgym/LoadBalance-v0"
 LAYOUTS = ["matrix", "flat", "dict"]

@@ -15,8 +15,8 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from lbgym import FlowDispatchEnv, FlowDispatchVectorEnv
+from lbgym.env.flow_dispatch import FLOW_FIELDS, SERVER_FIELDS
 from lbgym.errors import InvalidActionError, InvalidOptionError, ResetNeeded, ScenarioError, UnknownNameError
-from lbgym.flow_dispatch_env import FLOW_FIELDS, SERVER_FIELDS
 from lbgym.scenarios import (
     DISPATCH_RULES,
     Deterministic,

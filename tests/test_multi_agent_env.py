@@ -15,6 +15,7 @@ import pytest
 
 import lbgym
 from lbgym import LoadBalanceEnv, MultiLoadBalanceEnv, MultiLoadBalanceVectorEnv
+from lbgym.env.rewards import fairness
 from lbgym.errors import (
     DataPlaneTimeout,
     InvalidActionError,
@@ -25,7 +26,6 @@ from lbgym.errors import (
     UnknownNameError,
 )
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
-from lbgym.rewards import fairness
 from lbgym.scenarios import Event, Exponential, Scenario, ScenarioDistribution, Server, Uniform, Workload
 from lbgym.sharedmemory import SharedMemoryRegion
 from tests.dataplanes.puppet import puppet
@@ -567,8 +567,8 @@ def test_rewards_by_hand(sharing: str) -> None:
 
 def test_a_balancer_that_sees_what_the_others_see_makes_no_difference() -> None:
     """Two equal views: taking either out of the mean leaves it as it is."""
-    from lbgym.multi_agent_vector_env import shared_rewards
-    from lbgym.rewards import make_reward
+    from lbgym.env.multi_agent_vector import shared_rewards
+    from lbgym.env.rewards import make_reward
 
     env = make_vector(2, num_balancers=2)
     env.reset(seed=0)

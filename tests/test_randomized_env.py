@@ -235,8 +235,8 @@ def test_bad_keys() -> None:
 
 
 def test_several_balancers_are_told_the_same_facts() -> None:
-    pytest.importorskip("lbgym.multi_agent_vector_env")
-    from lbgym.multi_agent_vector_env import MultiLoadBalanceVectorEnv
+    pytest.importorskip("lbgym.env.multi_agent_vector")
+    from lbgym.env.multi_agent_vector import MultiLoadBalanceVectorEnv
 
     env = MultiLoadBalanceVectorEnv(3, num_balancers=2, autoreset_mode=AutoresetMode.NEXT_STEP, **keys_of(max_steps=3))
     observation, info = env.reset(seed=4)

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from lbgym import LoadBalanceEnv
+from lbgym.env.observations import ObservationLayout
+from lbgym.env.rewards import make_reward
 from lbgym.errors import (
     InvalidOptionError,
     InvalidRewardError,
@@ -24,7 +26,6 @@ from lbgym.errors import (
     UnknownNameError,
 )
 from lbgym.features import FEATURE_NAMES
-from lbgym.observations import ObservationLayout
 from lbgym.recording import (
     Recording,
     Summary,
@@ -34,7 +35,6 @@ from lbgym.recording import (
     recording_schema,
     to_minari,
 )
-from lbgym.rewards import make_reward
 from lbgym.sharedmemory import SharedMemoryRegion
 from tests.producers import INTERVAL, Producer, Published
 from tests.sharedmemory.conftest import shm_dir

@@ -14,9 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lbgym.errors import InvalidRewardError, LbgymError, UnknownNameError
-from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES, SERVICE_NAMES
-from lbgym.rewards import (
+from lbgym.env.rewards import (
     EPSILON,
     FAIRNESS_REWARDS,
     REWARDS,
@@ -26,6 +24,8 @@ from lbgym.rewards import (
     make_reward,
     reward_table,
 )
+from lbgym.errors import InvalidRewardError, LbgymError, UnknownNameError
+from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES, SERVICE_NAMES
 from lbgym.snapshot import Snapshot
 
 LOG0 = -math.log(EPSILON)

@@ -13,15 +13,15 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
 from lbgym import LoadBalanceEnv
-from lbgym.errors import InvalidActionError, LbgymError, ResetNeeded, UnsupportedSpaceError
-from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
-from lbgym.wrappers import (
+from lbgym.env.wrappers import (
     DelayedAction,
     LegacyGymWrapper,
     MultiDiscreteToDiscrete,
     SmoothWeights,
     StripGroundTruth,
 )
+from lbgym.errors import InvalidActionError, LbgymError, ResetNeeded, UnsupportedSpaceError
+from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 
 
 class Echo(gymnasium.Env[np.ndarray, Any]):

@@ -12,25 +12,28 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 
 if TYPE_CHECKING:
-    from .env import LoadBalanceEnv
+    from .env import (
+        FlowDispatchEnv,
+        FlowDispatchVectorEnv,
+        LoadBalanceEnv,
+        LoadBalanceVectorEnv,
+        MultiLoadBalanceEnv,
+        MultiLoadBalanceVectorEnv,
+    )
     from .features import ReservoirSampler
-    from .flow_dispatch_env import FlowDispatchEnv, FlowDispatchVectorEnv
-    from .multi_agent_env import MultiLoadBalanceEnv
-    from .multi_agent_vector_env import MultiLoadBalanceVectorEnv
     from .scenarios import Scenario, load_scenario, scenario_names
     from .sharedmemory import SharedMemoryRegion
     from .snapshot import Snapshot
-    from .vector_env import LoadBalanceVectorEnv
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "FlowDispatchEnv": "flow_dispatch_env",
-    "FlowDispatchVectorEnv": "flow_dispatch_env",
+    "FlowDispatchEnv": "env",
+    "FlowDispatchVectorEnv": "env",
     "LoadBalanceEnv": "env",
-    "LoadBalanceVectorEnv": "vector_env",
-    "MultiLoadBalanceEnv": "multi_agent_env",
-    "MultiLoadBalanceVectorEnv": "multi_agent_vector_env",
+    "LoadBalanceVectorEnv": "env",
+    "MultiLoadBalanceEnv": "env",
+    "MultiLoadBalanceVectorEnv": "env",
     "ReservoirSampler": "features",
     "Scenario": "scenarios",
     "SharedMemoryRegion": "sharedmemory",
@@ -69,10 +72,10 @@ def __dir__() -> list[str]:
 gymnasium.register(
     id="lbgym/LoadBalance-v0",
     entry_point="lbgym.env:LoadBalanceEnv",
-    vector_entry_point="lbgym.vector_env:LoadBalanceVectorEnv",
+    vector_entry_point="lbgym.env:LoadBalanceVectorEnv",
 )
 gymnasium.register(
     id="lbgym/FlowDispatch-v0",
-    entry_point="lbgym.flow_dispatch_env:FlowDispatchEnv",
-    vector_entry_point="lbgym.flow_dispatch_env:FlowDispatchVectorEnv",
+    entry_point="lbgym.env:FlowDispatchEnv",
+    vector_entry_point="lbgym.env:FlowDispatchVectorEnv",
 )

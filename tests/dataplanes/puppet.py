@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lbgym.sharedmemory import SharedMemoryRegion, kernels
+from lbgym.sharedmemory import SharedMemoryRegion, seqlock
 from lbgym.snapshot import Snapshot
 
 #: The data plane's clock at tick 0, seconds.
@@ -75,7 +75,7 @@ class _Puppet:
                 return self.region.weights_in_force().tolist()
             case {"poison": _}:
                 self.region._buffer.stats[0, 0] = np.nan
-                kernels.publish_frame(
+                seqlock.publish_frame(
                     self.region._words, self.region._frames, self.region._frame_sections, self.region._buffer.words,
                     self.region._sequence_id + 1, time.monotonic_ns(),
                 )  # fmt: skip
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--period", type=float, default=0.02)
     parser.add_argument("--rate", type=float, default=1.0)
     parser.add_argument("--ground-truth", action="store_true")
-    kernels.warm_up()
+    seqlock.warm_up()
     one = _Puppet(parser.parse_args())
     one.publish()
     print("ready", flush=True)

@@ -18,7 +18,7 @@ import pytest
 from lbgym.drivers import Emulator
 from lbgym.errors import InvalidOptionError, InvalidWeightsError, RegionExistsError
 from lbgym.scenarios import Event, Exponential, Scenario, Server, Workload, load_scenario
-from lbgym.sharedmemory import SharedMemoryRegion, abi, kernels
+from lbgym.sharedmemory import SharedMemoryRegion, abi, seqlock
 from lbgym.simulator import Simulation
 from tests.drivers.emulated import emulator, following
 
@@ -31,7 +31,7 @@ COMPLETED, REJECTED, FAILED = 1, 2, 3
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     """What a test reads with is compiled before what it reads from begins."""
-    kernels.warm_up()
+    seqlock.warm_up()
     plain = Simulation(load_scenario("uniform"))
     plain.reset([0])
     plain.observe()

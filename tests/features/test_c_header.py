@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import lbgym
 from lbgym.features import FEATURE_NAMES, STATISTICS, ReservoirSampler
 
-from .test_kernels import CODES, CompiledReservoir
+from .test_reservoir_kernel import CODES, CompiledReservoir
 
 INCLUDE = Path(lbgym.__file__).parent / "include"
 SHIM = Path(__file__).parent / "c_shim.c"

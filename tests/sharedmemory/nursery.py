@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from lbgym.errors import LbgymError
-from lbgym.sharedmemory import Action, ObservationBuffer, SharedMemoryRegion, kernels
+from lbgym.sharedmemory import Action, ObservationBuffer, SharedMemoryRegion, seqlock
 from lbgym.sharedmemory.system import DIRECTORY_VARIABLE
 from lbgym.snapshot import Snapshot
 
@@ -310,7 +310,7 @@ def _play(module: str, role: str, folder: str, options: dict[str, Any], pipe: in
 
 
 def main() -> None:
-    kernels.warm_up()
+    seqlock.warm_up()
     pipes: dict[int, Any] = {}
     for line in sys.stdin:
         match json.loads(line):

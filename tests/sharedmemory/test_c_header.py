@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lbgym.errors import RegionBusyError, RegionError, RegionExistsError, RegionFormatError
-from lbgym.sharedmemory import Layout, ObservationBuffer, SharedMemoryRegion, abi, kernels
+from lbgym.sharedmemory import Layout, ObservationBuffer, SharedMemoryRegion, abi, seqlock
 from lbgym.sharedmemory.system import DIRECTORY_VARIABLE
 from lbgym.snapshot import Snapshot
 
@@ -109,7 +109,7 @@ def test_layout(libraries, language, capacity):
 
 
 def test_retries_as_often(c):
-    assert c.tries() == kernels._TRIES
+    assert c.tries() == seqlock._TRIES
 
 
 def test_every_code_has_a_sentence(c):
@@ -434,7 +434,7 @@ def test_alias_tables_are_the_same_bit_for_bit(libraries, language, weights):
     assume(weights.max() > 0.0)
     n = len(weights)
     ours, theirs = np.zeros((2, 2, n), np.uint32)
-    kernels.alias_table(weights, theirs[0], theirs[1], np.zeros(n, np.int64), np.zeros(n))
+    seqlock.alias_table(weights, theirs[0], theirs[1], np.zeros(n, np.int64), np.zeros(n))
     libraries[language].alias_table(weights, n, ours[0], ours[1], np.zeros(n, np.uint32), np.zeros(n))
     assert np.array_equal(ours, theirs)
 

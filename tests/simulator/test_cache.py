@@ -36,7 +36,7 @@ def test_the_digest_follows_every_source(tmp_path: Path) -> None:
     for name, of in (
         ("features/rng.py", {"simulator"}),
         ("simulator/dispatch.py", {"simulator"}),
-        ("sharedmemory/kernels.py", {"sharedmemory"}),
+        ("sharedmemory/seqlock.py", {"sharedmemory"}),
         ("features/compile.py", {"simulator", "sharedmemory"}),
     ):
         file = tmp_path / "lbgym" / name

@@ -21,12 +21,12 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from ..env.rendering import _bar as bar
+from ..env.rendering import _seconds as seconds
+from ..env.rendering import _short as short
 from ..errors import RegionError
 from ..features.columns import GROUND_TRUTH_NAMES, column_index
 from ..recording import Follower
-from ..rendering import _bar as bar
-from ..rendering import _seconds as seconds
-from ..rendering import _short as short
 from .shm import age, agent_state, clock, lease, producer_state
 
 if TYPE_CHECKING:

@@ -128,7 +128,7 @@ def _distribution_summary(distribution: ScenarioDistribution) -> dict[str, Any]:
 
 
 def _distribution_details(distribution: ScenarioDistribution, draws: int) -> dict[str, Any]:
-    from ..scenarios.draws import draw_many
+    from ..scenarios.distribution_summary import draw_many
 
     return {
         "name": distribution.name,
@@ -165,8 +165,8 @@ def _check_plot(file: Path) -> None:
 
 
 def _plot(distribution: ScenarioDistribution, draws: int, file: Path, *, quiet: bool) -> None:
-    from ..evaluation.draws import draws_figure
-    from ..scenarios.draws import draw_many
+    from ..evaluation.distribution_plot import draws_figure
+    from ..scenarios.distribution_summary import draw_many
 
     figure = draws_figure(draw_many(distribution, draws), distribution.name)
     try:
@@ -262,7 +262,7 @@ def _show_distribution(distribution: ScenarioDistribution, draws: int) -> None:
     from rich.padding import Padding
     from rich.table import Table
 
-    from ..scenarios.draws import QUANTILES, draw_many
+    from ..scenarios.distribution_summary import QUANTILES, draw_many
 
     console = results_console()
     console.print(f"[bold]{distribution.name}[/bold]  {distribution.description}", soft_wrap=False)

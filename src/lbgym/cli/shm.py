@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..env.rendering import _seconds as seconds
+from ..env.rendering import _short as short
 from ..errors import (
     LbgymError,
     RegionBusyError,
@@ -26,8 +28,6 @@ from ..errors import (
     RegionNotFoundError,
 )
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
-from ..rendering import _seconds as seconds
-from ..rendering import _short as short
 from ._console import results_console
 
 if TYPE_CHECKING:
@@ -318,10 +318,10 @@ def agent_state(region: SharedMemoryRegion) -> str:
 
 def _document(region: SharedMemoryRegion) -> dict[str, Any]:
     """All that a region says, to be written as JSON."""
-    from ..sharedmemory import kernels
+    from ..sharedmemory import seqlock
 
     # What is read here belongs together, and so is to be read at once.
-    kernels.warm_up()
+    seqlock.warm_up()
     status = region.path.stat()
     header = region._header().copy()
     problems = []

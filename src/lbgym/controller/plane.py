@@ -7,7 +7,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from ..dataplanes.sharedmemory import SharedMemoryDataPlane
+from ..dataplanes.live import SharedMemoryDataPlane
 from ..sharedmemory import SharedMemoryRegion
 from ..snapshot import Snapshot
 

@@ -7,7 +7,7 @@ from .base import DataPlane
 from .simulated import RESET_OPTIONS, SimulatedDataPlane, scenario_with_options
 
 if TYPE_CHECKING:
-    from .sharedmemory import SharedMemoryDataPlane
+    from .live import SharedMemoryDataPlane
 
 __all__ = [
     "RESET_OPTIONS",
@@ -22,7 +22,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Whoever simulates needs neither shared memory nor an operating system that has it.
     if name == "SharedMemoryDataPlane":
-        from .sharedmemory import SharedMemoryDataPlane
+        from .live import SharedMemoryDataPlane
 
         return SharedMemoryDataPlane
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

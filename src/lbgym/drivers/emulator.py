@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidOptionError
 from ..scenarios import Scenario
-from ..sharedmemory import SharedMemoryRegion, kernels, system
+from ..sharedmemory import SharedMemoryRegion, seqlock, system
 from ..simulator import Simulation
 from ..simulator import layout as at
 from ..snapshot import Snapshot
@@ -117,7 +117,7 @@ class Emulator:
         self._ended = np.zeros((3, m, scenario.num_servers), np.int64)  # completed, rejected, failed
         self._unrouted = np.zeros(m, np.int64)
         # Compiled, or loaded from disk, before anybody sees a region.
-        kernels.warm_up()
+        seqlock.warm_up()
         self._simulation.reset([self.seed])
         self._simulation.observe()
         self._batch = self._simulation.reset([self.seed])

@@ -1,4 +1,4 @@
-"""Reservoir sampling in plain Python and NumPy: the readable twin of ``lbgym.features.kernels``."""
+"""Reservoir sampling in plain Python and NumPy: the readable twin of ``lbgym.features.reservoir_kernel``."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..actions import ActionCodec
+from ..env.actions import ActionCodec
+from ..env.observations import ObservationLayout
 from ..errors import PolicyError
 from ..features.columns import GROUND_TRUTH_NAMES, NUM_FEATURES, NUM_GROUND_TRUTH
-from ..observations import ObservationLayout
 
 
 @runtime_checkable

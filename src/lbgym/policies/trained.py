@@ -13,10 +13,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from ..actions import ActionCodec, make_action_codec
+from ..env.actions import ActionCodec, make_action_codec
+from ..env.observations import ObservationLayout
 from ..errors import MissingExtraError, PolicyError
 from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH
-from ..observations import ObservationLayout
 from .base import Policy
 
 #: File names that mean a trained model.

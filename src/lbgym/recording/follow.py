@@ -6,7 +6,7 @@ import logging
 import time
 
 from ..errors import RegionError, RegionNotFoundError
-from ..sharedmemory import ObservationBuffer, SharedMemoryRegion, kernels
+from ..sharedmemory import ObservationBuffer, SharedMemoryRegion, seqlock
 from ..sharedmemory.abi import NUM_FRAMES
 
 logger = logging.getLogger("lbgym")
@@ -40,7 +40,7 @@ class Follower:
         self.name = name
         self.missed = self.invalid = self.restarts = 0
         self._refused = ""
-        kernels.warm_up()
+        seqlock.warm_up()
         self._take(SharedMemoryRegion.attach(name, read_only=True))
 
     def _take(self, region: SharedMemoryRegion) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..actions import ActionCodec, make_action_codec
+from ..env.actions import ActionCodec, make_action_codec
+from ..env.observations import ObservationLayout
+from ..env.rewards import Reward, RewardType, make_reward
 from ..errors import InvalidOptionError, InvalidRewardError, MissingExtraError, RecordingError, UnknownNameError
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
-from ..observations import ObservationLayout
-from ..rewards import Reward, RewardType, make_reward
 from ..sharedmemory.abi import COUNTER_NAMES
 from ..snapshot import Snapshot
 from .recorder import METADATA_KEY, part_of, recording_schema, require_pyarrow, segments_of

@@ -640,6 +640,23 @@ class Scenario:
             )
 
     @property
+    def reference(self) -> Scenario:
+        """Itself: a scenario is a distribution of one (:class:`~lbgym.scenarios.ScenarioDistribution`)."""
+        return self
+
+    @property
+    def min_servers(self) -> int:
+        return self.num_servers
+
+    @property
+    def max_servers(self) -> int:
+        return self.num_servers
+
+    def draw(self, seed: int, *, horizon: float = 0.0) -> Scenario:
+        """Itself, whatever the seed and the horizon."""
+        return self
+
+    @property
     def num_servers(self) -> int:
         return len(self.servers)
 

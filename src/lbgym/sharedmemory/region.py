@@ -29,7 +29,7 @@ from ..errors import (
     RegionNotFoundError,
 )
 from ..snapshot import Snapshot
-from . import abi, kernels, system
+from . import abi, seqlock, system
 from .buffers import Action, ObservationBuffer
 
 #: Seconds for which weights are good unless the agent says otherwise.
@@ -307,17 +307,17 @@ class SharedMemoryRegion:
     @property
     def latest(self) -> int:
         """Sequence id of the newest observation; 0: none yet."""
-        return int(kernels.load_word(self._memory, kernels.LATEST))
+        return int(seqlock.load_word(self._memory, seqlock.LATEST))
 
     @property
     def heartbeat_age(self) -> float:
         """Seconds since the producer's last sign of life."""
-        return _age(int(kernels.load_word(self._memory, kernels.HEARTBEAT)))
+        return _age(int(seqlock.load_word(self._memory, seqlock.HEARTBEAT)))
 
     @property
     def agent_heartbeat_age(self) -> float:
         """Seconds since the agent's last sign of life; infinite if there never was one."""
-        beat = int(kernels.load_word(self._memory, kernels.AGENT_HEARTBEAT))
+        beat = int(seqlock.load_word(self._memory, seqlock.AGENT_HEARTBEAT))
         return _age(beat) if beat else math.inf
 
     @property
@@ -377,12 +377,12 @@ class SharedMemoryRegion:
         """
         if buffer.capacity != self.capacity:
             raise self._misfit(buffer)
-        status = kernels.read_frame(self._memory, self._frames, self._frame_sections, buffer.words)
-        if status == kernels.OK:
+        status = seqlock.read_frame(self._memory, self._frames, self._frame_sections, buffer.words)
+        if status == seqlock.OK:
             return True
-        if status == kernels.NOTHING:
+        if status == seqlock.NOTHING:
             return False
-        if status == kernels.BUSY:
+        if status == seqlock.BUSY:
             raise RegionBusyError(f"region {self.name!r} is written to faster than it can be read")
         raise RegionFormatError(f"region {self.name!r} holds an observation that no data plane may publish")
 
@@ -399,10 +399,10 @@ class SharedMemoryRegion:
         memory = self._memory
         if not 1 <= sequence_id < 1 << 63:
             return False
-        status = kernels.read_earlier_frame(memory, self._frames, self._frame_sections, buffer.words, sequence_id)
-        if status == kernels.INVALID:
+        status = seqlock.read_earlier_frame(memory, self._frames, self._frame_sections, buffer.words, sequence_id)
+        if status == seqlock.INVALID:
             raise RegionFormatError(f"region {self.name!r} holds an observation that no data plane may publish")
-        return bool(status == kernels.OK)
+        return bool(status == seqlock.OK)
 
     def _misfit(self, buffer: ObservationBuffer) -> InvalidOptionError:
         return InvalidOptionError(
@@ -451,13 +451,13 @@ class SharedMemoryRegion:
 
         Returns false at once when the producer closes the region.
         """
-        return self._wait(kernels.LATEST, self._observation_event // 8, self._observation_futex, after, timeout)
+        return self._wait(seqlock.LATEST, self._observation_event // 8, self._observation_futex, after, timeout)
 
     def _wait(self, word: int, event: int, futex: system.Futex, after: int, timeout: float) -> bool:
         words = self._memory
         deadline = time.monotonic() + _checked_timeout(timeout)
         value, flagged = 0, False
-        while kernels.load_word(words, word) == after:
+        while seqlock.load_word(words, word) == after:
             left = deadline - time.monotonic()
             if left <= 0.0 or self.closed_by_producer:
                 return False
@@ -469,7 +469,7 @@ class SharedMemoryRegion:
                 flagged = False
             else:
                 # And look again, before sleeping, for what came meanwhile.
-                value, flagged = int(kernels.raise_flag(words, event)), True
+                value, flagged = int(seqlock.raise_flag(words, event)), True
         return True
 
     def lock_agent(self) -> None:
@@ -537,7 +537,7 @@ class SharedMemoryRegion:
             self._threshold, self._alias = np.empty(n, np.uint32), np.empty(n, np.uint32)
             self._stack, self._share = np.empty(n, np.int64), np.empty(n)
         now = time.monotonic_ns()
-        written = kernels.write_action(
+        written = seqlock.write_action(
             memory,
             self._actions,
             self._action_sections,
@@ -591,13 +591,13 @@ class SharedMemoryRegion:
         buffer.weights[:n] = self._in_force
         buffer.safe_weights[:n] = self._safe_weights
         buffer.set_applied(self._applied, self._safe)
-        if not kernels.frame_is_valid(self._frame_sections, buffer.words):
+        if not seqlock.frame_is_valid(self._frame_sections, buffer.words):
             raise InvalidOptionError(
                 f"an observation for region {self.name!r} has features, ground truth, counters or times that are "
                 "negative, not finite or beyond 2**63"
             )
         self._sequence_id += 1
-        if kernels.publish_frame(
+        if seqlock.publish_frame(
             memory, self._frames, self._frame_sections, buffer.words, self._sequence_id, time.monotonic_ns()
         ):
             self._observation_futex.wake()
@@ -605,7 +605,7 @@ class SharedMemoryRegion:
 
     def heartbeat(self) -> None:
         """Say that the producer lives, though it has nothing to publish."""
-        kernels.store_word(self._producer(), kernels.HEARTBEAT, time.monotonic_ns())
+        seqlock.store_word(self._producer(), seqlock.HEARTBEAT, time.monotonic_ns())
 
     def set_safe_weights(self, weights: ArrayLike) -> None:
         """Change the weights that are in force without an agent's, float[number of servers]."""
@@ -628,10 +628,10 @@ class SharedMemoryRegion:
         return action if found else None
 
     def _read_action(self, action: Action, known: int) -> int:
-        found = int(kernels.read_action(self._memory, self._actions, self._action_sections, action.words, known))
-        if found == -kernels.BUSY:
+        found = int(seqlock.read_action(self._memory, self._actions, self._action_sections, action.words, known))
+        if found == -seqlock.BUSY:
             raise RegionBusyError(f"region {self.name!r}: actions are written faster than they can be read")
-        if found == -kernels.INVALID:
+        if found == -seqlock.INVALID:
             raise RegionFormatError(f"region {self.name!r} holds an action that no agent may write")
         return found
 
@@ -645,7 +645,7 @@ class SharedMemoryRegion:
         now = time.monotonic_ns()
         if self._action is None:
             self._action = Action(self.layout)
-        seen = int(kernels.load_word(self._memory, kernels.ACTION_COUNT))
+        seen = int(seqlock.load_word(self._memory, seqlock.ACTION_COUNT))
         try:
             found = self._read_action(self._action, self._action_known)
         except RegionError:
@@ -692,7 +692,7 @@ class SharedMemoryRegion:
     def wait_action(self, timeout: float) -> bool:
         """Sleep until the agent has written an action that :meth:`weights_in_force` has not seen, or ``timeout``."""
         self._producer()
-        return self._wait(kernels.ACTION_COUNT, self._action_event // 8, self._action_futex, self._action_seen, timeout)
+        return self._wait(seqlock.ACTION_COUNT, self._action_event // 8, self._action_futex, self._action_seen, timeout)
 
     # The end
 

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from ..features.compile import compiled
-from ..features.kernels import RNG, reservoir_add, reservoir_features
+from ..features.reservoir_kernel import RNG, reservoir_add, reservoir_features
 from ..features.rng import next_exponential, next_u64, stream_seed, to_range
 from .arrivals import begin_arrivals, next_arrival
 from .dispatch import (

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH, NUM_SERVICE
-from ..features.kernels import META_SIZE, RESULT_SIZE
+from ..features.reservoir_kernel import META_SIZE, RESULT_SIZE
 
 # Dispatch rules, in the order of lbgym.scenarios.DISPATCH_RULES.
 (

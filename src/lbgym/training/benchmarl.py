@@ -48,7 +48,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("benchmarl", "benchmarl", "training with BenchMARL") from error
 
-from ..multi_agent_vector_env import REWARD_SHARINGS, MultiLoadBalanceVectorEnv
+from ..env.multi_agent_vector import REWARD_SHARINGS, MultiLoadBalanceVectorEnv
 from .config import PER_ALGORITHM, TrainingConfig, saved_config
 from .exported import MLP, NETWORKS, ExportedPolicy, check_shapes, read_checkpoint, write_policy
 from .networks import ActionKind, FlatServerNetwork

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gymnasium.vector import AutoresetMode
 
-from ..actions import ACTION_TYPES
+from ..env.actions import ACTION_TYPES
 from ..errors import CheckpointError, LbgymError, UnsupportedSpaceError
 
 if TYPE_CHECKING:
+    from ..env.vector import LoadBalanceVectorEnv
     from ..scenarios import Scenario, ScenarioDistribution
-    from ..vector_env import LoadBalanceVectorEnv
 
 #: What a field that was not given is until the algorithm's default takes its place.
 PER_ALGORITHM: Any = None
@@ -118,7 +118,7 @@ class TrainingConfig:
 
     def make_env(self) -> LoadBalanceVectorEnv:
         """The vector environment to train on."""
-        from ..vector_env import LoadBalanceVectorEnv
+        from ..env.vector import LoadBalanceVectorEnv
 
         return LoadBalanceVectorEnv(
             num_envs=self.num_envs, autoreset_mode=self.autoreset_mode, **self.environment_kwargs()

@@ -44,8 +44,8 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("ray", "rllib", "training with RLlib") from error
 
-from ..multi_agent_vector_env import MultiLoadBalanceVectorEnv
-from ..vector_env import LoadBalanceVectorEnv
+from ..env.multi_agent_vector import MultiLoadBalanceVectorEnv
+from ..env.vector import LoadBalanceVectorEnv
 from . import rllib_env, rllib_modules
 from .cluster import connected
 from .config import PER_ALGORITHM, TrainingConfig, saved_config

@@ -23,9 +23,9 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("ray", "rllib", "training with RLlib") from error
 
-from ..multi_agent_env import MultiLoadBalanceEnv
-from ..multi_agent_vector_env import MultiLoadBalanceVectorEnv
-from ..vector_env import LoadBalanceVectorEnv
+from ..env.multi_agent import MultiLoadBalanceEnv
+from ..env.multi_agent_vector import MultiLoadBalanceVectorEnv
+from ..env.vector import LoadBalanceVectorEnv
 from .exported import with_weights
 
 #: What is told of the steps taken, by name; see :class:`Statistics`.

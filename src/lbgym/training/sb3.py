@@ -42,7 +42,7 @@ from .config import PER_ALGORITHM, TrainingConfig, plain_config, saved_config
 from .runs import Progress, output_file, torch_threads, write_whole
 
 if TYPE_CHECKING:
-    from ..vector_env import LoadBalanceVectorEnv
+    from ..env.vector import LoadBalanceVectorEnv
 
 #: Transitions per gradient step of the off-policy algorithms: with minibatches of 256 each serves about eight times.
 TRANSITIONS_PER_GRADIENT_STEP = 32

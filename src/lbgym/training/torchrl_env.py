@@ -30,8 +30,8 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("torchrl", "torchrl", "TorchRL environments") from error
 
-from ..multi_agent_vector_env import MultiLoadBalanceVectorEnv
-from ..vector_env import LoadBalanceVectorEnv
+from ..env.multi_agent_vector import MultiLoadBalanceVectorEnv
+from ..env.vector import LoadBalanceVectorEnv
 from .exported import with_weights
 
 #: The group of agents, as TorchRL calls them, that the balancers are.

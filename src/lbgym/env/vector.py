@@ -10,15 +10,15 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .env import LoadBalanceEnv, Setup, batch_info, scenario_facts
-from .errors import InvalidOptionError, ResetNeeded
+from ..errors import InvalidOptionError, ResetNeeded
+from ..scenarios import Scenario, ScenarioDistribution
+from ..snapshot import Snapshot
 from .rendering import Viewer
 from .replicas import ReplicaVectorEnv
-from .scenarios import Scenario, ScenarioDistribution
-from .snapshot import Snapshot
+from .single import LoadBalanceEnv, Setup, batch_info, scenario_facts
 
 if TYPE_CHECKING:
-    from .simulator import Simulation
+    from ..simulator import Simulation
 
 
 class LoadBalanceVectorEnv(ReplicaVectorEnv):
@@ -84,7 +84,7 @@ class LoadBalanceVectorEnv(ReplicaVectorEnv):
         self._steps = np.zeros(self.num_envs, np.int64)
 
     def _make_simulation(self, num_threads: int | None) -> Simulation:
-        from .simulator import Simulation
+        from ..simulator import Simulation
 
         setup = self._setup
         assert setup.shape is not None  # only a live environment may have none
@@ -243,7 +243,7 @@ class LoadBalanceVectorEnv(ReplicaVectorEnv):
 
     def _scenario_with(self, options: Mapping[str, Any]) -> Scenario | ScenarioDistribution | None:
         """The scenario, or distribution, of episodes that begin with these ``options``."""
-        from .dataplanes import scenario_with_options
+        from ..dataplanes import scenario_with_options
 
         assert self._setup.source is not None
         return scenario_with_options(self._setup.source, options)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MissingExtraError
-from ..scenarios.draws import Draws
+from ..scenarios.distribution_summary import Draws
 
 try:
     from matplotlib.figure import Figure

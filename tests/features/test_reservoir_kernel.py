@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lbgym.features import ReservoirSampler
-from lbgym.features import kernels as k
+from lbgym.features import reservoir_kernel as k
 
 from .test_reservoir import GAPS, KEYS, VALUES
 

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
-from .errors import InvalidActionError, InvalidOptionError, UnknownNameError
+from ..errors import InvalidActionError, InvalidOptionError, UnknownNameError
 
 ACTION_TYPES = ("discrete", "joint", "continuous", "normalized")
 MAX_JOINT_ACTIONS = 4096

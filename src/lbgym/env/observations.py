@@ -9,8 +9,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from .errors import InvalidOptionError, UnknownNameError
-from .features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
+from ..errors import InvalidOptionError, UnknownNameError
+from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 
 LAYOUTS = ("matrix", "flat", "dict")
 

@@ -12,14 +12,14 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .env import whole
-from .errors import InvalidActionError, InvalidOptionError, InvalidRewardError, ResetNeeded, UnknownNameError
-from .features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES, NUM_FEATURES
-from .features.columns import column_index as feature_column
+from ..errors import InvalidActionError, InvalidOptionError, InvalidRewardError, ResetNeeded, UnknownNameError
+from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES, NUM_FEATURES
+from ..features.columns import column_index as feature_column
+from ..scenarios import Scenario, ScenarioDistribution, default_scenario, load_scenario
+from ..snapshot import Snapshot
 from .observations import ObservationLayout
-from .scenarios import Scenario, ScenarioDistribution, default_scenario, load_scenario
-from .snapshot import Snapshot
-from .vector_env import LoadBalanceVectorEnv
+from .single import whole
+from .vector import LoadBalanceVectorEnv
 
 #: How the balancers' rewards come about.
 REWARD_SHARINGS = ("mean", "field", "own", "difference")

@@ -15,14 +15,14 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .env import check_seed, whole
-from .errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnknownNameError
+from ..errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnknownNameError
+from ..scenarios import Scenario, ScenarioDistribution, load_scenario
 from .observations import COUNT_GAIN, LAYOUTS, TIME_GAIN, TIME_UNIT, log_scale
 from .replicas import ReplicaVectorEnv
-from .scenarios import Scenario, ScenarioDistribution, load_scenario
+from .single import check_seed, whole
 
 if TYPE_CHECKING:
-    from .simulator.layout import Decision
+    from ..simulator.layout import Decision
 
 #: What can be shown of a server, in the order of the simulator's columns. ``work`` (unfinished core-seconds) and
 #: ``delay`` (seconds in which the server would finish them with every core busy) take an oracle, who knows sizes and
@@ -48,7 +48,7 @@ class FlowObservation:
       servers that take new flows.
 
     With ``normalize`` times and counts are in [0, 1] on the logarithmic scale of
-    :class:`~lbgym.observations.ObservationLayout`. Rows of inactive servers are zero.
+    :class:`~lbgym.env.observations.ObservationLayout`. Rows of inactive servers are zero.
 
     Raises:
         UnknownNameError: for another layout or field.
@@ -199,7 +199,7 @@ class FlowTask:
             normalize=normalize,
         )
         self.action_space: spaces.Discrete = spaces.Discrete(self.num_servers)
-        from .simulator import FlowSimulation
+        from ..simulator import FlowSimulation
 
         self.simulation = FlowSimulation(shape, num_envs, num_threads=num_threads)
         self.decision: Decision | None = None
@@ -210,7 +210,7 @@ class FlowTask:
 
     def source_with(self, options: Mapping[str, Any]) -> Scenario | ScenarioDistribution:
         """The scenario, or distribution, of episodes that begin with these ``options`` of a reset."""
-        from .dataplanes import scenario_with_options
+        from ..dataplanes import scenario_with_options
 
         source = scenario_with_options(self.source, options)
         self.simulation.check(_shape(source))

@@ -13,16 +13,16 @@ import numpy as np
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
+from ..errors import InvalidOptionError, InvalidRewardError, ResetNeeded, UnknownNameError
+from ..scenarios import DISPATCH_RULES, Scenario, ScenarioDistribution, default_scenario, load_scenario
+from ..snapshot import Snapshot
 from .actions import make_action_codec
-from .errors import InvalidOptionError, InvalidRewardError, ResetNeeded, UnknownNameError
 from .observations import ObservationLayout
 from .rendering import RENDER_MODES, Viewer
 from .rewards import make_reward
-from .scenarios import DISPATCH_RULES, Scenario, ScenarioDistribution, default_scenario, load_scenario
-from .snapshot import Snapshot
 
 if TYPE_CHECKING:
-    from .dataplanes import SharedMemoryDataPlane
+    from ..dataplanes import SharedMemoryDataPlane
 
 
 def whole(name: str, value: Any) -> int:
@@ -159,7 +159,7 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
     **Observation**: per server 11 features (``lbgym.features.FEATURE_NAMES``: open flows; mean, 90th percentile,
     standard deviation, decayed mean and decayed 90th percentile of flow completion time and of flow duration,
     seconds), with ``use_ground_truth`` 3 more (CPU use, memory use, busy workers). Layouts: see
-    :class:`~lbgym.observations.ObservationLayout`.
+    :class:`~lbgym.env.observations.ObservationLayout`.
 
     **Action**: "discrete" ``MultiDiscrete([K] * N)`` into ``action_weights``; "joint" ``Discrete(K ** N)``, at most
     4,096; "continuous" ``Box(min_weight, max_weight, (N,))``; "normalized" ``Box(-1, 1, (N,))``, mapped by logarithm.
@@ -244,11 +244,11 @@ class LoadBalanceEnv(gymnasium.Env[Any, Any]):
         shm_timeout: float = 2.0,
         render_mode: str | None = None,
     ) -> None:
-        from .dataplanes import DataPlane, SimulatedDataPlane
+        from ..dataplanes import DataPlane, SimulatedDataPlane
 
         live: SharedMemoryDataPlane | None = None
         if shm_name is not None:
-            from .dataplanes import SharedMemoryDataPlane
+            from ..dataplanes import SharedMemoryDataPlane
 
             live = SharedMemoryDataPlane(shm_name, interval=step_interval, timeout=shm_timeout, num_servers=num_servers)
             num_servers = live.num_servers

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MissingExtraError, UnknownNameError
-from .features.columns import GROUND_TRUTH_NAMES, SERVICE_NAMES, column_index
-from .scenarios.model import Scenario
-from .snapshot import Snapshot
+from ..errors import MissingExtraError, UnknownNameError
+from ..features.columns import GROUND_TRUTH_NAMES, SERVICE_NAMES, column_index
+from ..scenarios.model import Scenario
+from ..snapshot import Snapshot
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont

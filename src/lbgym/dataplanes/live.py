@@ -21,7 +21,7 @@ from ..errors import (
     RegionNotFoundError,
     UnknownNameError,
 )
-from ..sharedmemory import DEFAULT_LEASE, ObservationBuffer, SharedMemoryRegion, kernels
+from ..sharedmemory import DEFAULT_LEASE, ObservationBuffer, SharedMemoryRegion, seqlock
 from ..snapshot import Snapshot
 
 logger = logging.getLogger("lbgym")
@@ -90,7 +90,7 @@ class SharedMemoryDataPlane:
         self._action_id = self._written_at = self._called = self._deadline = 0
         self._weights: NDArray[np.float64] | None = None
         self._restarted = self._jumped = self._warned = False
-        kernels.warm_up()
+        seqlock.warm_up()
         self._take(self._attach(timeout))
         try:
             self._await_first()

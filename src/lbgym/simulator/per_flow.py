@@ -150,7 +150,7 @@ class FlowSimulation:
         begin: NDArray[np.bool_],
         mask: NDArray[np.bool_] | None,
     ) -> at.Decision:
-        from .decision_kernel import decide_replicas
+        from .per_flow_kernel import decide_replicas
 
         simulation = self._simulation
 
@@ -172,7 +172,7 @@ class FlowSimulation:
         A rejected, failed or unrouted flow counts with the scenario's ``reject_timeout``. 0 where none has ended, and
         in the other replicas.
         """
-        from .decision_kernel import fct_quantiles
+        from .per_flow_kernel import fct_quantiles
 
         out = np.zeros((self.num_replicas, 3))
         fct_quantiles(self._simulation._state, mask, out)

@@ -10,8 +10,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
-from .env import check_seed
-from .errors import InvalidOptionError, ResetNeeded, UnknownNameError
+from ..errors import InvalidOptionError, ResetNeeded, UnknownNameError
+from .single import check_seed
 
 
 class ReplicaVectorEnv(VectorEnv[Any, Any, Any]):

@@ -10,16 +10,16 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from .env import LoadBalanceEnv, check_seed
-from .errors import InvalidActionError, InvalidOptionError, MissingExtraError, ResetNeeded, UnknownNameError
-from .multi_agent_vector_env import MultiLoadBalanceVectorEnv
-from .scenarios import Scenario
-from .snapshot import Snapshot
+from ..errors import InvalidActionError, InvalidOptionError, MissingExtraError, ResetNeeded, UnknownNameError
+from ..scenarios import Scenario
+from ..snapshot import Snapshot
+from .multi_agent_vector import MultiLoadBalanceVectorEnv
+from .single import LoadBalanceEnv, check_seed
 
 if TYPE_CHECKING:
     from pettingzoo import ParallelEnv
 
-    from .dataplanes import SharedMemoryDataPlane
+    from ..dataplanes import SharedMemoryDataPlane
 
     _Parallel = ParallelEnv[str, Any, Any]
 else:
@@ -299,7 +299,7 @@ class _Planes:
     """Live data planes, one per balancer, stepped together as one replica."""
 
     def __init__(self, names: Sequence[str], interval: float, timeout: float, num_servers: int | None) -> None:
-        from .dataplanes import SharedMemoryDataPlane
+        from ..dataplanes import SharedMemoryDataPlane
 
         self.num_balancers = len(names)
         self.scenario: Scenario | None = None
