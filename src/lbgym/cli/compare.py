@@ -158,36 +158,6 @@ def _with_trace(
     return replace(changed, duration=min(trace.period * trace.rate / changed.rate, MAX_TRACE_DURATION))
 
 
-class _Progress:
-    """A progress bar on standard error; call it after every run."""
-
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("comparing"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[run]}", style="dim"),
-            console=Console(stderr=True),
-            transient=True,
-            disable=quiet or not sys.stderr.isatty(),
-        )
-        self._task = self._bar.add_task("comparing", total=total, run="starting")
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int, total: int, run: Run) -> None:
-        self._bar.update(self._task, completed=done, run=f"{run.label}, seed {run.seed}")
-
-
 def _report(comparison: Comparison, files: list[Path]) -> None:
     console = results_console()
     scenario, settings = comparison.scenario, comparison.settings

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidOptionError, MissingExtraError, RecordingError
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from ..sharedmemory import SharedMemoryRegion, abi
-from .follow import Follower
+from ..monitor import Follower
 
 if TYPE_CHECKING:
     import pyarrow
