@@ -455,7 +455,7 @@ def test_record_a_number_of_observations(capsys: Capture, tmp_path: Path, monkey
         assert "there is a Minari dataset" in refused(capsys, "record", "lb0", more, "--minari", "tests/lb0-v0")
         assert "a Minari dataset is named like" in refused(capsys, "record", "lb0", more, "--minari", "lb0")
         assert "No such file or directory" in refused(capsys, "record", "lb0", tmp_path / "no" / "out.parquet")
-        assert "interval must be" in refused(capsys, "record", "lb0", more, "--interval", "0")
+        assert "interval must be" in refused(capsys, "record", "lb0", more, "--sample-interval", "0")
         assert not more.exists()
         producer.run(0.01)
         code, text, _ = shm(capsys, "record", "lb0", out, "--steps", 1, "--overwrite")

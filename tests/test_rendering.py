@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from lbgym.env.rendering import HISTORY, Frame, Viewer, render_ansi, render_rgb, show
-from lbgym.formatting import age, seconds, short
 from lbgym.errors import MissingExtraError, UnknownNameError
+from lbgym.formatting import age, seconds, short
 from lbgym.scenarios.model import Scenario, Server, Workload
 from lbgym.snapshot import Snapshot
 

@@ -86,6 +86,10 @@ class MissingExtraError(LbgymError, ImportError):
         )
 
 
+class WorkerLostError(LbgymError, RuntimeError):
+    """A process that did a part of the work was killed."""
+
+
 class RegionError(LbgymError):
     """A region of shared memory that cannot be made or used as asked for."""
 

@@ -190,7 +190,7 @@ def controlling(own: WeightPolicy | None = None, **keys: Any) -> Iterator[Runnin
         keys: of the configuration.
     """
     free: dict[str, Any] = {
-        "policy": "policy", "shm": "lb0", "interval": INTERVAL, "timeout": 0.3, "lease": 0.5, "floor": 0.01,
+        "policy": "policy", "shm": "lb0", "step_interval": INTERVAL, "timeout": 0.3, "lease": 0.5, "floor": 0.01,
         "rate_limit": float("inf"),
     }  # fmt: skip
     running = Running(Controller(ControllerConfig(**(free | keys)), policy=own))

@@ -21,7 +21,7 @@ from tests.sharedmemory.nursery import Nursery
 SAFE = [1.0, 2.0, 3.0, 4.0]
 EQUAL = [1.0, 1.0, 1.0, 1.0]
 #: Equal weights, so that they differ from the safe ones.
-BASIC = ("--policy", "uniform", "--shm", "lb0", "--interval", INTERVAL, "--timeout", 0.3, "--rate-limit", "inf")
+BASIC = ("--policy", "uniform", "--shm", "lb0", "--step-interval", INTERVAL, "--timeout", 0.3, "--rate-limit", "inf")
 
 
 def test_sigterm_gives_the_weights_up_and_the_service_manager_is_told(nursery: Nursery) -> None:
@@ -179,7 +179,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_errors_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "'policy' is missing: give --policy" in refused(capsys, "--shm", "lb0")
-    assert "interval must be a number above 0" in refused(capsys, "-p", "uniform", "--shm", "lb0", "--interval", 0)
+    assert "step_interval must be a number above 0" in refused(
+        capsys, "-p", "uniform", "--shm", "lb0", "--step-interval", 0
+    )
     assert "Did you mean 'latency'" in refused(capsys, "-p", "latncy", "--shm", "lb0")
     assert "no trained model at 'model.zip'" in refused(capsys, "-p", "model.zip", "--shm", "lb0")
     assert "no region 'lb0'" in refused(capsys, "-p", "uniform", "--shm", "lb0", "--attach-timeout", 0)

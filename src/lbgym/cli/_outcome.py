@@ -12,6 +12,15 @@ from ..errors import LbgymError
 from ._signals import Interrupted
 from ._streams import STANDARD_OUTPUT, standard_streams
 
+#: Options that have another name now, by command.
+RENAMED = {
+    ("lbgym compare", "--interval"): "--step-interval",
+    ("lbgym run", "--interval"): "--step-interval",
+    ("lbgym dataplane emulate", "--interval"): "--publish-interval",
+    ("lbgym shm record", "--interval"): "--sample-interval",
+    ("lbgym train", "--policy"): "--network",
+}
+
 #: Exit codes beside 0 and 128 + signal.
 FAULT, ERROR, CLOSED_PIPE = 1, 2, 141
 
@@ -66,6 +75,10 @@ def _usage(error: BaseException) -> str:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(message, file=sys.stderr)
         return ""
+    option = getattr(error, "option_name", None)
+    renamed = None if context is None or option is None else RENAMED.get((context.command_path, option))
+    if renamed is not None:
+        return f"error: {option} is now {renamed}"
     help_ = f"; see {context.command_path} --help" if context is not None else ""
     return f"error: {' '.join(message.split()).rstrip('.')}{help_}"
 

@@ -25,8 +25,15 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, *, total: int | None = None, quiet: bool = False, status: str = "starting") -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
-        from rich.progress import TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         console = _errors()
         counts = (

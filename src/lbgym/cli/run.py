@@ -31,7 +31,7 @@ def run(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="TOML file with the same keys as these options, _ for -.")
     ] = None,
-    interval: Annotated[float | None, _option("interval")] = None,
+    step_interval: Annotated[float | None, _option("step_interval")] = None,
     scenario: Annotated[str | None, _option("scenario", "--scenario", "-s")] = None,
     lease: Annotated[float | None, _option("lease")] = None,
     timeout: Annotated[float | None, _option("timeout")] = None,
@@ -63,24 +63,24 @@ def run(
     with code 0; a second one exits at once. Exit code 3: no observation for --max-timeouts in a row.
     """
     given = locals()
-    told = config_from({key: given[key] for key in KEYS}, config)
+    chosen = config_from({key: given[key] for key in KEYS}, config)
     # The networks are small: a second thread would only take the data plane's cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with (
-        logging_to_stderr(told.log_format, told.log_level),
+        logging_to_stderr(chosen.log_format, chosen.log_level),
         stop_on_signal(expected=True, patience=False) as stop,
     ):
         try:
             stop.raises = True
             from ..controller.control import Controller, Outcome
 
-            controller = Controller(told)
+            controller = Controller(chosen)
             stop.raises, stop.then = False, controller.interrupt
             outcome = controller.run(stop)
         except LbgymError as error:
-            logger.error("%s", error, extra={"event": "error", "region": told.shm})
+            logger.error("%s", error, extra={"event": "error", "region": chosen.shm})
             raise typer.Exit(2) from None
         except Exception:
-            logger.critical("a fault of lbgym", exc_info=True, extra={"event": "crash", "region": told.shm})
+            logger.critical("a fault of lbgym", exc_info=True, extra={"event": "crash", "region": chosen.shm})
             raise typer.Exit(1) from None
     raise typer.Exit(SILENT if outcome is Outcome.SILENT else 0)

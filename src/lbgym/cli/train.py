@@ -62,7 +62,7 @@ def train(
     reward: Annotated[str | None, typer.Option(help="What is maximised; any reward of the environment.")] = None,
     reward_field: Annotated[str | None, typer.Option(help="The feature that a fairness reward looks at.")] = None,
     action_type: Annotated[str | None, typer.Option(help='"normalized" (continuous), "discrete" or "joint".')] = None,
-    policy: Annotated[
+    network: Annotated[
         Network | None,
         typer.Option(
             metavar="NAME",
@@ -115,7 +115,7 @@ def train(
         "reward_type": reward,
         "reward_field": reward_field,
         "action_type": action_type,
-        "policy": None if policy is None else str(policy),
+        "network": None if network is None else str(network),
         "dispatch": dispatch,
         "learning_rate": learning_rate,
     }
@@ -169,10 +169,14 @@ def chosen_config(
     if file is not None:
         named, in_file = read_config(file)
     algo = algo or named or (algo_of(resume) if resume is not None else "ppo")
-    if "policy" in options and recipe_of(algo).algorithm is None:
+    if "network" in options and recipe_of(algo).algorithm is None:
         raise InvalidOptionError(
-            f"{algo} has one network; only the sb3-, rllib- and benchmarl- recipes have a choice of --policy"
+            f"{algo} has one network; only the sb3-, rllib- and benchmarl- recipes have a choice of --network"
         )
+    if "network" in options:
+        recipe = recipe_of(algo)
+        if "network" not in recipe.load(recipe.config).__dataclass_fields__:
+            options = {"policy" if key == "network" else key: value for key, value in options.items()}
     if "total_steps" in options or "seconds" in options:
         # a budget on the command line is all of it
         in_file = {key: value for key, value in in_file.items() if key not in ("total_steps", "seconds")}
