@@ -311,7 +311,7 @@ def test_standard_output_that_cannot_be_written(command: str, where: str, code: 
     line = (
         f"exec {sys.executable} -c 'import time; time.sleep(0.2); from lbgym.cli import main; main()' {command} {where}"
     )
-    done = subprocess.run(["bash", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (code, message)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from lbgym.env.rendering import HISTORY, Frame, Viewer, render_ansi, render_rgb, show
 from lbgym.errors import MissingExtraError, UnknownNameError
-from lbgym.formatting import age, seconds, short
+from lbgym.formatting import seconds, short
 from lbgym.scenarios.model import Scenario, Server, Workload
 from lbgym.snapshot import Snapshot
 
@@ -96,7 +96,6 @@ def test_numbers_keep_to_their_columns(value: float) -> None:
 
     assert len(seconds(value)) <= 9
     assert len(short(value)) <= 7
-    assert len(age(value)) <= 9
     assert len(_short_signed(-value)) <= 9
 
 

@@ -36,7 +36,7 @@ def seconds(value: float) -> str:
 
 
 def age(value: float) -> str:
-    """How long ago, or for how long, in at most 9 characters; an infinite age is "never"."""
+    """A duration in a few characters, in the unit that fits; an infinite one is "never"."""
     if not math.isfinite(value):
         return "never"
     if value < 1e-3:

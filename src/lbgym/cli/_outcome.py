@@ -99,10 +99,11 @@ def _fault(error: BaseException) -> str:
 
 def _place(error: BaseException) -> str:
     """The innermost line of ours that an error came through, or the innermost of all."""
-    frames = traceback.extract_tb(error.__traceback__)
+    here, package = Path(__file__), Path(__file__).parents[1]
+    # Every error of a command comes through this file.
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) != here]
     if not frames:
         return "no traceback"
-    package = Path(__file__).parents[1]
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(package)]
     last = (ours or frames)[-1]
     path = Path(last.filename)

@@ -185,8 +185,8 @@ def _report(comparison: Comparison) -> None:
     name = f"[bold]{escape(comparison.scenario)}[/bold]{escape(source)}{drawn}"
     console.print(
         f"{name}: {_span(comparison, 'servers', 'd')} servers, {count} balancer{'s' * (count > 1)}, "
-        f"load {_span(comparison, 'load', '.2f')}, {_span(comparison, 'rate', '.4g')} flows/s\n{flows:,.0f} flows per seed count, those that arrive from "
-        f"{settings.warmup:.4g} to {settings.duration:.4g} s"
+        f"load {_span(comparison, 'load', '.2f')}, {_span(comparison, 'rate', '.4g')} flows/s\n"
+        f"{flows:,.0f} flows per seed count: those that arrive from {settings.warmup:.4g} to {settings.duration:.4g} s"
     )
     console.print()
     tables = [comparison.table()]

@@ -38,8 +38,8 @@ def _key(
 class ControllerConfig:
     """Everything a controller is told. The keys of the TOML file are these, and the options of ``lbgym run``, too.
 
-    Times are seconds of real time, but for ``step_interval``, ``rate_limit`` and ``smoothing``, which go by the data plane's
-    clock; the two differ only where time is scaled. ``help_of`` says what a key means.
+    Times are seconds of real time, except ``step_interval``, ``rate_limit`` and ``smoothing``, which are on the data
+    plane's clock; the two differ only where time is scaled. ``help_of`` says what a key means.
 
     Raises:
         InvalidOptionError: for a value that a key cannot have.

@@ -156,7 +156,9 @@ def _run_in_pool(
     Simulation(scenario_of_seed(scenario, first_seed, settings)).close()
     # Fresh processes: a fork would inherit locks of Numba's and torch's threads.
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    with _interrupts_held_back():
+        # multiprocessing's resource tracker, which starts here, ignores the other two by itself.
+        stop = context.Event()
     pool = ProcessPoolExecutor(processes, context, _begin, (scenario, settings, stop))
     try:
         with _interrupts_held_back(), _single_threaded_children():

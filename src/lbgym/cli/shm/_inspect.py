@@ -12,8 +12,6 @@ import typer
 from ...errors import RegionError
 from ...features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from ...formatting import age, seconds, short
-from ...monitor import agent_state, producer_state
-from ...sharedmemory.abi import COUNTER_NAMES
 from .._console import print_json, results_console
 from .._words import lease, since, state
 from ._arguments import Name
@@ -36,7 +34,6 @@ _GROUPS: tuple[dict[str, str], ...] = (
         }
         for metric, title in (("fct", "FCT"), ("duration", "duration"))
     ),
-    {name: name for name in COUNTER_NAMES},
 )
 
 
@@ -57,6 +54,7 @@ def inspect(
 
 def _document(region: SharedMemoryRegion) -> dict[str, Any]:
     """All that a region says, to be written as JSON."""
+    from ...monitor import agent_state, producer_state
     from ...sharedmemory import seqlock
 
     # What is read here belongs together, and so is to be read at once.
@@ -107,6 +105,8 @@ def _plain(value: Any) -> Any:
 
 
 def _observation(buffer: ObservationBuffer) -> dict[str, Any]:
+    from ...sharedmemory.abi import COUNTER_NAMES
+
     n = buffer.num_servers
     servers = []
     for i in range(n):
@@ -212,10 +212,12 @@ def _tables(servers: list[dict[str, Any]], width: int) -> Iterator[Any]:
     from rich import box
     from rich.table import Table
 
+    from ...sharedmemory.abi import COUNTER_NAMES
+
     ids = [f"{server['id']}" if server["active"] else f"out {server['id']}" for server in servers]
     first = max(map(len, ["server", *ids]))
     tables: list[list[tuple[str, list[str]]]] = []
-    for titles in _GROUPS:
+    for titles in (*_GROUPS, {name: name for name in COUNTER_NAMES}):
         group = [
             (title, [_cell(name, server[name]) for server in servers])
             for name, title in titles.items()
@@ -239,7 +241,7 @@ def _tables(servers: list[dict[str, Any]], width: int) -> Iterator[Any]:
 
 
 def _cell(name: str, value: Any) -> str:
-    if name in COUNTER_NAMES:
+    if isinstance(value, int):
         return f"{value:,}"
     if name.endswith("_usage"):
         return f"{value:.0%}"

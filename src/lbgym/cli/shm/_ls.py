@@ -11,7 +11,6 @@ import typer
 
 from ...errors import LbgymError, RegionError
 from ...formatting import age
-from ...monitor import agent_state, producer_state
 from .._console import print_json, results_console
 from .._words import STATE_STYLES, since
 
@@ -78,6 +77,7 @@ def begins_as_region(path: Path) -> bool:
 
 
 def _row(name: str, size: int) -> dict[str, Any]:
+    from ...monitor import agent_state, producer_state
     from ...sharedmemory import SharedMemoryRegion
 
     row: dict[str, Any] = dict.fromkeys(

@@ -19,7 +19,6 @@ from rich.live import Live
 from rich.text import Text
 
 from ...formatting import age, bar, seconds, short
-from ...monitor import ObservationView, RegionMonitor, RegionView, ServerColumns
 from .._console import results_console
 from .._signals import Interrupted, stop_on_signal
 from .._words import STATE_STYLES, clock, lease
@@ -27,6 +26,8 @@ from ._arguments import Name
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ...monitor import ObservationView, RegionMonitor, RegionView, ServerColumns
 
 #: Lines of the heading that say who lives and who acts.
 _HEADING = 4
@@ -44,6 +45,8 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print one picture and exit.")] = False,
 ) -> None:
     """Watch a region live: load, weights, FCT, who publishes and who acts. Read-only; q or Ctrl-C ends it."""
+    from ...monitor import RegionMonitor
+
     console = results_console()
     try:
         with RegionMonitor(name) as monitor:
