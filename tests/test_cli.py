@@ -30,6 +30,7 @@ from lbgym.scenarios import (
     scenario_names,
     write_trace,
 )
+from lbgym.sharedmemory import SharedMemoryRegion
 from lbgym.simulator import Simulation
 
 SMALL = """
@@ -93,6 +94,69 @@ def test_the_command_line_starts_without_what_it_may_not_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+#: Modules of the extras; the command line does without them where it does nothing with them.
+OPTIONAL = (
+    "matplotlib", "PIL", "pyarrow", "scipy", "torch", "tensorboard", "tomli_w", "stable_baselines3", "sb3_contrib",
+    "ray", "benchmarl", "torchrl", "tensordict", "h5py", "minari", "prometheus_client", "pettingzoo", "pandas",
+)  # fmt: skip
+
+
+def core_command(*arguments: object, expect: int = 0, env: dict[str, str] | None = None) -> tuple[str, str]:
+    """Standard output and error of a command where nothing but the core dependencies can be imported."""
+    script = (
+        "import sys\nfrom importlib.abc import MetaPathFinder\n"
+        "class Missing(MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {OPTIONAL!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from lbgym.cli import main\nmain(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}))
+    assert done.returncode == expect, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_with_the_core_alone(small: Path, tmp_path: Path) -> None:
+    """What `pip install lbgym` gives."""
+    env = {"LBGYM_SHM_DIR": str(tmp_path), "COLUMNS": "120"}
+    assert core_command("--version")[0].startswith("lbgym ")
+    assert "compare" in core_command("--help")[0]
+    assert "heterogeneous" in core_command("scenarios")[0]
+    for arguments in (("failure",), ("random-clusters", "--draws", 5), (small, "--toml")):
+        assert core_command("describe", *arguments)[1] == ""
+    core_command("dataplane", "emulate", "--name", "lb0", "--duration", 1, "--speedup", 10, env=env)
+    name = f"lbgym-core-{os.getpid()}"
+    region = SharedMemoryRegion.create(name, num_servers=2, driver="test")
+    try:
+        assert name in core_command("shm", "ls")[0]
+        assert "binary interface" in core_command("shm", "inspect", name)[0]
+        assert "nothing yet" in core_command("shm", "watch", name, "--once")[0]
+        assert core_command("shm", "include")[0].strip()
+    finally:
+        region.close()
+    assert "there is no region" in core_command("shm", "rm", name, expect=2)[1]
+    one = core_command("compare", "-s", small, "-p", "ecmp,sed", "-n", 1, "--processes", 1)[0]
+    assert "Difference from ecmp" in one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (("compare", "-n", "2"), "eval"),
+        (("compare", "-n", "1", "--out", "out"), "eval"),
+        (("train", "--steps", "100"), "train"),
+        (("shm", "record", "lb0", "out.parquet"), "offline"),
+        (("describe", "random-clusters", "--plot", "draws.png"), "eval"),
+        (("tune", "-p", "gamma=uniform(0.9,0.99)"), "rllib"),
+    ],
+)
+def test_what_needs_more_names_the_extra(arguments: tuple[str, ...], extra: str, tmp_path: Path) -> None:
+    out, err = core_command(*arguments, expect=2)
+    assert out == "" and len(err.splitlines()) == 1 and f"pip install 'lbgym[{extra}]'" in err
 
 
 def test_scenarios(capsys: pytest.CaptureFixture[str]) -> None:

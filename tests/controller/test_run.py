@@ -102,12 +102,13 @@ def test_silence_and_its_exit_code(nursery: Nursery) -> None:
         assert strings.weights == SAFE
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("waiting_for", ["region", "observation"])
-def test_sigterm_cuts_every_wait_short(nursery: Nursery, waiting_for: str) -> None:
+def test_a_signal_cuts_every_wait_short(nursery: Nursery, waiting_for: str, number: signal.Signals) -> None:
     with command(nursery, *BASIC, "--timeout", 600, "--log-level", "debug") as run:
         assert "no region 'lb0'" in run.wait_for("waiting")["message"]
         if waiting_for == "region":
-            run.signal(signal.SIGTERM)
+            run.signal(number)
             assert run.end() == 0
             return
         with data_plane(nursery) as strings:
@@ -115,7 +116,7 @@ def test_sigterm_cuts_every_wait_short(nursery: Nursery, waiting_for: str) -> No
             strings.tell(silence=600.0)
             time.sleep(2 * INTERVAL)
             assert strings.weights == EQUAL
-            run.signal(signal.SIGTERM)
+            run.signal(number)
             assert run.end() == 0
             assert strings.weights == SAFE
 
