@@ -45,10 +45,10 @@ HEAVY = (
 #: Every module or package of lbgym by level; a module imports its own level's own package and lower levels.
 LEVELS = (
     ("errors",),
-    ("checks",),
+    ("atomic", "checks", "formatting"),
     ("scenarios", "features", "snapshot", "toml_files"),
     ("simulator", "sharedmemory"),
-    ("dataplanes", "drivers"),
+    ("dataplanes", "drivers", "monitor"),
     ("env", "rewards", "wrappers"),
     ("policies",),
     ("evaluation", "training", "controller", "recording"),

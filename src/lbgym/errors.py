@@ -96,6 +96,10 @@ class CheckpointError(LbgymError, ValueError):
     """A checkpoint that cannot be read, or that does not fit the environment; the message gives both shapes."""
 
 
+class FileWriteError(LbgymError, OSError):
+    """A file that cannot be written; the message gives the system's reason. The file that was there is untouched."""
+
+
 class MissingExtraError(LbgymError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 
@@ -103,6 +107,10 @@ class MissingExtraError(LbgymError, ImportError):
         super().__init__(
             f"{purpose} needs {module!r}, which is not installed: pip install 'lbgym[{extra}]'", name=module
         )
+
+
+class WorkerLostError(LbgymError, RuntimeError):
+    """A process that did a part of the work was killed."""
 
 
 class RegionError(LbgymError):

@@ -109,7 +109,7 @@ def test_the_result_is_compared(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (("--set", "gamma"), "--set takes KEY=VALUE, got 'gamma'"),
         (("--set", "gama=1"), "unknown setting 'gama' in the options. Did you mean 'gamma'?"),
         (("--set", "gamma=high"), "gamma in the options must be of type float, got 'high'"),
-        (("--policy", "mlp"), "ppo has one network; only the sb3-, rllib- and benchmarl- recipes"),
+        (("--network", "mlp"), "ppo has one network; only the sb3-, rllib- and benchmarl- recipes"),
         (("--config", "none.toml"), "there is no configuration file none.toml"),
         (("--address", "10.0.0.1:6379"), "--address 10.0.0.1:6379 needs --backend ray"),
         (("--scenario", "heterogenous"), "Did you mean 'heterogeneous'?"),
@@ -126,7 +126,8 @@ def test_what_the_user_can_put_right(
     assert message in err.replace("\n", " ")
 
 
-def test_ctrl_c_saves_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_saves_the_checkpoint(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lbgym", "train", *SHORT, "--seconds", "1000", "--out", str(tmp_path)]
     # the bar moves only on a terminal
     here, there = pty.openpty()
@@ -140,7 +141,7 @@ def test_ctrl_c_saves_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
             if select.select([here], [], [], 1.0)[0]:
                 seen += os.read(here, 4096).decode(errors="replace")
         assert "steps/s" in seen, seen
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         # what the bar still writes must not fill the terminal's buffer
         while process.poll() is None and time.monotonic() < deadline:
             if select.select([here], [], [], 0.1)[0]:
@@ -150,7 +151,8 @@ def test_ctrl_c_saves_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
     finally:
         process.kill()
         os.close(here)
-    assert process.returncode == 130, seen
+    assert process.returncode == 128 + number, seen
+    assert "Traceback" not in seen
     assert [p.name for p in tmp_path.iterdir()] == ["ppo.pt"]
     assert read_checkpoint(tmp_path / "ppo.pt")["step"] > 0
     assert str(tmp_path / "ppo.pt") in out.replace("\n", "")

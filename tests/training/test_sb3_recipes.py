@@ -222,9 +222,9 @@ def test_the_command_line_trains_resumes_and_refuses(capsys: pytest.CaptureFixtu
 
     for arguments, message in (
         ((*again, "--algo", "sb3-td3"), "algorithm 'sac', not 'td3'"),
-        ((*again, "--algo", "sb3-sac", "--policy", "equivariant"), "policy 'mlp', but the configuration has"),
+        ((*again, "--algo", "sb3-sac", "--network", "equivariant"), "policy 'mlp', but the configuration has"),
         ((*common, "--algo", "sb3-dqn", "--action-type", "discrete"), "use action_type 'joint'"),
-        ((*common, "--algo", "ppo", "--policy", "mlp"), "only the sb3-, rllib- and benchmarl- recipes"),
+        ((*common, "--algo", "ppo", "--network", "mlp"), "only the sb3-, rllib- and benchmarl- recipes"),
     ):
         code, _, err = lbgym(capsys, *arguments)
         assert code == 2

@@ -1,43 +1,33 @@
-"""What a comparison leaves on disk; each file is whole or not there."""
+"""Files of a comparison; each is whole or not there."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .runner import COUNTS, METRICS
-
-if TYPE_CHECKING:
-    from .comparison import Comparison
+from ..atomic import whole_file
+from .results import COUNTS, METRICS, Comparison
 
 
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place only if the block ends without an exception."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp is private to the user; a result is as readable as any other new file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def save(comparison: Comparison, folder: str | Path, *, plots: bool = True) -> list[Path]:
+    """Write a comparison into a folder, made if need be; each file is whole or not there.
 
+    ``results.parquet`` (``results.csv`` without pyarrow): one row per run; ``flows.parquet``: one row per flow, if
+    flows were kept; ``summary.json``; ``fct_distribution.png`` and ``load_and_weights.png``.
 
-def save(comparison: Comparison, folder: Path, plots: bool = True) -> list[Path]:
-    """Write a comparison into a folder; see :meth:`Comparison.save`."""
+    Returns:
+        The files, in the order they were written.
+
+    Raises:
+        FileWriteError: if a file cannot be written.
+        MissingExtraError: if plots are wanted and Matplotlib is not installed.
+    """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [_save_rows(results_columns(comparison), folder / "results")]
     if comparison.settings.keep_flows:
@@ -68,7 +58,7 @@ def results_columns(comparison: Comparison) -> dict[str, list[Any]]:
         "dispatch": [run.dispatch for run in runs],
     }
     columns |= {name: [run.metrics[name] for run in runs] for name in METRICS}
-    columns |= {name: [int(run.metrics[name]) for run in runs] for name in COUNTS}
+    columns |= {name: [run.metrics[name] for run in runs] for name in COUNTS}
     for j in range(len(runs[0].utilization)):
         columns[f"utilization_{j}"] = [float(run.utilization[j]) for run in runs]
     return columns
