@@ -105,7 +105,7 @@ def _plain(value: Any) -> Any:
 
 
 def _observation(buffer: ObservationBuffer) -> dict[str, Any]:
-    from ...sharedmemory.abi import COUNTER_NAMES
+    from ...snapshot import COUNTER_NAMES
 
     n = buffer.num_servers
     servers = []
@@ -212,7 +212,7 @@ def _tables(servers: list[dict[str, Any]], width: int) -> Iterator[Any]:
     from rich import box
     from rich.table import Table
 
-    from ...sharedmemory.abi import COUNTER_NAMES
+    from ...snapshot import COUNTER_NAMES
 
     ids = [f"{server['id']}" if server["active"] else f"out {server['id']}" for server in servers]
     first = max(map(len, ["server", *ids]))
