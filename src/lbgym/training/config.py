@@ -139,6 +139,15 @@ def plain_config(config: TrainingConfig) -> dict[str, Any]:
     return plain
 
 
+#: Fields of configurations by the names they had before.
+RENAMED = {"policy": "network"}
+
+
+def current_fields(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's plain form by the present names of its fields."""
+    return {RENAMED.get(name, name): value for name, value in plain.items()}
+
+
 def saved_config(plain: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
     """Fields of the configuration that a checkpoint was trained with, from their plain form in the file ``path``.
 
@@ -151,4 +160,4 @@ def saved_config(plain: Mapping[str, Any], path: str | os.PathLike[str]) -> dict
                 f"checkpoint {os.fspath(path)} was trained with a {name} that is a Python object: resume it from "
                 f"Python with a config that has it"
             )
-    return dict(plain)
+    return current_fields(plain)
