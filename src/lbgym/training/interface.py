@@ -52,7 +52,7 @@ class Interface:
         """
         if isinstance(env, tuple):
             return cls._of_spaces(*env, levels)
-        bare = env.unwrapped
+        bare: Any = env.unwrapped
         codec, layout = getattr(bare, "action_codec", None), getattr(bare, "observation_layout", None)
         action = getattr(bare, "single_action_space", env.action_space)
         if not isinstance(codec, ActionCodec) or not isinstance(layout, ObservationLayout):
@@ -116,7 +116,7 @@ class Interface:
 
     @property
     def action_type(self) -> str:
-        """ "discrete" or "joint"."""
+        """The ``action_type``, "discrete" or "joint"."""
         return "discrete" if isinstance(self.codec.space, spaces.MultiDiscrete) else "joint"
 
     def flat(self, observation: Any) -> NDArray[np.float32]:

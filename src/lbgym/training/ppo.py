@@ -59,7 +59,7 @@ LOSSES = ("policy", "value", "entropy", "kl", "clipped")
 
 @dataclass(kw_only=True)
 class PPOConfig(TrainingConfig):
-    """What to train on and how: action types "normalized" (continuous), "discrete" and "joint"."""
+    """The configuration of PPO, for the action types "normalized" (continuous), "discrete" and "joint"."""
 
     total_steps: int | None = 1_500_000
     """environment steps, all replicas together; None: no limit"""

@@ -168,7 +168,6 @@ class Reporter:
         asked = self._callback is not None and bool(self._callback(progress))
         return asked or budget.used_up
 
-
     @contextmanager
     def saving(self, last: Callable[[], object] | None = None) -> Iterator[None]:
         """Write the last checkpoint when the block ends, in whatever way.

@@ -70,7 +70,7 @@ _OF_THE_ENVIRONMENT = ("action_type", "action_weights", "observation", "normaliz
 
 @dataclass(kw_only=True)
 class SACGRUConfig(TrainingConfig):
-    """What to train on and how. Values named "MARLLB" are those of its paper's moderate testbed."""
+    """The configuration of SAC-GRU. Values named "MARLLB" are those of its paper's moderate testbed."""
 
     action_type: str = "discrete"
     """"discrete" or "joint"; see ``LoadBalanceEnv``"""
@@ -367,19 +367,28 @@ class SACGRUAgent:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.replay = Replay(config.replay, config.max_steps, self.num_envs, self.num_servers, self.features + 1)
         self.step = 0
-        self.reset()
+        self._forget()
 
     # Acting
 
-    def reset(self) -> None:
-        """Begin new episodes in all replicas, for loops that end one without a transition that is done."""
+    def begin(self, observation: Any, info: Mapping[str, Any] | None = None) -> None:
+        """Begin new episodes in all replicas, for loops that end one without a transition that is done.
+
+        After one that is done, :meth:`get_action` begins the next episode by itself.
+        """
+        self._forget()
+        self._look(observation, info)
+
+    def _forget(self) -> None:
         self._fresh = torch.ones(self.num_envs, dtype=torch.bool)
         self._memory: Tensor | None = None
         self._seen: Any = None
         self._weights: NDArray[Any] = np.ones((self.num_envs, self.num_servers))
 
     @torch.no_grad()
-    def get_action(self, observation: Any, info: Mapping[str, Any] | None = None, *, deterministic: bool = False) -> Any:
+    def get_action(
+        self, observation: Any, info: Mapping[str, Any] | None = None, *, deterministic: bool = False
+    ) -> Any:
         """The action for an observation, or one per replica.
 
         Args:
@@ -530,7 +539,6 @@ class SACGRUAgent:
             nn.utils.clip_grad_norm_(clipped.parameters(), self.config.max_grad_norm)
         self.optimisers[name].step()
 
-
     # Checkpoints
 
     def state(self) -> dict[str, Any]:
@@ -570,7 +578,7 @@ class SACGRUAgent:
             optimiser.load_state_dict(clone(saved["optimisers"][name]))
         self.generator.set_state(saved["generator"])
         self.step = saved["step"]
-        self.reset()
+        self._forget()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a checkpoint, whole or not at all, that ``lbgym compare`` and ``lbgym run`` take as well.
@@ -699,6 +707,7 @@ class _Trainer:
         seeds = np.random.SeedSequence([self.config.seed, self.episode]).generate_state(self.config.num_envs)
         self.episode += 1
         self.observation, self.info = self.env.reset(seed=[int(s) for s in seeds])
+        self.agent.begin(self.observation, self.info)
 
     def collect(self) -> tuple[float, float]:
         """Step every replica ``num_steps`` times with actions drawn from the policy; mean reward and mean FCT."""
