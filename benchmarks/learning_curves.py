@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from lbgym.scenarios import Scenario
 
 SINGLE, SEVERAL = "heterogeneous", "marllb-moderate"
-EQUIVARIANT = {"policy": "equivariant"}
+EQUIVARIANT = {"network": "equivariant"}
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class Run:
 
 def train_one(run: Run, scratch: Path) -> None:
     """Train in this process and in the folder ``scratch``; what is whole then takes its place, the history last."""
-    from lbgym.training.recipes import make_config, train
     from lbgym.atomic import write_whole
+    from lbgym.training.recipes import make_config, train
 
     training = run.training
     changes = {"scenario": training.scenario, "total_steps": run.steps, "seed": run.seed, **training.changes}

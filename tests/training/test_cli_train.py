@@ -110,6 +110,7 @@ def test_the_result_is_compared(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (("--set", "gama=1"), "unknown setting 'gama' in the options. Did you mean 'gamma'?"),
         (("--set", "gamma=high"), "gamma in the options must be of type float, got 'high'"),
         (("--network", "mlp"), "ppo has one network; only the sb3-, rllib- and benchmarl- recipes"),
+        (("--policy", "mlp"), "--policy is now --network"),
         (("--config", "none.toml"), "there is no configuration file none.toml"),
         (("--address", "10.0.0.1:6379"), "--address 10.0.0.1:6379 needs --backend ray"),
         (("--scenario", "heterogenous"), "Did you mean 'heterogeneous'?"),

@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 
 from lbgym.training import load_policy, sac_gru  # noqa: E402
 from lbgym.training.runs import Progress  # noqa: E402
-from lbgym.training.sac_gru import Batch, Replay, SACGRUConfig, train_sac_gru  # noqa: E402
+from lbgym.training.sac_gru import Batch, Replay, SACGRUAgent, SACGRUConfig, train_sac_gru  # noqa: E402
 
 SMALL = SACGRUConfig(
     scenario="uniform",
@@ -168,21 +168,22 @@ def test_the_newest_episodes_overwrite_the_oldest() -> None:
 # Learning
 
 
-def trainer_of(**changes: Any) -> Any:
-    trainer = sac_gru._Trainer(replace(SMALL, **changes))
-    trainer.env.close()
-    return trainer
+def agent_of(**changes: Any) -> SACGRUAgent:
+    config = replace(SMALL, **changes)
+    env = config.make_env()
+    env.close()
+    return SACGRUAgent(env, config)
 
 
-def puzzle(trainer: Any, count: int, steps: int, *, seed: int) -> tuple[Batch, torch.Tensor]:
+def puzzle(agent: SACGRUAgent, count: int, steps: int, *, seed: int) -> tuple[Batch, torch.Tensor]:
     """Sequences in which a server's input tells the level that is rewarded, of three.
 
     The target [B, N] holds for the whole sequence and is shown at its first step only: it must be remembered.
     """
     generator = torch.Generator().manual_seed(seed)
-    n, burn_in = trainer.num_servers, trainer.config.burn_in
+    n, burn_in = agent.num_servers, agent.config.burn_in
     target = torch.randint(3, (count, n), generator=generator)
-    inputs = torch.zeros(count, burn_in + steps + 1, n, trainer.features + 1)
+    inputs = torch.zeros(count, burn_in + steps + 1, n, agent.features + 1)
     inputs[:, burn_in, :, 0] = target - 1.0
     choices = torch.randint(3, (count, steps, n), generator=generator)
     rewards = (choices == target.unsqueeze(1)).float().mean(-1) * n
@@ -192,14 +193,14 @@ def puzzle(trainer: Any, count: int, steps: int, *, seed: int) -> tuple[Batch, t
 
 def test_updates_learn_each_servers_best_level_from_one_reward_and_remember_it() -> None:
     keys = {"hidden": 32, "learning_rate": 3e-3, "temperature_rate": 0.0, "gamma": 0.5}
-    trainer = trainer_of(action_weights=(1.0, 2.0, 3.0), **keys)
+    agent = agent_of(action_weights=(1.0, 2.0, 3.0), **keys)
     for seed in range(400):
-        losses = trainer.update(puzzle(trainer, 32, 4, seed=seed)[0])
+        losses = agent.learn(puzzle(agent, 32, 4, seed=seed)[0])
     assert torch.isfinite(losses).all()
-    batch, target = puzzle(trainer, 64, 4, seed=1000)
+    batch, target = puzzle(agent, 64, 4, seed=1000)
     with torch.no_grad():
-        scaled = trainer.agent.moments.scale(batch.inputs, batch.active)
-        logits, _ = trainer.agent.actor.forward_sequence(scaled, batch.active)
+        scaled = agent.networks.moments.scale(batch.inputs, batch.active)
+        logits, _ = agent.networks.actor.forward_sequence(scaled, batch.active)
     right = (logits.argmax(-1) == target.unsqueeze(1)).float().mean((0, 2))
     # before it is shown there is nothing to know
     assert float(right[: SMALL.burn_in].max()) < 0.6
@@ -210,25 +211,25 @@ def test_what_stands_before_an_episode_has_no_influence() -> None:
     generator = torch.Generator().manual_seed(0)
     results = []
     for junk, first in ((0.0, True), (5.0, True), (5.0, False)):
-        trainer = trainer_of()
-        batch, _ = puzzle(trainer, 4, 4, seed=0)
+        agent = agent_of()
+        batch, _ = puzzle(agent, 4, 4, seed=0)
         inputs = batch.inputs.clone()
         inputs[:, : SMALL.burn_in] = junk
         generator.manual_seed(0)
-        results.append(trainer.update(replace(batch, inputs=inputs, first=torch.full((4,), first))))
+        results.append(agent.learn(replace(batch, inputs=inputs, first=torch.full((4,), first))))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[1], results[2])
 
 
 def test_the_temperature_is_steered_to_the_target_entropy() -> None:
     for target, falls in ((0.01, True), (0.999, False)):
-        trainer = trainer_of(target_entropy=target, learning_rate=0.0)
+        agent = agent_of(target_entropy=target, learning_rate=0.0)
         with torch.no_grad():
-            trainer.agent.actor.head.bias.copy_(torch.arange(6.0))
-        batch, _ = puzzle(trainer, 4, 4, seed=0)
-        before = trainer.agent.log_alpha.item()
-        trainer.update(batch)
-        assert (trainer.agent.log_alpha.item() < before) is falls
+            agent.networks.actor.head.bias.copy_(torch.arange(6.0))
+        batch, _ = puzzle(agent, 4, 4, seed=0)
+        before = agent.networks.log_alpha.item()
+        agent.learn(batch)
+        assert (agent.networks.log_alpha.item() < before) is falls
 
 
 # Runs
@@ -244,9 +245,7 @@ def test_training_moves_every_parameter_and_keeps_losses_finite(action_type: str
     assert history[-1].fraction == 1.0
     assert all(math.isfinite(x) for p in history for x in p.losses.values())
     assert all(math.isfinite(p.reward) and p.fct_mean > 0 for p in history)
-    untrained = sac_gru._Trainer(config)
-    before = dict(untrained.agent.named_parameters())
-    untrained.env.close()
+    before = dict(agent_of(action_type=action_type, action_weights=(1.0, 2.0, 4.0)).networks.named_parameters())
     after = sac_gru.read_checkpoint(tmp_path / "sac-gru.pt")["agent"]
     assert [name for name, value in before.items() if torch.equal(value, after[name])] == []
 

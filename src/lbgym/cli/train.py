@@ -173,10 +173,6 @@ def chosen_config(
         raise InvalidOptionError(
             f"{algo} has one network; only the sb3-, rllib- and benchmarl- recipes have a choice of --network"
         )
-    if "network" in options:
-        recipe = recipe_of(algo)
-        if "network" not in recipe.load(recipe.config).__dataclass_fields__:
-            options = {"policy" if key == "network" else key: value for key, value in options.items()}
     if "total_steps" in options or "seconds" in options:
         # a budget on the command line is all of it
         in_file = {key: value for key, value in in_file.items() if key not in ("total_steps", "seconds")}
