@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +20,7 @@ from ..scenarios import (
     read_trace,
 )
 from ._console import print_json, results_console
+from ._options import installed
 from ._progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -138,9 +138,9 @@ def compare(
 
 def _require(seeds: int, plots: bool) -> None:
     """Refuse before the work starts what would fail for want of a package when it is done."""
-    if seeds > 1 and find_spec("scipy") is None:
+    if seeds > 1 and not installed("scipy"):
         raise MissingExtraError("scipy", "eval", "a confidence interval (with --seeds above 1)")
-    if plots and find_spec("matplotlib") is None:
+    if plots and not installed("matplotlib"):
         raise MissingExtraError("matplotlib", "eval", "a plot (--no-plots does without)")
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import tomllib
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ import typer
 from ..errors import InvalidOptionError
 from ..training.recipes import RECIPES, algo_of, make_config, read_config, recipe_of, to_toml
 from ..training.recipes import train as run_recipe
+from ._options import installed
 from ._progress import ProgressBar
 from ._signals import Interrupted, stop_on_signal
 
@@ -130,7 +130,7 @@ def train(
         return
     out = out or resume or Path("out/train")
     if tensorboard is None:
-        tensorboard = find_spec("tensorboard") is not None
+        tensorboard = installed("tensorboard")
     with stop_on_signal() as stop, ProgressBar("training", quiet=as_json, status="preparing the simulator") as bar:
 
         def callback(progress: Progress) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -161,12 +162,18 @@ def _run_in_pool(
         stop = context.Event()
     pool = ProcessPoolExecutor(processes, context, _begin, (scenario, settings, stop))
     try:
+        left = iter(jobs)
+        # A few jobs in advance: the executor's bookkeeping for all of them would take longer than many a run.
         with _interrupts_held_back(), _single_threaded_children():
-            futures = [pool.submit(_job, contender, seed, seed == first_seed) for contender, seed in jobs]
-        for future in as_completed(futures):
-            run = future.result()
-            if run is not None:
-                yield run
+            running = {_submit(pool, job, first_seed) for job in itertools.islice(left, 2 * processes)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            with _interrupts_held_back(), _single_threaded_children():
+                running |= {_submit(pool, job, first_seed) for job in itertools.islice(left, len(done))}
+            for future in done:
+                run = future.result()
+                if run is not None:
+                    yield run
     except BrokenProcessPool:
         raise WorkerLostError(
             f"one of the {processes} processes of the comparison was killed, perhaps because memory ran out; fewer of "
@@ -176,6 +183,11 @@ def _run_in_pool(
         # Also on Ctrl-C or an error: running jobs see the event at their next control step.
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, job: tuple[Contender, int], first_seed: int) -> Future[Run | None]:
+    contender, seed = job
+    return pool.submit(_job, contender, seed, seed == first_seed)
 
 
 #: Signals that ask a process to end.
