@@ -79,6 +79,9 @@ class Simulation:
     A scenario of fewer servers than N is simulated on the first ones; the others do not exist: they are inactive for
     good, with zero rows, and nothing else differs, bit for bit, from a simulation without them.
 
+    ``copy.deepcopy`` and ``pickle`` give a simulation that continues bit for bit like the original, also in another
+    process.
+
     Args:
         scenario: what to simulate. Replicas may be given others by :meth:`set_scenario`.
         num_replicas: R.
@@ -145,6 +148,14 @@ class Simulation:
         self._parameters = at.allocate_parameters(self.num_replicas, self.num_servers)
         self._table_end = 0
         self.set_scenario(scenario)
+        self._kernel = _kernel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A module is a handle of the process; all else is data, or knows how to be copied.
+        return {name: value for name, value in self.__dict__.items() if name != "_kernel"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._kernel = _kernel()
 
     @property
