@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidWeightsError, ResetNeeded, ScenarioError, UnknownNameError
 from ..scenarios import model
-from ..snapshot import Snapshot
+from ..snapshot import IntervalStatistics, Snapshot
 from . import layout as at
 from .threads import Workers, available_cores
 
@@ -88,7 +88,7 @@ class Simulation:
         num_servers: N, room for the largest scenario a replica will be given; None: the scenario's.
         dispatch: overrides the scenario's dispatch rule.
         reservoirs: keep the balancers' samples; without them every feature but ``n_flow_on`` is 0.
-        service: keep the FCTs of each interval for ``Snapshot.service``.
+        service: keep the FCTs of each interval for ``Snapshot.interval``.
         record_flows: keep every flow that ends, for :meth:`take_flows`.
         num_threads: threads that share the replicas; None: one per core, fewer where there is little to share.
     """
@@ -449,7 +449,7 @@ class Simulation:
             rejected=rejected,
             failed=failed,
             unrouted=output.unrouted,
-            service=output.service if self._service else None,
+            interval=IntervalStatistics(output.service) if self._service else None,
         )
 
     def take_flows(self, replica: int = 0) -> dict[str, NDArray[Any]]:
