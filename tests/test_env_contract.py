@@ -17,7 +17,14 @@ from gymnasium.utils.env_checker import check_env
 import lbgym
 from lbgym import LoadBalanceEnv
 from lbgym.env.wrappers import LegacyGymWrapper
-from lbgym.errors import InvalidActionError, InvalidOptionError, LbgymError, ResetNeeded, UnknownNameError
+from lbgym.errors import (
+    InvalidActionError,
+    InvalidOptionError,
+    LbgymError,
+    RegionNotFoundError,
+    ResetNeeded,
+    UnknownNameError,
+)
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from lbgym.scenarios import Deterministic, Event, Scenario, Server, Workload, servers_of
 
@@ -483,7 +490,10 @@ def test_info() -> None:
     assert info["timestamp"] == 0.0
     assert info["active_servers"] == [0, 1, 2, 3]
     previous = info
-    completed = idle = 0
+    # No flow has ended yet, and nothing has no mean.
+    assert info["completed"] == info["rejected"] == 0
+    assert all(math.isnan(info[name]) for name in ("fct_mean", "fct_p50", "fct_p90", "fct_p99"))
+    completed = 0
     for k in range(40):
         *_, info = env.step([0, 1, 2, 2])
         assert set(info) == set(previous)
@@ -495,12 +505,11 @@ def test_info() -> None:
         if info["completed"]:
             assert 0 < fcts[1] <= fcts[2] <= fcts[3]
         else:
-            idle += 1
             assert np.isnan(fcts).all()
         assert info["rejected"] == 0
         completed += int(info["completed"])
         previous = info
-    assert completed > 20 and idle
+    assert completed > 20
 
 
 def test_rejected_flows_are_counted_with_the_timeout() -> None:
@@ -729,3 +738,73 @@ def test_the_weights_go_to_every_balancer() -> None:
 def test_public_names() -> None:
     assert {"LoadBalanceEnv", "LoadBalanceVectorEnv"} <= set(lbgym.__all__)
     assert lbgym.__version__
+
+
+def test_called_by_position_as_published() -> None:
+    """``LoadBalanceEnv(shm_name, num_servers)``."""
+    env = LoadBalanceEnv(None, 6)
+    assert env.num_servers == 6
+    with pytest.raises(RegionNotFoundError, match="marllb_lb0"):
+        LoadBalanceEnv("marllb_lb0", 4, shm_timeout=0.01)
+
+
+def test_loops_over_active_servers_as_published() -> None:
+    scenario = Scenario(
+        servers=servers_of((3, Server())),
+        workload=Workload(load=0.5),
+        events=(Event(time=0.1, kind="down", server=1),),
+    )
+    env = LoadBalanceEnv(scenario=scenario)
+    observation, _ = env.reset(seed=0)
+    for _ in range(20):
+        observation, *_, info = env.step([0, 0, 0])
+    assert info["active_servers"] == [0, 2] and info["active"].tolist() == [True, False, True]
+    assert sum(observation[server, 0] for server in info["active_servers"]) == observation[:, 0].sum()
+
+
+def test_limit_is_in_the_spec() -> None:
+    """``TimeAwareObservation`` and its kin read it there."""
+    env = gymnasium.make(ID, max_steps=5)
+    assert env.spec is not None and env.spec.max_episode_steps == 5
+    assert not isinstance(env.env, gymnasium.wrappers.TimeLimit) and not isinstance(env, gymnasium.wrappers.TimeLimit)
+    aware = gymnasium.wrappers.TimeAwareObservation(env, flatten=False)
+    aware.reset(seed=0)
+    times = [aware.step(aware.action_space.sample())[0]["time"].item() for _ in range(5)]
+    assert times == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    # The smaller of both limits counts, and a specification made of it gives the same limit.
+    assert gymnasium.make(ID, max_steps=5, max_episode_steps=3).spec.max_episode_steps == 3  # type: ignore[union-attr]
+    both = gymnasium.make(ID, max_steps=5, max_episode_steps=9)
+    assert both.unwrapped.spec is not None and both.unwrapped.spec.max_episode_steps == 5
+    again = gymnasium.make(gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json()))
+    for each in (env, again):
+        each.reset(seed=0)
+        assert [each.step(each.action_space.sample())[3] for _ in range(5)] == [False] * 4 + [True]
+    vector = gymnasium.make_vec(ID, num_envs=2, vectorization_mode="vector_entry_point", max_steps=7)
+    assert vector.spec is not None and vector.spec.max_episode_steps == 7
+    vector.close()
+    assert LoadBalanceEnv().spec is None
+
+
+def test_frames_are_stacked_by_stable_baselines3() -> None:
+    """Its VecFrameStack takes only Box spaces; the layout "flat" holds the same numbers as "dict" in one."""
+    pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
+
+    stacked = VecFrameStack(DummyVecEnv([lambda: LoadBalanceEnv(observation="flat")]), 3)
+    plain = LoadBalanceEnv(observation="flat")
+    stacked.seed(4)
+    stacked.reset()
+    seen = [plain.reset(seed=4)[0]]
+    for _ in range(4):
+        rows, *_ = stacked.step(np.array([[0, 1, 2, 0]]))
+        seen.append(plain.step([0, 1, 2, 0])[0])
+    np.testing.assert_array_equal(rows[0], np.concatenate(seen[-3:]))
+
+
+def test_example_of_the_docstring() -> None:
+    import doctest
+
+    import lbgym.env.single
+
+    results = doctest.testmod(lbgym.env.single)
+    assert results.attempted >= 4 and results.failed == 0

@@ -13,7 +13,7 @@ from .features.columns import SERVICE_NAMES
 _COMPLETED, _REJECTED, _OPEN_FLOWS = (SERVICE_NAMES.index(name) for name in ("completed", "rejected", "open_flows"))
 
 
-@dataclass(slots=True, frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class IntervalStatistics:
     """Statistics of the flows that ended during one control interval, by name.
 

@@ -280,7 +280,7 @@ def test_servers_join_and_leave(caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.WARNING, "lbgym"):
             for _ in range(2):
                 observation, *_ = env.step(np.full(4, 2.0))
-        assert "6 servers by now" in caplog.text
+        assert "now has 6 servers" in caplog.text
         assert observation["features"].shape == (4, 11)
         assert strings.tell(weights=True) == [2.0, 2.0, 2.0, 2.0, 1.0, 1.0]
         env.close()

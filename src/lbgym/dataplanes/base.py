@@ -77,6 +77,9 @@ class BatchedDataPlane(Protocol):
     def scenario_of(self, replica: int) -> Scenario | None:
         """The scenario of a replica's episode; None: unknown."""
 
+    def initial_weights(self) -> NDArray[np.float64]:
+        """The weights that an episode begins with, float64[R, m, N], after its reset."""
+
     def weights_in_force(self) -> NDArray[np.float64]:
         """The weights that place flows now, float64[R, m, N]."""
 

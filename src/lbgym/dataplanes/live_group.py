@@ -154,6 +154,10 @@ class LiveDataPlanes:
         """The description of the cluster; None: unknown."""
         return self._scenario
 
+    def initial_weights(self) -> NDArray[np.float64]:
+        """The weights in force: an episode changes none."""
+        return self.weights_in_force()
+
     def weights_in_force(self) -> NDArray[np.float64]:
         """The weights in force at the last observations, as the data planes state them, float64[1, m, N]."""
         return np.array([[plane.info["weights_in_force"] for plane in self._planes]])

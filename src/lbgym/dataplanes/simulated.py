@@ -151,6 +151,10 @@ class SimulatedDataPlane:
         """The scenario of a replica's episode."""
         return self.simulation.scenario_of(replica)
 
+    def initial_weights(self) -> NDArray[np.float64]:
+        """1 for every server, also for those that the scenario of an episode does not have."""
+        return np.ones((self.num_replicas, self.num_balancers, self.num_servers))
+
     def weights_in_force(self) -> NDArray[np.float64]:
         """The weights that place flows now, float64[R, m, N]."""
         return self.simulation.weights_in_force()

@@ -46,7 +46,6 @@ class EnvCore:
         snapshot: the last one; None before the first episode.
         weights: float64[..., N], set by the last action; after a reset those in force.
         rewards: float64[...], of the last step.
-        steps: int64[R], of the episodes under way.
         over: bool[R], whether the episode has ended, or none has begun.
 
     Raises:
@@ -74,15 +73,21 @@ class EnvCore:
         self.snapshot: Snapshot | None = None
         self.weights: NDArray[np.float64] = np.ones((*view.shape, plane.num_servers))
         self.rewards: Any = np.zeros(view.shape)
-        self.steps = np.zeros(plane.num_replicas, np.int64)
+        # Steps so far, and how many there were when each episode began.
+        self._clock = 0
+        self._began = np.zeros(plane.num_replicas, np.int64)
+        self._next_end = 0
         self.over = np.ones(plane.num_replicas, np.bool_)
         self._reward = options.reward if reward is None else reward
         self._timing = timing if timing is not None and timing.asynchronous else None
         self._delays = np.zeros((plane.num_replicas, plane.num_balancers))
-        # No episode is older than this; it saves looking at each in every step.
-        self._oldest = 0
         self._batch = np.ones((plane.num_replicas, plane.num_balancers, plane.num_servers))
         self._viewers: dict[tuple[str, int], Viewer] = {}
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """int64[R], steps of the episodes under way."""
+        return self._clock - self._began
 
     def begin(
         self, mask: NDArray[np.bool_], seeds: Sequence[int], source: Scenario | ScenarioDistribution | None = None
@@ -122,26 +127,25 @@ class EnvCore:
         self.weights = weights
         batch = self.plane.step(self._batch, delays=delays, seeds=seeds, reset=reset)
         snapshot = self.snapshot = self.view.snapshot(batch)
-        self.steps += 1
-        self._oldest += 1
+        self._clock += 1
         self.rewards = self._reward(snapshot)
         if reset is not None:
             self._begun(reset)
-        if reset is not None or self._oldest >= self.options.max_steps:
+        if self._clock >= self._next_end:
             self.over = self.steps >= self.options.max_steps
 
     def _begun(self, mask: NDArray[np.bool_]) -> None:
-        self.steps[mask] = 0
-        self._oldest = int(self.steps.max())
+        self._began[mask] = self._clock
+        self._next_end = int(self._began.min()) + self.options.max_steps
         self.over = self.over & ~mask
         self._delays = np.where(mask[:, None], 0.0, self._delays)
-        in_force = self.view.of(self.plane.weights_in_force())
+        initial = self.view.of(self.plane.initial_weights())
         if self.view.shape:
-            self.weights = np.where(mask.reshape(-1, *(1,) * len(self.view.shape)), in_force, self.weights)
+            self.weights = np.where(mask.reshape(-1, *(1,) * len(self.view.shape)), initial, self.weights)
             self.rewards = np.array(self.rewards, np.float64)
             self.rewards[mask] = 0.0
         else:
-            self.weights, self.rewards = in_force, 0.0
+            self.weights, self.rewards = initial, 0.0
         self._viewers = {}
 
     def observation(self) -> Any:
@@ -157,8 +161,8 @@ class EnvCore:
         if self._timing is not None:
             info["weights_in_force"] = self.view.of(self.plane.weights_in_force())
             info["action_delay"] = self.view.of(self._delays)
-        for key, values in self.plane.info.items():
-            info[key] = self.view.of(values)
+        if self.plane.info:
+            info |= {key: self.view.of(values) for key, values in self.plane.info.items()}
         return info
 
     def facts(self, mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -191,12 +195,12 @@ class EnvCore:
         if viewer is None:
             scenario = self.plane.scenario_of(replica)
             viewer = self._viewers[mode, replica] = Viewer(mode, scenario, dispatch=self.options.dispatch)
-        r = self.plane.num_replicas
+        r, steps = self.plane.num_replicas, int(self.steps[replica])
         return viewer.render(
             self.view.shown(self.snapshot, replica),
             weights=self.weights.reshape(r, -1, self.plane.num_servers)[replica].mean(axis=0),
-            reward=float(np.reshape(self.rewards, (r, -1))[replica].mean()) if self.steps[replica] else None,
-            step=int(self.steps[replica]),
+            reward=float(np.reshape(self.rewards, (r, -1))[replica].mean()) if steps else None,
+            step=steps,
         )
 
     def close(self) -> None:

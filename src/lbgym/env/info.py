@@ -8,11 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..features.columns import SERVICE_NAMES
 from ..scenarios import Scenario
-from ..snapshot import IntervalStatistics, Snapshot
-
-_FCT_NAMES = ("fct_mean", "fct_p50", "fct_p90", "fct_p99")
+from ..snapshot import Snapshot
 
 
 def step_info(snapshot: Snapshot, weights: NDArray[np.float64]) -> dict[str, Any]:
@@ -22,32 +19,31 @@ def step_info(snapshot: Snapshot, weights: NDArray[np.float64]) -> dict[str, Any
         snapshot: of one balancer, or a batch.
         weights: float64[..., N], set by the last action.
     """
-    one = snapshot.active.ndim == 1
+    active, interval = snapshot.active, snapshot.interval
     info: dict[str, Any] = {
-        "sequence_id": snapshot.sequence_id if one else snapshot.sequence_id.copy(),
-        "timestamp": snapshot.timestamp if one else snapshot.timestamp.copy(),
-        "active": snapshot.active.copy(),
-        "active_servers": active_ids(snapshot.active),
+        "sequence_id": snapshot.sequence_id,
+        "timestamp": snapshot.timestamp,
+        "active": active.copy(),
+        "active_servers": active_ids(active),
         "weights": weights.copy(),
     }
-    if snapshot.interval is not None:
-        info |= _of_one(snapshot.interval) if one else _of_many(snapshot.interval)
+    if active.ndim > 1:
+        for name in ("sequence_id", "timestamp"):
+            info[name] = info[name].copy()
+        if interval is not None:
+            for name in ("completed", "rejected"):
+                info[name] = getattr(interval, name).astype(np.int64)
+            for name in ("fct_mean", "fct_p50", "fct_p90", "fct_p99"):
+                info[name] = getattr(interval, name)
+    elif interval is not None:
+        # The same, without the cost of arrays of one number: this is on the path of every single step.
+        completed, rejected, mean, p50, p90, p99, *_ = interval.values.tolist()
+        if not (completed or rejected):
+            mean = p50 = p90 = p99 = math.nan
+        info["completed"] = int(completed)
+        info["rejected"] = int(rejected)
+        info["fct_mean"], info["fct_p50"], info["fct_p90"], info["fct_p99"] = mean, p50, p90, p99
     return info
-
-
-def _of_one(interval: IntervalStatistics) -> dict[str, Any]:
-    # The same as below, without the cost of arrays of one number: this is on the path of every single step.
-    named = dict(zip(SERVICE_NAMES, interval.values.tolist(), strict=True))
-    info: dict[str, Any] = {"completed": int(named["completed"]), "rejected": int(named["rejected"])}
-    known = info["completed"] or info["rejected"]
-    for name in _FCT_NAMES:
-        info[name] = named[name] if known else math.nan
-    return info
-
-
-def _of_many(interval: IntervalStatistics) -> dict[str, Any]:
-    counts = {name: getattr(interval, name).astype(np.int64) for name in ("completed", "rejected")}
-    return counts | {name: getattr(interval, name) for name in _FCT_NAMES}
 
 
 def active_ids(active: NDArray[np.bool_]) -> Any:

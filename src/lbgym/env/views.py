@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..features.columns import column_index
-from ..snapshot import Snapshot
+from ..snapshot import IntervalStatistics, Snapshot
 from .sharing import mean_field
 
 
@@ -71,7 +71,7 @@ class OneView(View):
             batch.rejected[at],
             batch.failed[at],
             int(batch.unrouted[at]),
-            None if interval is None else interval[at],
+            None if interval is None else IntervalStatistics(interval.values[at]),
         )
 
     def of(self, values: NDArray[Any]) -> Any:
@@ -144,7 +144,7 @@ class BalancersView(ReplicasView):
             each(batch.rejected),
             each(batch.failed),
             each(batch.unrouted),
-            None if interval is None else type(interval)(each(interval.values)),
+            None if interval is None else IntervalStatistics(each(interval.values)),
         )
 
     def of(self, values: NDArray[Any]) -> Any:
