@@ -56,7 +56,7 @@ ENVIRONMENTS: dict[str, Make] = {
     "several balancers": lambda: balance(scenario="marllb-moderate", action_type="continuous"),
     "made": lambda: gymnasium.make("lbgym:lbgym/LoadBalance-v0", max_steps=7),
     "wrapped": lambda: gymnasium.wrappers.FrameStackObservation(
-        gymnasium.wrappers.TimeAwareObservation(gymnasium.make("lbgym:lbgym/LoadBalance-v0", max_steps=7)), 3
+        gymnasium.make("lbgym:lbgym/LoadBalance-v0", max_steps=7, max_episode_steps=5), 3
     ),
     "discrete": lambda: MultiDiscreteToDiscrete(balance()),
     "smooth": lambda: SmoothWeights(balance(action_type="continuous"), 0.3),

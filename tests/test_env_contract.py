@@ -767,7 +767,7 @@ def test_limit_is_in_the_spec() -> None:
     env = gymnasium.make(ID, max_steps=5)
     assert env.spec is not None and env.spec.max_episode_steps == 5
     assert not isinstance(env.env, gymnasium.wrappers.TimeLimit) and not isinstance(env, gymnasium.wrappers.TimeLimit)
-    aware = gymnasium.wrappers.TimeAwareObservation(env, flatten=False)
+    aware = gymnasium.wrappers.TimeAwareObservation(env, flatten=False, normalize_time=True)
     aware.reset(seed=0)
     times = [aware.step(aware.action_space.sample())[0]["time"].item() for _ in range(5)]
     assert times == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

@@ -20,7 +20,7 @@ from lbgym.env.wrappers import (
     SmoothWeights,
     StripGroundTruth,
 )
-from lbgym.errors import InvalidActionError, LbgymError, ResetNeeded, UnsupportedSpaceError
+from lbgym.errors import InvalidActionError, LbgymError, ResetNeeded, UnknownNameError, UnsupportedSpaceError
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 
 

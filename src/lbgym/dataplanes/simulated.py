@@ -64,7 +64,8 @@ class SimulatedDataPlane:
         num_threads: threads that share the replicas; None: one per core, fewer where there is little to share.
 
     Attributes:
-        simulation: what runs the replicas.
+        simulation: the simulator of all replicas.
+        horizon: as given.
     """
 
     has_ground_truth = True
@@ -84,7 +85,7 @@ class SimulatedDataPlane:
     ) -> None:
         self._balancers = num_balancers
         self._source = self._behind(source)
-        self._horizon = horizon
+        self.horizon = horizon
         self.info: Mapping[str, NDArray[Any]] = {}
         self.interval = interval
         self.simulation = Simulation(
@@ -141,7 +142,7 @@ class SimulatedDataPlane:
         """Give the masked replicas the scenarios of their next episodes."""
         chosen = range(self.num_replicas) if mask is None else np.flatnonzero(mask).tolist()
         # Replicas that share a seed share the scenario.
-        drawn = {seed: source.draw(seed, horizon=self._horizon) for seed in {seeds[i] for i in chosen}}
+        drawn = {seed: source.draw(seed, horizon=self.horizon) for seed in {seeds[i] for i in chosen}}
         running = self.simulation.scenario_of
         others = {i: drawn[seeds[i]] for i in chosen if drawn[seeds[i]] is not running(i)}
         if others:
