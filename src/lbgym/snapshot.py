@@ -10,19 +10,16 @@ from numpy.typing import NDArray
 
 from .features.columns import SERVICE_NAMES
 
-_COMPLETED, _REJECTED, _OPEN_FLOWS = (SERVICE_NAMES.index(name) for name in ("completed", "rejected", "open_flows"))
-
 
 @dataclass(slots=True, eq=False)
 class IntervalStatistics:
     """Statistics of the flows that ended during one control interval, by name.
 
     A rejected, failed or unrouted flow counts as ``rejected``, with an FCT of the scenario's ``reject_timeout``. Where
-    no flow ended, the FCT statistics are NaN: there is no mean of nothing.
+    no flow ended, the FCT statistics are 0, as the features of an empty reservoir are; :attr:`ended` tells these apart.
 
     Attributes:
-        values: float64[..., 8], columns of ``SERVICE_NAMES``, in which the FCT statistics of an interval without ended
-            flows are 0. The properties below are float64[...].
+        values: float64[..., 8], columns of ``SERVICE_NAMES``. The properties are float64[...].
     """
 
     values: NDArray[np.float64]
@@ -37,12 +34,12 @@ class IntervalStatistics:
     @property
     def completed(self) -> Any:
         """Flows that completed."""
-        return self.values[..., _COMPLETED]
+        return self._column("completed")
 
     @property
     def rejected(self) -> Any:
         """Flows that were rejected, failed or found no active server."""
-        return self.values[..., _REJECTED]
+        return self._column("rejected")
 
     @property
     def ended(self) -> Any:
@@ -52,35 +49,35 @@ class IntervalStatistics:
     @property
     def fct_mean(self) -> Any:
         """Mean FCT, seconds."""
-        return self._of_ended("fct_mean")
+        return self._column("fct_mean")
 
     @property
     def fct_p50(self) -> Any:
         """Median FCT, seconds."""
-        return self._of_ended("fct_p50")
+        return self._column("fct_p50")
 
     @property
     def fct_p90(self) -> Any:
         """90th percentile of the FCT, seconds."""
-        return self._of_ended("fct_p90")
+        return self._column("fct_p90")
 
     @property
     def fct_p99(self) -> Any:
         """99th percentile of the FCT, seconds."""
-        return self._of_ended("fct_p99")
+        return self._column("fct_p99")
 
     @property
     def log_slowdown(self) -> Any:
         """Mean of ln(FCT / demand)."""
-        return self._of_ended("log_slowdown")
+        return self._column("log_slowdown")
 
     @property
     def open_flows(self) -> Any:
         """Flows in the system, mean over the interval's time."""
-        return self.values[..., _OPEN_FLOWS]
+        return self._column("open_flows")
 
-    def _of_ended(self, name: str) -> Any:
-        return np.where(self.ended > 0.0, self.values[..., SERVICE_NAMES.index(name)], np.nan)
+    def _column(self, name: str) -> Any:
+        return self.values[..., SERVICE_NAMES.index(name)]
 
 
 @dataclass(slots=True)

@@ -56,7 +56,7 @@ class SharedMemoryDataPlane:
     * ``producer_restarted``: bool, whether another producer has taken over since the last observation.
     * ``clock_jumped``: bool, whether the data plane's clock or sequence jumped, so that a new grid of deadlines began.
     * ``completed``, ``rejected``: int, flows since the last observation (rejected: or failed, or unrouted);
-      ``fct_mean``: float, seconds, of those whose FCT the data plane knows; NaN if there are none.
+      ``fct_mean``: float, seconds, of those whose FCT the data plane knows; 0 if there are none.
     * ``weights_in_force``: float64[N], as the data plane states them.
 
     Args:
@@ -427,7 +427,7 @@ class SharedMemoryDataPlane:
             "clock_jumped": self._jumped,
             "completed": completed,
             "rejected": rejected,
-            "fct_mean": fct_sum / ended / _NS if ended else math.nan,
+            "fct_mean": fct_sum / ended / _NS if ended else 0.0,
             "weights_in_force": in_force,
         }
         self._restarted = self._jumped = False

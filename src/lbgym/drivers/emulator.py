@@ -256,9 +256,8 @@ class Emulator:
         self._cpu += duration * batch.ground_truth[0, :, 0]
         if batch.interval is not None:
             ended = batch.interval.ended[0]
-            if ended > 0.0:
-                self._fct_count[0] += round(ended)
-                self._fct_sum[0] += ended * batch.interval.fct_mean[0]
+            self._fct_count[0] += round(ended)
+            self._fct_sum[0] += ended * batch.interval.fct_mean[0]
         else:
             self._count_flows()
 

@@ -201,7 +201,7 @@ def make_action_codec(
     """
     choice("action type", action_type, ACTION_TYPES)
     if action_type in ("discrete", "joint"):
-        if isinstance(action_weights, str) or not isinstance(action_weights, Iterable):
+        if not isinstance(action_weights, Iterable):
             raise InvalidOptionError(f"action_weights must be a list of numbers, got {action_weights!r}")
         levels = [number("each of action_weights", weight, above=0.0) for weight in action_weights]
         if not levels:

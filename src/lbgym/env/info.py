@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -34,15 +33,13 @@ def step_info(snapshot: Snapshot, weights: NDArray[np.float64]) -> dict[str, Any
             for name in ("completed", "rejected"):
                 info[name] = getattr(interval, name).astype(np.int64)
             for name in ("fct_mean", "fct_p50", "fct_p90", "fct_p99"):
-                info[name] = getattr(interval, name)
+                info[name] = getattr(interval, name).copy()
     elif interval is not None:
         # The same, without the cost of arrays of one number: this is on the path of every single step.
-        completed, rejected, mean, p50, p90, p99, *_ = interval.values.tolist()
-        if not (completed or rejected):
-            mean = p50 = p90 = p99 = math.nan
+        completed, rejected, *fct = interval.values.tolist()[:6]
         info["completed"] = int(completed)
         info["rejected"] = int(rejected)
-        info["fct_mean"], info["fct_p50"], info["fct_p90"], info["fct_p99"] = mean, p50, p90, p99
+        info["fct_mean"], info["fct_p50"], info["fct_p90"], info["fct_p99"] = fct
     return info
 
 

@@ -46,7 +46,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
     **Info**: ``sequence_id``, ``timestamp`` (s), ``active`` bool[N] and ``active_servers`` (their ids, a list),
     ``weights`` float64[N], and of the flows that ended during the step ``completed``, ``rejected`` (or failed),
     ``fct_mean``, ``fct_p50``, ``fct_p90``, ``fct_p99`` (s; a rejected flow counts with the scenario's
-    ``reject_timeout``; NaN if no flow ended).
+    ``reject_timeout``; 0 if no flow ended).
 
     On a scenario with several balancers the environment sees balancer 0, and its weights go to all.
 
