@@ -49,7 +49,8 @@ def redraws(name: str, replicas: int, calls: int) -> float:
 def episodes(name: str, steps: int) -> tuple[float, float]:
     """Seconds of a reset of all replicas, and of ``STEPS`` of their steps, as ``steps`` of them tell."""
     env = LoadBalanceVectorEnv(REPLICAS, scenario=name, max_steps=10**9, num_threads=1)
-    env._setup.horizon = STEPS * 0.25
+    # Events are drawn for the steps that are measured, not for all of the endless episode.
+    env._core.plane.horizon = STEPS * 0.25
     env.action_space.seed(1)
     actions = env.action_space.sample()
     env.reset(seed=1)

@@ -1,7 +1,7 @@
 """Hooks of the documentation site: what is read from the code, formulas, and links to files outside of docs/.
 
 MkDocs imports this file (mkdocs.yml). The reference of the environments is made at build time, so it cannot go stale;
-what the tables cannot be made for (a feature nobody described, a formula that is none) fails the build.
+a feature without a description, or a formula that cannot be converted, fails the build.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def plain(text: str) -> str:
-    """A docstring's text as Markdown: roles and double backquotes become code."""
+    """A docstring's text as Markdown: roles, double backquotes and examples become code."""
+    text = re.sub(r"^>>> .*(?:\n.+)*", lambda m: f"```pycon\n{m[0]}\n```", text, flags=re.MULTILINE)
     text = re.sub(r":\w+:`([^`<]+?)\s*<[^`]*>`", r"`\1`", text)
     text = re.sub(r":\w+:`~([^`]+)`", lambda m: f"`{m[1].rsplit('.', 1)[-1]}`", text)
     text = re.sub(r":\w+:`([^`]+)`", r"`\1`", text)

@@ -17,7 +17,14 @@ from gymnasium.utils.env_checker import check_env
 import lbgym
 from lbgym import LoadBalanceEnv
 from lbgym.env.wrappers import LegacyGymWrapper
-from lbgym.errors import InvalidActionError, LbgymError, ResetNeeded, UnknownNameError
+from lbgym.errors import (
+    InvalidActionError,
+    InvalidOptionError,
+    LbgymError,
+    RegionNotFoundError,
+    ResetNeeded,
+    UnknownNameError,
+)
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from lbgym.scenarios import Deterministic, Event, Scenario, Server, Workload, servers_of
 
@@ -308,8 +315,8 @@ def test_bad_constructor_arguments(keys: dict[str, Any], error: type[Exception],
 def test_unknown_constructor_key() -> None:
     with pytest.raises(TypeError, match="num_server"):
         LoadBalanceEnv(num_server=4)  # type: ignore[call-arg]
-    with pytest.raises(TypeError):
-        LoadBalanceEnv(4)  # type: ignore[misc]
+    with pytest.raises(InvalidOptionError, match=r"shm_name.*got 4.*num_servers=4"):
+        LoadBalanceEnv(4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -464,6 +471,7 @@ def test_returned_arrays_are_fresh(observation: str) -> None:
 INFO_KEYS = {
     "sequence_id",
     "timestamp",
+    "active",
     "active_servers",
     "weights",
     "completed",
@@ -480,18 +488,25 @@ def test_info() -> None:
     _, info = env.reset(seed=0)
     assert set(info) >= INFO_KEYS
     assert info["timestamp"] == 0.0
-    np.testing.assert_array_equal(info["active_servers"], True)
+    assert info["active_servers"] == [0, 1, 2, 3]
     previous = info
+    # No flow has ended yet.
+    assert info["completed"] == info["rejected"] == 0
+    assert info["fct_mean"] == info["fct_p50"] == info["fct_p90"] == info["fct_p99"] == 0.0
     completed = 0
     for k in range(40):
         *_, info = env.step([0, 1, 2, 2])
         assert set(info) == set(previous)
         assert info["sequence_id"] == previous["sequence_id"] + 1
         assert info["timestamp"] == pytest.approx(0.25 * (k + 1))
-        assert info["active_servers"].dtype == bool and info["active_servers"].shape == (4,)
+        assert info["active"].dtype == bool and info["active"].shape == (4,)
         assert info["weights"].dtype == np.float64
-        assert 0 <= info["fct_p50"] <= info["fct_p90"] <= info["fct_p99"]
-        assert info["rejected"] >= 0
+        fcts = [info[name] for name in ("fct_mean", "fct_p50", "fct_p90", "fct_p99")]
+        if info["completed"]:
+            assert 0 < fcts[1] <= fcts[2] <= fcts[3]
+        else:
+            assert fcts == [0.0] * 4
+        assert info["rejected"] == 0
         completed += int(info["completed"])
         previous = info
     assert completed > 20
@@ -565,7 +580,7 @@ def test_scenario_option() -> None:
     )
     env.reset(seed=0, options={"scenario": slow})
     fcts = [env.step([0] * 4)[4] for _ in range(200)]
-    assert max(info["fct_mean"] for info in fcts) > 0.9  # one core-second at a tenth of the speed
+    # A tenth of a core-second at a tenth of the speed.
     assert min(info["fct_mean"] for info in fcts if info["completed"]) > 0.9
 
 
@@ -576,10 +591,10 @@ def test_events_option() -> None:
     states = []
     for _ in range(40):
         observation, _, _, _, info = env.step([0] * 4)
-        states.append(bool(info["active_servers"][1]))
+        states.append(bool(info["active"][1]))
+        assert info["active_servers"] == ([0, 1, 2, 3] if states[-1] else [0, 2, 3])
         if not states[-1]:
             np.testing.assert_array_equal(observation[1], 0.0)
-        assert info["active_servers"][[0, 2, 3]].all()
     assert states[:7] == [True] * 7 and not any(states[8:23]) and all(states[24:])
 
 
@@ -602,13 +617,13 @@ def test_inactive_servers_have_zero_rows_no_new_flows_and_no_say_in_the_reward(l
         rewards.append(reward)
         if k < 5:
             continue
-        assert info["active_servers"].tolist() == [True, True, False]
+        assert info["active_servers"] == [0, 1] and info["active"].tolist() == [True, True, False]
         if layout == "dict":
             mask, features = observation["mask"], observation["features"]
         elif layout == "flat":
             mask, features = observation[:3], observation[3:].reshape(3, 11)
         else:
-            mask, features = info["active_servers"], observation
+            mask, features = info["active"], observation
         np.testing.assert_array_equal(mask, [1, 1, 0])
         np.testing.assert_array_equal(features[2], 0.0)
         assert features[:2].any()
@@ -630,7 +645,7 @@ def test_no_server_left() -> None:
     for _ in range(20):
         observation, reward, terminated, _, info = env.step([0, 0])
         assert math.isfinite(reward) and not terminated
-    assert not observation.any() and not info["active_servers"].any()
+    assert not observation.any() and info["active_servers"] == [] and not info["active"].any()
     assert info["rejected"] > 0 and info["completed"] == 0
 
 
@@ -723,3 +738,73 @@ def test_the_weights_go_to_every_balancer() -> None:
 def test_public_names() -> None:
     assert {"LoadBalanceEnv", "LoadBalanceVectorEnv"} <= set(lbgym.__all__)
     assert lbgym.__version__
+
+
+def test_called_by_position_as_published() -> None:
+    """``LoadBalanceEnv(shm_name, num_servers)``."""
+    env = LoadBalanceEnv(None, 6)
+    assert env.num_servers == 6
+    with pytest.raises(RegionNotFoundError, match="marllb_lb0"):
+        LoadBalanceEnv("marllb_lb0", 4, shm_timeout=0.01)
+
+
+def test_loops_over_active_servers_as_published() -> None:
+    scenario = Scenario(
+        servers=servers_of((3, Server())),
+        workload=Workload(load=0.5),
+        events=(Event(time=0.1, kind="down", server=1),),
+    )
+    env = LoadBalanceEnv(scenario=scenario)
+    observation, _ = env.reset(seed=0)
+    for _ in range(20):
+        observation, *_, info = env.step([0, 0, 0])
+    assert info["active_servers"] == [0, 2] and info["active"].tolist() == [True, False, True]
+    assert sum(observation[server, 0] for server in info["active_servers"]) == observation[:, 0].sum()
+
+
+def test_limit_is_in_the_spec() -> None:
+    """``TimeAwareObservation`` and its kin read it there."""
+    env = gymnasium.make(ID, max_steps=5)
+    assert env.spec is not None and env.spec.max_episode_steps == 5
+    assert not isinstance(env.env, gymnasium.wrappers.TimeLimit) and not isinstance(env, gymnasium.wrappers.TimeLimit)
+    aware = gymnasium.wrappers.TimeAwareObservation(env, flatten=False, normalize_time=True)
+    aware.reset(seed=0)
+    times = [aware.step(aware.action_space.sample())[0]["time"].item() for _ in range(5)]
+    assert times == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    # The smaller of both limits counts, and a specification made of it gives the same limit.
+    assert gymnasium.make(ID, max_steps=5, max_episode_steps=3).spec.max_episode_steps == 3  # type: ignore[union-attr]
+    both = gymnasium.make(ID, max_steps=5, max_episode_steps=9)
+    assert both.unwrapped.spec is not None and both.unwrapped.spec.max_episode_steps == 5
+    again = gymnasium.make(gymnasium.envs.registration.EnvSpec.from_json(env.spec.to_json()))
+    for each in (env, again):
+        each.reset(seed=0)
+        assert [each.step(each.action_space.sample())[3] for _ in range(5)] == [False] * 4 + [True]
+    vector = gymnasium.make_vec(ID, num_envs=2, vectorization_mode="vector_entry_point", max_steps=7)
+    assert vector.spec is not None and vector.spec.max_episode_steps == 7
+    vector.close()
+    assert LoadBalanceEnv().spec is None
+
+
+def test_frames_are_stacked_by_stable_baselines3() -> None:
+    """Its VecFrameStack takes only Box spaces; the layout "flat" holds the same numbers as "dict" in one."""
+    pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
+
+    stacked = VecFrameStack(DummyVecEnv([lambda: LoadBalanceEnv(observation="flat")]), 3)
+    plain = LoadBalanceEnv(observation="flat")
+    stacked.seed(4)
+    stacked.reset()
+    seen = [plain.reset(seed=4)[0]]
+    for _ in range(4):
+        rows, *_ = stacked.step(np.array([[0, 1, 2, 0]]))
+        seen.append(plain.step([0, 1, 2, 0])[0])
+    np.testing.assert_array_equal(rows[0], np.concatenate(seen[-3:]))
+
+
+def test_example_of_the_docstring() -> None:
+    import doctest
+
+    import lbgym.env.single
+
+    results = doctest.testmod(lbgym.env.single)
+    assert results.attempted >= 4 and results.failed == 0

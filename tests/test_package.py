@@ -46,7 +46,8 @@ HEAVY = (
 LEVELS = (
     ("errors",),
     ("atomic", "checks", "formatting"),
-    ("scenarios", "features", "snapshot", "toml_files"),
+    ("scenarios", "features", "toml_files"),
+    ("snapshot",),
     ("simulator", "sharedmemory"),
     ("dataplanes", "drivers", "monitor"),
     ("env", "rewards", "wrappers"),

@@ -42,6 +42,9 @@ def equal(a: Any, b: Any) -> None:
     else:
         x, y = np.asarray(a), np.asarray(b)
         assert x.dtype == y.dtype and x.shape == y.shape
+        if x.dtype == object and any(isinstance(value, (np.ndarray, dict)) for value in x.flat):
+            equal(x.tolist(), y.tolist())
+            return
         np.testing.assert_array_equal(x, y)
 
 

@@ -20,7 +20,7 @@ from lbgym.env.wrappers import (
     SmoothWeights,
     StripGroundTruth,
 )
-from lbgym.errors import InvalidActionError, LbgymError, ResetNeeded, UnsupportedSpaceError
+from lbgym.errors import InvalidActionError, LbgymError, ResetNeeded, UnknownNameError, UnsupportedSpaceError
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 
 
@@ -390,11 +390,27 @@ def test_old_render_and_context() -> None:
     with LegacyGymWrapper(load_balance(render_mode="ansi")) as env:
         env.reset()
         assert "server" in env.render() and env.render(mode="ansi") == env.render()
-        with pytest.raises(ValueError, match=r"mode='human'.*render_mode='ansi'"):
-            env.render(mode="human")
+        with pytest.raises(UnknownNameError, match="humn"):
+            env.render(mode="humn")
         with pytest.raises(AttributeError):
             env.no_such_attribute  # noqa: B018
     assert not isinstance(env, gymnasium.Env)
+    other = LegacyGymWrapper(Echo(spaces.Discrete(2)))
+    other.reset()
+    with pytest.raises(ValueError, match=r"mode='human'.*render_mode=None"):
+        other.render(mode="human")
+
+
+def test_old_render_without_a_mode_at_construction(capsys: pytest.CaptureFixture[str]) -> None:
+    env = LegacyGymWrapper(gymnasium.make("lbgym:lbgym/LoadBalance-v0"))
+    env.reset()
+    assert env.render() is None and capsys.readouterr().out == ""
+    for step in range(3):
+        assert env.render(mode="human") is None
+        assert f"step {step} " in capsys.readouterr().out
+        assert f"step {step} " in env.render(mode="ansi")
+        env.step(env.action_space.sample())
+    env.close()
 
 
 # All of them

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
+from ..dataplanes.live import SharedMemoryDataPlane
 from ..errors import (
     DataPlaneTimeout,
     InvalidOptionError,
@@ -36,7 +37,6 @@ from .envelope import usable_weights
 from .logs import log_event, logger
 from .metrics import Counts, Metrics, State, Step
 from .notify import Notifier
-from .plane import ControlledDataPlane, ObservedDataPlane
 
 _DEBUG, _INFO, _WARNING = logging.DEBUG, logging.INFO, logging.WARNING
 #: Seconds per step of a policy that does not say what it was made for.
@@ -187,7 +187,7 @@ class Controller:
 
     # The beginning
 
-    def _connect(self) -> ControlledDataPlane:
+    def _connect(self) -> SharedMemoryDataPlane:
         """Attach, and make everything ready for the first step."""
         plane = self._attach()
         try:
@@ -219,16 +219,17 @@ class Controller:
         self.state.connected = True
         return plane
 
-    def _attach(self) -> ControlledDataPlane:
+    def _attach(self) -> SharedMemoryDataPlane:
         config = self.config
-        kind = ObservedDataPlane if config.dry_run else ControlledDataPlane
         deadline = time.monotonic() + config.attach_timeout
         told = False
         while True:
             try:
                 with self._interruptible():
                     SharedMemoryRegion.attach(config.shm, live=True, read_only=True).close()
-                    return kind(config.shm, interval=self._interval, timeout=config.timeout)
+                    return SharedMemoryDataPlane(
+                        config.shm, interval=self._interval, timeout=config.timeout, read_only=config.dry_run
+                    )
             except (RegionNotFoundError, DataPlaneTimeout) as error:
                 if time.monotonic() >= deadline:
                     raise
@@ -239,7 +240,7 @@ class Controller:
             with self._interruptible():
                 time.sleep(_LOOK)
 
-    def _bind(self, plane: ControlledDataPlane, deciders: tuple[Decider, Decider]) -> None:
+    def _bind(self, plane: SharedMemoryDataPlane, deciders: tuple[Decider, Decider]) -> None:
         """Observe as many servers as the deciders are for; those that are not there yet are inactive."""
         for decider in deciders:
             if decider.servers is None:
@@ -257,12 +258,12 @@ class Controller:
                     )
         plane.num_servers = next(decider.servers for decider in deciders if decider.servers is not None)
 
-    def _fit(self, plane: ControlledDataPlane) -> None:
+    def _fit(self, plane: SharedMemoryDataPlane) -> None:
         self._servers = plane.num_servers
         for decider in (self._policy, self._fallback):
             decider.fit(plane.num_servers, ground_truth=plane.has_ground_truth)
 
-    def _set_lease(self, plane: ControlledDataPlane, *, refuse: bool = False) -> None:
+    def _set_lease(self, plane: SharedMemoryDataPlane, *, refuse: bool = False) -> None:
         """Longer than the longest time between two actions that is still in order."""
         longest = self._interval / plane.region.clock_rate + plane.timeout
         lease = self.config.lease
@@ -278,7 +279,7 @@ class Controller:
             self._log(_WARNING, "lease", problem)
         plane.lease = self.state.lease = lease
 
-    def _warm_up(self, plane: ControlledDataPlane) -> None:
+    def _warm_up(self, plane: SharedMemoryDataPlane) -> None:
         """One decision for nothing: the first one of a network takes longer than those that follow."""
         try:
             with self._interruptible():
@@ -288,7 +289,7 @@ class Controller:
 
     # The loop
 
-    def _drive(self, plane: ControlledDataPlane) -> Outcome:
+    def _drive(self, plane: SharedMemoryDataPlane) -> Outcome:
         config = self.config
         ends_at = math.inf if config.duration is None else time.monotonic() + config.duration
         self._summary = _Summary(self.state.counts)
@@ -305,7 +306,7 @@ class Controller:
             snapshot = self._observe(plane) if snapshot is None else self._step(plane, snapshot)
         return Outcome.STOPPED
 
-    def _observe(self, plane: ControlledDataPlane) -> Snapshot | None:
+    def _observe(self, plane: SharedMemoryDataPlane) -> Snapshot | None:
         """The next observation, with no weights written; None if there is none in time."""
         try:
             with self._interruptible():
@@ -316,7 +317,7 @@ class Controller:
         self._note_observation(plane)
         return snapshot
 
-    def _step(self, plane: ControlledDataPlane, snapshot: Snapshot) -> Snapshot | None:
+    def _step(self, plane: SharedMemoryDataPlane, snapshot: Snapshot) -> Snapshot | None:
         """Decide on an observation, act, and wait for the next one; None if there is none in time."""
         counts, info, seen_at, known = self.state.counts, plane.info, plane.published_at, plane.known_servers
         before = usable_weights(self._in_force(info))
@@ -387,7 +388,7 @@ class Controller:
     # The policy, and whether it is trusted
 
     def _ask(
-        self, plane: ControlledDataPlane, snapshot: Snapshot, weights: NDArray[np.float64]
+        self, plane: SharedMemoryDataPlane, snapshot: Snapshot, weights: NDArray[np.float64]
     ) -> NDArray[np.float64] | None:
         """What the policy proposes, None if it fails; ``_failures`` says how often in a row it did."""
         counts, proposed = self.state.counts, None
@@ -413,7 +414,7 @@ class Controller:
         return proposed
 
     def _ask_fallback(
-        self, plane: ControlledDataPlane, snapshot: Snapshot, weights: NDArray[np.float64]
+        self, plane: SharedMemoryDataPlane, snapshot: Snapshot, weights: NDArray[np.float64]
     ) -> NDArray[np.float64] | None:
         try:
             return self._fallback(snapshot, weights, plane.info)
@@ -439,7 +440,11 @@ class Controller:
         return self._rest < 0
 
     def _try_policy(
-        self, plane: ControlledDataPlane, snapshot: Snapshot, before: NDArray[np.float64], weights: NDArray[np.float64]
+        self,
+        plane: SharedMemoryDataPlane,
+        snapshot: Snapshot,
+        before: NDArray[np.float64],
+        weights: NDArray[np.float64],
     ) -> int:
         """See whether the policy can be trusted again; the instant at which the fallback's weights were written."""
         # Before the trial, which may take long.
@@ -462,7 +467,7 @@ class Controller:
 
     # What comes from the data plane
 
-    def _usually_missed(self, plane: ControlledDataPlane) -> int:
+    def _usually_missed(self, plane: SharedMemoryDataPlane) -> int:
         """Deadlines that pass without an observation of their own where the data plane publishes less often."""
         return max(0, math.ceil(plane.region.publish_interval / self._interval - 1e-6) - 1)
 
@@ -476,7 +481,7 @@ class Controller:
             self.state.counts.invalid += 1
             self._log(level, "invalid_observation", str(error), in_a_row=self._timeouts)
 
-    def _note_observation(self, plane: ControlledDataPlane) -> None:
+    def _note_observation(self, plane: SharedMemoryDataPlane) -> None:
         """Take note of what an observation says beside the servers' features."""
         counts, info = self.state.counts, plane.info
         self.state.observed_at = plane.published_at
@@ -514,7 +519,7 @@ class Controller:
 
     # The end, and what is told
 
-    def _withdraw(self, plane: ControlledDataPlane) -> None:
+    def _withdraw(self, plane: SharedMemoryDataPlane) -> None:
         try:
             plane.withdraw()
         except LbgymError as error:

@@ -104,7 +104,8 @@ class Decider:
                 **info,
                 "sequence_id": snapshot.sequence_id,
                 "timestamp": snapshot.timestamp,
-                "active_servers": snapshot.active.copy(),
+                "active": snapshot.active.copy(),
+                "active_servers": snapshot.active.nonzero()[0].tolist(),
                 "weights": weights.copy(),
             }
             return self._codec.to_weights(policy.act(observation, about))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import InvalidActionError, InvalidOptionError, UnknownNameError
+from ..checks import choice, number
+from ..errors import InvalidActionError, InvalidOptionError
 
 ACTION_TYPES = ("discrete", "joint", "continuous", "normalized")
 MAX_JOINT_ACTIONS = 4096
 
 
 class ActionCodec(ABC):
-    """The actions of one kind on N servers, for one environment or a batch of them."""
+    """Actions of one type on N servers, for one environment or a batch of them."""
 
     def __init__(self, num_servers: int) -> None:
         self.num_servers = num_servers
@@ -40,7 +41,7 @@ class ActionCodec(ABC):
     def encode(self, weights: ArrayLike) -> Any:
         """The action whose weights come nearest, in ratio, to ``weights`` float[..., N].
 
-        Weights are relative, so they are scaled to the middle of the allowed range where they do not fit into it.
+        Weights are relative, so those outside the allowed range are scaled to its middle.
         """
 
     def _array(self, action: Any, num_envs: int | None, *, per_server: bool, whole: bool) -> NDArray[Any]:
@@ -84,10 +85,15 @@ class DiscreteActions(ActionCodec):
 
     def to_weights(self, action: Any, num_envs: int | None = None) -> NDArray[np.float64]:
         array = self._array(action, num_envs, per_server=True, whole=True)
-        if array.min() < 0 or array.max() >= self._k:
+        # Looking the weights up finds the indices that are too large.
+        try:
+            weights = self.levels[array]
+        except IndexError:
+            weights = None
+        if weights is None or array.min() < 0:
             bad = array[(array < 0) | (array >= self._k)].flat[0]
             raise InvalidActionError(f"an action must hold indices from 0 to {self._k - 1}, got {bad}")
-        return self.levels[array]
+        return weights
 
     def encode(self, weights: ArrayLike) -> NDArray[np.int64]:
         fitted = _fit(weights, self.levels.min(), self.levels.max())
@@ -193,27 +199,15 @@ def make_action_codec(
         InvalidOptionError: for weights that are not finite and above 0, an empty list of them, bounds out of order, or
             more than 4,096 joint actions.
     """
-    if action_type not in ACTION_TYPES:
-        raise UnknownNameError("action type", action_type, ACTION_TYPES)
+    choice("action type", action_type, ACTION_TYPES)
     if action_type in ("discrete", "joint"):
-        try:
-            levels = [float(w) for w in action_weights]
-        except (TypeError, ValueError):
-            levels = []
-        if not levels or not all(math.isfinite(w) and w > 0.0 for w in levels):
-            raise InvalidOptionError(
-                f"action_weights must be one or more finite numbers above 0, got {action_weights!r}"
-            )
+        if not isinstance(action_weights, Iterable):
+            raise InvalidOptionError(f"action_weights must be a list of numbers, got {action_weights!r}")
+        levels = [number("each of action_weights", weight, above=0.0) for weight in action_weights]
+        if not levels:
+            raise InvalidOptionError(f"action_weights must have at least one number, got {action_weights!r}")
         return (DiscreteActions if action_type == "discrete" else JointActions)(num_servers, levels)
-    low, high = _bound("min_weight", min_weight), _bound("max_weight", max_weight)
+    low, high = (number(*each, above=0.0) for each in (("min_weight", min_weight), ("max_weight", max_weight)))
     if low > high:
         raise InvalidOptionError(f"min_weight must be at most max_weight {max_weight}, got {min_weight}")
     return (ContinuousActions if action_type == "continuous" else NormalizedActions)(num_servers, low, high)
-
-
-def _bound(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise InvalidOptionError(f"{name} must be a finite number above 0, got {value!r}")
-    if not (math.isfinite(value) and value > 0.0):
-        raise InvalidOptionError(f"{name} must be a finite number above 0, got {value!r}")
-    return float(value)

@@ -1,4 +1,4 @@
-"""From what a balancer sees to what an agent is given: layouts and normalisation."""
+"""From snapshots to observations: layouts and normalisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from ..errors import InvalidOptionError, UnknownNameError
+from ..checks import choice
+from ..errors import InvalidOptionError
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 
 LAYOUTS = ("matrix", "flat", "dict")
@@ -27,7 +28,7 @@ _COUNTS = {"n_flow_on", "busy_workers"}
 
 
 def _scales(columns: tuple[str, ...]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Per column: what to multiply with before the logarithm, and after."""
+    """Per column, the factors before and after the logarithm."""
     units = [1.0 if name in _COUNTS else 1.0 / TIME_UNIT for name in columns]
     gains = [COUNT_GAIN if name in _COUNTS else TIME_GAIN for name in columns]
     return np.array(units, np.float32), np.array(gains, np.float32)
@@ -46,12 +47,12 @@ def log_scale(
 
 
 class ObservationLayout:
-    """How the features of N servers are laid out for an agent; the same for one snapshot and for a batch.
+    """Lays out the features of N servers for an agent; the same for one snapshot and for a batch.
 
     C columns: the 11 features, and with ``use_ground_truth`` CPU use, memory use and busy workers.
 
     * "matrix": float32[..., N, C];
-    * "flat": float32[..., N + N * C], a 0/1 per server that says whether it is active, then the matrix row by row;
+    * "flat": float32[..., N + N * C], 0/1 per server, whether it is active, then the matrix row by row;
     * "dict": ``features`` float32[..., N, C] and ``mask`` int8[..., N].
 
     Values are flows and seconds, or with ``normalize`` in [0, 1] on a logarithmic scale that depends on nothing but the
@@ -64,8 +65,7 @@ class ObservationLayout:
     def __init__(
         self, num_servers: int, observation: str = "matrix", *, normalize: bool = False, use_ground_truth: bool = False
     ) -> None:
-        if observation not in LAYOUTS:
-            raise UnknownNameError("observation layout", observation, LAYOUTS)
+        choice("observation layout", observation, LAYOUTS)
         self.num_servers = num_servers
         self.observation = observation
         self.normalize = normalize
@@ -96,7 +96,7 @@ class ObservationLayout:
     def encode(
         self, stats: NDArray[np.float32], ground_truth: NDArray[np.float32] | None, active: NDArray[np.bool_]
     ) -> Any:
-        """An observation, in fresh arrays, from stats [..., N, 11], ground truth [..., N, 3] and active [..., N].
+        """An observation, in fresh arrays, of stats [..., N, 11], ground truth [..., N, 3] and active [..., N].
 
         Raises:
             InvalidOptionError: if ground truth is asked for and the data plane has none.

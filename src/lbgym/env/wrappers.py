@@ -17,7 +17,8 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 
-from ..errors import InvalidActionError, ResetNeeded, UnsupportedSpaceError
+from ..checks import number, whole
+from ..errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnsupportedSpaceError
 from ..features.columns import GROUND_TRUTH_NAMES
 
 __all__ = [
@@ -81,7 +82,7 @@ class MultiDiscreteToDiscrete(gymnasium.ActionWrapper[Any, Any, Any], RecordCons
 
 
 class SmoothWeights(gymnasium.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
-    """Exponential smoothing of a continuous action: each step moves only a part of the way to what the agent asks for.
+    """Exponential smoothing of a continuous action: each step moves only part of the way to the requested weights.
 
     ``applied = previous + rate * (action - previous)``. Under ``action_type="continuous"`` that is a moving average of
     the weights; under ``"normalized"``, of their logarithms. The first action of an episode is applied as it is.
@@ -93,7 +94,7 @@ class SmoothWeights(gymnasium.ActionWrapper[Any, Any, Any], RecordConstructorArg
 
     Raises:
         UnsupportedSpaceError: for another action space.
-        ValueError: for another ``rate``.
+        InvalidOptionError: for another ``rate``.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], rate: float = 0.2) -> None:
@@ -101,9 +102,7 @@ class SmoothWeights(gymnasium.ActionWrapper[Any, Any, Any], RecordConstructorArg
         gymnasium.ActionWrapper.__init__(self, env)
         if not isinstance(env.action_space, spaces.Box):
             raise UnsupportedSpaceError(f"SmoothWeights needs a Box action space, got {env.action_space}")
-        if not 0.0 < rate <= 1.0:
-            raise ValueError(f"SmoothWeights: rate must be above 0 and at most 1, got {rate!r}")
-        self._rate = float(rate)
+        self._rate = number("SmoothWeights: rate", rate, above=0.0, high=1.0)
         self._previous: NDArray[np.float64] | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -147,8 +146,7 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
     arrives, ``initial_action`` holds. ``info["action_delay"]`` is the age, in steps, of the action applied, -1 for
     the initial one.
 
-    The observation does not hold the actions under way; ``FrameStackObservation`` gives an agent something to infer
-    them from.
+    The observation does not show the actions under way; with ``FrameStackObservation`` an agent can infer them.
 
     Args:
         env: any environment.
@@ -157,7 +155,7 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
             the nearest that is allowed to 1.
 
     Raises:
-        ValueError: for a delay that is negative or an empty range.
+        InvalidOptionError: for a delay that is negative or an empty range.
         UnsupportedSpaceError: for an action space that has no equal weights, without an ``initial_action``.
         InvalidActionError: for an ``initial_action`` outside the action space.
     """
@@ -168,13 +166,11 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         RecordConstructorArgs.__init__(self, delay=delay, initial_action=initial_action)
         gymnasium.Wrapper.__init__(self, env)
         bounds = tuple(delay) if isinstance(delay, (tuple, list)) else (delay, delay)
-        whole = all(isinstance(d, (int, np.integer)) and not isinstance(d, bool) for d in bounds)
-        if len(bounds) != 2 or not whole or not 0 <= bounds[0] <= bounds[1]:
-            raise ValueError(
-                "DelayedAction: delay must be a whole number of steps or (low, high) with 0 <= low <= high, "
-                f"got {delay!r}"
-            )
-        self._low, self._high = int(bounds[0]), int(bounds[1])
+        if len(bounds) != 2:
+            raise InvalidOptionError(f"DelayedAction: delay must be a number of steps or (low, high), got {delay!r}")
+        self._low, self._high = (whole("DelayedAction: delay", steps, low=0) for steps in bounds)
+        if self._low > self._high:
+            raise InvalidOptionError(f"DelayedAction: delay must have low at most high, got {delay!r}")
         if initial_action is None:
             initial_action = _equal_weights(env.action_space)
         elif initial_action not in env.action_space:
@@ -334,7 +330,7 @@ class LegacyGymWrapper:
 
     ``reset()`` returns the observation alone; ``step`` returns ``(observation, reward, done, info)`` with ``done`` at
     either end and, when it is the time limit's doing, ``info["TimeLimit.truncated"]``; ``seed(n)`` seeds the next
-    ``reset``. It is deliberately no ``gymnasium.Env``: what expects one of those would misread its results.
+    ``reset``. It is deliberately no ``gymnasium.Env``, whose users would misread its results.
 
     Args:
         env: any Gymnasium environment.
@@ -347,7 +343,7 @@ class LegacyGymWrapper:
         self._seed: int | None = None
 
     def __getattr__(self, name: str) -> Any:
-        # Only what is not found here: spaces, metadata, spec, render_mode and whatever the environment offers.
+        # Only for names that are not found here: spaces, metadata, spec, render_mode and the environment's own.
         if name.startswith("_") or name == "env":
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return self.env.get_wrapper_attr(name)
@@ -382,17 +378,24 @@ class LegacyGymWrapper:
         return observation, float(reward), done, info
 
     def render(self, mode: str | None = None) -> Any:
-        """Render in the mode the environment was made with.
+        """Render in ``mode``, or in the mode that the environment was made with.
+
+        Args:
+            mode: any render mode of an lbgym environment; for others, the mode they were made with.
 
         Raises:
-            ValueError: for another ``mode``; Gymnasium fixes it at construction.
+            UnknownNameError: if an lbgym environment has no such mode.
+            ValueError: for another environment in another mode: Gymnasium fixes it at construction.
         """
-        if mode is not None and mode != self.env.render_mode:
+        if mode is None or mode == self.env.render_mode:
+            return self.env.render()
+        draw = getattr(self.env.unwrapped, "render_as", None)
+        if draw is None:
             raise ValueError(
                 f"render(mode={mode!r}): the environment was made with render_mode={self.env.render_mode!r}; "
                 "the mode is fixed at construction"
             )
-        return self.env.render()
+        return draw(mode)
 
     def close(self) -> None:
         """Close the environment."""

@@ -74,7 +74,8 @@ class Controller:
             info = {
                 "sequence_id": int(snapshot.sequence_id[0]),
                 "timestamp": float(snapshot.timestamp[0]),
-                "active_servers": active.copy(),
+                "active": active.copy(),
+                "active_servers": active.nonzero()[0].tolist(),
                 "weights": self._weights[b].copy(),
             }
             self._weights[b] = self._codec.to_weights(model.act(observation, info))

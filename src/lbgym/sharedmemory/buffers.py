@@ -226,7 +226,6 @@ class ObservationBuffer:
             rejected=rejected,
             failed=failed,
             unrouted=self.unrouted,
-            service=None,
         )
 
     def fill(self, shown: Publication) -> None:
