@@ -32,16 +32,17 @@ _EVENT_KINDS = {"speed": at.EVENT_SPEED, "down": at.EVENT_DOWN, "up": at.EVENT_U
 
 
 def _kernel() -> Any:
-    """The compiled functions; says so when they are about to be compiled for the first time."""
+    """The compiled functions; logs a warning before they are compiled for the first time."""
     from . import kernel
 
     global _announced
     if not _announced:
         _announced = True
-        from ._cache import is_compiled
+        from ..features.kernel_cache import is_compiled, is_kept
 
-        if not is_compiled():
-            logger.warning("compiling the simulator (once per machine and version; takes about 20 seconds) ...")
+        if not is_compiled(kernel.step_replicas):
+            often = "once per machine and version" if is_kept(kernel.step_replicas) else "in every process"
+            logger.warning("compiling the simulator (%s; takes about 20 seconds) ...", often)
             started = time.perf_counter()
             _warm_up(kernel)
             logger.warning("compiled in %.0f s", time.perf_counter() - started)
