@@ -87,7 +87,7 @@ def test_no_place_to_write(copy_of_package: Path, expected: int) -> None:
 
 
 def test_nothing_is_said_where_nothing_is_compiled(copy_of_package: Path) -> None:
-    out, error = run(["-m", "lbgym", "shm", "ls"], path=copy_of_package)
+    _, error = run(["-m", "lbgym", "shm", "ls"], path=copy_of_package)
     assert error == ""
 
 
@@ -214,9 +214,9 @@ def test_every_constant_and_function_a_kernel_uses_is_of_one_of_its_sources() ->
 def test_a_change_in_anything_compiled_in_is_noticed(tmp_path: Path, place: str) -> None:
     """Whatever the folders are called: no name of one is known to the cache."""
     root = tmp_path / "lbgym"
-    for name in ("features/__init__.py", "features/compile.py", "features/kernel_cache.py", "__init__.py"):
+    for name in ("features/__init__.py", "features/compile.py", "features/kernel_cache.py", "__init__.py", "errors.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text((PACKAGE / name).read_text() if name.endswith(("compile.py", "cache.py")) else "")
+        (root / name).write_text("" if name.endswith("__init__.py") else (PACKAGE / name).read_text())
     constant, function = root / place, root / "any" / "where.py"
     for file in (constant, function):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ def test_every_module_imports_with_the_compiler_disabled() -> None:
 
 def test_shared_memory_says_that_it_needs_the_compiler() -> None:
     program = (
-        "from lbgym import LbgymError; from lbgym.sharedmemory import seqlock\n"
+        "from lbgym.errors import LbgymError; from lbgym.sharedmemory import seqlock\n"
         "try:\n    seqlock.warm_up()\nexcept LbgymError as error:\n    print(error)"
     )
     assert run(["-c", program], NUMBA_DISABLE_JIT="1")[0] == (

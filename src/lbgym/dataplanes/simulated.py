@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, UnknownNameError
-from ..scenarios import Event, Scenario, ScenarioDistribution, load_scenario
+from ..scenarios import AnyScenario, Event, Scenario, load_scenario
 from ..scenarios.randomization import HORIZON
 from ..simulator import Simulation
 from ..snapshot import Snapshot
@@ -17,9 +17,7 @@ from ..snapshot import Snapshot
 RESET_OPTIONS = ("scenario", "load", "rate", "events")
 
 
-def scenario_with_options(
-    base: Scenario | ScenarioDistribution, options: Mapping[str, Any] | None
-) -> Scenario | ScenarioDistribution:
+def scenario_with_options(base: AnyScenario, options: Mapping[str, Any] | None) -> AnyScenario:
     """The scenario of an episode, or what it is drawn from: ``base`` under the ``options`` of a reset.
 
     Options: ``scenario`` (a Scenario, a distribution, the name of one or a TOML path), ``load`` or ``rate`` (as in
@@ -43,9 +41,7 @@ def scenario_with_options(
         events = options["events"]
         if isinstance(events, str) or not isinstance(events, Iterable) or not all(isinstance(e, Event) for e in events):
             raise InvalidOptionError(f"the option events must be a list of lbgym.scenarios.Event, got {events!r}")
-        changes["events"] = tuple(events)
-        if isinstance(scenario, ScenarioDistribution):
-            changes |= {"base": scenario.base.with_changes(events=changes["events"]), "events": ()}
+        scenario = scenario.with_events(events)
     return scenario.with_changes(**changes) if changes else scenario
 
 
@@ -62,7 +58,7 @@ class SimulatedDataPlane:
 
     def __init__(
         self,
-        scenario: Scenario | ScenarioDistribution,
+        scenario: AnyScenario,
         *,
         dispatch: str | None = None,
         interval: float = 0.25,
@@ -73,7 +69,7 @@ class SimulatedDataPlane:
         self._horizon = horizon
         self.info: dict[str, Any] = {}
         self.interval = interval
-        shape = scenario.reference if isinstance(scenario, ScenarioDistribution) else scenario
+        shape = scenario.reference
         self.simulation = Simulation(shape, num_servers=num_servers, dispatch=dispatch)
         self.num_servers = self.simulation.num_servers
         self._weights = np.empty((1, shape.balancers, self.num_servers))
@@ -88,12 +84,11 @@ class SimulatedDataPlane:
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
         scenario = scenario_with_options(self._base, options)
-        if isinstance(scenario, ScenarioDistribution):
-            # Not only what this seed draws must fit.
-            self.simulation.check(scenario.reference)
-            scenario = scenario.draw(seed, horizon=self._horizon)
-        if scenario is not self.simulation.scenario_of(0):
-            self.simulation.set_scenario(scenario)
+        # Not only what this seed draws must fit.
+        self.simulation.check(scenario.reference)
+        drawn = scenario.draw(seed, horizon=self._horizon)
+        if drawn is not self.simulation.scenario_of(0):
+            self.simulation.set_scenario(drawn)
         return _of_balancer(self.simulation.reset([seed]))
 
     def step(self, weights: NDArray[np.float64]) -> Snapshot:

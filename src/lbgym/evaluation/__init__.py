@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..scenarios import WEIGHTED_RULES
 from .comparison import Comparison, compare
-from .contenders import SHORTHANDS, WEIGHTED_RULES, Contender, parse_contender, parse_contenders
+from .contenders import SHORTHANDS, Contender, parse_contender, parse_contenders
 from .runner import COUNTS, METRICS, Run, RunSettings, Series, simulate
 from .statistics import Difference, Interval, jain_index, mean_interval, paired_difference
 

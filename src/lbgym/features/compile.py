@@ -6,10 +6,14 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import config, njit
+from numba import njit
+from numba.core import config
 
 from ..errors import LbgymError
 from .kernel_cache import cache_of
+
+# Made of the environment's variables, of which its stubs know nothing.
+_config: Any = config
 
 
 def compiled(*, allocates: bool = False, inline: bool = False, **options: Any) -> Any:
@@ -24,7 +28,7 @@ def compiled(*, allocates: bool = False, inline: bool = False, **options: Any) -
     options |= {"nogil": True, "error_model": "numpy", "forceinline": inline, "_nrt": allocates}
 
     def decorator(function: Any) -> Any:
-        if config.DISABLE_JIT:
+        if _config.DISABLE_JIT:
             # Hashes wrap around, and a division by 0 is infinite: as compiled, without a warning.
             return functools.wraps(function)(np.errstate(all="ignore")(function))
         dispatcher: Any = njit(**options)(function)
@@ -41,7 +45,7 @@ def compiled_only(**options: Any) -> Any:
     """
 
     def decorator(function: Any) -> Any:
-        if not config.DISABLE_JIT:
+        if not _config.DISABLE_JIT:
             return compiled(**options)(function)
 
         @functools.wraps(function)
