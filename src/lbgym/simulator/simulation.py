@@ -130,6 +130,7 @@ class Simulation:
         self._scenarios = [scenario] * self.num_replicas
         self._workers = Workers(self.num_threads - 1)
         self._started = np.zeros(self.num_replicas, np.bool_)
+        self._pending = np.full(self.num_replicas, at.PAUSED)
         self._all_started = False
         self._output: at.Output | None = None
         self._keep_weights = np.empty((0, self.num_balancers, self.num_servers))
@@ -402,7 +403,7 @@ class Simulation:
         Arrays grow as it asks by ``status``; it must look them up anew in every call. An exception on the way, such as
         KeyboardInterrupt, leaves intervals half simulated: every replica must be reset then.
         """
-        status = np.full(self.num_replicas, at.PAUSED)
+        status = self._pending.copy()
         if mask is not None:
             status[~mask] = at.DONE
         try:
