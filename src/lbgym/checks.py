@@ -7,26 +7,40 @@ returns the value as a plain Python object.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from .errors import InvalidOptionError, UnknownNameError
 
-__all__ = ["choice", "number", "seconds", "whole"]
+__all__ = ["boolean", "choice", "instance", "items", "number", "seconds", "shown", "text", "whole"]
+
+
+def shown(value: Any) -> str:
+    """``repr`` for an error message: short, and safe for integers that Python refuses to print."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"{type(value).__name__} of too many digits to print"
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _limits(low: float | None, high: float | None, above: float | None, unit: str) -> str:
     unit = f" {unit}" if unit else ""
     if above is not None:
-        return f" above {above:g}{unit}" + (f", up to {high:g}" if high is not None else "")
+        return f" above {_bound(above)}{unit}" + (f" and at most {_bound(high)}" if high is not None else "")
     if low is not None and high is not None:
-        return f" from {low:g} to {high:g}{unit}"
+        return f" from {_bound(low)} to {_bound(high)}{unit}"
     if low is not None:
-        return f" of at least {low:g}{unit}"
+        return f" of at least {_bound(low)}{unit}"
     if high is not None:
-        return f" of at most {high:g}{unit}"
+        return f" of at most {_bound(high)}{unit}"
     return unit and f" of{unit}"
 
 
@@ -44,7 +58,7 @@ def whole(
         or (low is not None and value < low)
         or (high is not None and value > high)
     ):
-        raise error(f"{name} must be a whole number{_limits(low, high, None, '')}, got {value!r}")
+        raise error(f"{name} must be a whole number{_limits(low, high, None, '')}, got {shown(value)}")
     return int(value)
 
 
@@ -64,18 +78,21 @@ def number(
     Raises:
         InvalidOptionError: or ``error``, with the name, the bounds, the unit and the value.
     """
+    found = math.nan
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        # A whole number may be too large for a float.
+        with suppress(OverflowError):
+            found = float(value)
     if (
-        isinstance(value, (bool, np.bool_))
-        or not isinstance(value, (int, float, np.integer, np.floating))
-        or math.isnan(value)
-        or (finite and math.isinf(value))
-        or (low is not None and value < low)
-        or (high is not None and value > high)
-        or (above is not None and value <= above)
+        math.isnan(found)
+        or (finite and math.isinf(found))
+        or (low is not None and found < low)
+        or (high is not None and found > high)
+        or (above is not None and found <= above)
     ):
         kind = "finite number" if finite else "number"
-        raise error(f"{name} must be a {kind}{_limits(low, high, above, unit)}, got {value!r}")
-    return float(value)
+        raise error(f"{name} must be a {kind}{_limits(low, high, above, unit)}, got {shown(value)}")
+    return found
 
 
 def seconds(
@@ -88,6 +105,54 @@ def seconds(
 ) -> float:
     """A duration above 0 seconds, or of at least ``low``; raises as :func:`number`."""
     return number(name, value, low=low, high=high, above=0.0 if low is None else None, unit="seconds", error=error)
+
+
+def boolean(name: str, value: Any, *, error: type[Exception] = InvalidOptionError) -> bool:
+    """True or false.
+
+    Raises:
+        InvalidOptionError: or ``error``, with the name and the value.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise error(f"{name} must be true or false, got {shown(value)}")
+    return bool(value)
+
+
+def text(name: str, value: Any, *, error: type[Exception] = InvalidOptionError) -> str:
+    """A string; raises as :func:`boolean`."""
+    if not isinstance(value, str):
+        raise error(f"{name} must be text, got {shown(value)}")
+    return value
+
+
+def items(
+    name: str, values: Any, kind: str = "numbers", *, error: type[Exception] = InvalidOptionError
+) -> tuple[Any, ...]:
+    """The items of a list, or of anything else that holds some, but for text and mappings; raises as :func:`boolean`.
+
+    Args:
+        name: of the option.
+        values: the list.
+        kind: what it holds, for the message.
+        error: the class of the error.
+    """
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise error(f"{name} must be a list of {kind}, got {shown(values)}")
+    return tuple(values)
+
+
+def instance(name: str, value: Any, kinds: Any, allowed: str, *, error: type[Exception] = InvalidOptionError) -> None:
+    """Refuse what is not of one of some classes; raises as :func:`boolean`.
+
+    Args:
+        name: of the option.
+        value: what was given.
+        kinds: a class, a tuple or a union of them.
+        allowed: those classes in words.
+        error: the class of the error.
+    """
+    if not isinstance(value, kinds):
+        raise error(f"{name} must be {allowed}, got {shown(value)}")
 
 
 def choice(kind: str, value: Any, known: Iterable[str], *, where: str = "") -> str:

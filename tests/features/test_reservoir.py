@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -220,3 +221,10 @@ def test_python_forgets_by_the_law(algorithm):
     # Slots compete, so the counts vary less than independent ones would: the test is on the safe side.
     statistic = ((observed - expected)[likely] ** 2 / expected[likely]).sum()
     assert stats.chi2.sf(statistic, likely.sum() - 1) > 1e-4
+
+
+def test_a_sample_without_a_time_is_of_now() -> None:
+    sampler = ReservoirSampler(seed=1)
+    before = time.monotonic()
+    sampler.add(1.0)
+    assert before <= sampler.times[0] <= time.monotonic()

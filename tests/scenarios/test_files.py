@@ -164,7 +164,10 @@ def test_synthetic_demand_takes_the_place_of_the_trace_of_a_base() -> None:
             "^TOML text: scenario 'custom': balancers must be a whole number from 1",
         ),
         ("name = 7\n" + MINIMAL, "^TOML text: Scenario.name must be text, got 7"),
-        ("duration = 2020-01-01\n" + MINIMAL, r"duration must be a number above 0, got datetime.date\(2020, 1, 1\)"),
+        (
+            "duration = 2020-01-01\n" + MINIMAL,
+            r"duration must be a finite number above 0, got datetime.date\(2020, 1, 1\)",
+        ),
         ('dispatch = "sde"\n' + MINIMAL, "^unknown dispatch rule 'sde' in TOML text. Did you mean 'sed'"),
         ("servers = 4\n", r"'workload' is missing"),
         (
@@ -178,19 +181,22 @@ def test_synthetic_demand_takes_the_place_of_the_trace_of_a_base() -> None:
         ),
         (
             '[[servers]]\ncores = "two"\n[workload]\nload = 1\n',
-            r"^TOML text, \[\[servers\]\] number 1: Server.cores must be a whole number at least 1, got 'two'",
+            r"^TOML text, \[\[servers\]\] number 1: Server.cores must be a whole number of at least 1, got 'two'",
         ),
         (
             "[[servers]]\ncount = 0\n[workload]\nload=1\n",
-            r"number 1: count must be from 1 to 65536, got 0",
+            r"number 1: count must be a whole number from 1 to 65536, got 0",
         ),
-        ("[[servers]]\ncount = 99999999999\n[workload]\nload=1\n", r"count must be from 1 to 65536, got 99999999999"),
+        (
+            "[[servers]]\ncount = 99999999999\n[workload]\nload=1\n",
+            r"count must be a whole number from 1 to 65536, got 99999999999",
+        ),
         ("[[servers]]\n[workload]\n", r"^TOML text, \[workload\]: Workload needs rate"),
         (
             "[[servers]]\n[workload]\nload = nan\n",
             r"\[workload\]: Workload.load must be a finite number.* got nan",
         ),
-        ("[[servers]]\n[workload]\nload = true\n", r"Workload.load must be a number above 0, got True"),
+        ("[[servers]]\n[workload]\nload = true\n", r"Workload.load must be a finite number above 0, got True"),
         ("[[servers]]\n[workload]\nlaod = 1\n", r"^unknown key 'laod' in TOML text, \[workload\]. Did you mean"),
         ("workload = 3\n[[servers]]\n", r"^TOML text, \[workload\] must be a table, got 3"),
         ("[[servers]]\n[workload]\nload=1\nrate=2\n", "rate or load, not both; got rate=2 and load=1"),
@@ -245,7 +251,7 @@ def test_synthetic_demand_takes_the_place_of_the_trace_of_a_base() -> None:
         ),
         (
             '[[servers]]\n[workload]\ntrace={path="x.csv", speedup="2"}\n',
-            r"^TOML text, \[workload\] trace: trace speedup must be a number above 0, got '2'",
+            r"^TOML text, \[workload\] trace: trace speedup must be a finite number above 0, got '2'",
         ),
         (
             '[[servers]]\n[workload]\ntrace={path="x.csv", format="cvs"}\n',

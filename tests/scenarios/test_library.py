@@ -233,3 +233,14 @@ def test_sample_trace_scenario_replays_it_at_a_load() -> None:
     assert scenario.workload.trace is not None
     assert scenario.load == pytest.approx(0.8)
     assert scenario.servers[0] == Server(cores=2)
+
+
+@pytest.mark.parametrize("count", [1, 4, 17])
+def test_the_name_that_a_default_scenario_shows_is_known(count: int) -> None:
+    assert load_scenario(default_scenario(count).name) == default_scenario(count)
+
+
+@pytest.mark.parametrize("name", ["default-0", "default-", "default-04", "default-x"])
+def test_names_that_only_look_like_a_default_scenario(name: str) -> None:
+    with pytest.raises(UnknownNameError):
+        load_scenario(name)

@@ -209,18 +209,20 @@ def test_with_changes() -> None:
 
 def test_servers_of_groups() -> None:
     assert servers_of((2, Server()), Server(cores=2)) == (Server(), Server(), Server(cores=2))
-    with pytest.raises(ScenarioError, match=r"count of a group of servers must be from 0 to 65536, got 10000000000"):
+    with pytest.raises(
+        ScenarioError, match=r"count of a group of servers must be a whole number from 0 to 65536, got 10000000000"
+    ):
         servers_of((10**10, Server()))
 
 
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: Server(cores=0), "Server.cores must be at least 1, got 0"),
-        (lambda: Server(cores=2.0), "Server.cores must be a whole number at least 1, got 2.0"),
-        (lambda: Server(cores=True), "Server.cores must be a whole number at least 1, got True"),
-        (lambda: Server(workers=2**31), "Server.workers must be from 1 to 2147483647, got 2147483648"),
-        (lambda: Server(speed="fast"), "Server.speed must be a number above 0, got 'fast'"),
+        (lambda: Server(cores=0), "Server.cores must be a whole number of at least 1, got 0"),
+        (lambda: Server(cores=2.0), "Server.cores must be a whole number of at least 1, got 2.0"),
+        (lambda: Server(cores=True), "Server.cores must be a whole number of at least 1, got True"),
+        (lambda: Server(workers=2**31), "Server.workers must be a whole number from 1 to 2147483647, got 2147483648"),
+        (lambda: Server(speed="fast"), "Server.speed must be a finite number above 0, got 'fast'"),
         (lambda: Server(speed=math.inf), "Server.speed must be a finite number above 0, got inf"),
         (lambda: Server(speed=10**400), r"Server.speed must be a finite number above 0, got 10{99}\.\.\. \(401 char"),
         (lambda: Exponential(mean=-1), "Exponential.mean must be a finite number above 0, got -1"),
@@ -236,7 +238,7 @@ def test_servers_of_groups() -> None:
         (lambda: ModulatedPoisson(transitions=((1, 0),)), "transitions must be 2 rows of 2 probabilities"),
         (lambda: ModulatedPoisson(transitions=3), "transitions must be a list of rows of probabilities, got 3"),
         (lambda: ModulatedPoisson(fixed_sojourns=1), "fixed_sojourns must be true or false, got 1"),
-        (lambda: OnOff(off_level=1.5), "OnOff.off_level must be a finite number at least 0 and at most 1, got 1.5"),
+        (lambda: OnOff(off_level=1.5), "OnOff.off_level must be a finite number from 0 to 1, got 1.5"),
         (lambda: OnOff(random="yes"), "OnOff.random must be true or false, got 'yes'"),
         (lambda: Sinusoidal(phase=math.nan), "Sinusoidal.phase must be a finite number, got nan"),
         (lambda: Workload(), "needs rate .*, load .* or a trace"),
@@ -244,14 +246,14 @@ def test_servers_of_groups() -> None:
         (lambda: Workload(arrivals="poisson", load=1), r"Workload.arrivals must be arrivals such as Poisson\(\)"),
         (lambda: Workload(demand=0.1, load=1), r"Workload.demand must be a demand such as Exponential.*got 0.1"),
         (lambda: Workload(trace="x.csv"), "Workload.trace must be a Trace or None, got 'x.csv'"),
-        (lambda: Event(time=-1, kind="up", server=0), "Event.time must be a finite number at least 0, got -1"),
+        (lambda: Event(time=-1, kind="up", server=0), "Event.time must be a finite number of at least 0, got -1"),
         (lambda: Event(time=1, kind="fail", server=0), r"unknown event kind 'fail'\. .*Known: down, drain, rate"),
         (lambda: Event(time=1, kind="rate", server=0, value=1), "a 'rate' event takes no server, got 0"),
         (lambda: Event(time=1, kind="down"), "a 'down' event needs a server, got None"),
         (lambda: Event(time=1, kind="speed", server=0), "a 'speed' event needs a value, got None"),
         (lambda: Event(time=1, kind="up", server=0, value=1), "a 'up' event takes no value, got 1"),
         (lambda: Event(time=1, kind="speed", server=0, value=0), "Event.value must be a finite number above 0, got 0"),
-        (lambda: Sampling(capacity=0), "Sampling.capacity must be from 1 to 32767, got 0"),
+        (lambda: Sampling(capacity=0), "Sampling.capacity must be a whole number from 1 to 32767, got 0"),
         (lambda: Sampling(algorithm="overwite"), "unknown sampling algorithm 'overwite'. Did you mean 'overwrite'"),
         (lambda: two_servers(servers=()), "scenario 'two': servers must be 1 to 65536, got 0"),
         (lambda: two_servers(servers=4), "scenario 'two': servers must be a list of servers, got 4"),
@@ -261,7 +263,7 @@ def test_servers_of_groups() -> None:
         (lambda: two_servers(sampling={}), "scenario 'two': sampling must be a Sampling, got {}"),
         (lambda: two_servers(events=[1]), r"scenario 'two': events\[0\] must be an Event, got 1"),
         (lambda: two_servers(dispatch="sd"), "unknown dispatch rule 'sd' in scenario 'two'. Did you mean 'sed'"),
-        (lambda: two_servers(balancers=0), "scenario 'two': balancers must be from 1 to 1024, got 0"),
+        (lambda: two_servers(balancers=0), "scenario 'two': balancers must be a whole number from 1 to 1024, got 0"),
         (
             lambda: two_servers(events=(Event(time=3, kind="down", server=2),)),
             "event at 3.0 s names server 2; allowed: 0 to 1",
@@ -284,7 +286,9 @@ def test_what_is_refused_and_how(build: object, sentence: str) -> None:
 
 def test_a_number_python_refuses_to_print_is_still_refused_by_a_sentence() -> None:
     huge = 10**5000
-    with pytest.raises(ScenarioError, match=r"Server.cores must be from 1 to 2147483647, got int of too many digits"):
+    with pytest.raises(
+        ScenarioError, match=r"Server.cores must be a whole number from 1 to 2147483647, got int of too many digits"
+    ):
         Server(cores=huge)
     with pytest.raises(ScenarioError, match=r"Event.kind must be text, got int of too many digits"):
         Event(time=1, kind=huge)

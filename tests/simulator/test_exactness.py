@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from benchmarks import exactness
+from lbgym.scenarios import Server
+
+from .running import run_flows, trace_scenario
 
 
 @pytest.mark.parametrize("suite", [suite for suite, _ in exactness.SUITES], ids=lambda suite: suite.__name__)
@@ -16,6 +20,18 @@ def test_closed_form(suite):
     checks = suite(400_000, **keys)
     assert checks
     assert not [check for check in checks if not check.passed]
+
+
+def rejected(gap: float, demand: float) -> int:
+    scenario = trace_scenario(np.arange(200) * gap, np.full(200, demand), Server(workers=1, backlog=0))
+    return int(run_flows(scenario, 400 * gap)[0].observe().rejected.sum())
+
+
+def test_exact_ties_as_the_theory_says() -> None:
+    """D/D/1/1: a tie is one where both instants are the same float64."""
+    assert rejected(0.125, 0.125) == 0
+    assert rejected(0.1, 0.1) == 21
+    assert rejected(0.1, 0.1 * (1 - 1e-12)) == 0
 
 
 def test_erlang_formulas():

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import MissingExtraError, ScenarioError
 from ..scenarios import (
+    RULES,
     Choice,
     LogUniform,
     RandomEvents,
@@ -39,8 +40,12 @@ PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 def scenarios(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    rules: Annotated[bool, typer.Option("--rules", help="List the dispatch rules instead.")] = False,
 ) -> None:
     """List the built-in scenarios, and the distributions of scenarios."""
+    if rules:
+        _list_rules(as_json)
+        return
     every = [named_scenario(name) for name in scenario_names()]
     distributions = [named_distribution(name) for name in distribution_names()]
     if as_json:
@@ -61,6 +66,25 @@ def scenarios(
         if i == 0:
             table.add_section()
         table.add_row(d.name, _ends(d.min_servers, d.max_servers), str(d.balancers), "drawn", "drawn", d.description)
+    results_console().print(table)
+
+
+def _list_rules(as_json: bool) -> None:
+    """Print the table of dispatch rules."""
+    if as_json:
+        typer.echo(json.dumps([asdict(rule) for rule in RULES.values()], indent=1))
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("rule", style="bold", no_wrap=True)
+    for name in ("mechanism", "weights"):
+        table.add_column(name, no_wrap=True)
+    for name in ("choice", "source"):
+        table.add_column(name)
+    for rule in RULES.values():
+        table.add_row(rule.name, rule.mechanism, "yes" if rule.weighted else "", rule.description, rule.source)
     results_console().print(table)
 
 

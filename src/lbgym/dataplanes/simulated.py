@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, UnknownNameError
-from ..scenarios import Event, Scenario, ScenarioDistribution, load_scenario
+from ..scenarios import AnyScenario, Event, Scenario, load_scenario
 from ..scenarios.randomization import HORIZON
 from ..simulator import Simulation
 from ..snapshot import Snapshot
@@ -17,9 +17,7 @@ from ..snapshot import Snapshot
 RESET_OPTIONS = ("scenario", "load", "rate", "events")
 
 
-def scenario_with_options(
-    base: Scenario | ScenarioDistribution, options: Mapping[str, Any] | None
-) -> Scenario | ScenarioDistribution:
+def scenario_with_options(base: AnyScenario, options: Mapping[str, Any] | None) -> AnyScenario:
     """``base`` under the ``options`` of a reset: the scenario of an episode, or the distribution it is drawn from.
 
     Options: ``scenario`` (a Scenario, a distribution, the name of one or a TOML path), ``load`` or ``rate`` (as in
@@ -43,9 +41,7 @@ def scenario_with_options(
         events = options["events"]
         if isinstance(events, str) or not isinstance(events, Iterable) or not all(isinstance(e, Event) for e in events):
             raise InvalidOptionError(f"the option events must be a list of lbgym.scenarios.Event, got {events!r}")
-        changes["events"] = tuple(events)
-        if isinstance(scenario, ScenarioDistribution):
-            changes |= {"base": scenario.base.with_changes(events=changes["events"]), "events": ()}
+        scenario = scenario.with_events(events)
     return scenario.with_changes(**changes) if changes else scenario
 
 
@@ -73,7 +69,7 @@ class SimulatedDataPlane:
 
     def __init__(
         self,
-        source: Scenario | ScenarioDistribution,
+        source: AnyScenario,
         num_replicas: int = 1,
         *,
         num_balancers: int | None = None,
@@ -95,7 +91,7 @@ class SimulatedDataPlane:
         self.num_balancers = self.simulation.num_balancers
         self.num_servers = self.simulation.num_servers
 
-    def source(self, options: Mapping[str, Any] | None = None) -> Scenario | ScenarioDistribution:
+    def source(self, options: Mapping[str, Any] | None = None) -> AnyScenario:
         """What an episode with these options is drawn from; options and errors: :func:`scenario_with_options`.
 
         Raises:
@@ -107,7 +103,7 @@ class SimulatedDataPlane:
             self.simulation.check(source.reference)
         return source
 
-    def _behind(self, source: Scenario | ScenarioDistribution) -> Scenario | ScenarioDistribution:
+    def _behind(self, source: AnyScenario) -> AnyScenario:
         """The source with as many balancers as asked for; itself if it has them."""
         if self._balancers in (None, source.balancers):
             return source
@@ -117,7 +113,7 @@ class SimulatedDataPlane:
         self,
         seeds: Sequence[int],
         mask: NDArray[np.bool_] | None = None,
-        source: Scenario | ScenarioDistribution | None = None,
+        source: AnyScenario | None = None,
     ) -> Snapshot:
         """Begin episodes of the masked replicas (None: all): empty servers, unit weights, flows from ``seeds``."""
         self._draw(seeds, mask, self._source if source is None else source)
@@ -136,9 +132,7 @@ class SimulatedDataPlane:
             self._draw(seeds or (), reset, self._source)
         return self.simulation.step(weights, self.interval, delays=delays, seeds=seeds, reset=reset)
 
-    def _draw(
-        self, seeds: Sequence[int], mask: NDArray[np.bool_] | None, source: Scenario | ScenarioDistribution
-    ) -> None:
+    def _draw(self, seeds: Sequence[int], mask: NDArray[np.bool_] | None, source: AnyScenario) -> None:
         """Give the masked replicas the scenarios of their next episodes."""
         chosen = range(self.num_replicas) if mask is None else np.flatnonzero(mask).tolist()
         # Replicas that share a seed share the scenario.

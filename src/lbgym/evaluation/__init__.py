@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ..scenarios import WEIGHTED_RULES
 from .comparison import compare
-from .contenders import SHORTHANDS, WEIGHTED_RULES, Contender, parse_contender, parse_contenders
+from .contenders import SHORTHANDS, Contender, parse_contender, parse_contenders
 from .files import save
 from .results import COUNTS, METRICS, Comparison, Conditions, Run, RunSettings, Series
 from .runner import simulate

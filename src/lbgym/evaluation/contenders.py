@@ -8,10 +8,7 @@ from pathlib import Path
 
 from ..errors import PolicyError, UnknownNameError
 from ..policies import TRAINED_SUFFIXES, weight_policy_names
-from ..scenarios import DISPATCH_RULES
-
-#: Rules that read the weights a policy sets; the others place flows the same whatever the weights are.
-WEIGHTED_RULES = ("wcmp", "maglev", "round_robin", "sed", "sed_scaled", "p2c_sed")
+from ..scenarios import DISPATCH_RULES, WEIGHTED_RULES
 
 #: Short names of common contenders.
 SHORTHANDS = {"awcmp": "wcmp+awcmp", "wcmp-uniform": "wcmp+uniform"}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import MissingExtraError, ScenarioError
-from .contenders import WEIGHTED_RULES
+from ..scenarios import WEIGHTED_RULES
 from .results import Comparison, Run, Series
 
 try:

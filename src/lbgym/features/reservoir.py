@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import secrets
+import time
 from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UnknownNameError
+from .. import checks
 from .columns import STATISTICS
 
 _MASK = (1 << 64) - 1
@@ -57,18 +57,10 @@ class ReservoirSampler:
         algorithm: Literal["overwrite", "uniform"] = "overwrite",
         decay: float = 0.9,
     ) -> None:
-        if isinstance(capacity, bool) or not isinstance(capacity, (int, np.integer)) or not 1 <= capacity <= 32_767:
-            raise ValueError(f"ReservoirSampler capacity must be a whole number from 1 to 32767, got {capacity!r}")
-        if not 0.0 < probability <= 1.0:
-            raise ValueError(f"ReservoirSampler probability must be above 0 and at most 1, got {probability!r}")
-        if not 0.0 < decay <= 1.0:
-            raise ValueError(f"ReservoirSampler decay must be above 0 and at most 1, got {decay!r}")
-        if algorithm not in ALGORITHMS:
-            raise UnknownNameError("sampling algorithm", algorithm, ALGORITHMS)
-        self.capacity = int(capacity)
-        self.probability = float(probability)
-        self.algorithm = algorithm
-        self.decay = float(decay)
+        self.capacity = checks.whole("ReservoirSampler capacity", capacity, high=32_767)
+        self.probability = checks.number("ReservoirSampler probability", probability, above=0.0, high=1.0)
+        self.algorithm = checks.choice("sampling algorithm", algorithm, ALGORITHMS)
+        self.decay = checks.number("ReservoirSampler decay", decay, above=0.0, high=1.0)
         self._seed = secrets.randbits(64) if seed is None else int(seed) & _MASK
         self.reset()
 
@@ -98,16 +90,19 @@ class ReservoirSampler:
         self._state = (self._state + _GOLDEN) & _MASK
         return _mix64(self._state)
 
-    def add(self, value: float, timestamp: float) -> None:
-        """Offer ``value`` (seconds, at least 0) seen at ``timestamp`` (seconds).
+    def add(self, value: float, timestamp: float | None = None) -> None:
+        """Offer a sample.
+
+        Args:
+            value: seconds, at least 0.
+            timestamp: seconds, on any clock that does not go back; None: now, on ``time.monotonic()``. Do not mix the
+                two: only differences between the times of samples have a meaning.
 
         Raises:
             ValueError: if either is not finite or the value is negative; the reservoir is left as it was.
         """
-        if not (math.isfinite(value) and value >= 0.0):
-            raise ValueError(f"a sample must be finite and at least 0, got {value!r}")
-        if not math.isfinite(timestamp):
-            raise ValueError(f"a timestamp must be finite, got {timestamp!r}")
+        value = checks.number("a sample", value, low=0.0)
+        timestamp = time.monotonic() if timestamp is None else checks.number("a timestamp", timestamp)
         if self.probability < 1.0 and ((self._next() >> 11) + 1) * 2.0**-53 > self.probability:
             return
         self._accepted += 1
@@ -129,10 +124,7 @@ class ReservoirSampler:
         Raises:
             UnknownNameError: for a statistic that does not exist.
         """
-        wanted = tuple(names)
-        for name in wanted:
-            if name not in STATISTICS:
-                raise UnknownNameError("reservoir statistic", name, STATISTICS)
+        wanted = tuple(checks.choice("reservoir statistic", name, STATISTICS) for name in names)
         if self._filled == 0:
             return dict.fromkeys(wanted, 0.0)
         values, times = self._values[: self._filled], self._times[: self._filled]

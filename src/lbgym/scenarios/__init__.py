@@ -1,5 +1,6 @@
 """Scenarios, and distributions of them, as plain data: built-in ones by name, TOML files, recorded traces."""
 
+from .dispatch_rules import DISPATCH_RULES, RULES, WEIGHTED_RULES, DispatchRule
 from .files import fixed_scenario, from_toml, load_scenario, read_scenario, to_toml
 from .library import (
     MARLLB_CPU_SPEED,
@@ -11,7 +12,6 @@ from .library import (
     scenario_names,
 )
 from .model import (
-    DISPATCH_RULES,
     EVENT_KINDS,
     MAX_SERVERS,
     Arrivals,
@@ -35,6 +35,7 @@ from .model import (
     servers_of,
 )
 from .randomization import (
+    AnyScenario,
     Choice,
     LogUniform,
     RandomEvents,
@@ -52,14 +53,18 @@ __all__ = [
     "EVENT_KINDS",
     "MARLLB_CPU_SPEED",
     "MAX_SERVERS",
+    "RULES",
     "SAMPLE_TRACE",
     "TRACE_FORMATS",
     "TRACE_OPTIONS",
+    "WEIGHTED_RULES",
+    "AnyScenario",
     "Arrivals",
     "BoundedPareto",
     "Choice",
     "Demand",
     "Deterministic",
+    "DispatchRule",
     "Empirical",
     "Event",
     "Exponential",

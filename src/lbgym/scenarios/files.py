@@ -55,6 +55,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ScenarioError, TraceError, UnknownNameError
-from .library import distribution_names, named_distribution, named_scenario, scenario_names
+from .library import default_scenario, distribution_names, named_distribution, named_scenario, scenario_names
 from .model import (
     ARRIVAL_KINDS,
     DEMAND_KINDS,
@@ -80,6 +81,7 @@ from .model import (
 )
 from .randomization import (
     RANGE_KINDS,
+    AnyScenario,
     RandomEvents,
     SamplingDistribution,
     ScenarioDistribution,
@@ -96,12 +98,12 @@ _PARTS: dict[str, type] = {"server": ServerDistribution, "sampling": SamplingDis
 
 
 def load_scenario(
-    scenario: Scenario | ScenarioDistribution | str | os.PathLike[str],
-) -> Scenario | ScenarioDistribution:
+    scenario: AnyScenario | str | os.PathLike[str],
+) -> AnyScenario:
     """A scenario, or a distribution of scenarios, from itself, the name of a built-in one, or the path of a TOML file.
 
     Text that ends in ".toml", holds a path separator or is the path of an existing file is a path; a name wins over a
-    file of that name.
+    file of that name. ``default-N`` is the default scenario of N servers.
 
     Raises:
         UnknownNameError: no such built-in scenario, or an unknown name or key in the file.
@@ -119,20 +121,23 @@ def load_scenario(
             return named_scenario(scenario)
         if scenario in distribution_names():
             return named_distribution(scenario)
+        default = re.fullmatch(r"default-([1-9]\d{0,5})", scenario)
+        if default:
+            return default_scenario(int(default[1]))
         looks_like_path = scenario.endswith(".toml") or os.sep in scenario or os.path.isfile(scenario)
         if not looks_like_path:
-            raise UnknownNameError("scenario", scenario, (*scenario_names(), *distribution_names()))
+            raise UnknownNameError("scenario", scenario, (*scenario_names(), *distribution_names(), "default-4"))
     return read_scenario(scenario)
 
 
-def fixed_scenario(scenario: Scenario | ScenarioDistribution | str | os.PathLike[str]) -> Scenario:
+def fixed_scenario(scenario: AnyScenario | str | os.PathLike[str]) -> Scenario:
     """As :func:`load_scenario`, where there is one cluster and nothing to draw another one for.
 
     Raises:
         ScenarioError: also for a distribution.
     """
     loaded = load_scenario(scenario)
-    if isinstance(loaded, ScenarioDistribution):
+    if not isinstance(loaded, Scenario):
         raise ScenarioError(
             f"{loaded.name!r} is a distribution of scenarios, and here is one cluster; draw a scenario from it "
             f"(`lbgym describe {loaded.name} --draw SEED --toml`, ScenarioDistribution.draw), or give another"
@@ -140,7 +145,7 @@ def fixed_scenario(scenario: Scenario | ScenarioDistribution | str | os.PathLike
     return loaded
 
 
-def read_scenario(path: str | os.PathLike[str]) -> Scenario | ScenarioDistribution:
+def read_scenario(path: str | os.PathLike[str]) -> AnyScenario:
     """The scenario, or distribution, in a TOML file; the paths of traces in it are relative to the file.
 
     Raises: as :func:`load_scenario`.
@@ -159,7 +164,7 @@ def read_scenario(path: str | os.PathLike[str]) -> Scenario | ScenarioDistributi
 
 def from_toml(
     text: str, *, source: str = "TOML text", folder: str | os.PathLike[str] = ".", name: str = "custom"
-) -> Scenario | ScenarioDistribution:
+) -> AnyScenario:
     """The scenario that TOML text describes; with a table ``randomize`` a distribution of scenarios.
 
     Args:
@@ -377,7 +382,7 @@ def _trace(value: Any, where: str, folder: str | os.PathLike[str]) -> Trace:
         raise ScenarioError(f"{where}: {error}") from None
 
 
-def to_toml(scenario: Scenario | ScenarioDistribution) -> str:
+def to_toml(scenario: AnyScenario) -> str:
     """A scenario, or a distribution of them, as TOML text, from which :func:`from_toml` makes an equal one.
 
     A trace is written as the absolute path of its file and the options it was read with.

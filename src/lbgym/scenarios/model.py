@@ -9,63 +9,54 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
+from .. import checks
 from ..errors import ScenarioError, UnknownNameError
+from .dispatch_rules import DISPATCH_RULES
 
-#: Dispatch rules: how the data plane places one flow, given the balancer's weights and its own counters.
-DISPATCH_RULES = (
-    "ecmp",
-    "wcmp",
-    "maglev",
-    "round_robin",
-    "lsq",
-    "sed",
-    "sed_scaled",
-    "p2c",
-    "p2c_sed",
-    "oracle_lsq",
-    "oracle_sed",
-    "oracle_least_work",
-)
 EVENT_KINDS = ("rate", "speed", "down", "up", "drain")
 MAX_SERVERS = 65_536
 #: The simulator counts cores, workers and places in the backlog in 32 bits.
 MAX_COUNT = 2**31 - 1
 #: Largest time (s) and demand (core-seconds) in a trace, so that sums over it stay finite.
 TRACE_LIMIT = 1e15
+#: Limits within which every loop of the simulator ends: most flows per second in the mean,
+MAX_RATE = 1e8
+#: least mean demand that is not 0, core-seconds,
+MIN_MEAN_DEMAND = 1e-15
+#: most packets per flow in the mean,
+MAX_PACKETS = 10_000.0
+#: least mean sojourn in a modulating state, seconds,
+MIN_SOJOURN = 1e-6
+#: and most changes of that state, or thinned arrivals, on the way from one flow to the next: about a second's work.
+MAX_CHANGES = 1e8
 
 
-def _shown(value: Any) -> str:
-    """``repr`` for an error message: short, and safe for integers that Python refuses to print."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return f"{type(value).__name__} of too many digits to print"
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+_shown = checks.shown
+
+
+# The package's checks, with the value first and in the words of a scenario's errors.
 
 
 def _number(value: Any, name: str, *, low: float = 0.0, strict: bool = True, high: float = math.inf) -> float:
     """``value`` as a finite float above ``low`` (or equal, unless strict) and at most ``high``."""
-    bound = f" {'above' if strict else 'at least'} {low:g}" if low > -math.inf else ""
-    bound += f" and at most {high:g}" if high < math.inf else ""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise ScenarioError(f"{name} must be a number{bound}, got {_shown(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or number < low or (strict and number == low) or number > high:
-        raise ScenarioError(f"{name} must be a finite number{bound}, got {_shown(value)}")
-    return number
+    bound = None if low == -math.inf else low
+    return checks.number(
+        name,
+        value,
+        low=None if strict else bound,
+        above=bound if strict else None,
+        high=None if high == math.inf else high,
+        error=ScenarioError,
+    )
 
 
-def _items(values: Any, name: str, what: str = "numbers") -> tuple[Any, ...]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise ScenarioError(f"{name} must be a list of {what}, got {_shown(values)}")
-    return tuple(values)
+def _items(values: Any, name: str, kind: str = "numbers") -> tuple[Any, ...]:
+    return checks.items(name, values, kind, error=ScenarioError)
 
 
 def _numbers(values: Any, name: str, *, strict: bool = True, high: float = math.inf) -> tuple[float, ...]:
@@ -73,29 +64,22 @@ def _numbers(values: Any, name: str, *, strict: bool = True, high: float = math.
 
 
 def _integer(value: Any, name: str, *, low: int, high: int = MAX_COUNT) -> int:
-    bound = f"at least {low}" if high == MAX_COUNT else f"from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise ScenarioError(f"{name} must be a whole number {bound}, got {_shown(value)}")
-    if not low <= value <= high:
-        raise ScenarioError(f"{name} must be {bound if value < low else f'from {low} to {high}'}, got {_shown(value)}")
-    return int(value)
+    if high == MAX_COUNT:
+        # A bound that nobody comes near would only be noise in the message.
+        checks.whole(name, value, low=low, error=ScenarioError)
+    return checks.whole(name, value, low=low, high=high, error=ScenarioError)
 
 
 def _boolean(value: Any, name: str) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise ScenarioError(f"{name} must be true or false, got {_shown(value)}")
-    return bool(value)
+    return checks.boolean(name, value, error=ScenarioError)
 
 
 def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ScenarioError(f"{name} must be text, got {_shown(value)}")
-    return value
+    return checks.text(name, value, error=ScenarioError)
 
 
 def _instance(value: Any, kinds: Any, name: str, allowed: str) -> None:
-    if not isinstance(value, kinds):
-        raise ScenarioError(f"{name} must be {allowed}, got {_shown(value)}")
+    checks.instance(name, value, kinds, allowed, error=ScenarioError)
 
 
 def _set(instance: object, **values: Any) -> None:
@@ -291,7 +275,11 @@ class ModulatedPoisson:
 
     def __post_init__(self) -> None:
         levels = _numbers(self.levels, "ModulatedPoisson.levels", strict=False)
-        sojourns = _numbers(self.sojourns, "ModulatedPoisson.sojourns")
+        given_sojourns = _items(self.sojourns, "ModulatedPoisson.sojourns")
+        sojourns = tuple(
+            _number(x, f"ModulatedPoisson.sojourns[{i}]", low=MIN_SOJOURN, strict=False)
+            for i, x in enumerate(given_sojourns)
+        )
         n = len(levels)
         if n < 2 or len(sojourns) != n or not any(levels):
             raise ScenarioError(
@@ -348,8 +336,8 @@ class OnOff:
     def __post_init__(self) -> None:
         _set(
             self,
-            on=_number(self.on, "OnOff.on"),
-            off=_number(self.off, "OnOff.off"),
+            on=_number(self.on, "OnOff.on", low=MIN_SOJOURN, strict=False),
+            off=_number(self.off, "OnOff.off", low=MIN_SOJOURN, strict=False),
             off_level=_number(self.off_level, "OnOff.off_level", strict=False, high=1.0),
             random=_boolean(self.random, "OnOff.random"),
         )
@@ -470,6 +458,54 @@ ARRIVAL_KINDS: dict[str, type] = {
 }
 
 
+def _changes_per_second(arrivals: Arrivals) -> float:
+    """Changes of the modulating state, in the mean."""
+    if isinstance(arrivals, OnOff):
+        return 2.0 / (arrivals.on + arrivals.off)
+    if isinstance(arrivals, ModulatedPoisson):
+        return float(arrivals.stationary() @ (1.0 / np.asarray(arrivals.sojourns)))
+    return 0.0
+
+
+def _changes_per_flow(arrivals: Arrivals, rate: float) -> float:
+    """Changes of state, or thinned arrivals of a sinusoid, from one flow to the next where they are the most."""
+    if not isinstance(arrivals, Sinusoidal):
+        return _changes_per_second(arrivals) / rate
+    peak, trough = 1.0 + arrivals.amplitude, 1.0 - arrivals.amplitude
+    # Around a trough of rate 0 a flow takes t with 1 = rate * w**2 * t**3 / 6 (w: angular frequency).
+    longest = math.cbrt(6.0) * math.cbrt(rate * arrivals.period / (2.0 * math.pi)) ** 2
+    return peak * longest if trough <= 0.0 else min(peak * longest, peak / trough)
+
+
+def check_pace(
+    where: str, rates: Iterable[float], shapes: Iterable[Arrivals], factors: Iterable[float], silence: float
+) -> None:
+    """Refuse what would keep the simulator at work for ever on the way to one flow.
+
+    Args:
+        where: for the message.
+        rates: mean flows per second, the extremes.
+        shapes: of the arrivals.
+        factors: of rate events.
+        silence: the longest time without arrivals between two rate events, seconds.
+    """
+    shapes, paces = tuple(shapes), [rate * f for rate in rates for f in (1.0, *factors) if f > 0.0]
+    if max(paces) > MAX_RATE:
+        raise ScenarioError(
+            f"{where}: the arrival rate, rate events included, must be at most {MAX_RATE:g} flows/s, got {max(paces):g}"
+        )
+    changes = max(
+        (max(_changes_per_flow(s, p) for p in (min(paces), max(paces))) for s in shapes),
+        default=0.0,
+    )
+    changes = max(changes, silence * max(map(_changes_per_second, shapes), default=0.0))
+    if not changes <= MAX_CHANGES:
+        raise ScenarioError(
+            f"{where}: the arrivals may change their rate {changes:.3g} times from one flow to the next; at most "
+            f"{MAX_CHANGES:g} are allowed: use longer sojourns, a shorter period or a higher rate"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """What arrives: flows per second and the demand of each.
@@ -501,6 +537,11 @@ class Workload:
         for name in ("rate", "load"):
             if getattr(self, name) is not None:
                 _set(self, **{name: _number(getattr(self, name), f"Workload.{name}")})
+        if 0.0 < self.mean_demand < MIN_MEAN_DEMAND:
+            raise ScenarioError(
+                f"the mean demand of a workload must be 0 or at least {MIN_MEAN_DEMAND:g} core-seconds, got "
+                f"{self.mean_demand:g}"
+            )
 
     @property
     def mean_demand(self) -> float:
@@ -558,9 +599,9 @@ class Sampling:
         algorithm: "overwrite" (a uniformly random slot: exponential forgetting) or "uniform" (Algorithm R of Vitter:
             uniform over all history, never forgets).
         decay: weight of a sample per second of its age in the ``*_decay`` features.
-        packets_per_flow: flow-duration samples per flow in the mean. Packets come as service progresses (a response is
-            acknowledged while it is sent): a Poisson process in the service a flow has received, so larger
-            flows are sampled more often. 0: no duration samples.
+        packets_per_flow: flow-duration samples per flow in the mean, at most 10,000. Packets come as service progresses
+            (a response is acknowledged while it is sent): a Poisson process in the service a flow has received, so
+            larger flows are sampled more often. 0: no duration samples.
     """
 
     capacity: int = 128
@@ -575,7 +616,9 @@ class Sampling:
             capacity=_integer(self.capacity, "Sampling.capacity", low=1, high=32_767),
             probability=_number(self.probability, "Sampling.probability", high=1.0),
             decay=_number(self.decay, "Sampling.decay", high=1.0),
-            packets_per_flow=_number(self.packets_per_flow, "Sampling.packets_per_flow", strict=False),
+            packets_per_flow=_number(
+                self.packets_per_flow, "Sampling.packets_per_flow", strict=False, high=MAX_PACKETS
+            ),
         )
         if _text(self.algorithm, "Sampling.algorithm") not in ("overwrite", "uniform"):
             raise UnknownNameError("sampling algorithm", self.algorithm, ("overwrite", "uniform"))
@@ -647,6 +690,14 @@ class Scenario:
             raise ScenarioError(
                 f"scenario {self.name!r}: the arrival rate must be finite and above 0, got {self.rate:g}"
             )
+        changes = [event for event in self.events if event.kind == "rate"]
+        check_pace(
+            f"scenario {self.name!r}",
+            [self.rate],
+            [self.workload.arrivals] if self.workload.trace is None else [],
+            [event.value or 0.0 for event in changes],
+            max((after.time - event.time for event, after in pairwise(changes) if event.value == 0.0), default=0.0),
+        )
 
     @property
     def reference(self) -> Scenario:
@@ -661,9 +712,22 @@ class Scenario:
     def max_servers(self) -> int:
         return self.num_servers
 
+    @property
+    def varies(self) -> bool:
+        """False: nothing is drawn."""
+        return False
+
     def draw(self, seed: int, *, horizon: float = 0.0) -> Scenario:
         """Itself, whatever the seed and the horizon."""
         return self
+
+    def sample(self, rng: np.random.Generator, *, horizon: float = 0.0) -> Scenario:
+        """Itself; draws nothing from ``rng``."""
+        return self
+
+    def with_events(self, events: Iterable[Event]) -> Scenario:
+        """A copy with these events, and no other ones."""
+        return replace(self, events=tuple(events))
 
     @property
     def num_servers(self) -> int:

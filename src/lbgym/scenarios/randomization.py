@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import ScenarioError, UnknownNameError
+from .dispatch_rules import DISPATCH_RULES
 from .model import (
     ARRIVAL_KINDS,
     DEMAND_KINDS,
-    DISPATCH_RULES,
     MAX_SERVERS,
     Event,
     Sampling,
@@ -34,12 +34,15 @@ from .model import (
     _set,
     _shown,
     _text,
+    check_pace,
 )
 
 #: Events are drawn up to this time, seconds, unless told otherwise: longer than the longest default episode.
 HORIZON = 3600.0
 #: Most occurrences of random events in a draw, in the mean.
 MAX_OCCURRENCES = 100_000
+#: Most draws of random events, also of those that hit what is still hit: some ten seconds' work.
+MAX_DRAWS = 10_000_000
 #: Kinds of events that begin at random and end after a while.
 RANDOM_EVENT_KINDS = ("speed", "down", "drain", "rate")
 _EVENT = Event(time=0.0, kind="rate", value=1.0)
@@ -426,16 +429,24 @@ class ScenarioDistribution:
             raise ScenarioError(f"{where}: the largest capacity of the cluster must be finite, got {high:g}")
         workload = self.base.workload
         loads = _extremes(self.load if self.load is not None else None if self.rate is not None else workload.load)
-        if loads[0] is None:
-            return
-        means = [m.mean for v in self.demand for m in v.extremes()] or [workload.mean_demand]
-        if min(means) <= 0.0:
-            raise ScenarioError(f"{where}: every demand of the trace is 0, so load cannot set its rate")
-        least, most = min(loads) * low / max(means), max(loads) * high / min(means)
-        if not (least > 0.0 and most < math.inf):
+        if loads[0] is not None:
+            means = [m.mean for v in self.demand for m in v.extremes()] or [workload.mean_demand]
+            if min(means) <= 0.0:
+                raise ScenarioError(f"{where}: every demand of the trace is 0, so load cannot set its rate")
+            rates = [min(loads) * low / max(means), max(loads) * high / min(means)]
+        else:
+            rates = list(_extremes(self.rate if self.rate is not None else self.base.rate))
+        if not (min(rates) > 0.0 and max(rates) < math.inf):
             raise ScenarioError(
-                f"{where}: the arrival rate must be finite and above 0, but may be from {least:g} to {most:g}"
+                f"{where}: the arrival rate must be finite and above 0, but may be from {min(rates):g} to "
+                f"{max(rates):g}"
             )
+        shapes = [shape for v in self.arrivals for shape in v.extremes()] or [workload.arrivals]
+        bursts = [event for event in self.events if event.kind == "rate"]
+        factors = [e.value for e in self.base.events if e.kind == "rate" and e.value is not None]
+        factors += [float(value) for event in bursts for value in _extremes(event.value)]
+        silences = [float(max(_extremes(e.duration))) for e in bursts if min(_extremes(e.value)) == 0.0]
+        check_pace(where, rates, shapes if workload.trace is None else [], factors, max(silences, default=0.0))
 
     def _check_events(self, where: str) -> None:
         count = sum(
@@ -447,6 +458,19 @@ class ScenarioDistribution:
         if count > MAX_OCCURRENCES:
             raise ScenarioError(
                 f"{where}: events may occur {count:.3g} times in {HORIZON:g} s; at most {MAX_OCCURRENCES:,} are allowed"
+            )
+        self._check_draws(where, sum(self._rate_of(e, float(min(_extremes(e.every)))) for e in self.events), HORIZON)
+
+    def _rate_of(self, event: RandomEvents, every: float) -> float:
+        """How often one kind of event is drawn per second, whether or not what it hits is well."""
+        return (1 if event.kind == "rate" else self.max_servers) / every
+
+    @staticmethod
+    def _check_draws(where: str, rate: float, horizon: float) -> None:
+        if not rate * horizon <= MAX_DRAWS:
+            raise ScenarioError(
+                f"{where}: events would be drawn {rate * horizon:.3g} times in {horizon:g} s, most of them while the "
+                f"last one lasts; at most {MAX_DRAWS:,} draws are allowed: raise `every`, or shorten the episode"
             )
 
     # What does not vary
@@ -516,7 +540,16 @@ class ScenarioDistribution:
             changes = {"load": None, "rate": None} | changes
         return replace(self, **changes)
 
+    def with_events(self, events: Iterable[Event]) -> ScenarioDistribution:
+        """A copy in which these events take the place of the base's and of the random ones."""
+        return replace(self, base=self.base.with_events(events), events=())
+
     # Draws
+
+    @property
+    def varies(self) -> bool:
+        """True: a scenario is drawn for every episode."""
+        return True
 
     def draw(self, seed: int, *, horizon: float = HORIZON) -> Scenario:
         """The scenario of a seed: always the same, whoever asks and on whatever machine.
@@ -564,6 +597,7 @@ class ScenarioDistribution:
             return
         rates = [(1 if e.kind == "rate" else count) / _draw(e.every, rng) for e in self.events]
         total = math.fsum(rates)
+        self._check_draws(f"distribution {self.name!r}", total, horizon)
         shares = [rate / total for rate in rates]
         until: dict[tuple[str, int | None], float] = {}
         now = 0.0
@@ -582,3 +616,7 @@ class ScenarioDistribution:
             begin = {"time": now, "kind": spec.kind, "server": server, "value": value}
             yield _copied(_EVENT, begin)
             yield _copied(_EVENT, begin | {"time": end} | ({"kind": "up"} if value is None else {"value": 1.0}))
+
+
+#: A scenario, or a distribution of them: what an environment, a comparison or a training may run on.
+AnyScenario = Scenario | ScenarioDistribution

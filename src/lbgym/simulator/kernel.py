@@ -60,6 +60,7 @@ from .layout import (
     L_SERVER,
     L_STATUS,
     P_ALGORITHM,
+    P_COST,
     P_LOG_DECAY,
     P_PACKET_WORK,
     P_PROBABILITY,
@@ -70,6 +71,7 @@ from .layout import (
     P_SERVICE,
     P_TABLE_SIZE,
     P_TIMEOUT,
+    PAUSED,
     R_ACTIVE,
     R_CHOICE,
     R_CLOCK,
@@ -126,6 +128,7 @@ from .layout import (
     V_MEMORY_IDLE,
     V_SPEED,
     V_WORKERS,
+    WORK_PER_CALL,
 )
 
 FCT, DURATION = 0, 1
@@ -217,7 +220,7 @@ def _schedule(j, server_f, sf, si, heap, departure):
 
 
 @compiled(inline=True)
-def _elapse(j, until, gained, cores, pf, pi, sf, si, flow_f, flow_i, values, weights, meta, result):
+def _elapse(j, until, gained, cores, pf, pi, sf, si, flow_f, flow_i, values, sample_weights, meta, result):
     """Let time pass on a server while nothing arrives or departs: integrals, and the packets seen meanwhile.
 
     ``gained`` is the service that each flow under service receives until then, core-seconds.
@@ -240,7 +243,7 @@ def _elapse(j, until, gained, cores, pf, pi, sf, si, flow_f, flow_i, values, wei
                 now = start + packet * sf[j, S_PACE] / n
                 reservoir_add(
                     values[b, j, DURATION],
-                    weights[b, j, DURATION],
+                    sample_weights[b, j, DURATION],
                     meta[b, j, DURATION],
                     result[b, j, DURATION],
                     now - flow_f[slot, F_ARRIVAL],
@@ -262,11 +265,11 @@ def _release(j, slot, sf, si, flow_i):
 
 
 @compiled(inline=True)
-def _sample_fct(b, j, fct, now, pf, pi, values, weights, meta, result):
+def _sample_fct(b, j, fct, now, pf, pi, values, sample_weights, meta, result):
     if pi[P_RESERVOIRS] == 1:
         reservoir_add(
             values[b, j, FCT],
-            weights[b, j, FCT],
+            sample_weights[b, j, FCT],
             meta[b, j, FCT],
             result[b, j, FCT],
             fct,
@@ -280,14 +283,14 @@ def _sample_fct(b, j, fct, now, pf, pi, values, weights, meta, result):
 @compiled(inline=True)
 def _depart(
     j, until, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
-    values, weights, meta, result, log, record,
+    values, sample_weights, meta, result, log, record,
 ):  # fmt: skip
     """Every departure from server ``j`` up to ``until``, in order; its clock stops at the last one."""
     cores = server_f[j, V_CORES]
     while departure[j] <= until:
         now = departure[j]
         gained = heap[j, 0] - sf[j, S_VIRTUAL]
-        _elapse(j, now, gained, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result)
+        _elapse(j, now, gained, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, sample_weights, meta, result)
         slot = flow_i[j, 0, F_HEAP]
         sf[j, S_VIRTUAL] = heap[j, 0]
         _pop_root(heap[j], flow_i[j], si[j, S_SERVED])
@@ -300,7 +303,7 @@ def _depart(
         fct = now - arrival
         sf[j, S_FCT_SUM] += fct
         _count_open(rule, b, j, -1, bf, bi, score, si)
-        _sample_fct(b, j, fct, now, pf, pi, values, weights, meta, result)
+        _sample_fct(b, j, fct, now, pf, pi, values, sample_weights, meta, result)
         _log_flow(
             pi, rf, ri, log, record, flow_f[j, slot, F_ID], arrival, fct, flow_f[j, slot, F_DEMAND], j, b, COMPLETED
         )
@@ -322,12 +325,12 @@ def _depart(
 @compiled(inline=True)
 def _place(
     b, j, now, demand, rule, pf, pi, server_f, server_i, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
-    values, weights, meta, result, log, record,
+    values, sample_weights, meta, result, log, record,
 ):  # fmt: skip
     """Give a flow of balancer ``b`` to server ``j``, whose departures up to ``now`` are done."""
     cores = server_f[j, V_CORES]
     gained = (now - sf[j, S_CLOCK]) / sf[j, S_PACE]
-    _elapse(j, now, gained, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, weights, meta, result)
+    _elapse(j, now, gained, cores, pf, pi, sf, si, flow_f[j], flow_i[j], values, sample_weights, meta, result)
     flow = np.float64(ri[R_FLOWS])
     si[j, S_STARTED] += 1
     served = si[j, S_SERVED]
@@ -336,7 +339,7 @@ def _place(
     if not serve and waiting >= server_i[j, V_BACKLOG]:
         si[j, S_REJECTED] += 1
         ri[R_LOST] += 1
-        _sample_fct(b, j, pf[P_TIMEOUT], now, pf, pi, values, weights, meta, result)
+        _sample_fct(b, j, pf[P_TIMEOUT], now, pf, pi, values, sample_weights, meta, result)
         _log_flow(pi, rf, ri, log, record, flow, now, pf[P_TIMEOUT], demand, j, b, REJECTED)
         return
     capacity = flow_i.shape[1]
@@ -389,7 +392,7 @@ def _fail_flow(
     bi,
     score,
     values,
-    weights,
+    sample_weights,
     meta,
     result,
     log,
@@ -402,7 +405,7 @@ def _fail_flow(
     ri[R_OPEN] -= 1
     sf[j, S_LOST_TIME] += now - arrival
     _count_open(rule, b, j, -1, bf, bi, score, si)
-    _sample_fct(b, j, pf[P_TIMEOUT], now, pf, pi, values, weights, meta, result)
+    _sample_fct(b, j, pf[P_TIMEOUT], now, pf, pi, values, sample_weights, meta, result)
     _log_flow(
         pi, rf, ri, log, record, flow_f[j, slot, F_ID], arrival, pf[P_TIMEOUT], flow_f[j, slot, F_DEMAND], j, b, FAILED
     )
@@ -410,7 +413,26 @@ def _fail_flow(
 
 @compiled()
 def _fail_flows(
-    j, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score, values, weights, meta, result, log, record
+    j,
+    now,
+    rule,
+    pf,
+    pi,
+    rf,
+    ri,
+    sf,
+    si,
+    flow_f,
+    flow_i,
+    bf,
+    bi,
+    score,
+    values,
+    sample_weights,
+    meta,
+    result,
+    log,
+    record,
 ):
     """Lose every flow that server ``j`` holds."""
     capacity = flow_i.shape[1]
@@ -418,13 +440,13 @@ def _fail_flows(
         slot = flow_i[j, k, F_HEAP]
         _fail_flow(
             j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score,
-            values, weights, meta, result, log, record,
+            values, sample_weights, meta, result, log, record,
         )  # fmt: skip
     for k in range(si[j, S_WAITING]):
         slot = flow_i[j, (si[j, S_WAIT_HEAD] + k) % capacity, F_WAIT]
         _fail_flow(
             j, slot, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score,
-            values, weights, meta, result, log, record,
+            values, sample_weights, meta, result, log, record,
         )  # fmt: skip
     si[j, S_SERVED] = 0
     si[j, S_WAITING] = 0
@@ -437,7 +459,7 @@ def _fail_flows(
 @compiled()
 def _apply_event(
     event, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, active, heap, flow_f, flow_i, bf, bi, score, maglev,
-    values, weights, meta, result, log, record,
+    values, sample_weights, meta, result, log, record,
 ):  # fmt: skip
     kind = int(event[1])
     j = int(event[2])
@@ -449,7 +471,7 @@ def _apply_event(
             si[j, S_STATUS] = DOWN
             _fail_flows(
                 j, now, rule, pf, pi, rf, ri, sf, si, flow_f, flow_i, bf, bi, score,
-                values, weights, meta, result, log, record,
+                values, sample_weights, meta, result, log, record,
             )  # fmt: skip
         elif kind == EVENT_UP:
             si[j, S_STATUS] = UP
@@ -461,7 +483,9 @@ def _apply_event(
 
 @compiled()
 def _run(P, S, r, pause):
-    """Simulate replica ``r`` until its target time. Returns DONE, or which array must grow before it can go on.
+    """Simulate replica ``r`` until its target time.
+
+    Returns DONE, which array must grow before it can go on, or PAUSED when it has worked for long.
 
     With ``pause`` the servers are left as they were last looked at, so that a stop on the way changes no bit. Under
     the rule EXTERNAL it also stops, and is DONE, at a flow whose server has not been chosen yet.
@@ -471,7 +495,7 @@ def _run(P, S, r, pause):
     rf, ri, sf, si = S.rf[r], S.ri[r], S.sf[r], S.si[r]
     departure, active, heap, flow_f, flow_i = S.departure[r], S.active[r], S.heap[r], S.flow_f[r], S.flow_i[r]
     bf, bi, score, maglev = S.bf[r], S.bi[r], S.score[r], S.maglev[r]
-    values, weights, meta, result = S.values[r], S.weights[r], S.meta[r], S.result[r]
+    values, sample_weights, meta, result = S.values[r], S.sample_weights[r], S.meta[r], S.result[r]
     log, record = S.log[r], S.record[r]
     n = pi[P_SERVERS]
     balancers = score.shape[0]
@@ -485,6 +509,7 @@ def _run(P, S, r, pause):
     # Per pass at most every open flow and the arrival can end.
     logged = log.shape[0] - 1 if pi[P_SERVICE] == 1 else np.int64(1) << 62
     recorded = record.shape[0] - 1 if pi[P_RECORD] == 1 else np.int64(1) << 62
+    enough = ri[R_FLOWS] + max(np.int64(1), WORK_PER_CALL // pi[P_COST])
     fullest = 0
     for j in range(n):
         fullest = max(fullest, si[j, S_SERVED] + si[j, S_WAITING])
@@ -493,6 +518,8 @@ def _run(P, S, r, pause):
             return GROW_FLOWS
         if ri[R_LOGGED] + ri[R_OPEN] > logged or ri[R_RECORDED] + ri[R_OPEN] > recorded:
             return GROW_LOG
+        if ri[R_FLOWS] >= enough:
+            return PAUSED
         now = rf[R_NEXT_ARRIVAL]
         arrival = True
         if events[ri[R_EVENT], 0] <= now:
@@ -535,21 +562,21 @@ def _run(P, S, r, pause):
             if departure[k] <= now:
                 _depart(
                     k, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
-                    values, weights, meta, result, log, record,
+                    values, sample_weights, meta, result, log, record,
                 )  # fmt: skip
 
         if not arrival:
             for i in range(n):
                 gained = (now - sf[i, S_CLOCK]) / sf[i, S_PACE]
                 _elapse(
-                    i, now, gained, server_f[i, V_CORES], pf, pi, sf, si, flow_f[i], flow_i[i], values, weights, meta,
-                    result,
+                    i, now, gained, server_f[i, V_CORES], pf, pi, sf, si, flow_f[i], flow_i[i], values, sample_weights,
+                    meta, result,
                 )  # fmt: skip
             if over:
                 return DONE
             _apply_event(
                 events[ri[R_EVENT]], now, rule, pf, pi, server_f, rf, ri, sf, si, departure, active, heap, flow_f,
-                flow_i, bf, bi, score, maglev, values, weights, meta, result, log, record,
+                flow_i, bf, bi, score, maglev, values, sample_weights, meta, result, log, record,
             )  # fmt: skip
             ri[R_EVENT] += 1
             continue
@@ -576,7 +603,7 @@ def _run(P, S, r, pause):
         if j >= 0:
             _place(
                 b, j, now, demand, rule, pf, pi, server_f, server_i, rf, ri, sf, si, departure, heap, flow_f, flow_i,
-                bf, bi, score, values, weights, meta, result, log, record,
+                bf, bi, score, values, sample_weights, meta, result, log, record,
             )  # fmt: skip
             fullest = max(fullest, si[j, S_SERVED] + si[j, S_WAITING])
         else:
@@ -704,7 +731,7 @@ def _observe(P, S, out, r):
                     result = S.result[r, b, j, metric]
                     reservoir_features(
                         S.values[r, b, j, metric],
-                        S.weights[r, b, j, metric],
+                        S.sample_weights[r, b, j, metric],
                         S.meta[r, b, j, metric],
                         result,
                     )
@@ -788,12 +815,16 @@ def step_replicas(P, S, out, weights, due, queued, duration, first, last, status
 
     ``weights`` is [R, m, N], or has no replica to keep the present ones. ``queued`` [R, m, Q, N] come into force at the
     times ``due`` [R, m, Q] on the way; the entries used are set to infinity; no replica: none are queued. A replica
-    whose ``status`` is DONE is left alone; one whose status is not DONE afterwards needs a larger array, and the next
-    call goes on where it stopped.
+    whose ``status`` is DONE is left alone; one whose status is not DONE afterwards needs a larger array or another
+    call, and the next call goes on where it stopped.
     """
+    work = 0
     for r in range(first, last):
         if status[r] == DONE:
             continue
+        if work >= WORK_PER_CALL:
+            break
+        work -= S.ri[r, R_FLOWS] * P.pi[r, P_COST]
         end = S.rf[r, R_CLOCK] + duration
         if S.ri[r, R_RUNNING] == 0:
             if weights.shape[0] > 0:
@@ -812,6 +843,7 @@ def step_replicas(P, S, out, weights, due, queued, duration, first, last, status
                     break
             _set_weights(P, S, r, b, queued[r, b, q])
             due[r, b, q] = math.inf
+        work += S.ri[r, R_FLOWS] * P.pi[r, P_COST]
         if status[r] == DONE:
             S.ri[r, R_RUNNING] = 0
             S.rf[r, R_CLOCK] = S.rf[r, R_TARGET]

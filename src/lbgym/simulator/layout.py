@@ -36,8 +36,11 @@ EVENT_SPEED, EVENT_DOWN, EVENT_UP, EVENT_DRAIN = range(4)
 UP, DRAINING, DOWN = range(3)
 COMPLETED, REJECTED, FAILED, UNROUTED = range(4)
 
-# What a call of the kernel ends with: the interval is over, or an array must grow before it can go on.
-DONE, GROW_FLOWS, GROW_LOG = range(3)
+# What a call of the kernel ends with: the interval is over; an array must grow before it can go on; or it has worked
+# long enough for one call (or not begun), so that the caller can look for a signal such as Ctrl-C and call again.
+DONE, GROW_FLOWS, GROW_LOG, PAUSED = range(4)
+#: The work of one call, in units of about a nanosecond: short for a person, long beside the cost of a call.
+WORK_PER_CALL = 1 << 24
 
 # Parameters of a replica, float64.
 (
@@ -69,8 +72,9 @@ DONE, GROW_FLOWS, GROW_LOG = range(3)
     P_RECORD,
     P_TABLE_SIZE,  # Maglev: entries in use, a prime
     P_SERVERS,  # servers that exist: the first ones of N
+    P_COST,  # of a flow, in the units of WORK_PER_CALL
     NUM_PI,
-) = range(16)
+) = range(17)
 # Parameters of a server.
 V_CORES, V_INVERSE_CORES, V_SPEED, V_MEMORY, V_MEMORY_IDLE, V_MEMORY_FLOW, NUM_VF = range(7)
 V_WORKERS, V_BACKLOG, NUM_VI = range(3)
@@ -199,7 +203,7 @@ class State(NamedTuple):
     score: NDArray[np.float64]  # [R, m, N]
     maglev: NDArray[np.int32]  # [R, m, M]
     values: NDArray[np.float64]  # [R, m, N, 2, K]
-    weights: NDArray[np.float64]  # [R, m, N, 2, K]
+    sample_weights: NDArray[np.float64]  # [R, m, N, 2, K] of the samples in values, relative
     meta: NDArray[np.int64]  # [R, m, N, 2, META_SIZE]
     result: NDArray[np.float64]  # [R, m, N, 2, RESULT_SIZE]
     log: NDArray[np.float64]  # [R, L] FCTs that ended in the interval
@@ -308,7 +312,7 @@ def allocate_state(
         score=np.zeros((r, m, n)),
         maglev=np.zeros((r, m, maglev), np.int32),
         values=np.zeros((r, m, kept, 2, reservoir)),
-        weights=np.zeros((r, m, kept, 2, reservoir)),
+        sample_weights=np.zeros((r, m, kept, 2, reservoir)),
         meta=np.zeros((r, m, kept, 2, META_SIZE), np.int64),
         result=np.zeros((r, m, kept, 2, RESULT_SIZE)),
         log=np.zeros((r, log)),

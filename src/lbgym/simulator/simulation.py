@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import InvalidWeightsError, ResetNeeded, ScenarioError, UnknownNameError
-from ..scenarios import model
+from .. import checks
+from ..errors import InvalidWeightsError, ResetNeeded, ScenarioError
+from ..scenarios import DISPATCH_RULES, model
 from ..snapshot import IntervalStatistics, Snapshot
 from . import layout as at
 from .threads import Workers, available_cores
@@ -32,16 +33,17 @@ _EVENT_KINDS = {"speed": at.EVENT_SPEED, "down": at.EVENT_DOWN, "up": at.EVENT_U
 
 
 def _kernel() -> Any:
-    """The compiled functions; says so when they are about to be compiled for the first time."""
+    """The compiled functions; logs a warning before they are compiled for the first time."""
     from . import kernel
 
     global _announced
     if not _announced:
         _announced = True
-        from ._cache import is_compiled
+        from ..features.kernel_cache import is_compiled, is_kept
 
-        if not is_compiled():
-            logger.warning("compiling the simulator (once per machine and version; takes about 20 seconds) ...")
+        if not is_compiled(kernel.step_replicas):
+            often = "once per machine and version" if is_kept(kernel.step_replicas) else "in every process"
+            logger.warning("compiling the simulator (%s; takes about 20 seconds) ...", often)
             started = time.perf_counter()
             _warm_up(kernel)
             logger.warning("compiled in %.0f s", time.perf_counter() - started)
@@ -105,18 +107,18 @@ class Simulation:
         record_flows: bool = False,
         num_threads: int | None = 1,
     ) -> None:
-        if isinstance(num_replicas, bool) or not isinstance(num_replicas, (int, np.integer)) or num_replicas < 1:
-            raise ScenarioError(f"num_replicas must be a whole number of at least 1, got {num_replicas!r}")
-        num_servers = scenario.num_servers if num_servers is None else num_servers
+        num_replicas = checks.whole("num_replicas", num_replicas, error=ScenarioError)
+        if num_servers is None:
+            num_servers = scenario.num_servers
+        num_servers = checks.whole("num_servers", num_servers, high=model.MAX_SERVERS, error=ScenarioError)
         if num_threads is None:
             # A thread must be worth waking: about 0.1 ms of work each.
             num_threads = max(1, min(available_cores(), num_replicas * num_servers // _SERVERS_PER_THREAD))
-        elif isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
-            raise ScenarioError(f"num_threads must be a whole number of at least 1, or None, got {num_threads!r}")
-        if dispatch is not None and dispatch not in model.DISPATCH_RULES:
-            raise UnknownNameError("dispatch rule", dispatch, model.DISPATCH_RULES)
+        num_threads = checks.whole("num_threads", num_threads, error=ScenarioError)
+        if dispatch is not None:
+            checks.choice("dispatch rule", dispatch, DISPATCH_RULES)
         self.scenario = scenario
-        self.num_replicas = int(num_replicas)
+        self.num_replicas = num_replicas
         self.num_balancers = scenario.balancers
         self.num_servers = num_servers
         self.num_threads = min(num_threads, self.num_replicas)
@@ -128,6 +130,7 @@ class Simulation:
         self._scenarios = [scenario] * self.num_replicas
         self._workers = Workers(self.num_threads - 1)
         self._started = np.zeros(self.num_replicas, np.bool_)
+        self._pending = np.full(self.num_replicas, at.PAUSED)
         self._all_started = False
         self._output: at.Output | None = None
         self._keep_weights = np.empty((0, self.num_balancers, self.num_servers))
@@ -318,11 +321,11 @@ class Simulation:
                 then.
             ResetNeeded: before the first ``reset``.
         """
-        if not 0.0 <= duration < math.inf:
-            raise ScenarioError(f"duration must be finite and at least 0 seconds, got {duration!r}")
+        if type(duration) is not float or not 0.0 <= duration < math.inf:
+            duration = checks.seconds("duration", duration, low=0.0, error=ScenarioError)
         ready = self._all_started if reset is None else (self._started | reset).all()
         if not ready:
-            raise ResetNeeded("call reset() before step(): no flow has been drawn yet")
+            raise ResetNeeded("call reset() before step(): no flow has been drawn yet, or a step was interrupted")
         if weights is None:
             checked = self._keep_weights
         else:
@@ -343,7 +346,7 @@ class Simulation:
             elif len(self._due):
                 self._due[...] = math.inf
         output = at.allocate_output(self.num_replicas, self.num_servers, self.num_balancers)
-        self._call(output, checked, float(duration), None if reset is None else ~reset)
+        self._call(output, checked, duration, None if reset is None else ~reset)
         if reset is not None and words is not None:
             self._reset(output, words, reset)
         return self._snapshot(output)
@@ -397,29 +400,38 @@ class Simulation:
     ) -> None:
         """Call ``part(first, last, status)`` of the kernel on all threads, until the masked replicas are done.
 
-        Arrays grow as it asks by ``status``; it must look them up anew in every call.
+        Arrays grow as it asks by ``status``; it must look them up anew in every call. An exception on the way, such as
+        KeyboardInterrupt, leaves intervals half simulated: every replica must be reset then.
         """
-        status = np.ones(self.num_replicas, np.int64)
+        status = self._pending.copy()
         if mask is not None:
             status[~mask] = at.DONE
-        while True:
-            if self.num_threads == 1:
-                part(0, self.num_replicas, status)
-            else:
-                # Whoever is free takes the next part, so that a core that is busy elsewhere does not hold up the rest.
-                parts = iter(self._parts)
+        try:
+            while True:
+                self._run_once(part, status)
+                if not status.any():
+                    return
+                if (status == at.GROW_FLOWS).any():
+                    self._state = at.grown(self._state, flows=2 * self._state.heap.shape[2])
+                if (status == at.GROW_LOG).any():
+                    self._grow_logs()
+                status[status != at.DONE] = at.PAUSED
+        except BaseException:
+            self._started[:] = self._all_started = False
+            raise
 
-                def work(parts: Iterator[tuple[int, int]] = parts) -> None:
-                    for first, last in parts:
-                        part(first, last, status)
+    def _run_once(self, part: Callable[[int, int, NDArray[np.int64]], None], status: NDArray[np.int64]) -> None:
+        if self.num_threads == 1:
+            part(0, self.num_replicas, status)
+            return
+        # Whoever is free takes the next part, so that a core that is busy elsewhere does not hold up the rest.
+        parts = iter(self._parts)
 
-                self._workers.run(work)
-            if not status.any():
-                return
-            if (status == at.GROW_FLOWS).any():
-                self._state = at.grown(self._state, flows=2 * self._state.heap.shape[2])
-            if (status == at.GROW_LOG).any():
-                self._grow_logs()
+        def work() -> None:
+            for first, last in parts:
+                part(first, last, status)
+
+        self._workers.run(work)
 
     def _grow_logs(self) -> None:
         open_flows = self._state.ri[:, at.R_OPEN]
@@ -580,11 +592,12 @@ def _scenario_rows(
     pf[at.P_PACKET_WORK] = workload.mean_demand / packets if packets > 0 and workload.mean_demand > 0 else math.inf
     pf[at.P_PROBABILITY] = sampling.probability
     pf[at.P_LOG_DECAY] = math.log(sampling.decay)
-    pi[at.P_RULE] = model.DISPATCH_RULES.index(dispatch)
+    pi[at.P_RULE] = DISPATCH_RULES.index(dispatch)
     pi[at.P_ALGORITHM] = int(sampling.algorithm == "uniform")
     pi[at.P_RESERVOIRS], pi[at.P_SERVICE], pi[at.P_RECORD] = reservoirs, service, record
     pi[at.P_TABLE_SIZE] = maglev_table_size(scenario.num_servers)
     pi[at.P_SERVERS] = scenario.num_servers
+    pi[at.P_COST] = 64 + scenario.num_servers + int(32 * packets)
 
     demand_kind, demand = _demand_row(workload.demand)
     levels, first_level, fixed = _modulation(workload.arrivals)

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 #: Seconds for which the caller looks again and again whether the others are done, before it sleeps.
 _PATIENCE = 0.002
@@ -61,11 +61,15 @@ class Workers:
             )
         self._keep_off_this_core()
         jobs = [self._pool.submit(work) for _ in range(self._count)]
-        work()
-        # What is left takes less than a part of the work; to be woken takes longer where the system is slow at it.
-        patience = time.perf_counter() + _PATIENCE
-        while not all(job.done() for job in jobs) and time.perf_counter() < patience:
-            time.sleep(0)
+        try:
+            work()
+            # What is left takes less than a part of the work; to be woken takes longer where the system is slow at it.
+            patience = time.perf_counter() + _PATIENCE
+            while not all(job.done() for job in jobs) and time.perf_counter() < patience:
+                time.sleep(0)
+        finally:
+            # Also after an exception here nobody may go on writing to the arrays.
+            wait(jobs)
         for job in jobs:
             job.result()
 
