@@ -36,6 +36,8 @@ MAX_SERVERS = 65_536
 MAX_COUNT = 2**31 - 1
 #: Largest time (s) and demand (core-seconds) in a trace, so that sums over it stay finite.
 TRACE_LIMIT = 1e15
+#: Least demand in a trace that is not 0, core-seconds: clocks of a simulation resolve no less after some weeks.
+MIN_DEMAND = 1e-9
 
 
 def _shown(value: Any) -> str:
@@ -412,6 +414,12 @@ class Trace:
                     f"trace {self.source}: {name} must be from 0 to {TRACE_LIMIT:g}, got {values[wrong][0]} "
                     f"for flow {int(np.argmax(wrong))}"
                 )
+        tiny = (demands > 0) & (demands < MIN_DEMAND)
+        if tiny.any():
+            raise ScenarioError(
+                f"trace {self.source}: demands must be 0 or at least {MIN_DEMAND:g} core-seconds, got "
+                f"{demands[tiny][0]:g} for flow {int(np.argmax(tiny))}"
+            )
         if (np.diff(times) < 0).any():
             first = int(np.argmax(np.diff(times) < 0)) + 1
             raise ScenarioError(
