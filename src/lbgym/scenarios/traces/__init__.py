@@ -15,6 +15,7 @@ from ...checks import number
 from ...errors import LbgymError, ScenarioError, TraceError, UnknownNameError
 from ..model import Trace, _boolean, _set, _shown, _text
 from ._clock import coarse_tick, from_first, in_order, in_seconds, spread, time_unit
+from ._lines import RESOLUTION_COLUMN, LineReader, detect
 from ._options import (
     BASE_DEMAND,
     DECODE_RATE,
@@ -28,7 +29,6 @@ from ._options import (
 )
 from ._parquet import read_parquet
 from ._rows import Rows
-from ._lines import RESOLUTION_COLUMN, LineReader, detect
 
 __all__ = [
     "BASE_DEMAND",
@@ -224,6 +224,12 @@ def _options_of(kind: str, given: dict[str, Any], file: Path) -> dict[str, Any]:
             f"{file}: demands are those of demand_column, or of input_tokens_column and output_tokens_column together, "
             f"got {', '.join(sorted({*tokens, *given} & {*tokens, 'demand_column'}))}"
         )
+    rates = [name for name in ("prefill_rate", "decode_rate") if name in given]
+    if kind != "azure-llm" and rates and not tokens:
+        raise ScenarioError(
+            f"{file}: trace option {rates[0]!r} does not apply to the format {kind!r} without input_tokens_column and "
+            "output_tokens_column"
+        )
     return known | given
 
 
@@ -330,4 +336,7 @@ def _read_bytes(file: Path) -> bytes:
     for magic, what in _FOREIGN.items():
         if data.startswith(magic):
             raise TraceError(f"{file}: the trace file is {what}; give plain UTF-8 text, gzip or Parquet")
+    if b"\n" not in data and not data.startswith(b"PAR1"):
+        # Old Macs ended lines with a lone CR, and some spreadsheets still do.
+        data = data.replace(b"\r", b"\n")
     return data

@@ -19,6 +19,8 @@ from ._rows import Rows
 _LARGEST = 1e11
 # Ticks that a clock may have, seconds. Finer ones do not matter to the FCT of any flow.
 _TICKS = (3600.0, 60.0, 1.0, 0.1, 0.01, 0.001)
+# Spacings between float64 numbers by which a time may be off its tick.
+_ERRORS = 4.0
 # Different times that must agree before a tick of more than a second is believed.
 _AGREE = 4
 
@@ -110,7 +112,7 @@ def coarse_tick(rows: Rows) -> float:
             fits = distinct >= _AGREE and not fraction.any() and not (seconds % int(tick)).any()
         else:
             per_second = round(1.0 / tick)
-            tolerance = max(1e-9, 4.0 * error * per_second)
+            tolerance = max(1e-9, _ERRORS * error * per_second)
             scaled = fraction * per_second
             fits = tolerance < 0.05 and bool((np.abs(scaled - np.round(scaled)) <= tolerance).all())
         if fits:
@@ -124,7 +126,9 @@ def spread(rows: Rows, tick: float) -> NDArray[np.float64]:
     seconds, fraction = rows.whole + floor.astype(np.int64), rows.further - floor
     # Counted from a tick near the first flow, so that the numbers stay small.
     base = math.floor(seconds[0] / tick) * tick if tick > 1.0 else float(seconds[0])
-    key = np.floor(((seconds - base) + fraction) / tick + 1e-6)
+    # A float64 of a present-day epoch may be a little before its tick.
+    tolerance = min(max(1e-6, _ERRORS * float(np.spacing(np.abs(rows.further).max())) / tick), 0.05)
+    key = np.floor(((seconds - base) + fraction) / tick + tolerance)
     _, first, count = np.unique(key, return_index=True, return_counts=True)
     rank = np.arange(len(key)) - np.repeat(first, count)
     place = (rank + 0.5) / np.repeat(count, count)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import TraceError
+from ..model import TRACE_LIMIT
 from ._foreign import foreign_log
 from ._options import FORMAT_OPTIONS, TRACE_FORMATS, required_columns
 from ._rows import Rows, check_demand
@@ -30,8 +31,8 @@ RESOLUTION_COLUMN = "clock_resolution"
 #: Seconds between messages of how far a long file has been read.
 _MESSAGE_INTERVAL = 3.0
 _LINES_BETWEEN_LOOKS = 1 << 15
-# Times, tokens and bytes: more than this is a mistake, whatever the unit.
-_LARGEST_NUMBER = 1e24
+# Largest time that is written, in whatever unit, and largest response in bytes.
+_LARGEST_TIME = 1e24
 _LARGEST_SIZE = 1e15
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"[+-]?\d{1,18}|[+-]?[0-8]\d{18}", re.ASCII)
@@ -135,9 +136,6 @@ class LineReader:
     def __init__(
         self, data: bytes, kind: str, file: Path, options: Mapping[str, Any], *, tolerant: bool, strict: bool
     ) -> None:
-        if b"\n" not in data:
-            # Old Macs ended lines so, and some spreadsheets still do.
-            data = data.replace(b"\r", b"\n")
         self._data = data.removeprefix(b"\xef\xbb\xbf")
         self._kind, self._file, self._options = kind, file, options
         self._tolerant, self._strict = tolerant, strict
@@ -250,7 +248,7 @@ def _pick(cells: list[str], indices: list[int]) -> list[str]:
         raise ValueError(f"{len(cells)} columns where at least {max(indices) + 1} are needed") from None
 
 
-def _float(text: str, name: str, *, low: float = -math.inf) -> float:
+def _float(text: str, name: str, *, low: float = -math.inf, high: float = TRACE_LIMIT) -> float:
     # Python's float() takes more than a data file should hold: 1_000, nan, infinity, digits of other scripts.
     text = text.strip()
     if not _NUMBER.fullmatch(text):
@@ -259,8 +257,8 @@ def _float(text: str, name: str, *, low: float = -math.inf) -> float:
     value = float(text)
     if value < low:
         raise ValueError(f"{name} must be at least {low:g}, got {short(text)}")
-    if abs(value) > _LARGEST_NUMBER:
-        raise ValueError(f"{name} must be at most {_LARGEST_NUMBER:g}, got {short(text)}")
+    if abs(value) > high:
+        raise ValueError(f"{name} must be at most {high:g}, got {short(text)}")
     return value
 
 
@@ -269,7 +267,7 @@ def _time(text: str, name: str) -> tuple[int, float]:
     text = text.strip()
     if _INTEGER.fullmatch(text):
         return int(text), 0.0
-    return 0, _float(text, name)
+    return 0, _float(text, name, high=_LARGEST_TIME)
 
 
 @lru_cache(maxsize=1024)
