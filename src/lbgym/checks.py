@@ -14,6 +14,8 @@ import numpy as np
 
 from .errors import InvalidOptionError, UnknownNameError
 
+__all__ = ["choice", "number", "seconds", "whole"]
+
 
 def _limits(low: float | None, high: float | None, above: float | None, unit: str) -> str:
     unit = f" {unit}" if unit else ""

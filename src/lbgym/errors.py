@@ -11,6 +11,29 @@ from typing import Any
 
 import gymnasium
 
+__all__ = [
+    "CheckpointError",
+    "DataPlaneTimeout",
+    "InvalidActionError",
+    "InvalidOptionError",
+    "InvalidRewardError",
+    "InvalidWeightsError",
+    "LbgymError",
+    "MissingExtraError",
+    "PolicyError",
+    "RecordingError",
+    "RegionBusyError",
+    "RegionError",
+    "RegionExistsError",
+    "RegionFormatError",
+    "RegionNotFoundError",
+    "ResetNeeded",
+    "ScenarioError",
+    "TraceError",
+    "UnknownNameError",
+    "UnsupportedSpaceError",
+]
+
 
 class LbgymError(Exception):
     """Base class of every exception lbgym raises on purpose."""

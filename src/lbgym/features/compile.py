@@ -1,25 +1,15 @@
-"""How the kernels are compiled."""
+"""The decorator under which every kernel is compiled."""
 
 from __future__ import annotations
 
-import hashlib
-from functools import cache
-from pathlib import Path
+import functools
 from typing import Any
 
-from numba import njit
+import numpy as np
+from numba import config, njit
 
-#: Packages whose functions call each other, and so are compiled into each other.
-_TOGETHER = (("features", "simulator"), ("sharedmemory",))
-
-
-@cache
-def _sources(package: str) -> str:
-    """A digest of every file that compiled functions of a package come from."""
-    root = Path(__file__).parents[1]
-    packages = next(group for group in _TOGETHER if package in group)
-    files = sorted(file for name in packages for file in (root / name).glob("*.py"))
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in [Path(__file__), *files])).hexdigest()
+from ..errors import LbgymError
+from .kernel_cache import cache_of
 
 
 def compiled(*, allocates: bool = False, inline: bool = False, **options: Any) -> Any:
@@ -27,16 +17,37 @@ def compiled(*, allocates: bool = False, inline: bool = False, **options: Any) -
 
     A function that creates no array is compiled without reference counts: counting the references to every view of
     every array took nine tenths of the time of a flow.
+
+    Under ``NUMBA_DISABLE_JIT=1`` the function runs in Python, with the same arithmetic.
     """
     # _nrt is said either way, because a callee inherits what is left unsaid from its caller.
-    options |= {"cache": True, "nogil": True, "error_model": "numpy", "forceinline": inline, "_nrt": allocates}
+    options |= {"nogil": True, "error_model": "numpy", "forceinline": inline, "_nrt": allocates}
 
     def decorator(function: Any) -> Any:
+        if config.DISABLE_JIT:
+            # Hashes wrap around, and a division by 0 is infinite: as compiled, without a warning.
+            return functools.wraps(function)(np.errstate(all="ignore")(function))
         dispatcher: Any = njit(**options)(function)
-        # Numba's cache looks for changes in the function's own file only; what it calls is compiled into it.
-        index: Any = getattr(dispatcher._cache, "_cache_file", None)
-        if hasattr(index, "_source_stamp"):
-            index._source_stamp = _sources(function.__module__.split(".")[1])
+        dispatcher._cache = cache_of(function)
         return dispatcher
+
+    return decorator
+
+
+def compiled_only(**options: Any) -> Any:
+    """Decorator: as :func:`compiled`, for functions on atomic instructions, which Python cannot execute.
+
+    Under ``NUMBA_DISABLE_JIT=1`` a call raises :class:`LbgymError`.
+    """
+
+    def decorator(function: Any) -> Any:
+        if not config.DISABLE_JIT:
+            return compiled(**options)(function)
+
+        @functools.wraps(function)
+        def refuse(*_: Any) -> Any:
+            raise LbgymError("shared memory needs compiled code: unset NUMBA_DISABLE_JIT")
+
+        return refuse
 
     return decorator

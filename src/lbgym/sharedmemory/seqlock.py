@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from ..features.compile import compiled
+from ..features.compile import compiled_only as compiled
 from . import abi
 
 OK, NOTHING, BUSY, INVALID = 0, 1, 2, 3

@@ -32,16 +32,17 @@ _EVENT_KINDS = {"speed": at.EVENT_SPEED, "down": at.EVENT_DOWN, "up": at.EVENT_U
 
 
 def _kernel() -> Any:
-    """The compiled functions; says so when they are about to be compiled for the first time."""
+    """The compiled functions; logs a warning before they are compiled for the first time."""
     from . import kernel
 
     global _announced
     if not _announced:
         _announced = True
-        from ._cache import is_compiled
+        from ..features.kernel_cache import is_compiled, is_kept
 
-        if not is_compiled():
-            logger.warning("compiling the simulator (once per machine and version; takes about 20 seconds) ...")
+        if not is_compiled(kernel.step_replicas):
+            often = "once per machine and version" if is_kept(kernel.step_replicas) else "in every process"
+            logger.warning("compiling the simulator (%s; takes about 20 seconds) ...", often)
             started = time.perf_counter()
             _warm_up(kernel)
             logger.warning("compiled in %.0f s", time.perf_counter() - started)
@@ -78,6 +79,9 @@ class Simulation:
 
     A scenario of fewer servers than N is simulated on the first ones; the others do not exist: they are inactive for
     good, with zero rows, and nothing else differs, bit for bit, from a simulation without them.
+
+    ``copy.deepcopy`` and ``pickle`` give a simulation that continues bit for bit like the original, also in another
+    process.
 
     Args:
         scenario: what to simulate. Replicas may be given others by :meth:`set_scenario`.
@@ -145,6 +149,14 @@ class Simulation:
         self._parameters = at.allocate_parameters(self.num_replicas, self.num_servers)
         self._table_end = 0
         self.set_scenario(scenario)
+        self._kernel = _kernel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A module is a handle of the process; all else is data, or knows how to be copied.
+        return {name: value for name, value in self.__dict__.items() if name != "_kernel"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._kernel = _kernel()
 
     @property
