@@ -417,14 +417,14 @@ def test_quantiles_of_an_episode() -> None:
 
 
 def test_info_has_the_same_keys_always_and_quantiles_at_the_end_that_make_sets() -> None:
-    env, own = gymnasium.make(ID, max_episode_steps=7, render_mode=None), FlowDispatchEnv(max_steps=7)
+    env, own = gymnasium.make(ID, max_episode_steps=60, render_mode=None), FlowDispatchEnv(max_steps=60)
     _, info = env.reset(seed=3)
     own.reset(seed=3)
     keys, types = list(info), [type(value) for value in info.values()]
-    for k in range(7):
+    for k in range(60):
         *_, truncated, info = env.step(9)
         reference = own.step(9)[4]
-        assert truncated == (k == 6)
+        assert truncated == (k == 59)
         assert list(info) == keys
         assert [type(value) for value in info.values()] == types
         equal(info, reference)

@@ -350,7 +350,7 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
         InvalidOptionError: for a value out of its range.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"]}  # noqa: RUF012 - Gymnasium's own declaration
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own declaration
 
     def __init__(
         self,
@@ -442,7 +442,7 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
             raise ResetNeeded("call reset() before render(): no flow waits yet")
         demand, gap = decision.flow[0]
         lines = [
-            f"t = {decision.timestamp[0]:.3f} s, demand of the waiting flow {demand:.3f} core-s, {gap:.3f} s after the last",
+            f"t = {decision.timestamp[0]:.3f} s; the waiting flow demands {demand:.3f} core-s, {gap:.3f} s after another",
             f"{'server':>6} {'work, core-s':>12} {'delay, s':>9} {'open':>5}",
         ]
         for j, (work, delay, count, active) in enumerate(decision.servers[0]):
