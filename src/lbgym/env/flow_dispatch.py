@@ -322,7 +322,8 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
     bool[N], flows ``completed`` and ``rejected`` (or failed or unrouted), ``fct_mean`` (s, over both; one that was
     rejected counts with the scenario's ``reject_timeout``), and ``fct_p50``, ``fct_p90`` and ``fct_p99`` (s), which are
     0 but with the last step of an episode: they take a pass over its flows, and 8 bytes of memory for each. The keys
-    are the same at every step. The limit of ``gymnasium.make(..., max_episode_steps=...)`` counts as an end.
+    are the same at every step. The wrapper that ``gymnasium.make(..., max_episode_steps=...)`` puts around an
+    environment ends episodes without its knowledge; ``gymnasium.make(..., max_steps=...)`` gives the quantiles.
 
     With a distribution of scenarios each episode draws its own, and N is the largest number of servers that it draws;
     servers an episode does not have are inactive.
@@ -442,7 +443,7 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
             raise ResetNeeded("call reset() before render(): no flow waits yet")
         demand, gap = decision.flow[0]
         lines = [
-            f"t = {decision.timestamp[0]:.3f} s; the waiting flow demands {demand:.3f} core-s, {gap:.3f} s after another",
+            f"t = {decision.timestamp[0]:.3f} s; the waiting flow demands {demand:.3f} core-s, gap {gap:.3f} s",
             f"{'server':>6} {'work, core-s':>12} {'delay, s':>9} {'open':>5}",
         ]
         for j, (work, delay, count, active) in enumerate(decision.servers[0]):
@@ -458,12 +459,7 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
         return {name: part[0] for name, part in batch.items()} if isinstance(batch, dict) else batch[0]
 
     def _info(self) -> dict[str, Any]:
-        ended = self._over
-        limit = None if self.spec is None else self.spec.max_episode_steps
-        if limit is not None:
-            # The wrapper of gymnasium.make ends the episode, and nothing tells the environment.
-            ended = ended | (self._core.steps >= limit)
-        batch = self._core.info(ended)
+        batch = self._core.info(self._over)
         return {name: part[0].item() if part.ndim == 1 else part[0] for name, part in batch.items()}
 
 
@@ -501,7 +497,7 @@ class FlowDispatchVectorEnv(ReplicaVectorEnv):
         *,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         num_threads: int | None = None,
-        render_mode: None = None,
+        render_mode: str | None = None,
         **keys: Any,
     ) -> None:
         if render_mode is not None:
