@@ -245,7 +245,7 @@ def test_synthetic_demand_takes_the_place_of_the_trace_of_a_base() -> None:
         ),
         (
             '[[servers]]\n[workload]\ntrace={path="x.csv", speedup="2"}\n',
-            r"^TOML text, \[workload\] trace: trace speedup must be a number above 0, got '2'",
+            r"^TOML text, \[workload\] trace: trace speedup must be a finite number above 0, got '2'",
         ),
         (
             '[[servers]]\n[workload]\ntrace={path="x.csv", format="cvs"}\n',

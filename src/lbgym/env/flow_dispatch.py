@@ -433,7 +433,7 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
         """bool[N]: servers that take new flows; all of them if none does. The form sb3-contrib's MaskablePPO takes."""
         return self._core.masks()[0]
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """The servers and the waiting flow as text; None, with a warning, without a ``render_mode``."""
         if self.render_mode is None:
             gymnasium.logger.warn('FlowDispatchEnv.render() needs render_mode="ansi"')
