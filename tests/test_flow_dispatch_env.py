@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -97,10 +99,11 @@ def test_gymnasium_check_env(observation: str, normalize: bool, capsys: pytest.C
         {"observation": "matrix", "max_steps": 9, "normalize": True, **EVERYTHING},
         {"observation": "dict", "max_steps": 7, "reward_scale": 0.1, "reject_cost": 1.0, **EVERYTHING},
         {"scenario": None, "max_steps": 5},
+        {"max_steps": 6, "drain": True},
         {"scenario": trace_of(4), "max_steps": 6, "observation": "dict"},
         {"scenario": small_scenario(balancers=3), "max_steps": 20, **EVERYTHING},
     ],
-    ids=["flat", "matrix", "dict", "park", "terminates", "balancers"],
+    ids=["flat", "matrix", "dict", "park", "drains", "terminates", "balancers"],
 )
 def test_vector_equals_single_environments(mode: AutoresetMode, keys: dict[str, Any]) -> None:
     keys = {"scenario": small_scenario()} | keys
@@ -408,12 +411,87 @@ def test_quantiles_of_an_episode() -> None:
     for k in range(300):
         *_, truncated, info = env.step(k % 4)
         flows.decide([k % 4])
-        assert truncated == ("fct_p99" in info) == (k == 299)
+        assert truncated == (info["fct_p99"] > 0.0) == (k == 299)
     expected = np.percentile(flows.take_flows()["fct"], [50, 90, 99])
     np.testing.assert_allclose([info["fct_p50"], info["fct_p90"], info["fct_p99"]], expected, rtol=1e-12)
 
 
+def test_info_has_the_same_keys_and_types_at_every_step() -> None:
+    for limit in ("max_steps", "max_episode_steps"):
+        env: Any = gymnasium.make(ID, render_mode=None, **{limit: 60})
+        _, info = env.reset(seed=3)
+        keys, types = list(info), [type(value) for value in info.values()]
+        for k in range(60):
+            *_, truncated, info = env.step(9)
+            assert truncated == (k == 59)
+            assert list(info) == keys
+            assert [type(value) for value in info.values()] == types
+        # The wrapper of max_episode_steps ends an episode that the environment would go on with.
+        assert (0.0 < info["fct_p50"] <= info["fct_p90"] <= info["fct_p99"]) == (limit == "max_steps")
+
+
+def test_render_as_text_or_not_at_all() -> None:
+    env = gymnasium.make(ID, render_mode="ansi")
+    env.reset(seed=1)
+    env.step(4)
+    text = env.render()
+    assert isinstance(text, str)
+    assert len(text.splitlines()) == 12
+    assert float(text.splitlines()[6].split()[1]) > 0.0  # the work of server 4
+    plain = FlowDispatchEnv()
+    with pytest.warns(UserWarning, match='needs render_mode="ansi"'):
+        assert plain.render() is None
+    for make in (FlowDispatchEnv, FlowDispatchVectorEnv):
+        with pytest.raises((UnknownNameError, InvalidOptionError), match="human"):
+            make(render_mode="human")
+    assert FlowDispatchVectorEnv(2, render_mode=None).num_envs == 2
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("steps", [None, 0, 5])
+def test_a_copy_continues_bit_for_bit(how: Callable[[Any], Any], steps: int | None) -> None:
+    keys: dict[str, Any] = {"scenario": small_scenario(), "max_steps": 8, **EVERYTHING}
+    for env, action in ((FlowDispatchEnv(**keys), 1), (FlowDispatchVectorEnv(3, num_threads=2, **keys), [0, 1, 2])):
+        if steps is not None:
+            env.reset(seed=4)
+            for _ in range(steps):
+                env.step(action)
+        twin = how(env)
+        if steps is None:
+            equal(env.reset(seed=2), twin.reset(seed=2))
+        for _ in range(8 - (steps or 0)):
+            equal(env.step(action), twin.step(action))
+        equal(env.reset(), twin.reset())
+        equal(env.step(action), twin.step(action))
+        env.close()
+        twin.close()
+
+
 # Lost flows, servers down, ends
+
+
+def test_an_episode_that_drains_ends_as_parks_does() -> None:
+    """After ``max_steps`` flows nothing comes: the rewards sum to minus the FCTs of exactly these flows, by Lindley."""
+    scenario = named_scenario("park")
+    env = FlowDispatchEnv(max_steps=200, drain=True, reward_scale=1000.0)
+    env.reset(seed=4)
+    flows = FlowSimulation(scenario)
+    decision = flows.begin([episode_seed(4)])
+    rng = np.random.default_rng(1)
+    free, total, expected = np.zeros(10), 0.0, 0.0
+    for k in range(200):
+        j, now = int(rng.integers(10)), float(decision.timestamp[0])
+        free[j] = max(free[j], now) + float(decision.flow[0, 0]) / RATES[j]
+        expected += free[j] - now
+        decision = flows.decide([j])
+        _, reward, terminated, truncated, info = env.step(j)
+        assert (terminated, truncated) == (k == 199, False)
+        total += float(reward)
+    assert total == pytest.approx(-1000.0 * expected, rel=1e-9)
+    assert info["timestamp"] == pytest.approx(free.max(), rel=1e-12)
+    assert (info["completed"], info["fct_mean"]) == (200, pytest.approx(expected / 200, rel=1e-9))
 
 
 def test_a_rejected_flow_costs_what_is_stated_and_never_pays() -> None:
@@ -533,9 +611,10 @@ def test_invalid_actions_of_a_batch_are_refused_before_anybody_begins_again() ->
         ({"server_fields": ("work", "work")}, InvalidOptionError, "each field once"),
         ({"server_fields": (), "flow_fields": ()}, InvalidOptionError, "nothing to observe"),
         ({"max_steps": 0}, InvalidOptionError, "max_steps must be a whole number"),
-        ({"reward_scale": math.inf}, InvalidOptionError, "reward_scale must be finite"),
-        ({"reject_cost": -1.0}, InvalidOptionError, "reject_cost must be finite and at least 0"),
+        ({"reward_scale": math.inf}, InvalidOptionError, "reward_scale must be a finite number"),
+        ({"reject_cost": -1.0}, InvalidOptionError, "reject_cost must be a finite number of at least 0"),
         ({"reject_cost": "much"}, InvalidOptionError, "reject_cost must be a finite number"),
+        ({"drain": 1}, InvalidOptionError, "drain must be True or False, got 1"),
         ({"scenario": "parks"}, UnknownNameError, "Did you mean 'park'"),
     ],
     ids=str,

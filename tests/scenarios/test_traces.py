@@ -17,7 +17,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lbgym.errors import LbgymError, MissingExtraError, ScenarioError, TraceError
-from lbgym.scenarios import TRACE_FORMATS, TRACE_OPTIONS, Trace, read_trace, write_trace
+from lbgym.scenarios import (
+    TRACE_FORMATS,
+    TRACE_OPTIONS,
+    Scenario,
+    Server,
+    Trace,
+    Workload,
+    from_toml,
+    read_trace,
+    to_toml,
+    write_trace,
+)
+from lbgym.simulator import Simulation
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "traces"
 
@@ -48,6 +60,12 @@ def file(tmp_path: Path) -> Any:
 def parquet(times: Any, demands: Any, names: tuple[str, str] = ("time", "demand")) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(dict(zip(names, (times, demands), strict=True))), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet_of(**columns: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -160,15 +178,23 @@ def test_speedup_scale_and_the_rest(file: Any) -> None:
         ({"format": "cvs"}, r"unknown trace format 'cvs'. Did you mean 'csv'\?"),
         ({"on_error": "ignore"}, r"unknown on_error 'ignore'.*Known: raise, skip"),
         ({"speedup": 0}, "trace speedup must be a finite number above 0, got 0"),
-        ({"scale": "2"}, "trace scale must be a number above 0, got '2'"),
+        ({"scale": "2"}, "trace scale must be a finite number above 0, got '2'"),
         ({"repeat": "no"}, "trace repeat must be true or false, got 'no'"),
         ({"random_start": 1}, "trace random_start must be true or false, got 1"),
         ({"time_column": 3}, "trace time_column must be text, got 3"),
-        ({"prefill_rate": 0}, "trace prefill_rate must be a finite number above 0, got 0"),
-        ({"base_demand": -1}, "trace base_demand must be a finite number at least 0, got -1"),
+        ({"decode_rate": 50.0}, "'decode_rate' does not apply to the format 'csv' without input_tokens_column"),
         (
-            {"decode_rate": 50.0},
-            r"t.txt: trace option 'decode_rate' does not apply to the format 'csv', which takes: time_column",
+            {"format": "csv", "input_tokens_column": "demand"},
+            "input_tokens_column and output_tokens_column together, got input_tok",
+        ),
+        ({"time_unit": "m"}, "unknown time_unit 'm'.*Known: ms, ns, s, us"),
+        ({"sort": 1}, "trace sort must be true or false, got 1"),
+        ({"clock_resolution": -1}, "trace clock_resolution must be a finite number of at least 0, got -1"),
+        ({"prefill_rate": 0}, "trace prefill_rate must be a finite number above 0, got 0"),
+        ({"base_demand": -1}, "trace base_demand must be a finite number of at least 0, got -1"),
+        (
+            {"base_demand": 50.0},
+            r"t.txt: trace option 'base_demand' does not apply to the format 'csv', which takes: time_column",
         ),
     ],
 )
@@ -202,7 +228,10 @@ MALFORMED = [
     ("csv", "11,1_0", "demand must be a number, got '1_0'"),
     ("csv", "11,\u0663", "demand must be a number, got '\u0663'"),
     ("csv", "11,1e999", "demand must be at most 1e+15, got '1e999'"),
-    ("csv", "9,1", "the time is 3 s before that of an earlier line; times must not decrease"),
+    ("csv", "11,5e-324", "the demand must be 0 or at least 1e-09 core-seconds, got 4.94066e-324"),
+    ("csv", "0,5;1", "demand must be a number, got '5;1'"),
+    ("csv", '"11,5",1', "time must be a number, got '11,5'; write a decimal point, 11.5"),
+    ("csv", "# 11,1", "this looks like a comment: remove comment lines, as by grep -v '^#'"),
     ("csv", "2020-13-01 00:00:00,1", "month must be in 1..12"),
     ("csv", "2020-01-01 25:00:00,1", "no such time of day: 25:00:00"),
     ("csv", "12:30,1", "the time must be like 2023-11-16 18:17:03.97, got '12:30'"),
@@ -211,7 +240,6 @@ MALFORMED = [
     ("marllb", "2.0\t/?n=-5", "n must be at least 0, got '-5'"),
     ("marllb", "2.0\t/?n=abc", "n must be a number, got 'abc'"),
     ("marllb", "2.0\t/?n=1e15&n=2", ""),
-    ("marllb", "0.2\t/?n=5", "the time is 0.9 s before that of an earlier line; times must not decrease"),
     ("azure-llm", "yesterday,1,1", "the time must be like 2023-11-16 18:17:03.97, got 'yesterday'"),
     ("azure-llm", "2023-11-18 00:00:00,-4,1", "ContextTokens must be at least 0, got '-4'"),
     ("azure-llm", "2023-11-18 00:00:00,4,", "GeneratedTokens must be a number, got ''"),
@@ -226,7 +254,7 @@ MALFORMED = [
     (
         "clf",
         '1 - - [17/May/2015:10:05:03 +0000] "GET /a" 200 ' + "9" * 40,
-        "the demand must be at most 1e+15 core-seco",
+        "a response of 9999999999999999999999999999999999999999 bytes; at most 1e+15",
     ),
 ]
 
@@ -253,10 +281,233 @@ def test_a_malformed_line_is_an_error_with_its_number_or_is_skipped(
 
 
 def test_all_skipped_lines_are_counted_and_the_first_is_named(file: Any, caplog: pytest.LogCaptureFixture) -> None:
-    path = file("time,demand\n5,1\n4,1\nx,1\n\n6,1\n3,1\n")
+    path = file("time,demand\n5,1\ny,1\nx,1\n\n6,1\n8,-1\n")
     assert read_trace(path, on_error="skip").skipped == 3
-    assert "skipped 3 of 5 lines; the first, line 3: the time is 1 s before" in caplog.text
+    assert "skipped 3 of 5 lines; the first, line 3: time must be a number, got 'y'" in caplog.text
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+@pytest.mark.parametrize("kind", ["csv", "marllb", "parquet"])
+def test_a_late_line_is_never_dropped_and_can_be_sorted(file: Any, kind: str, on_error: Any) -> None:
+    content = {
+        "csv": b"time,demand\n5,1\n4,2\n7,3\n4,4\n",
+        "marllb": b"time\tquery\n5\t?n=1\n4\t?n=2\n7\t?n=3\n4\t?n=4\n",
+        "parquet": parquet([5, 4, 7, 4], [1.0, 2.0, 3.0, 4.0]),
+    }[kind]
+    keys: dict[str, Any] = {"on_error": on_error, "clock_resolution": 0.0}
+    keys |= {"seconds_per_iteration": 1.0} if kind == "marllb" else {}
+    with pytest.raises(TraceError, match=r"t.txt:\d: the time is 1 s before that of an earlier line.*sort=true"):
+        read_trace(file(content), **keys)
+    trace = read_trace(file(content), sort=True, **keys)
+    assert (trace.times.tolist(), trace.demands.tolist(), trace.skipped) == ([0, 0, 1, 3], [2, 4, 1, 3], 0)
+
+
+# The clock
+
+
+def _mean_fct_of_lsq(trace: Trace) -> float:
+    scenario = Scenario(servers=(Server(cores=2),) * 4, workload=Workload(trace=trace), dispatch="lsq")
+    simulation = Simulation(scenario, reservoirs=False, record_flows=True)
+    simulation.reset([1])
+    simulation.step(None, trace.period)
+    return float(simulation.take_flows()["fct"].mean())
+
+
+@pytest.mark.parametrize("form", ["csv", "timestamps", "parquet", "azure-llm", "marllb"])
+def test_a_clock_of_whole_seconds_gives_nearly_the_fcts_of_the_true_times(
+    file: Any, caplog: pytest.LogCaptureFixture, form: str
+) -> None:
+    rng = np.random.default_rng(5)
+    times, demands = np.sort(rng.uniform(1000, 1600, 30_000)), np.ceil(rng.exponential(80, 30_000))
+    seconds = np.floor(times).astype(int).tolist()
+    stamps = [f"2023-11-16 {18 + t // 3600}:{t // 60 % 60:02}:{t % 60:02}" for t in seconds]
+    work = demands / 1000  # 0.08 core-seconds, 50 per second, on 8 cores: load 0.5
+    content: Any = {
+        "csv": "time,demand\n" + "".join(f"{t},{d!r}\n" for t, d in zip(seconds, work.tolist(), strict=True)),
+        "timestamps": "time,demand\n" + "".join(f"{t},{d!r}\n" for t, d in zip(stamps, work.tolist(), strict=True)),
+        "parquet": parquet(np.array(seconds, "datetime64[s]"), work),
+        "azure-llm": "Timestamp,Model,Request tokens,Response tokens\n"
+        + "".join(f"{t},a,0,{d:.0f}\n" for t, d in zip(seconds, demands, strict=True)),
+        "marllb": "time\tquery\n" + "".join(f"{t}\t/?n={d:.0f}\n" for t, d in zip(seconds, demands, strict=True)),
+    }[form]
+    keys: dict[str, Any] = {}
+    if form == "azure-llm":
+        keys = {"time_column": "Timestamp", "input_tokens_column": "Request tokens", "decode_rate": 1000.0}
+        keys |= {"output_tokens_column": "Response tokens"}
+    elif form == "marllb":
+        keys = {"seconds_per_iteration": 1e-3}
+    trace = read_trace(file(content), **keys)
+    np.testing.assert_allclose(trace.demands, work, rtol=1e-12)
+    assert "its clock ticks every 1 s, so flows of the same time are spread over a tick; clock_resolution = 0" in (
+        caplog.text
+    )
+    assert trace.origin is not None
+    assert trace.origin["clock_resolution"] == 1.0
+    true = _mean_fct_of_lsq(Trace(times - times[0], work))
+    coarse = _mean_fct_of_lsq(read_trace(file(content), clock_resolution=0, **keys))
+    assert coarse > 2 * true
+    assert _mean_fct_of_lsq(trace) == pytest.approx(true, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ("7 7 8", [0, 0.5, 1.25]),  # at 1/4 and 3/4 of a second, and at 1/2
+        ("0.25 0.25 0.5", [0, 0.005, 0.2525]),
+        ("1790000000.001 1790000000.001 1790000000.003", [0, 0.0005, 0.00225]),
+        ("60 60 120 180 300", [0, 30, 75, 135, 255]),
+        ("120 120 360", [0, 0.5, 240.25]),  # too few to say that it ticks once a minute
+        ("0.0001 0.0001 1", [0, 0, 0.9999]),
+        ("1 2 3", [0, 1, 2]),
+        ("0 0 0", [0, 0, 0]),
+    ],
+)
+def test_the_tick_is_the_largest_that_divides_every_time_where_some_are_equal(
+    file: Any, times: str, expected: list[float]
+) -> None:
+    path = file("time,demand\n" + "".join(f"{t},1\n" for t in times.split()))
+    np.testing.assert_allclose(read_trace(path).times, expected, atol=1e-12 if "." not in times else 1e-6)
+
+
+def test_the_resolution_can_be_said(file: Any, caplog: pytest.LogCaptureFixture) -> None:
+    path = file("time,demand\n10.2,1\n10.7,1\n12.5,1\n12.5,1\n")
+    np.testing.assert_allclose(read_trace(path, clock_resolution=1).times, [0, 0.5, 2, 2.5])
+    np.testing.assert_allclose(read_trace(path, clock_resolution=0).times, [0, 0.5, 2.3, 2.3])
+    assert not caplog.records
+    log = "\n".join(f'1 - - [17/May/2015:10:05:0{s}.250 +0000] "GET /" 200 5' for s in (3, 3, 4))
+    np.testing.assert_allclose(read_trace(file(log)).times, [0, 0.005, 1.0025])
+
+
+@pytest.mark.parametrize(("unit", "zeros"), [("s", ""), ("ms", "000"), ("us", "000000"), ("ns", "000000000")])
+def test_epochs_show_their_unit(file: Any, caplog: pytest.LogCaptureFixture, unit: str, zeros: str) -> None:
+    half = {"s": ".5", "ms": "500", "us": "500000", "ns": "500000001"}[unit]
+    text = f"time,demand\n1790000000{zeros},1\n1790000000{half},1\n"
+    integers = None if unit == "s" else pa.array([int(f"1790000000{zeros}"), int(f"1790000000{half}")])
+    for content in (text, parquet(integers, [1.0, 1.0]) if integers is not None else text):
+        caplog.clear()
+        trace = read_trace(file(content))
+        assert trace.times[1] == pytest.approx(0.5, abs=2e-9)
+        assert (f"times are read as {unit} since 1970" in caplog.text) == (unit != "s")
+        np.testing.assert_array_equal(read_trace(file(content), time_unit=unit).times, trace.times)
+    if unit != "s":
+        factor = float(f"1{zeros}")
+        with pytest.raises(ScenarioError, match=f'write time_unit = "{unit}" in place of speedup'):
+            read_trace(file(text), speedup=factor)
+        assert read_trace(file(text), speedup=factor, time_unit=unit).times[1] == pytest.approx(0.5 / factor)
+
+
+def test_times_that_do_not_show_their_unit(file: Any) -> None:
+    path = file("time,demand\n0,1\n3600000000000,1\n")
+    with pytest.raises(TraceError, match='would be thousands of years in seconds; say their unit, time_unit = "s" or'):
+        read_trace(path)
+    assert read_trace(path, time_unit="ns").times.tolist() == [0, 3600]
+    with pytest.raises(TraceError, match=r"t.txt:2: the time is a date, and time_unit is for numbers"):
+        read_trace(file("time,demand\n2020-01-01 00:00:00,1\n"), time_unit="ms")
+
+
+def test_what_was_found_is_written_with_a_scenario(file: Any, tmp_path: Path) -> None:
+    file("time,demand\n1790000000000,1\n1790000000000,1\n1790000009000,1\n", "t.csv")
+    text = '[[servers]]\n[workload]\ntrace = { path = "t.csv" }\n'
+    scenario = from_toml(text, folder=tmp_path)
+    written = to_toml(scenario)
+    assert 'time_unit = "ms"' in written
+    assert "clock_resolution = 1.0" in written
+    np.testing.assert_array_equal(from_toml(written).reference.workload.trace.times, [0, 0.5, 9.25])  # type: ignore[union-attr]
+
+
+def test_demands_from_two_columns_of_any_table(file: Any) -> None:
+    keys: dict[str, Any] = {"input_tokens_column": "in", "output_tokens_column": "out", "decode_rate": 10.0}
+    for content in (
+        "time,in,out\n0,10000,20\n1.5,0,5\n",
+        parquet_of(time=[0, 1.5], **{"in": [10000, 0], "out": [20, 5]}),
+    ):
+        trace = read_trace(file(content), **keys)
+        assert (trace.times.tolist(), trace.demands.tolist()) == ([0, 1.5], [3, 0.5])
+
+
+# Access logs as servers write them
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [
+        ('www.example.com:80 ::1 - - [24/Mar/2011:00:01:04 -0500] "OPTIONS * HTTP/1.0" 200 126 "-" "(dummy)"', 126),
+        ('1 - - [24/Mar/2011:00:01:08 -0500] "-" 408 - "-" "-"', 0),
+        ('1 - - [24/Mar/2011:00:01:10 -0500] "" 400 7 "-" "-"', 7),
+        ('1 - - [24/Mar/2011:00:01:11 -0500] 0/799940 "GET /c HTTP/1.1" 200 23026 "-" "x"', 23026),
+        ('1 - - [24/Mar/2011:00:01:13 -0500]  "GET /e HTTP/1.1"  200  12', 12),
+        ('1 - - [24/Mar/2011:00:01:14.123 -0500] "GET /f HTTP/1.1" 200 13', 13),
+        ('1 - - [24/mar/2011:00:01:16 -0500] "GET /g HTTP/1.1" 200 14', 14),
+        ('1 - - [24/Mar/2011:00:01:17 -0500] "GET /"bad" HTTP/1.1" 200 15', 15),
+        ('1 - - [24/Mar/2011:00:01:18 -0500] "GET /x[1] HTTP/1.1" 200 16', 16),
+    ],
+)
+def test_access_logs_as_servers_write_them(file: Any, line: str, size: int) -> None:
+    trace = read_trace(file(line + "\n"), base_demand=0, seconds_per_byte=1)
+    assert trace.demands.tolist() == [size]
+
+
+LOGS = [
+    ('1 - - [24/Mar/2011:00:01:19 -0500] "GET /x" 200 7,5', "the bytes sent must be a whole number, or -"),
+    ('1 - - [24/Mar/2011:00:01:19 -0500] "GET /x" 20 75', "no status of three digits after the request"),
+    ("1 - - [24/Mar/2011:00:01:19 -0500] GET /x 200 75", "no request in quotes after the time"),
+    ('1 - - "GET /x" 200 75', "no time such as"),
+    (
+        '1 - - [24/Mar/2011:00:01:20 -0500] "GET /x" 200 99999999999999999999',
+        "a response of 99999999999999999999 bytes",
+    ),
+    (
+        '{"type":"Point","metric":"http_req_duration","data":{"time":"2017-05-09T14:34:45Z","value":1}}',
+        "JSON output of k6",
+    ),
+    ('{"time": 3, "duration": 2}', "this looks like JSON: convert it to CSV"),
+    ("metric_name,timestamp,metric_value,check", "CSV output of k6"),
+    (
+        "haproxy[14389]: 10.0.1.2:33317 [06/Feb/2009:12:14:14.655] http-in static/srv1 10/0/30/69/109 200 2750 - - "
+        '---- 1/1/1/1/0 0/0 {1wt.eu} {} "GET /index.html HTTP/1.1"',
+        "option httplog clf",
+    ),
+    ('[2016-04-15T20:17:00.310Z] "POST /api HTTP/2" 204 - 154 0 226 100 "10.0.35.28"', "an Envoy access log"),
+    (
+        "http 2018-07-02T22:23:00.186641Z app/my-lb/50dc6c495c0c9188 192.168.131.39:2817 10.0.0.1:80 0.000 0.001 0.000 "
+        '200 200 34 366 "GET http://x:80/ HTTP/1.1"',
+        "an access log of an AWS Application Load Balancer",
+    ),
+    ("#Fields: date time cs-uri", "a W3C extended log"),
+]
+
+
+@pytest.mark.parametrize(("line", "sentence"), LOGS)
+def test_a_log_that_is_refused_says_why_and_what_to_do(file: Any, line: str, sentence: str) -> None:
+    path = file(TEXTS["clf"].encode("latin-1") + line.encode() + b"\n")
+    with pytest.raises(TraceError) as caught:
+        read_trace(path)
+    assert "t.txt:5: " in str(caught.value)
+    assert sentence in str(caught.value)
+    assert "--skip-malformed" in str(caught.value)
+    assert read_trace(path, on_error="skip").skipped == 1
+    if "looks like" in str(caught.value):
+        with pytest.raises(TraceError, match="cannot tell the format") as whole:
+            read_trace(file(line + "\n"))
+        assert sentence in str(whole.value)
+
+
+def test_lines_that_end_with_a_lone_cr(file: Any) -> None:
+    assert read_trace(file("time,demand\r0,1\r2,3\r")).times.tolist() == [0, 2]
+
+
+def test_a_long_read_says_how_far_it_is(
+    file: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lbgym.scenarios.traces import _lines
+
+    monkeypatch.setattr(_lines, "_MESSAGE_INTERVAL", -1.0)
+    with caplog.at_level(logging.INFO, "lbgym"):
+        read_trace(file("time,demand\n" + "".join(f"{k},1\n" for k in range(70_000))))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "t.txt: 32768 lines, " in messages[0]
 
 
 def test_text_that_is_not_utf8(file: Any) -> None:
@@ -376,8 +627,12 @@ def test_parquet_without_pyarrow_names_the_extra(file: Any, monkeypatch: pytest.
 # Writing
 
 
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=20), st.sampled_from(("", ".gz")))
+demands = st.just(0.0) | st.floats(1e-9, 1e6)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), demands), min_size=1, max_size=20), st.sampled_from(("", ".gz")))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example([(0.0, 1.0), (3.0, 1.0), (3.0, 2.0)], "")
 def test_write_and_read_again(tmp_path: Path, flows: list[tuple[float, float]], suffix: str) -> None:
     times = np.sort([time for time, _ in flows])
     trace = Trace(times - times[0], np.array([demand for _, demand in flows]))

@@ -77,7 +77,9 @@ def compare(
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for results, summary and plots.")] = None,
-    flows: Annotated[bool, typer.Option("--flows", help="Also save every flow, with --out.")] = False,
+    flows: Annotated[
+        bool, typer.Option("--flows", help="With --out, also save each flow that arrives from warm-up to end.")
+    ] = False,
     plots: Annotated[bool, typer.Option(help="Draw plots, with --out.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, and no progress.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,

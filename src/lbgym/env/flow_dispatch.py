@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..checks import whole
+from ..checks import choice, number, whole
 from ..errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnknownNameError
 from ..scenarios import Scenario, ScenarioDistribution, load_scenario
 from .observations import COUNT_GAIN, LAYOUTS, TIME_GAIN, TIME_UNIT, log_scale
@@ -148,20 +147,7 @@ def active_servers(decision: Decision) -> NDArray[np.bool_]:
     return decision.servers[..., SERVER_FIELDS.index("active")] > 0.0
 
 
-def _shape(source: Scenario | ScenarioDistribution) -> Scenario:
-    """A scenario as large as any that ``source`` stands for."""
-    return source.reference if isinstance(source, ScenarioDistribution) else source
-
-
-def _number(key: str, value: Any, *, low: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise InvalidOptionError(f"{key} must be a finite number, got {value!r}")
-    if not (math.isfinite(value) and value >= low):
-        raise InvalidOptionError(f"{key} must be finite and at least {low:g}, got {value!r}")
-    return float(value)
-
-
-class FlowTask:
+class FlowEnvCore:
     """The keys of a flow-dispatch environment, checked, and its R replicas: all that its two forms share.
 
     Raises:
@@ -183,15 +169,19 @@ class FlowTask:
         normalize: bool = False,
         reward_scale: float = 1.0,
         reject_cost: float | None = None,
+        drain: bool = False,
     ) -> None:
+        if not isinstance(drain, (bool, np.bool_)):
+            raise InvalidOptionError(f"drain must be True or False, got {drain!r}")
+        self.drain = bool(drain)
         self.source = load_scenario("park" if scenario is None else scenario)
-        shape = _shape(self.source)
+        shape = self.source.reference
         self.max_steps = whole("max_steps", max_steps)
         if max_episode_steps is not None:
             self.max_steps = min(self.max_steps, whole("max_episode_steps", max_episode_steps))
         self.num_servers = shape.num_servers
-        self.reward_scale = _number("reward_scale", reward_scale, low=0.0)
-        self.reject_cost = None if reject_cost is None else _number("reject_cost", reject_cost, low=0.0)
+        self.reward_scale = number("reward_scale", reward_scale, low=0.0)
+        self.reject_cost = None if reject_cost is None else number("reject_cost", reject_cost, low=0.0)
         self.layout = FlowObservation(
             self.num_servers,
             observation,
@@ -214,7 +204,7 @@ class FlowTask:
         from ..dataplanes import scenario_with_options
 
         source = scenario_with_options(self.source, options)
-        self.simulation.check(_shape(source))
+        self.simulation.check(source.reference)
         return source
 
     def begin(
@@ -255,7 +245,10 @@ class FlowTask:
         if reset is not None:
             assert seeds is not None
             self._enter(seeds, reset, self.source)
-        now = self.decision = self.simulation.decide(actions, seeds=seeds, reset=reset)
+        final = self.steps + 1 >= self.max_steps if self.drain else None
+        if final is not None and reset is not None:
+            final &= ~reset
+        now = self.decision = self.simulation.decide(actions, seeds=seeds, reset=reset, final=final)
         cost = self._timeouts if self.reject_cost is None else self.reject_cost
         rewards = now.flow_seconds - before.flow_seconds
         rewards += cost * (now.ended[:, 1] - before.ended[:, 1])
@@ -267,7 +260,8 @@ class FlowTask:
         terminated = ~now.waiting
         if reset is not None:
             terminated &= ~reset
-        return rewards, terminated, self.steps >= self.max_steps
+        truncated = self.steps >= self.max_steps
+        return rewards, terminated, truncated & ~terminated if self.drain else truncated
 
     def observation(self) -> Any:
         """The present observations, in fresh arrays."""
@@ -275,21 +269,23 @@ class FlowTask:
         return self.layout.encode(self.decision)
 
     def info(self, ended: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
-        """What is told of every replica, and of those whose episode has ``ended`` the quantiles of the FCT."""
+        """Statistics of every replica since its episode began; quantiles of the FCT where it has ``ended``, else 0.
+
+        They take a pass over all flows of the episode, too long for every step.
+        """
         now = self.decision
         assert now is not None
         completed, lost = now.ended[:, 0], now.ended[:, 1]
-        told: dict[str, NDArray[Any]] = {
+        # Not NaN, which is unequal to itself: Gymnasium's checker compares infos.
+        quantiles = self.simulation.fct_quantiles(ended) if ended.any() else np.zeros((len(ended), len(_QUANTILES)))
+        return {
             "timestamp": now.timestamp.copy(),
             "active_servers": active_servers(now),
             "completed": completed.copy(),
             "rejected": lost.copy(),
             "fct_mean": (now.fct_sum + lost * self._timeouts) / np.maximum(completed + lost, 1),
+            **{name: quantiles[:, i].copy() for i, name in enumerate(_QUANTILES)},
         }
-        if ended.any():
-            quantiles = self.simulation.fct_quantiles(ended)
-            told |= {name: quantiles[:, i].copy() for i, name in enumerate(_QUANTILES)}
-        return told
 
     def masks(self) -> NDArray[np.bool_]:
         """bool[R, N]: servers that take new flows; all of them where none does."""
@@ -319,12 +315,15 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
 
     **End**: ``truncated`` after ``max_steps`` decisions; ``terminated`` only when no flow will ever arrive again, as at
     the end of a trace that is not repeated. The servers then finish what they hold, and the last reward counts it. An
-    episode in Park always ends in this way; here the value of a truncated episode's last state can be bootstrapped.
+    episode in Park always ends in this way, as here with ``drain=True``: no flow follows the ``max_steps``-th, and the
+    episode terminates. Otherwise the value of a truncated episode's last state can be bootstrapped.
 
     **Info**, since the beginning of the episode: ``timestamp`` (s; the arrival of the waiting flow), ``active_servers``
     bool[N], flows ``completed`` and ``rejected`` (or failed or unrouted), ``fct_mean`` (s, over both; one that was
-    rejected counts with the scenario's ``reject_timeout``); with the last step of an episode also ``fct_p50``,
-    ``fct_p90`` and ``fct_p99`` (s). They take 8 bytes of memory per flow of an episode.
+    rejected counts with the scenario's ``reject_timeout``), and ``fct_p50``, ``fct_p90`` and ``fct_p99`` (s), which are
+    0 but with the last step of an episode: they take a pass over its flows, and 8 bytes of memory for each. The keys
+    are the same at every step. The wrapper that ``gymnasium.make(..., max_episode_steps=...)`` puts around an
+    environment ends episodes without its knowledge; ``gymnasium.make(..., max_steps=...)`` gives the quantiles.
 
     With a distribution of scenarios each episode draws its own, and N is the largest number of servers that it draws;
     servers an episode does not have are inactive.
@@ -343,13 +342,16 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
         normalize: map times and counts to [0, 1] by a fixed logarithmic scale.
         reward_scale: factor of the reward, at least 0.
         reject_cost: flow-seconds that a lost flow costs, at least 0; None: the scenario's ``reject_timeout``.
+        drain: end episodes as Park does: after ``max_steps`` flows no other comes, and the last reward counts what the
+            servers take to finish.
+        render_mode: "ansi": :meth:`render` gives a table of the servers as text; None.
 
     Raises:
         UnknownNameError: for an unknown name, with the nearest known one.
         InvalidOptionError: for a value out of its range.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own declaration
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own declaration
 
     def __init__(
         self,
@@ -363,8 +365,13 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
         normalize: bool = False,
         reward_scale: float = 1.0,
         reject_cost: float | None = None,
+        drain: bool = False,
+        render_mode: str | None = None,
     ) -> None:
-        self._task = FlowTask(
+        if render_mode is not None:
+            choice("render mode", render_mode, self.metadata["render_modes"])
+        self.render_mode = render_mode
+        self._core = FlowEnvCore(
             1,
             scenario=scenario,
             max_steps=max_steps,
@@ -375,14 +382,15 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
             normalize=normalize,
             reward_scale=reward_scale,
             reject_cost=reject_cost,
+            drain=drain,
         )
         #: The scenario, or distribution, that episodes begin with.
-        self.scenario = self._task.source
-        self.num_servers = self._task.num_servers
-        self.max_steps = self._task.max_steps
-        self.observation_layout = self._task.layout
-        self.observation_space = self._task.layout.space
-        self.action_space = self._task.action_space
+        self.scenario = self._core.source
+        self.num_servers = self._core.num_servers
+        self.max_steps = self._core.max_steps
+        self.observation_layout = self._core.layout
+        self.observation_space = self._core.layout.space
+        self.action_space = self._core.action_space
         self._over = np.ones(1, np.bool_)
         self._one = np.ones(1, np.bool_)
 
@@ -399,11 +407,11 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
                 is left as it was.
         """
         check_seed(seed)
-        source = self._task.source_with(options or {})
+        source = self._core.source_with(options or {})
         if seed is not None:
             self.np_random = seeding.np_random(seed)[0]
             self._np_random_seed = int(seed)
-        self._task.begin([int(self.np_random.integers(1 << 63))], self._one, source)
+        self._core.begin([int(self.np_random.integers(1 << 63))], self._one, source)
         self._over = ~self._one
         return self._observation(), self._info()
 
@@ -415,27 +423,44 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
             ResetNeeded: before ``reset`` or after the end of an episode.
         """
         if self._over[0]:
-            when = "call reset() before step()" if self._task.decision is None else "the episode is over: call reset()"
+            when = "call reset() before step()" if self._core.decision is None else "the episode is over: call reset()"
             raise ResetNeeded(when)
-        rewards, terminated, truncated = self._task.decide(_choices(action, ()))
+        rewards, terminated, truncated = self._core.decide(_choices(action, ()))
         self._over = terminated | truncated
         return self._observation(), float(rewards[0]), bool(terminated[0]), bool(truncated[0]), self._info()
 
     def action_masks(self) -> NDArray[np.bool_]:
         """bool[N]: servers that take new flows; all of them if none does. The form sb3-contrib's MaskablePPO takes."""
-        return self._task.masks()[0]
+        return self._core.masks()[0]
+
+    def render(self) -> str | None:
+        """The servers and the waiting flow as text; None, with a warning, without a ``render_mode``."""
+        if self.render_mode is None:
+            gymnasium.logger.warn('FlowDispatchEnv.render() needs render_mode="ansi"')
+            return None
+        decision = self._core.decision
+        if decision is None:
+            raise ResetNeeded("call reset() before render(): no flow waits yet")
+        demand, gap = decision.flow[0]
+        lines = [
+            f"t = {decision.timestamp[0]:.3f} s; the waiting flow demands {demand:.3f} core-s, gap {gap:.3f} s",
+            f"{'server':>6} {'work, core-s':>12} {'delay, s':>9} {'open':>5}",
+        ]
+        for j, (work, delay, count, active) in enumerate(decision.servers[0]):
+            lines.append(f"{j:>6} {work:>12.3f} {delay:>9.3f} {count:>5.0f}{'' if active else '  inactive'}")
+        return "\n".join(lines)
 
     def close(self) -> None:
         """Nothing to release; idempotent."""
-        self._task.simulation.close()
+        self._core.simulation.close()
 
     def _observation(self) -> Any:
-        batch = self._task.observation()
+        batch = self._core.observation()
         return {name: part[0] for name, part in batch.items()} if isinstance(batch, dict) else batch[0]
 
     def _info(self) -> dict[str, Any]:
-        told = self._task.info(self._over)
-        return {name: part[0].item() if part.ndim == 1 else part[0] for name, part in told.items()}
+        batch = self._core.info(self._over)
+        return {name: part[0].item() if part.ndim == 1 else part[0] for name, part in batch.items()}
 
 
 class FlowDispatchVectorEnv(ReplicaVectorEnv):
@@ -456,6 +481,7 @@ class FlowDispatchVectorEnv(ReplicaVectorEnv):
             (``reset(options={"reset_mask": bool[num_envs]})``).
         num_threads: threads that share the replicas; None: one per core, fewer where there is little to share. Results
             do not depend on it.
+        render_mode: None; a single environment has one.
         keys: those of :class:`FlowDispatchEnv`.
 
     Raises:
@@ -471,17 +497,20 @@ class FlowDispatchVectorEnv(ReplicaVectorEnv):
         *,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         num_threads: int | None = None,
+        render_mode: str | None = None,
         **keys: Any,
     ) -> None:
+        if render_mode is not None:
+            raise InvalidOptionError(f"render_mode of FlowDispatchVectorEnv must be None, got {render_mode!r}")
         super().__init__(num_envs, autoreset_mode)
-        self._task = FlowTask(self.num_envs, num_threads=num_threads, **keys)
+        self._core = FlowEnvCore(self.num_envs, num_threads=num_threads, **keys)
         #: The scenario, or distribution, that episodes begin with.
-        self.scenario = self._task.source
-        self.num_servers = self._task.num_servers
-        self.max_steps = self._task.max_steps
-        self.observation_layout = self._task.layout
-        self.single_observation_space = self._task.layout.space
-        self.single_action_space = self._task.action_space
+        self.scenario = self._core.source
+        self.num_servers = self._core.num_servers
+        self.max_steps = self._core.max_steps
+        self.observation_layout = self._core.layout
+        self.single_observation_space = self._core.layout.space
+        self.single_action_space = self._core.action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
@@ -498,13 +527,13 @@ class FlowDispatchVectorEnv(ReplicaVectorEnv):
         """
         mask, rest = self._split(options)
         seeds = self._seeds(seed)
-        if self._task.decision is None and not mask.all():
+        if self._core.decision is None and not mask.all():
             raise ResetNeeded("the first reset must be of every replica, got a reset_mask that leaves some out")
-        source = self._task.source_with(rest)
+        source = self._core.source_with(rest)
         self._seed(mask, seeds)
-        self._task.begin(self._draw_seeds(mask), mask, source)
+        self._core.begin(self._draw_seeds(mask), mask, source)
         self._over = self._over & ~mask
-        return self._task.observation(), self._info(mask, ~self._all)
+        return self._core.observation(), self._info(mask, ~self._all)
 
     def step(
         self, actions: Any
@@ -515,40 +544,40 @@ class FlowDispatchVectorEnv(ReplicaVectorEnv):
             InvalidActionError: for anything but ``num_envs`` whole numbers from 0 to N - 1; nothing has happened then.
             ResetNeeded: before ``reset``; in DISABLED mode also while the episode of a replica is over.
         """
-        if self._task.decision is None:
+        if self._core.decision is None:
             raise ResetNeeded("call reset() before step()")
         again = self._to_reset()
         choices = _choices(actions, (self.num_envs,))
         seeds = None
         if again is not None:
             # Looked at before a generator moves.
-            choices = self._task.simulation.checked(choices)
+            choices = self._core.simulation.checked(choices)
             seeds = self._draw_seeds(again)
-        rewards, terminated, truncated = self._task.decide(choices, seeds=seeds, reset=again)
+        rewards, terminated, truncated = self._core.decide(choices, seeds=seeds, reset=again)
         ended = terminated | truncated
-        observation = self._task.observation()
+        observation = self._core.observation()
         info = self._info(self._all, ended)
         self._over = ended
         if self.autoreset_mode == AutoresetMode.SAME_STEP and ended.any():
             final = self._final(ended, observation, info)
-            self._task.begin(self._draw_seeds(ended), ended)
+            self._core.begin(self._draw_seeds(ended), ended)
             self._over = ~self._all
-            observation, info = self._task.observation(), self._info(self._all, self._over) | final
+            observation, info = self._core.observation(), self._info(self._all, self._over) | final
         return observation, rewards, terminated, truncated, info
 
     def action_masks(self) -> NDArray[np.bool_]:
         """bool[num_envs, N]: servers that take new flows; all of them where none does."""
-        return self._task.masks()
+        return self._core.masks()
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the threads."""
         # Gymnasium before 1.4 closes whatever it collects, also what a refused argument left half made.
-        if hasattr(self, "_task"):
-            self._task.simulation.close()
+        if hasattr(self, "_core"):
+            self._core.simulation.close()
 
     def _info(self, mask: NDArray[np.bool_], ended: NDArray[np.bool_]) -> dict[str, Any]:
-        told: dict[str, Any] = self._task.info(ended)
-        return told | {f"_{name}": (ended if name in _QUANTILES else mask).copy() for name in told}
+        info: dict[str, Any] = self._core.info(ended)
+        return info | {f"_{name}": mask.copy() for name in info}
 
 
 def _choices(action: Any, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -34,6 +34,8 @@ MAX_PACKETS = 10_000.0
 MIN_SOJOURN = 1e-6
 #: and most changes of that state, or thinned arrivals, on the way from one flow to the next: about a second's work.
 MAX_CHANGES = 1e8
+#: Least demand in a trace that is not 0, core-seconds: clocks of a simulation resolve no less after some weeks.
+MIN_DEMAND = 1e-9
 
 
 _shown = checks.shown
@@ -400,6 +402,12 @@ class Trace:
                     f"trace {self.source}: {name} must be from 0 to {TRACE_LIMIT:g}, got {values[wrong][0]} "
                     f"for flow {int(np.argmax(wrong))}"
                 )
+        tiny = (demands > 0) & (demands < MIN_DEMAND)
+        if tiny.any():
+            raise ScenarioError(
+                f"trace {self.source}: demands must be 0 or at least {MIN_DEMAND:g} core-seconds, got "
+                f"{demands[tiny][0]:g} for flow {int(np.argmax(tiny))}"
+            )
         if (np.diff(times) < 0).any():
             first = int(np.argmax(np.diff(times) < 0)) + 1
             raise ScenarioError(

@@ -26,6 +26,8 @@ class FlowSimulation:
 
     R replicas, N servers. A flow sent to a server that takes none (down or draining) is unrouted.
 
+    ``copy.deepcopy`` and ``pickle`` give one that continues bit for bit like the original.
+
     Args:
         scenario: what to simulate; its dispatch rule is not used. With several balancers the caller is each of them.
         num_replicas: R.
@@ -56,7 +58,7 @@ class FlowSimulation:
         self._take_over()
 
     def _take_over(self) -> None:
-        self._simulation._parameters.pi[:, at.P_RULE] = at.EXTERNAL
+        self._simulation.kernel_arrays()[0].pi[:, at.P_RULE] = at.EXTERNAL
 
     def scenario_of(self, replica: int) -> model.Scenario:
         """The scenario a replica runs."""
@@ -86,14 +88,14 @@ class FlowSimulation:
             ScenarioError: for seeds that are not one per replica; nothing has happened then.
             ResetNeeded: the other replicas have never begun.
         """
-        words = self._simulation._words(seeds)
+        words = self._simulation.seed_words(seeds)
         chosen = np.ones(self.num_replicas, np.bool_) if mask is None else mask
         self._check_begun(chosen)
         if mask is None or self._decision is None:
             out = at.allocate_decision(self.num_replicas, self.num_servers)
         else:
             out = at.Decision._make([array.copy() for array in self._decision])
-        return self._run(out, self._no_choices, words, chosen, chosen)
+        return self._run(out, self._no_choices, words, chosen, self._none, chosen)
 
     def decide(
         self,
@@ -101,11 +103,13 @@ class FlowSimulation:
         *,
         seeds: Sequence[int] | None = None,
         reset: NDArray[np.bool_] | None = None,
+        final: NDArray[np.bool_] | None = None,
     ) -> at.Decision:
         """Send the waiting flow of each replica to ``servers`` int[R] and run each replica to its next flow.
 
         The replicas marked in ``reset`` begin again from their ``seeds`` instead. Where no further flow comes, the
-        servers finish what they hold and ``waiting`` is False; from then on a choice changes nothing.
+        servers finish what they hold and ``waiting`` is False; from then on a choice changes nothing. So it is at once
+        in the replicas marked in ``final``: the waiting flow is their last, whatever the scenario would bring.
 
         Raises:
             InvalidActionError: for anything but R whole numbers from 0 to N - 1; nothing has happened then.
@@ -113,11 +117,11 @@ class FlowSimulation:
             ResetNeeded: before the first :meth:`begin`.
         """
         choices = self.checked(servers)
-        words = self._no_seeds if reset is None else self._simulation._words(seeds or ())
+        words = self._no_seeds if reset is None else self._simulation.seed_words(seeds or ())
         begin = self._none if reset is None else reset
         self._check_begun(begin)
         out = at.allocate_decision(self.num_replicas, self.num_servers)
-        return self._run(out, choices, words, begin, None)
+        return self._run(out, choices, words, begin, self._none if final is None else final, None)
 
     def checked(self, servers: ArrayLike) -> NDArray[np.int64]:
         """``servers`` as int64[R].
@@ -138,8 +142,7 @@ class FlowSimulation:
         return choices.astype(np.int64, copy=False)
 
     def _check_begun(self, begin: NDArray[np.bool_]) -> None:
-        simulation = self._simulation
-        if not (simulation._all_started or (simulation._started | begin).all()):
+        if not self._simulation.have_started(begin):
             raise ResetNeeded("call begin() before decide(): no flow has been drawn yet")
 
     def _run(
@@ -148,6 +151,7 @@ class FlowSimulation:
         choices: NDArray[np.int64],
         words: NDArray[np.uint64],
         begin: NDArray[np.bool_],
+        final: NDArray[np.bool_],
         mask: NDArray[np.bool_] | None,
     ) -> at.Decision:
         from .per_flow_kernel import decide_replicas
@@ -155,14 +159,11 @@ class FlowSimulation:
         simulation = self._simulation
 
         def part(first: int, last: int, status: NDArray[np.int64]) -> None:
-            decide_replicas(
-                simulation._parameters, simulation._state, out, choices, words, begin, first, last, status
-            )  # fmt: skip
+            parameters, state = simulation.kernel_arrays()
+            decide_replicas(parameters, state, out, choices, words, begin, final, first, last, status)
 
         simulation.run_parts(part, mask)
-        if not simulation._all_started:
-            simulation._started |= begin
-            simulation._all_started = bool(simulation._started.all())
+        simulation.mark_started(begin)
         self._decision = out
         return out
 
@@ -175,7 +176,7 @@ class FlowSimulation:
         from .per_flow_kernel import fct_quantiles
 
         out = np.zeros((self.num_replicas, 3))
-        fct_quantiles(self._simulation._state, mask, out)
+        fct_quantiles(self._simulation.kernel_arrays()[1], mask, out)
         return out
 
     def take_flows(self, replica: int = 0) -> dict[str, NDArray[Any]]:

@@ -97,12 +97,12 @@ def _ask(P, S, out, r):
 
 
 @compiled()
-def decide_replicas(P, S, out, choices, seeds, begin, first, last, status):
+def decide_replicas(P, S, out, choices, seeds, begin, final, first, last, status):
     """Place the waiting flow of replicas ``first`` to ``last`` and run to the next one.
 
-    ``choices`` int64[R]: its server. Replicas marked in ``begin`` are reset from ``seeds`` instead. A replica whose
-    ``status`` is DONE is left alone; one whose status is not DONE afterwards needs a larger array, and the next call
-    goes on where it stopped.
+    ``choices`` int64[R]: its server. Replicas marked in ``begin`` are reset from ``seeds`` instead; no flow comes after
+    that of a replica marked in ``final``. A replica whose ``status`` is DONE is left alone; one whose status is not
+    DONE afterwards needs a larger array, and the next call goes on where it stopped.
     """
     for r in range(first, last):
         if status[r] == DONE:
@@ -119,6 +119,8 @@ def decide_replicas(P, S, out, choices, seeds, begin, first, last, status):
         while target >= 0.0:
             S.rf[r, R_TARGET] = target
             status[r] = _run(P, S, r, target == _FOREVER)
+            if status[r] == DONE and final[r] and not begin[r]:
+                S.rf[r, R_NEXT_ARRIVAL] = math.inf
             if status[r] != DONE or S.rf[r, R_NEXT_ARRIVAL] < math.inf:
                 break
             target = _last_departure(S.departure[r])

@@ -271,7 +271,7 @@ class Simulation:
         Returns the batched snapshot, at time 0 for the replicas that were reset; the others' rows are those of the
         snapshot before.
         """
-        words = self._words(seeds)
+        words = self.seed_words(seeds)
         if mask is None or self._output is None:
             output = at.allocate_output(self.num_replicas, self.num_servers, self.num_balancers)
         else:
@@ -284,7 +284,12 @@ class Simulation:
         self._reset(output, words, mask)
         return self._snapshot(output)
 
-    def _words(self, seeds: Sequence[int]) -> NDArray[np.uint64]:
+    def seed_words(self, seeds: Sequence[int]) -> NDArray[np.uint64]:
+        """Seeds as the kernel takes them, uint64[R].
+
+        Raises:
+            ScenarioError: they are not one per replica.
+        """
         if len(seeds) != self.num_replicas:
             raise ScenarioError(f"reset needs {self.num_replicas} seeds, one per replica, got {len(seeds)}")
         return np.array([int(seed) & _MASK64 for seed in seeds], np.uint64)
@@ -338,7 +343,7 @@ class Simulation:
             # min and max are cheaper than isfinite().all(), and a NaN fails either comparison.
             if not (checked.min() >= 0.0 and checked.max() < math.inf):
                 raise InvalidWeightsError(f"weights must be finite and at least 0, got {_first_bad(checked)!r}")
-        words = None if reset is None else self._words(seeds or ())
+        words = None if reset is None else self.seed_words(seeds or ())
         if weights is not None:
             if delays is not None:
                 self._queue(checked, delays)
@@ -394,6 +399,22 @@ class Simulation:
             )  # fmt: skip
 
         self.run_parts(part, mask)
+
+    # What a loop of another module over the same kernel needs (FlowSimulation); nobody outside the package.
+
+    def kernel_arrays(self) -> tuple[at.Parameters, at.State]:
+        """The kernel's arrays as they are now: look them up in every call, as they are replaced when they grow."""
+        return self._parameters, self._state
+
+    def have_started(self, others: NDArray[np.bool_]) -> bool:
+        """Whether every replica but ``others`` has drawn its first flow."""
+        return self._all_started or bool((self._started | others).all())
+
+    def mark_started(self, mask: NDArray[np.bool_]) -> None:
+        """The masked replicas have drawn their first flow."""
+        if not self._all_started:
+            self._started |= mask
+            self._all_started = bool(self._started.all())
 
     def run_parts(
         self, part: Callable[[int, int, NDArray[np.int64]], None], mask: NDArray[np.bool_] | None = None
