@@ -10,24 +10,38 @@ The forms for Stable-Baselines3 are in :mod:`lbgym.training.sb3_policies`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import gymnasium
-import numpy as np
-from numpy.typing import NDArray
-
-from ..errors import LbgymError, MissingExtraError
+from ..errors import MissingExtraError
 
 try:
     import torch
     from torch import Tensor, nn
 except ModuleNotFoundError as error:
-    raise MissingExtraError("torch", "train", "training in plain torch") from error
+    raise MissingExtraError("torch", "train", "a policy in plain torch") from error
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "linear": nn.Identity}
+
+
+class MLP(nn.Sequential):
+    """Dense layers.
+
+    Args:
+        sizes: widths, from the inputs to the outputs.
+        activation: after each layer but the last: a name of ``ACTIVATIONS``.
+    """
+
+    def __init__(self, sizes: Sequence[int], activation: str = "tanh") -> None:
+        layers: list[nn.Module] = []
+        for i in range(len(sizes) - 1):
+            layers.append(nn.Linear(sizes[i], sizes[i + 1]))
+            if i < len(sizes) - 2:
+                layers.append(ACTIVATIONS[activation]())
+        super().__init__(*layers)
 
 
 class ServerEncoder(nn.Module):
-    """Features of every server -> what is known of each, with the others in view.
+    """Encode every server's features, with the mean of all servers as context.
 
     Args:
         features: F, inputs per server.
@@ -61,7 +75,7 @@ class ServerEncoder(nn.Module):
 
 
 class ServerHead(nn.Module):
-    """What is known of a server and of all -> outputs of every server.
+    """Map every encoded server and the pooled context to the server's outputs.
 
     Args:
         hidden: H, width.
@@ -84,7 +98,7 @@ class ServerHead(nn.Module):
 
 
 class EquivariantNetwork(ServerEncoder, ServerHead):
-    """Features of every server -> outputs of every server, equivariant to their order; see the two parts."""
+    """Map every server's features to its outputs, equivariant to the order of the servers; see the two parts."""
 
     def __init__(self, features: int, hidden: int, outputs: int, gain: float = 0.01) -> None:
         nn.Module.__init__(self)
@@ -98,7 +112,7 @@ class EquivariantNetwork(ServerEncoder, ServerHead):
 
 
 class FlatServerNetwork(EquivariantNetwork):
-    """The same from a flat observation to flat outputs: where other frameworks expect dense layers.
+    """An :class:`EquivariantNetwork` on flat observations, as a drop-in for the dense layers of other frameworks.
 
     As a TorchRL module: ``TensorDictModule(FlatServerNetwork(12, 64, 3), ["observation"], ["logits"])``.
 
@@ -151,7 +165,7 @@ class FlatServerNetwork(EquivariantNetwork):
 
 
 class RecurrentNetwork(EquivariantNetwork):
-    """The same with a memory: a GRU of shared weights per server between the encoder and the pooling."""
+    """An :class:`EquivariantNetwork` with a GRU of shared weights per server between the encoder and the pooling."""
 
     def __init__(self, features: int, hidden: int, outputs: int, gain: float = 0.01) -> None:
         super().__init__(features, hidden, outputs, gain)
@@ -160,7 +174,7 @@ class RecurrentNetwork(EquivariantNetwork):
     def remember(self, features: Tensor, active: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features [B, T, N, F] and active bool[B, T, N] -> memories [B, T, N, H] and the last state [B, N, H].
 
-        ``state``: what was remembered before the first of the T steps; None: nothing.
+        ``state``: the GRU's state before the first of the T steps; None: zeros.
         """
         h = self.encode(features, active)
         b, t, n, width = h.shape
@@ -175,8 +189,23 @@ class RecurrentNetwork(EquivariantNetwork):
         return self.decode(h, self.pool(h, active)), after
 
 
+class RecurrentActor(nn.Module):
+    """The actor of SAC-GRU: a :class:`RecurrentNetwork` behind the running moments of its inputs."""
+
+    def __init__(self, features: int, hidden: int, choices: int) -> None:
+        super().__init__()
+        self.moments = Moments(features)
+        self.actor = RecurrentNetwork(features, hidden, choices)
+
+    def logits(self, inputs: Tensor, active: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits [B, N, K] for one step's inputs [B, N, F], and the actor's next state."""
+        scaled = self.moments.scale(inputs, active).unsqueeze(1)
+        out, state = self.actor.forward_sequence(scaled, active.unsqueeze(1), state)
+        return out.squeeze(1), state
+
+
 class ServerNetwork(EquivariantNetwork):
-    """Actor and critic of PPO: what each server's head says, and a value of the context."""
+    """Actor and critic of PPO: the head of every server acts, the pooled context has a value."""
 
     def __init__(self, features: int, hidden: int, choices: int, log_std: float = -1.0) -> None:
         super().__init__(features, hidden, choices or 1)
@@ -263,74 +292,6 @@ class Moments(nn.Module):
         self.count.copy_(total)
 
 
-@dataclass(frozen=True)
-class ActionKind:
-    """How the actions of an environment are made of one choice per server.
-
-    ``choices`` is the number of weights to choose from per server, 0 for a continuous action in [-1, 1].
-    ``joint``: the choices are numbered together, the last server's varying fastest.
-    """
-
-    choices: int
-    joint: bool
-
-    @classmethod
-    def of(cls, space: gymnasium.Space[Any], num_servers: int) -> ActionKind:
-        """The kind of a single environment's action space.
-
-        Raises:
-            LbgymError: for a space that these networks cannot act in.
-        """
-        if is_normalized(space):
-            return cls(0, False)
-        if isinstance(space, gymnasium.spaces.Box):
-            raise LbgymError(f'these networks act in [-1, 1]: use action_type="normalized" instead of {space}')
-        if isinstance(space, gymnasium.spaces.MultiDiscrete):
-            return cls(int(space.nvec[0]), False)
-        if isinstance(space, gymnasium.spaces.Discrete):
-            return cls(round(float(space.n) ** (1 / num_servers)), True)
-        raise LbgymError(f"these networks know Box(-1, 1), MultiDiscrete and Discrete action spaces, got {space}")
-
-    def actor_arguments(self, features: int, hidden: int) -> dict[str, Any]:
-        """Keywords of the :class:`FlatServerNetwork` that says these actions; F features per server, width H."""
-        return {
-            "features": features,
-            "hidden": hidden,
-            "outputs": self.choices or 1,
-            "joint": self.joint,
-            "centered": not self.choices,
-        }
-
-    def encode(self, choice: NDArray[Any]) -> Any:
-        """Environment actions of choices [B, N]."""
-        if not self.choices:
-            return np.clip(choice, -1.0, 1.0).astype(np.float32)
-        if not self.joint:
-            return choice.astype(np.int64)
-        return choice.astype(np.int64) @ (self.choices ** np.arange(choice.shape[-1])[::-1])
-
-
-def is_normalized(space: gymnasium.Space[Any]) -> bool:
-    """Whether actions are of type "normalized": logarithms of weights, of which only the differences matter."""
-    return isinstance(space, gymnasium.spaces.Box) and bool(np.all(space.low == -1) and np.all(space.high == 1))
-
-
-def server_inputs(observation: Any, weights: Any, features: int) -> tuple[Tensor, Tensor]:
-    """Flat observations [B, N (1 + F)] and weights in force [B, N] -> inputs [B, N, F + 1] and active bool[B, N].
-
-    Per server: the F features, and the logarithm of its weight relative to the active servers' geometric mean, since
-    dispatch rules know no other scale. Without it a policy could not tell a slow server from one that was given too
-    much.
-    """
-    flat = torch.from_numpy(np.ascontiguousarray(observation, dtype=np.float32))
-    n = flat.shape[-1] // (1 + features)
-    active = flat[:, :n] > 0.5
-    log_w = torch.from_numpy(np.asarray(weights, dtype=np.float32)).clamp(min=1e-6).log_()
-    mask = active.to(log_w.dtype)
-    log_w = (log_w - (log_w * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
-    return torch.cat([flat[:, n:].reshape(-1, n, features), log_w.unsqueeze(-1)], -1), active
-
-
 def draw(logits: Tensor, active: Tensor, generator: torch.Generator | None) -> Tensor:
     """Choices [B, N] drawn from logits [B, N, K]; inactive servers get the mode."""
     drawn = torch.multinomial(logits.flatten(0, 1).softmax(-1), 1, generator=generator).view(active.shape)
@@ -380,3 +341,12 @@ def linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
     nn.init.orthogonal_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+#: Networks by the name that a checkpoint has for them; their keywords are plain data.
+NETWORKS: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "equivariant": FlatServerNetwork,
+    "actor-critic": ServerNetwork,
+    "recurrent": RecurrentActor,
+}
