@@ -154,7 +154,7 @@ class Run:
 def train_one(run: Run, scratch: Path) -> None:
     """Train in this process and in the folder ``scratch``; what is whole then takes its place, the history last."""
     from lbgym.training.recipes import make_config, train
-    from lbgym.training.runs import write_whole
+    from lbgym.atomic import write_whole
 
     training = run.training
     changes = {"scenario": training.scenario, "total_steps": run.steps, "seed": run.seed, **training.changes}

@@ -45,7 +45,7 @@ HEAVY = (
 #: Every module or package of lbgym by level; a module imports its own level's own package and lower levels.
 LEVELS = (
     ("errors",),
-    ("checks",),
+    ("atomic", "checks"),
     ("scenarios", "features", "snapshot", "toml_files"),
     ("simulator", "sharedmemory"),
     ("dataplanes", "drivers"),

@@ -73,6 +73,10 @@ class CheckpointError(LbgymError, ValueError):
     """A checkpoint that cannot be read, or that does not fit the environment; the message gives both shapes."""
 
 
+class FileWriteError(LbgymError, OSError):
+    """A file that cannot be written; the message gives the system's reason. The file that was there is untouched."""
+
+
 class MissingExtraError(LbgymError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 

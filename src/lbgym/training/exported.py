@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ except ModuleNotFoundError as error:
 
 from .config import TrainingConfig, plain_config
 from .networks import ActionKind, FlatServerNetwork, server_inputs
-from .runs import clone, read_format, write_whole
+from .runs import clone, read_format, write_torch
 
 FORMAT = "lbgym-exported"
 VERSION = 1
@@ -110,7 +109,7 @@ def write_policy(
         "seconds": seconds,
         "trainer": dict(trainer or {}),
     }
-    write_whole(path, partial(torch.save, state))
+    write_torch(path, state)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -122,17 +121,30 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read_format(path, {FORMAT: VERSION})
 
 
-def check_shapes(saved: Mapping[str, Any], path: str | os.PathLike[str], **here: Any) -> None:
-    """Hold a checkpoint, read from ``path``, to what the environment to train on needs.
+def check_shapes(
+    saved: Mapping[str, Any], path: str | os.PathLike[str], here: Mapping[str, Any], keys: Sequence[str]
+) -> None:
+    """Check that a checkpoint, read from ``path``, fits the environment to train on.
+
+    Args:
+        saved: the checkpoint's content, with its ``shapes``.
+        path: its file.
+        here: the shapes needed, by name, and where known the spaces as texts, ``observation`` and ``action``.
+        keys: names of those that must be equal.
 
     Raises:
-        CheckpointError: naming both, for the first of ``here`` that is another in the checkpoint.
+        CheckpointError: naming both, for the first one that differs.
     """
-    for key, needed in here.items():
-        if saved["shapes"][key] != needed:
+    there = saved["shapes"]
+
+    def spaces(shapes: Mapping[str, Any]) -> str:
+        return f" ({shapes['observation']} -> {shapes['action']})" if "observation" in shapes else ""
+
+    for key in keys:
+        if there[key] != here[key]:
             raise CheckpointError(
-                f"checkpoint {os.fspath(path)} has {key}={saved['shapes'][key]}, but the environment to train on needs "
-                f"{key}={needed}"
+                f"checkpoint {os.fspath(path)} has {key}={there[key]}{spaces(there)}, but the environment to train on "
+                f"needs {key}={here[key]}{spaces(here)}"
             )
 
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
@@ -36,16 +35,20 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training with PPO") from error
 
 from .config import TrainingConfig, plain_config, saved_config
+from .exported import check_shapes
 from .networks import ActionKind, ServerNetwork, server_inputs
 from .runs import (
+    Budget,
+    Callback,
     Progress,
+    Reporter,
     clone,
-    log,
+    log_folder,
     output_file,
     read_format,
     summary_writer,
     torch_threads,
-    write_whole,
+    write_torch,
 )
 
 FORMAT = "lbgym-ppo"
@@ -194,7 +197,7 @@ def train_ppo(
     *,
     out: str | os.PathLike[str] | None = None,
     resume_from: str | os.PathLike[str] | None = None,
-    callback: Callable[[Progress], bool | None] | None = None,
+    callback: Callback | None = None,
     tensorboard: bool = False,
 ) -> PPOResult:
     """Train a policy with PPO.
@@ -206,7 +209,7 @@ def train_ppo(
         resume_from: a checkpoint to continue: parameters, optimiser, random states, step count and schedule. From a
             checkpoint at the end of an episode the run goes on bit for bit as if it had not been interrupted; from
             any other it first repeats the begun episode's flows from their start.
-        callback: told the progress after every update; returning True stops the training.
+        callback: receives the progress after every update; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
     On KeyboardInterrupt the state after the last whole update is saved before the exception goes on.
@@ -221,8 +224,7 @@ def train_ppo(
         config = config or PPOConfig(**saved_config(saved["config"], resume_from))
     config = config or PPOConfig()
     checkpoint = output_file(out, CHECKPOINT_NAME)
-    logs = checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
-    with torch_threads(config.torch_threads), summary_writer(logs) as writer:
+    with torch_threads(config.torch_threads), summary_writer(log_folder(checkpoint, tensorboard)) as writer:
         trainer = _Trainer(config)
         try:
             if saved is not None:
@@ -262,8 +264,8 @@ class _Trainer:
         # torch lets go of the interpreter, so that two Python threads learn on two cores; its own threads wait for one
         # another so eagerly that they slow down to a crawl where another process has a core
         self.pool = ThreadPoolExecutor(2, "ppo", lambda: torch.set_num_threads(config.torch_threads))
-        self.step = self.iteration = self.episode = 0
-        self.seconds = 0.0
+        self.iteration = self.episode = 0
+        self.budget = Budget(config)
 
     def close(self) -> None:
         """Release threads."""
@@ -285,80 +287,48 @@ class _Trainer:
             "network": {k: v.clone() for k, v in self.network.state_dict().items()},
             "optimiser": clone(self.optimiser.state_dict()),
             "generator": self.generator.get_state(),
-            "step": self.step,
+            "step": self.budget.step,
             "iteration": self.iteration,
             "episode": self.episode,
-            "seconds": self.seconds,
+            "seconds": self.budget.seconds,
         }
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
-        for key in ("features", "choices", "joint", "hidden"):
-            if saved["shapes"][key] != self.shapes[key]:
-                raise CheckpointError(
-                    f"checkpoint {path} has {key}={saved['shapes'][key]} ({saved['shapes']['observation']} -> "
-                    f"{saved['shapes']['action']}), but the environment to train on needs {key}={self.shapes[key]} "
-                    f"({self.shapes['observation']} -> {self.shapes['action']})"
-                )
+        check_shapes(saved, path, self.shapes, ("features", "choices", "joint", "hidden"))
         self.network.load_state_dict(saved["network"])
         self.optimiser.load_state_dict(clone(saved["optimiser"]))
         self.generator.set_state(saved["generator"])
-        self.step, self.iteration, self.episode = saved["step"], saved["iteration"], saved["episode"]
-        self.seconds = saved["seconds"]
+        self.iteration, self.episode = saved["iteration"], saved["episode"]
+        self.budget = Budget(self.config, saved["step"], saved["seconds"])
 
-    def fraction(self) -> float:
-        """Share of the budget that is used."""
-        config = self.config
-        by_steps = self.step / config.total_steps if config.total_steps is not None else 0.0
-        by_time = self.seconds / config.seconds if config.seconds is not None else 0.0
-        return min(1.0, max(by_steps, by_time))
-
-    def run(
-        self, checkpoint: Path | None, callback: Callable[[Progress], bool | None] | None, writer: Any
-    ) -> PPOResult:
-        config = self.config
+    def run(self, checkpoint: Path | None, callback: Callback | None, writer: Any) -> PPOResult:
+        config, budget = self.config, self.budget
         self.env.reset(seed=config.seed)
-        self.env.step(self.env.action_space.sample())  # compiles the simulator outside the time budget
+        self.env.step(self.env.action_space.sample())  # Compiles the simulator outside the time budget.
         self.reset_env(None)
-        history: list[Progress] = []
         state = self.state()
-        started, written = time.perf_counter() - self.seconds, time.perf_counter()
+
+        def save() -> None:
+            if checkpoint is not None:
+                write_torch(checkpoint, state)
+
+        reporter = Reporter(budget, callback, writer, save, config.checkpoint_every)
+        stop = budget.used_up
         try:
-            while self.fraction() < 1.0:
-                begun = self.seconds
+            while not stop:
                 if config.anneal_lr:
                     for group in self.optimiser.param_groups:
-                        group["lr"] = config.learning_rate * (1.0 - self.fraction())
+                        group["lr"] = config.learning_rate * (1.0 - budget.fraction)
                 rollout = self.collect()
                 losses = self.update(rollout)
-                self.step += config.num_envs * config.num_steps
+                budget.advance(config.num_envs * config.num_steps)
                 self.iteration += 1
-                self.seconds = time.perf_counter() - started
-                progress = Progress(
-                    step=self.step,
-                    seconds=self.seconds,
-                    fraction=self.fraction(),
-                    steps_per_second=config.num_envs * config.num_steps / (self.seconds - begun),
-                    reward=float(rollout.rewards.mean()),
-                    fct_mean=rollout.fct_mean,
-                    losses=losses,
-                )
-                history.append(progress)
+                # An interrupted update may be half done: what is saved is the state after the last whole one.
                 state = self.state()
-                if writer is not None:
-                    log(writer, progress)
-                if checkpoint is not None and time.perf_counter() - written >= config.checkpoint_every:
-                    write_whole(checkpoint, partial(torch.save, state))
-                    written = time.perf_counter()
-                if callback is not None and callback(progress):
-                    break
-        except KeyboardInterrupt:
-            # an update may be half done: keep the state after the last whole one
-            if checkpoint is not None:
-                write_whole(checkpoint, partial(torch.save, state))
-            raise
-        if checkpoint is not None:
-            write_whole(checkpoint, partial(torch.save, state))
-        return PPOResult(PPOPolicy(state), checkpoint, history)
+                stop = reporter.report(reward=float(rollout.rewards.mean()), fct_mean=rollout.fct_mean, losses=losses)
+        finally:
+            save()
+        return PPOResult(PPOPolicy(state), checkpoint, reporter.history)
 
     def reset_env(self, mask: NDArray[np.bool_] | None) -> None:
         """Begin the episode numbered ``self.episode`` in the replicas of ``mask`` (None: in all)."""

@@ -1,23 +1,31 @@
-"""What recipes share: the progress they tell, their logs, and files of checkpoints."""
+"""The bookkeeping that recipes share: budget, progress, logs, timed checkpoints, and the files they lie in."""
 
 from __future__ import annotations
 
+import io
+import logging
 import os
-import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError, MissingExtraError
+from ..atomic import check_writable, write_whole
+from ..errors import CheckpointError, FileWriteError, MissingExtraError
 
 try:
     import torch
     from torch import Tensor
 except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training in plain torch") from error
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
+logger = logging.getLogger("lbgym")
 
 #: Recipes in plain torch by the format of their checkpoints: module and class of the policy.
 RECIPES = {
@@ -29,16 +37,16 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told after every update.
+    """A training's progress, as callbacks receive it after every update.
 
     Attributes:
-        step: environment steps so far, all replicas together.
-        seconds: training time so far, with the time before a resume.
+        step: environment steps so far, over all replicas.
+        seconds: training time so far, including the time before a resume.
         fraction: share of the budget that is used, 0 to 1.
-        steps_per_second: environment steps per second of the last update, learning included.
+        steps_per_second: environment steps per second since the last update, learning included.
         reward: mean reward per step over the last rollout.
-        fct_mean: mean FCT, seconds, of the flows that ended in the last rollout; NaN when none did.
-        losses: by name, those of the recipe. PPO: ``policy``, ``value``, ``entropy``, ``kl``, ``clipped`` (share of
+        fct_mean: mean FCT, seconds, of the flows that ended in the last rollout; NaN if none did.
+        losses: the recipe's losses by name. PPO: ``policy``, ``value``, ``entropy``, ``kl``, ``clipped`` (share of
             clipped ratios) and ``explained_variance``. SAC-GRU: ``policy``, ``value``, ``entropy``, ``temperature`` and
             ``q``.
     """
@@ -52,8 +60,117 @@ class Progress:
     losses: dict[str, float]
 
 
+#: Receives the progress after every update; returning True stops the training.
+Callback = Callable[[Progress], bool | None]
+
+
+class Budget:
+    """The steps and seconds that a training has used of those it may use.
+
+    Args:
+        config: has the limits, ``total_steps`` and ``seconds``.
+        step: environment steps before this run, when resuming.
+        seconds: training time before this run.
+    """
+
+    def __init__(self, config: TrainingConfig, step: int = 0, seconds: float = 0.0) -> None:
+        self.total_steps, self.limit = config.total_steps, config.seconds
+        self.step, self.seconds = step, seconds
+        self.start()
+
+    def start(self) -> None:
+        """Start the clock; what came before, such as compiling the simulator, is not counted."""
+        self._began = time.perf_counter() - self.seconds
+
+    def advance(self, steps: int) -> None:
+        """Count environment steps, and the time they took."""
+        self.step += steps
+        self.seconds = time.perf_counter() - self._began
+
+    @property
+    def fraction(self) -> float:
+        """Share of the budget that is used, 0 to 1."""
+        by_steps = self.step / self.total_steps if self.total_steps is not None else 0.0
+        by_time = self.seconds / self.limit if self.limit is not None else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    @property
+    def used_up(self) -> bool:
+        """Whether the training is over."""
+        return self.fraction >= 1.0
+
+
+class Reporter:
+    """What happens after every update: history, log, checkpoint if one is due, the user's callback.
+
+    Args:
+        budget: advanced by the recipe before each report.
+        callback: receives the progress; returning True stops the training.
+        writer: of TensorBoard, or None.
+        save: writes a checkpoint, or None.
+        every: seconds between checkpoints.
+
+    Attributes:
+        history: the progress after every update.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        callback: Callback | None = None,
+        writer: Any = None,
+        save: Callable[[], object] | None = None,
+        every: float = 0.0,
+    ) -> None:
+        self.history: list[Progress] = []
+        self._budget, self._callback, self._writer, self._save, self._every = budget, callback, writer, save, every
+        self.start()
+
+    def start(self) -> None:
+        """Start the clocks of the budget and of the checkpoints."""
+        self._budget.start()
+        self._saved = time.perf_counter()
+        self._last = self._budget.step, self._budget.seconds
+
+    def report(self, *, reward: float, fct_mean: float, losses: dict[str, float]) -> bool:
+        """Report an update.
+
+        A checkpoint that cannot be written in between is a warning, since the next one may be; the last one, which the
+        recipe writes at its end, is an error.
+
+        Returns:
+            Whether to stop: the budget is used up or the callback asked for it.
+        """
+        budget, (step, seconds) = self._budget, self._last
+        progress = Progress(
+            step=budget.step,
+            seconds=budget.seconds,
+            fraction=budget.fraction,
+            steps_per_second=(budget.step - step) / (budget.seconds - seconds),
+            reward=reward,
+            fct_mean=fct_mean,
+            losses=losses,
+        )
+        self._last = budget.step, budget.seconds
+        self.history.append(progress)
+        if self._writer is not None:
+            try:
+                log(self._writer, progress)
+            except OSError as error:
+                logger.warning("no TensorBoard log from step %s on: %s", f"{budget.step:,}", error.strerror)
+                self._writer = None
+        if self._save is not None and time.perf_counter() - self._saved >= self._every:
+            try:
+                self._save()
+            except FileWriteError as error:
+                logger.warning("no checkpoint at step %s: %s", f"{budget.step:,}", error)
+            self._saved = time.perf_counter()
+        asked = self._callback is not None and bool(self._callback(progress))
+        return asked or budget.used_up
+
+
 def clone(tree: Any) -> Any:
-    """A copy of nested containers of tensors."""
+    """Copy nested containers of tensors."""
     if isinstance(tree, Tensor):
         return tree.clone()
     if isinstance(tree, dict):
@@ -74,6 +191,11 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def log_folder(checkpoint: Path | None, tensorboard: bool) -> Path | None:
+    """The folder of a training's logs, beside its checkpoint; None if nothing is to be logged."""
+    return checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
+
+
 @contextmanager
 def summary_writer(folder: Path | None) -> Iterator[Any]:
     """A TensorBoard writer, or None without a folder."""
@@ -88,7 +210,10 @@ def summary_writer(folder: Path | None) -> Iterator[Any]:
     try:
         yield writer
     finally:
-        writer.close()
+        try:
+            writer.close()
+        except OSError as error:
+            logger.warning("the end of the log in %s could not be written: %s", folder, error.strerror)
 
 
 def log(writer: Any, progress: Progress) -> None:
@@ -102,35 +227,30 @@ def log(writer: Any, progress: Progress) -> None:
 
 
 def output_file(out: str | os.PathLike[str] | None, name: str) -> Path | None:
-    """The file to write: ``out`` if it ends as ``name`` does, else ``name`` in the folder ``out``, which is made."""
+    """The file to write: ``out`` if it ends as ``name`` does, else ``name`` in the folder ``out``, which is made.
+
+    Raises:
+        FileWriteError: if it cannot be written, before any time is spent on training.
+    """
     if out is None:
         return None
     path = Path(out)
     if path.suffix != Path(name).suffix:
         path = path / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     return path
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file that is whole or not there: to a temporary file beside it, then renamed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+def write_torch(path: Path, state: Any) -> None:
+    """Write tensors and plain data, whole or not at all.
 
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    Raises:
+        FileWriteError: if the system refuses.
+    """
+    # torch's own writer makes an internal error of a full disk
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(path, lambda stream: stream.write(buffer.getbuffer()))
 
 
 def read_format(path: str | os.PathLike[str], versions: Mapping[str, int]) -> dict[str, Any]:
@@ -144,7 +264,8 @@ def read_format(path: str | os.PathLike[str], versions: Mapping[str, int]) -> di
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {os.fspath(path)} does not exist") from error
     except Exception as error:
-        raise CheckpointError(f"{os.fspath(path)} is not a checkpoint that can be read: {error}") from error
+        reason = str(error) or ("the file is empty" if not os.path.getsize(path) else type(error).__name__)
+        raise CheckpointError(f"{os.fspath(path)} is not a checkpoint that can be read: {reason}") from error
     found = str(saved.get("format") if isinstance(saved, dict) else type(saved).__name__)
     if not isinstance(saved, dict) or found not in versions:
         *others, last = versions
