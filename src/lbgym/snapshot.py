@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+#: Seconds of the data plane's clock between two settings of the weights, where nothing else is asked for.
+DEFAULT_STEP_INTERVAL = 0.25
+
 
 @dataclass(slots=True)
 class Snapshot:

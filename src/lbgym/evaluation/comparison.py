@@ -22,7 +22,7 @@ from ..errors import ScenarioError, UnknownNameError
 from ..scenarios import Scenario, ScenarioDistribution, load_scenario
 from ..simulator import Simulation
 from .contenders import Contender, parse_contenders
-from .runner import COUNTS, METRICS, Controller, Run, RunSettings, scenario_of_seed, settings_for, simulate
+from .runner import COUNTS, METRICS, Run, RunSettings, agents_of, scenario_of_seed, settings_for, simulate
 from .statistics import HISTOGRAM_EDGES, Difference, Interval, mean_interval, paired_difference
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def compare(
     settings = settings_for(source, duration, warmup, drain, interval, keep_flows)
     for contender in chosen:
         # What is wrong with a policy is said at once, not by the first process that gets to it.
-        Controller(contender, source.reference if isinstance(source, ScenarioDistribution) else source, 0)
+        agents_of(contender, source.reference, 0)
     load = max(scenario_of_seed(source, seed, settings).load for seed in numbers)
     if load >= 1:
         logger.warning(

@@ -1,4 +1,4 @@
-"""How the actions of an environment are made of one choice per server: :class:`ActionKind`."""
+"""Environment actions from one choice per server: :class:`ActionKind`."""
 
 from __future__ import annotations
 

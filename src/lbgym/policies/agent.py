@@ -49,11 +49,12 @@ class Agent:
         agent = make_agent("latency", num_servers=4)
         weights = agent(snapshot, weights)
 
-    A :class:`~lbgym.policies.WeightPolicy` reads the features and sets weights as they are. A trained policy gets the observations, and
-    gives the actions, of the environment that it was trained on. In an environment, which has a layout and a codec of
-    its own, an agent is a :class:`Policy`: :meth:`act`. Its codec scales a heuristic's weights into the range of the
-    action space before it takes the nearest action, since only their ratios matter to a dispatch rule; ratios beyond
-    that range are cut off.
+    A :class:`~lbgym.policies.WeightPolicy` reads the features and sets the weights as they are. A trained policy gets
+    the observations, and gives the actions, of the environment that it was trained on.
+
+    In an environment, with the environment's layout and codec, an agent is a :class:`Policy` itself: :meth:`act`. The
+    codec scales a heuristic's weights into the range of the action space before it takes the nearest action, since only
+    their ratios matter to a dispatch rule; ratios beyond that range are cut off.
 
     Args:
         policy: sets the weights.

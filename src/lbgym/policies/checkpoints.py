@@ -17,6 +17,7 @@ Only tensors and plain data are unpickled.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,8 +28,6 @@ from .trained import TRAINED_SUFFIXES, TrainedPolicy
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .action_kind import ActionKind
 
 FORMAT = "lbgym-policy"
 VERSION = 1
@@ -42,9 +41,7 @@ def contents(
     algo: str,
     config: Mapping[str, Any],
     env_kwargs: Mapping[str, Any],
-    kind: ActionKind,
-    features: int,
-    num_servers: int,
+    shapes: Mapping[str, Any],
     network: str,
     arguments: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
@@ -55,17 +52,16 @@ def contents(
     seconds: float,
     trainer: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint holds.
+    """Assemble a checkpoint; the module describes its keys.
 
     Args:
         algo: name of the recipe, such as "rllib-ppo".
         config: its configuration as plain data.
         env_kwargs: keys of the environment that the policy's observations and actions depend on.
-        kind: the kind of its actions. The network's outputs are [B, N K] logits, server by server, of ``kind.choices``
-            levels each; with ``kind.joint`` [B, K^N] logits or values of all joint actions; and [B, N] actions in
-            [-1, 1] where there is nothing to choose among.
-        features: F per server, without the weights in force.
-        num_servers: N it was trained with.
+        shapes: ``features`` F per server, without the weights in force; ``choices`` K per server, whether they are
+            ``joint``, ``num_servers`` it was trained with, and what else the recipe compares when it resumes. The
+            network's outputs are [B, N K] logits, server by server; if joint [B, K^N] logits or values of all joint
+            actions; and [B, N] actions in [-1, 1] where there is nothing to choose among (K = 0).
         network: its name among ``lbgym.policies.networks.NETWORKS``.
         arguments: keywords of the network's class, plain data.
         parameters: its ``state_dict``.
@@ -89,12 +85,7 @@ def contents(
         "algo": algo,
         "config": dict(config),
         **_split(env_kwargs),
-        "shapes": {
-            "features": features,
-            "choices": kind.choices,
-            "joint": kind.joint,
-            "num_servers": num_servers,
-        },
+        "shapes": dict(shapes),
         "network": {"name": network, "arguments": dict(arguments), "parameters": dict(parameters)},
         "inputs": {"weights": sees_weights, "memory": memory},
         "outputs": {"squash": squash},
@@ -121,16 +112,17 @@ def read_checkpoint(path: str | os.PathLike[str], algo: str | None = None) -> di
         raise MissingExtraError("torch", "train", f"the checkpoint {os.fspath(path)!r}") from error
     where = f"checkpoint {os.fspath(path)}"
     try:
-        size = os.stat(path).st_size
-        saved = torch.load(path, map_location="cpu", weights_only=True) if size else None
+        content = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{where} does not exist") from error
     except OSError as error:
         raise CheckpointError(f"{where} cannot be read: {error.strerror or error}") from error
+    if not content:
+        raise CheckpointError(f"{where} is empty: whatever wrote it did not finish")
+    try:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{where} cannot be read: it is damaged, or was not written by torch.save") from error
-    if not size:
-        raise CheckpointError(f"{where} is empty: whatever wrote it did not finish")
     found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
     if not isinstance(saved, dict) or (found != FORMAT and found not in _OLDER):
         raise CheckpointError(f"{where} is not an lbgym checkpoint: its format is {found}")

@@ -175,7 +175,8 @@ class LittlesLawWeights(WeightPolicy):
     By Little's law (J. D. C. Little, Operations Research 9(3), 1961) the flows that a balancer has open at a server are
     n = λ T on average, with λ the rate at which it sends flows there and T their mean FCT. So n / T is the server's
     *throughput*, which is useless as a weight: it reproduces the former weights, whatever they were. The weight should
-    be what the server *could* carry. On a processor-sharing server of capacity C (flows per second) and utilization ρ = λ / C,
+    be what the server *could* carry. On a processor-sharing server of capacity C (flows per second) and utilization
+    ρ = λ / C,
     n = ρ / (1 - ρ) and T = 1 / (C (1 - ρ)), for any law of demands, hence exactly
 
         (n + 1) / T = C

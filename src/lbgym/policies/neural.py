@@ -128,13 +128,13 @@ class NetworkPolicy(TrainedPolicy):
     def _choose(self, flat: NDArray[Any], weights: NDArray[Any]) -> Tensor:
         """Choices [B, N] for flat observations [B, N (1 + F)] and weights in force [B, N]."""
 
-    def _prepare(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most have nothing beside the network
+    def _prepare(self, state: Mapping[str, Any]) -> None:
         """Set up what a kind of policy has beside its network."""
 
-    def _separate(self) -> None:  # noqa: B027 - most hold nothing that changes
+    def _separate(self) -> None:
         """Give a copy its own of everything that acting changes in place."""
 
-    def _forget(self) -> None:  # noqa: B027 - most remember nothing
+    def _forget(self) -> None:
         """Forget the episode so far."""
 
     def _begin_stream(self) -> None:

@@ -22,7 +22,7 @@ from .trained import ENV_KWARGS_ATTRIBUTE, TrainedPolicy
 # Columns of an observation without and with the ground truth.
 _WIDTHS = (NUM_FEATURES, NUM_FEATURES + NUM_GROUND_TRUTH)
 
-# What reading a damaged file, or the pickled code of another version, raises.
+# Raised on reading a damaged file, or code that another version pickled.
 _DAMAGE = (
     ValueError, KeyError, ImportError, AttributeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
     pickle.UnpicklingError,
@@ -190,7 +190,7 @@ def _inferred_env_kwargs(observation: Any, action: Any, path: Path) -> dict[str,
 
 
 def _serves(action: Any, num_servers: int) -> bool:
-    """Whether an action space can be that of so many servers."""
+    """Whether an action space fits so many servers."""
     if isinstance(action, gymnasium.spaces.Discrete):
         return round(float(action.n) ** (1 / num_servers)) ** num_servers == int(action.n)
     return tuple(action.shape) == (num_servers,)

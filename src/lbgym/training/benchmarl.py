@@ -49,9 +49,12 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("benchmarl", "benchmarl", "training with BenchMARL") from error
 
 from ..env.multi_agent_vector import REWARD_SHARINGS, MultiLoadBalanceVectorEnv
+from ..policies.action_kind import ActionKind
+from ..policies.checkpoints import read_checkpoint
+from ..policies.networks import MLP, NETWORKS, FlatServerNetwork
+from ..policies.neural import ExportedPolicy
 from .config import PER_ALGORITHM, TrainingConfig, saved_config
-from .exported import MLP, NETWORKS, ExportedPolicy, check_shapes, read_checkpoint, write_policy
-from .networks import ActionKind, FlatServerNetwork
+from .exported import check_shapes, write_policy
 from .runs import Progress, log, output_file, summary_writer, torch_threads
 from .torchrl_env import GROUP, MultiTorchRLEnv
 
@@ -808,7 +811,7 @@ def _save(path: Path, config: BenchMARLConfig, experiment: _Experiment, facts: _
 def _actor(
     config: BenchMARLConfig, experiment: _Experiment, facts: _Facts
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """The actor as a network of :mod:`lbgym.training.exported`: name, arguments and parameters."""
+    """The actor as a network of :mod:`lbgym.policies.networks`: name, arguments and parameters."""
     policy = experiment.algorithm.get_policy_for_loss(GROUP)
     model = next(module for module in policy.modules() if isinstance(module, LoadBalanceModel))
     parameters = {name: value.detach().clone() for name, value in model.network.state_dict().items()}

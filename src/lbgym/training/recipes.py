@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import CheckpointError, InvalidOptionError, MissingExtraError, UnknownNameError
+from ..policies.checkpoints import read_checkpoint
 from ..toml_files import read_toml
 from .config import TrainingConfig, plain_config
 
@@ -267,7 +268,4 @@ def algo_of(checkpoint: str | os.PathLike[str]) -> str:
         from .sb3 import config_of
 
         return f"sb3-{config_of(path).algorithm}"
-    from .runs import read_checkpoint
-
-    saved = read_checkpoint(path)
-    return str(saved.get("algo") or saved["format"].removeprefix("lbgym-"))
+    return str(read_checkpoint(path)["algo"])

@@ -46,11 +46,14 @@ except ModuleNotFoundError as error:
 
 from ..env.multi_agent_vector import MultiLoadBalanceVectorEnv
 from ..env.vector import LoadBalanceVectorEnv
+from ..policies.action_kind import ActionKind
+from ..policies.checkpoints import read_checkpoint
+from ..policies.inputs import with_weights
+from ..policies.neural import ExportedPolicy
 from . import rllib_env, rllib_modules
 from .cluster import connected
 from .config import PER_ALGORITHM, TrainingConfig, saved_config
-from .exported import ExportedPolicy, check_shapes, read_checkpoint, with_weights, write_policy
-from .networks import ActionKind
+from .exported import check_shapes, write_policy
 from .runs import Progress, log, output_file, summary_writer, torch_threads
 
 #: Transitions per gradient step of the off-policy algorithms: with batches of 128 each serves about four times.
