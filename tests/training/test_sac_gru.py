@@ -331,8 +331,8 @@ def logits_of(policy: Any, observations: np.ndarray) -> torch.Tensor:
     weights = np.ones(4)
     for observation in observations[:-1]:
         policy.act(observation, {"weights": weights})
-    inputs, active = sac_gru.server_inputs(observations[-1:], weights[None], policy.features)
-    return policy.agent.logits(inputs, active, policy._memory)[0]
+    inputs, active = server_inputs(observations[-1:], weights[None], policy.features)
+    return policy.network.logits(inputs, active, policy._memory)[0]
 
 
 def some_observations(seed: int, steps: int = 4) -> np.ndarray:

@@ -185,7 +185,7 @@ def _checked(key: Field[Any], value: Any) -> Any:
         return value
     if kind is str:
         if not isinstance(value, str) or not value:
-            raise InvalidOptionError(f"{key.name} must be a text and not empty, got {value!r}")
+            raise InvalidOptionError(f"{key.name} must be a text that is not empty, got {value!r}")
         if allowed["choices"] and value not in allowed["choices"]:
             raise UnknownNameError(key.name, value, allowed["choices"])
         return value
