@@ -53,7 +53,6 @@ def snapshot(servers: int) -> Snapshot:
         rejected=counts,
         failed=counts,
         unrouted=0,
-        service=None,
     )
 
 

@@ -102,7 +102,7 @@ def _produce(
 ) -> None:
     os.environ[DIRECTORY_VARIABLE] = folder
     plane = SimulatedDataPlane(load_scenario("heterogeneous"), interval=INTERVAL)
-    snapshot = plane.reset(seed)
+    snapshot = _of_balancer(plane.reset([seed]))
     servers = servers or plane.num_servers
     region = SharedMemoryRegion.create(name, num_servers=servers, **options)
     weights, jumped, count = np.ones(plane.num_servers), 0.0, 0
@@ -111,7 +111,7 @@ def _produce(
         nonlocal snapshot, count
         in_force = region.weights_in_force()
         weights[: min(servers, len(in_force))] = in_force[:servers]
-        snapshot = plane.step(weights)
+        snapshot = _of_balancer(plane.step(weights[None, None]))
         count += 1
         shown = _first(snapshot, servers, jumped)
         fct = count, count * 0.5
@@ -138,6 +138,12 @@ def _produce(
                 return
 
 
+def _of_balancer(batch: Snapshot) -> Snapshot:
+    one = batch.part(0)
+    one.stats = one.stats[0]
+    return one
+
+
 def _first(snapshot: Snapshot, n: int, jumped: float) -> Snapshot:
     assert snapshot.ground_truth is not None
     return Snapshot(
@@ -151,7 +157,6 @@ def _first(snapshot: Snapshot, n: int, jumped: float) -> Snapshot:
         rejected=snapshot.rejected[:n],
         failed=snapshot.failed[:n],
         unrouted=snapshot.unrouted,
-        service=None,
     )
 
 
@@ -159,6 +164,6 @@ def warm_up() -> None:
     """Load what is compiled, in the process that others are forked from."""
     seqlock.warm_up()
     plane = SimulatedDataPlane(load_scenario("heterogeneous"), interval=INTERVAL)
-    plane.reset(0)
-    plane.step(np.ones(plane.num_servers))
+    plane.reset([0])
+    plane.step(np.ones((1, 1, plane.num_servers)))
     plane.close()

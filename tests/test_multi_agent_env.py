@@ -190,6 +190,8 @@ def test_agents_and_the_end_of_an_episode() -> None:
         assert all(type(x) is float for x in reward.values())
         assert not any(terminated.values()) and set(truncated.values()) == {k == 2}
     assert env.agents == []
+    for _ in range(2):
+        assert env.step({}) == ({}, {}, {}, {}, {})
     with pytest.raises(ResetNeeded, match="reset"):
         env.step(dict.fromkeys(agents, (0, 0, 0)))
     assert env.state() in env.state_space
@@ -366,7 +368,7 @@ def test_each_sees_its_own_flows_only() -> None:
     for _ in range(30):
         observation, *_ = vector.step(vector.action_space.sample())
         for replica in range(2):
-            flows = vector._simulation.open_flows(replica)
+            flows = vector._core.plane.simulation.open_flows(replica)
             for b in range(4):
                 mine = flows["server"][flows["balancer"] == b]
                 np.testing.assert_array_equal(observation[replica, b, :, 0], np.bincount(mine, minlength=3))
@@ -567,13 +569,13 @@ def test_rewards_by_hand(sharing: str) -> None:
 
 def test_a_balancer_that_sees_what_the_others_see_makes_no_difference() -> None:
     """Two equal views: taking either out of the mean leaves it as it is."""
-    from lbgym.env.multi_agent_vector import shared_rewards
     from lbgym.env.rewards import make_reward
+    from lbgym.env.sharing import shared_rewards
 
     env = make_vector(2, num_balancers=2)
     env.reset(seed=0)
     env.step(env.action_space.sample())
-    views = env._snapshot
+    views = env._core.snapshot
     assert views is not None
     views.stats[:, 1] = views.stats[:, 0]
     rewards = shared_rewards(make_reward("jain"), views, "difference")
@@ -649,7 +651,7 @@ def test_weights_come_into_force_when_they_should() -> None:
     from lbgym.simulator import Simulation
 
     recorder = Simulation(env.scenario, dispatch="wcmp", record_flows=True)  # type: ignore[arg-type]
-    env._core._simulation = recorder
+    env._core.plane.simulation = recorder
     env.reset(seed=1)
     left, right = np.array([1.0, 0.0, 0.0]), np.array([0.0, 0.0, 1.0])
     for k in range(20):
@@ -698,7 +700,7 @@ def test_statistics_cover_the_whole_step() -> None:
     for _ in range(50):
         *_, infos = env.step(actions_of(env))
         told += infos["lb_0"]["completed"] + infos["lb_0"]["rejected"]
-    snapshot = env._core._snapshot
+    snapshot = env._core.snapshot
     assert snapshot is not None and told > 500
     assert told == (snapshot.completed + snapshot.rejected)[0, 0].sum()
 
@@ -767,7 +769,7 @@ def test_live_regions_of_different_sizes_and_without_ground_truth(shm_dir: Path)
     with puppet("one", servers=3, ground_truth=False), puppet("two", servers=4):
         with pytest.raises(InvalidOptionError, match="3, 4 servers"):
             MultiLoadBalanceEnv(shm_names=["one", "two"])
-        with pytest.raises(InvalidOptionError, match="knows its"):
+        with pytest.raises(InvalidOptionError, match="does not publish its servers"):
             MultiLoadBalanceEnv(shm_names=["one", "two"], num_servers=4, use_ground_truth=True)
         with pytest.raises(InvalidRewardError):
             MultiLoadBalanceEnv(shm_names=["one", "two"], num_servers=4, reward_type="p99_fct")

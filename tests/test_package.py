@@ -46,7 +46,8 @@ HEAVY = (
 LEVELS = (
     ("errors",),
     ("atomic", "checks"),
-    ("scenarios", "features", "snapshot", "toml_files"),
+    ("scenarios", "features", "toml_files"),
+    ("snapshot",),
     ("simulator", "sharedmemory"),
     ("dataplanes", "drivers"),
     ("env", "rewards", "wrappers"),

@@ -92,7 +92,7 @@ def test_a_seed_is_a_scenario_and_the_next_episode_another() -> None:
         same, told = other.reset(seed=seed)
         equal(observation, same)
         equal(info, told)
-        drawn.append(env._data_plane.scenario)
+        drawn.append(env._core.plane.scenario_of(0))
     assert drawn[0] == drawn[3] and len({scenario.load for scenario in drawn[:3]}) == 3
     vector = LoadBalanceVectorEnv(20, **keys_of())
     _, info = vector.reset(seed=[5] * 10 + list(range(10)))
@@ -102,10 +102,10 @@ def test_a_seed_is_a_scenario_and_the_next_episode_another() -> None:
 def test_only_replicas_that_begin_an_episode_get_another_scenario() -> None:
     env = LoadBalanceVectorEnv(4, autoreset_mode=AutoresetMode.DISABLED, **keys_of(max_steps=50))
     env.reset(seed=0)
-    before = [env._simulation.scenario_of(i) for i in range(4)]
+    before = [env._core.plane.scenario_of(i) for i in range(4)]
     env.step(env.action_space.sample())
     _, info = env.reset(options={"reset_mask": np.array([False, True, False, False])})
-    after = [env._simulation.scenario_of(i) for i in range(4)]
+    after = [env._core.plane.scenario_of(i) for i in range(4)]
     assert [a is b for a, b in zip(before, after, strict=True)] == [True, False, True, True]
     assert info["_load"].tolist() == [False, True, False, False] and info["load"][1] == after[1].load
     assert "load" not in env.step(env.action_space.sample())[4]
@@ -122,7 +122,7 @@ def test_absent_servers_are_inactive_and_get_no_flow(rule: str, seed: int) -> No
         scenario=d, num_servers=6, dispatch=rule, action_type="continuous", use_ground_truth=True, observation="dict"
     )
     observation, info = env.reset(seed=seed)
-    scenario = env._data_plane.scenario
+    scenario = env._core.plane.scenario_of(0)
     assert scenario is not None
     n = scenario.num_servers
     assert n in (2, 3)
@@ -142,8 +142,8 @@ def test_absent_servers_are_inactive_and_get_no_flow(rule: str, seed: int) -> No
         same, expected, *_, told = exact.step(action[:n])
         assert reward == expected
         assert info["completed"] == told["completed"] and info["rejected"] == told["rejected"]
-        assert not info["active_servers"][n:].any()
-    snapshot = env._snapshot
+        assert not info["active"][n:].any() and info["active_servers"] == list(range(n))
+    snapshot = env._core.snapshot
     assert snapshot is not None and snapshot.started[:n].all() and not snapshot.started[n:].any()
 
 
@@ -157,8 +157,7 @@ def test_pictures_show_the_servers_that_exist(mode: str) -> None:
         env.reset(seed=seed)
         env.step(env.action_space.sample())
         picture = env.render()
-        assert env._viewer is not None
-        assert len(env._viewer._history[-1].active) == env._data_plane.scenario.num_servers
+        assert len(env._core._viewers[mode, 0]._history[-1].active) == env._core.plane.scenario_of(0).num_servers
         shown.add(len(picture.splitlines()) if mode == "ansi" else picture.shape)
     assert len(shown) == (2 if mode == "ansi" else 1)
 
@@ -193,15 +192,15 @@ def test_options_of_reset() -> None:
     assert info["rate"] == 7.0
     events = [Event(time=0.01, kind="down", server=0)]
     _, info = env.reset(options={"events": events})
-    assert env._data_plane.scenario.events == tuple(events)
-    assert not env.step(env.action_space.sample())[4]["active_servers"][0]
+    assert env._core.plane.scenario_of(0).events == tuple(events)
+    assert not env.step(env.action_space.sample())[4]["active"][0]
     # A scenario of fewer servers, another distribution; in the next episode the own one again.
     _, info = env.reset(options={"scenario": "uniform"})
     assert info["server_cores"].tolist() == [4, 4, 4, 4, 0]
     _, info = env.reset(options={"scenario": distribution(num_servers=5, load=0.5)})
     assert info["load"] == pytest.approx(0.5) and info["server_cores"].all()
     env.reset()
-    assert env._data_plane.scenario.name == "varied"
+    assert env._core.plane.scenario_of(0).name == "varied"
 
 
 @pytest.mark.parametrize("vector", [False, True])
@@ -229,9 +228,7 @@ def test_bad_keys() -> None:
     with pytest.raises(InvalidOptionError, match="num_servers=4, but distribution 'varied' draws up to 5"):
         LoadBalanceEnv(**keys_of(num_servers=4))
     with pytest.raises(InvalidOptionError, match="live data plane is not drawn"):
-        from lbgym.env import Setup
-
-        Setup(**keys_of(live=True))
+        LoadBalanceEnv("lb0", **keys_of())
 
 
 def test_several_balancers_are_told_the_same_facts() -> None:
@@ -244,7 +241,7 @@ def test_several_balancers_are_told_the_same_facts() -> None:
     for _ in range(3):
         env.step(env.action_space.sample())
     observation, *_, info = env.step(env.action_space.sample())
-    scenarios = [env._simulation.scenario_of(i) for i in range(3)]
+    scenarios = [env._core.plane.scenario_of(i) for i in range(3)]
     np.testing.assert_array_equal(info["load"][:, 1], [s.load for s in scenarios])
     assert all(s.balancers == 2 for s in scenarios)
 

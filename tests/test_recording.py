@@ -583,7 +583,7 @@ def test_a_minari_dataset_reads_back_equal(
     seen = [*steps.rows.tolist(), int(steps.next_rows[-1])]
     assert episode.infos["sequence_id"].tolist() == [rows[k].sequence_id for k in seen]
     assert episode.infos["applied_sequence_id"].tolist() == recording.applied_sequence_id[seen].tolist()
-    assert np.array_equal(episode.infos["active_servers"], recording.active[seen])
+    assert np.array_equal(episode.infos["active"], recording.active[seen])
     assert dataset.storage.metadata["algorithm_name"] == "random"
     assert "region 'lb0', published by test" in dataset.storage.metadata["description"]
     env = dataset.recover_environment(eval_env=True)

@@ -14,7 +14,7 @@ import pytest
 from lbgym.env.rendering import HISTORY, Frame, Viewer, render_ansi, render_rgb, show
 from lbgym.errors import MissingExtraError, UnknownNameError
 from lbgym.scenarios.model import Scenario, Server, Workload
-from lbgym.snapshot import Snapshot
+from lbgym.snapshot import IntervalStatistics, Snapshot
 
 
 def make_snapshot(n: int = 4, step: int = 1, *, truth: bool = True, service: bool = True, down: Any = ()) -> Snapshot:
@@ -39,7 +39,7 @@ def make_snapshot(n: int = 4, step: int = 1, *, truth: bool = True, service: boo
         rejected=zeros + 1,
         failed=zeros,
         unrouted=2,
-        service=np.array([30, 1, 0.125, 0.1, 0.5, 2.5, 1.0, 9.0]) if service else None,
+        interval=IntervalStatistics(np.array([30, 1, 0.125, 0.1, 0.5, 2.5, 1.0, 9.0])) if service else None,
     )
 
 

@@ -26,7 +26,7 @@ from lbgym.env.rewards import (
 )
 from lbgym.errors import InvalidRewardError, LbgymError, UnknownNameError
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES, SERVICE_NAMES
-from lbgym.snapshot import Snapshot
+from lbgym.snapshot import IntervalStatistics, Snapshot
 
 LOG0 = -math.log(EPSILON)
 
@@ -48,7 +48,7 @@ def make_snapshot(
         rejected=zeros,
         failed=zeros,
         unrouted=np.zeros(shape[:-1], int),
-        service=rng.random((*shape[:-1], len(SERVICE_NAMES))) if service else None,
+        interval=IntervalStatistics(rng.random((*shape[:-1], len(SERVICE_NAMES)))) if service else None,
     )
 
 
@@ -253,13 +253,13 @@ def test_the_default_is_jain_of_the_decayed_mean_duration() -> None:
 
 def test_service_rewards() -> None:
     snapshot = make_snapshot()
-    assert snapshot.service is not None
-    snapshot.service[:] = [75, 25, 0.2, 0.1, 0.5, 0.9, 1.5, 12]
+    assert snapshot.interval is not None
+    snapshot.interval.values[:] = [75, 25, 0.2, 0.1, 0.5, 0.9, 1.5, 12]
     expected = {"mean_fct": -0.2, "p99_fct": -0.9, "slowdown": -1.5, "rejected": -0.25, "open_flows": -12}
     assert set(expected) == set(SERVICE_REWARDS)
     for name, value in expected.items():
         assert make_reward(name)(snapshot) == pytest.approx(value)
-    snapshot.service[:] = 0
+    snapshot.interval.values[:] = 0
     for name in SERVICE_REWARDS:
         assert make_reward(name)(snapshot) == float(REWARDS[name].empty) == 0
 

@@ -114,5 +114,9 @@ class DataPlaneTimeout(LbgymError, TimeoutError):
     """A live data plane published nothing new in time."""
 
 
+class LiveCopyError(LbgymError, TypeError):
+    """A live data plane, or an environment on one, cannot be copied or pickled."""
+
+
 class InvalidOptionError(LbgymError, ValueError):
     """A key of an environment, or an option of ``reset``, with a value it cannot have."""

@@ -8,8 +8,82 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .features.columns import SERVICE_NAMES
+
 #: Seconds of the data plane's clock between two settings of the weights, where nothing else is asked for.
 DEFAULT_STEP_INTERVAL = 0.25
+
+_COMPLETED, _REJECTED, _OPEN_FLOWS = (SERVICE_NAMES.index(name) for name in ("completed", "rejected", "open_flows"))
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class IntervalStatistics:
+    """Statistics of the flows that ended during one control interval, by name.
+
+    A rejected, failed or unrouted flow counts as ``rejected``, with an FCT of the scenario's ``reject_timeout``. Where
+    no flow ended, the FCT statistics are NaN: there is no mean of nothing.
+
+    Attributes:
+        values: float64[..., 8], columns of ``SERVICE_NAMES``, in which the FCT statistics of an interval without ended
+            flows are 0. The properties below are float64[...].
+    """
+
+    values: NDArray[np.float64]
+
+    def __getitem__(self, index: Any) -> IntervalStatistics:
+        """The part of a batch at ``index`` of its leading axes."""
+        return IntervalStatistics(self.values[index])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self.values, dtype) if copy or dtype is not None else self.values
+
+    @property
+    def completed(self) -> Any:
+        """Flows that completed."""
+        return self.values[..., _COMPLETED]
+
+    @property
+    def rejected(self) -> Any:
+        """Flows that were rejected, failed or found no active server."""
+        return self.values[..., _REJECTED]
+
+    @property
+    def ended(self) -> Any:
+        """Flows that ended in any way; those that the FCT statistics are of."""
+        return self.completed + self.rejected
+
+    @property
+    def fct_mean(self) -> Any:
+        """Mean FCT, seconds."""
+        return self._of_ended("fct_mean")
+
+    @property
+    def fct_p50(self) -> Any:
+        """Median FCT, seconds."""
+        return self._of_ended("fct_p50")
+
+    @property
+    def fct_p90(self) -> Any:
+        """90th percentile of the FCT, seconds."""
+        return self._of_ended("fct_p90")
+
+    @property
+    def fct_p99(self) -> Any:
+        """99th percentile of the FCT, seconds."""
+        return self._of_ended("fct_p99")
+
+    @property
+    def log_slowdown(self) -> Any:
+        """Mean of ln(FCT / demand)."""
+        return self._of_ended("log_slowdown")
+
+    @property
+    def open_flows(self) -> Any:
+        """Flows in the system, mean over the interval's time."""
+        return self.values[..., _OPEN_FLOWS]
+
+    def _of_ended(self, name: str) -> Any:
+        return np.where(self.ended > 0.0, self.values[..., SERVICE_NAMES.index(name)], np.nan)
 
 
 @dataclass(slots=True)
@@ -28,8 +102,8 @@ class Snapshot:
         started, completed, rejected, failed: int64[..., N], flows since reset, per server. ``rejected``: turned away
             by a full server; ``failed``: lost with a server that went down.
             started = completed + rejected + failed + open, always.
-        unrouted: int64[...], flows that found no active server; they count as rejected in ``service``.
-        service: float64[..., 8], statistics of the interval (``SERVICE_NAMES``), or None where the data plane has none.
+        unrouted: int64[...], flows that found no active server; ``interval`` counts them as rejected.
+        interval: statistics of the flows that ended since the last snapshot, or None where the data plane has none.
     """
 
     sequence_id: Any
@@ -42,10 +116,21 @@ class Snapshot:
     rejected: NDArray[np.int64]
     failed: NDArray[np.int64]
     unrouted: Any
-    service: NDArray[np.float64] | None
+    interval: IntervalStatistics | None = None
 
     def part(self, index: Any) -> Snapshot:
         """The part of a batch at ``index`` of its leading axes."""
-        parts: Any = {name: getattr(self, name) for name in Snapshot.__slots__}
-        chosen: Any = {name: None if part is None else part[index] for name, part in parts.items()}
-        return Snapshot(**chosen)
+        truth, interval = self.ground_truth, self.interval
+        return Snapshot(
+            self.sequence_id[index],
+            self.timestamp[index],
+            self.active[index],
+            self.stats[index],
+            None if truth is None else truth[index],
+            self.started[index],
+            self.completed[index],
+            self.rejected[index],
+            self.failed[index],
+            self.unrouted[index],
+            None if interval is None else interval[index],
+        )

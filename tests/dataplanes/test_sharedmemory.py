@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import lbgym
-from lbgym.dataplanes import DataPlane, SharedMemoryDataPlane
+from lbgym.dataplanes import BatchedDataPlane, LiveDataPlanes, SharedMemoryDataPlane
 from lbgym.errors import (
     DataPlaneTimeout,
     InvalidOptionError,
@@ -35,10 +35,13 @@ INTERVAL = 0.04
 def test_it_is_a_data_plane() -> None:
     with puppet("lb0") as _:
         plane = SharedMemoryDataPlane("lb0", interval=INTERVAL)
-        assert isinstance(plane, DataPlane)
         assert plane.num_servers == 4
-        assert plane.scenario is None
         plane.close()
+        group = LiveDataPlanes(["lb0"], interval=INTERVAL)
+        assert isinstance(group, BatchedDataPlane)
+        assert (group.num_replicas, group.num_balancers, group.num_servers) == (1, 1, 4)
+        assert group.source() is group.scenario_of(0) is None
+        group.close()
 
 
 def test_an_observation_is_what_was_published() -> None:
@@ -271,7 +274,8 @@ def test_servers_join_and_leave(caplog: pytest.LogCaptureFixture) -> None:
             observation, _, _, _, info = env.step(np.ones(4))
         assert observation["mask"].tolist() == [1, 0, 1, 1]
         assert not observation["features"][1].any() and observation["features"][3].all()
-        assert info["active_servers"].tolist() == [True, False, True, True]
+        assert info["active"].tolist() == [True, False, True, True]
+        assert info["active_servers"] == [0, 2, 3]
         strings.tell(active=[True] * 6)
         with caplog.at_level(logging.WARNING, "lbgym"):
             for _ in range(2):

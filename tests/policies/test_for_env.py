@@ -100,6 +100,6 @@ def test_adaptive_weights_read_the_busy_workers_of_the_environment() -> None:
         seen, _, _, _, info = env.step(policy.act(seen, info))
     busy = seen[:, -1]
     assert busy.max() > 0
-    expected = make_weight_policy("awcmp", env.scenario).weights(seen, info["active_servers"])
+    expected = make_weight_policy("awcmp", env.scenario).weights(seen, info["active"])
     _, _, _, _, info = env.step(policy.act(seen, info))
     assert info["weights"] == pytest.approx(expected, rel=1e-6)

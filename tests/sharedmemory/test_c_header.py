@@ -70,7 +70,6 @@ def snapshot(n: int, seed: int = 0, truth: bool = True) -> Snapshot:
         rejected=counts[2],
         failed=counts[3],
         unrouted=int(rng.integers(0, 2**62)),
-        service=None,
     )
 
 

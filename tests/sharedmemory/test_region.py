@@ -32,7 +32,7 @@ from lbgym.errors import (
 )
 from lbgym.features import FEATURE_NAMES
 from lbgym.sharedmemory import DEFAULT_LEASE, SharedMemoryRegion, abi, region_names, system
-from lbgym.snapshot import Snapshot
+from lbgym.snapshot import IntervalStatistics, Snapshot
 from tests.sharedmemory import nursery as roles
 from tests.sharedmemory.nursery import Nursery
 
@@ -88,7 +88,7 @@ def test_every_snapshot_comes_back_as_it_was(
         rejected=random.choice(COUNTS, n),
         failed=random.choice(COUNTS, n),
         unrouted=counts[0],
-        service=np.zeros(8),
+        interval=IntervalStatistics(np.zeros(8)),
     )
     with (
         SharedMemoryRegion.create("lb0", num_servers=n, capacity=capacity, safe_weights=safe_weights) as producer,
@@ -106,7 +106,7 @@ def test_every_snapshot_comes_back_as_it_was(
             assert (got.sequence_id, got.timestamp, got.unrouted) == (3, given_.timestamp, counts[0])
             assert (buffer.timestamp_ns, buffer.num_servers, buffer.fct_count) == (nanoseconds, n, counts[1])
             assert abs(buffer.fct_sum_ns - nanoseconds) <= 1
-            assert got.service is None
+            assert got.interval is None
             for name in ("active", "stats", "ground_truth", "started", "completed", "rejected", "failed"):
                 before, after = getattr(given_, name), getattr(got, name)
                 if before is None:

@@ -125,11 +125,11 @@ def test_arrays_grow_in_the_middle_of_a_step() -> None:
     parts.reset([3])
     parts.step(np.tile(LEFT, (1, 2, 1)), 0.0)
     snapshot = parts.step(np.tile(RIGHT, (1, 2, 1)), 0.6, delays=np.full((1, 2), 0.3))
-    assert snapshot.service is not None
+    assert snapshot.interval is not None
     expected = whole.observe()
     np.testing.assert_array_equal(snapshot.completed, expected.completed)
     np.testing.assert_array_equal(snapshot.started, expected.started)
-    assert snapshot.service[0, 0] == snapshot.completed.sum()
+    assert snapshot.interval.completed[0] == snapshot.completed.sum()
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_down_fails_its_flows_at_once():
     flows = sim.take_flows()
     np.testing.assert_array_equal(flows["status"], [FAILED, FAILED])
     np.testing.assert_array_equal(flows["fct"], 33.0)
-    service = dict(zip(SERVICE_NAMES, after.service[0], strict=True))
+    service = dict(zip(SERVICE_NAMES, after.interval.values[0], strict=True))
     assert service["rejected"] == 2
     assert service["completed"] == 0
     assert service["fct_mean"] == service["fct_p99"] == 33.0
@@ -109,7 +109,7 @@ def test_no_active_server_leaves_flows_unrouted():
     snapshot = sim.step(None, 10.0)
     assert snapshot.unrouted[0] == 2
     assert snapshot.started.sum() == snapshot.failed.sum() == 1
-    service = dict(zip(SERVICE_NAMES, snapshot.service[0], strict=True))
+    service = dict(zip(SERVICE_NAMES, snapshot.interval.values[0], strict=True))
     assert service["rejected"] == 3
     assert service["fct_mean"] == 7.0
     flows = sim.take_flows()

@@ -28,7 +28,7 @@ ARRAYS = (
     "rejected",
     "failed",
     "unrouted",
-    "service",
+    "interval",
 )
 
 
@@ -42,13 +42,13 @@ def check(sim: Simulation, snapshot: Snapshot) -> None:
     assert snapshot.stats.shape == (r, m, n, len(FEATURE_NAMES))
     assert snapshot.stats.dtype == np.float32
     assert snapshot.ground_truth.shape == (r, n, 3)
-    assert snapshot.service.shape == (r, len(SERVICE_NAMES))
+    assert snapshot.interval.values.shape == (r, len(SERVICE_NAMES))
     for name in ARRAYS:
         array = np.asarray(getattr(snapshot, name))
         assert np.isfinite(array).all(), name
-        if name != "service":
+        if name != "interval":
             assert (array >= 0).all(), name
-    assert (np.delete(snapshot.service, SERVICE_NAMES.index("log_slowdown"), axis=-1) >= 0).all()
+    assert (np.delete(snapshot.interval.values, SERVICE_NAMES.index("log_slowdown"), axis=-1) >= 0).all()
     assert (snapshot.ground_truth[..., :2] <= 1).all()
     inactive = ~snapshot.active
     assert not snapshot.ground_truth[inactive].any()
@@ -63,7 +63,7 @@ def check(sim: Simulation, snapshot: Snapshot) -> None:
     assert all((value >= 0).all() for value in integrals.values())
     law = integrals["fct_sum"] + integrals["lost_time"] + integrals["age_sum"]
     np.testing.assert_allclose(integrals["queue"], law, rtol=1e-9, atol=1e-9)
-    median, p90, p99 = (snapshot.service[:, SERVICE_NAMES.index(f"fct_p{p}")] for p in (50, 90, 99))
+    median, p90, p99 = (snapshot.interval.values[:, SERVICE_NAMES.index(f"fct_p{p}")] for p in (50, 90, 99))
     assert (median <= p90).all()
     assert (p90 <= p99).all()
 
@@ -110,8 +110,8 @@ def test_no_flow_is_lost(data):
 
 
 def check_service(scenario: Scenario, snapshot: Snapshot, r: int, flows: dict[str, NDArray], duration: float) -> None:
-    """``service`` against the flows of the interval, by NumPy."""
-    service = dict(zip(SERVICE_NAMES, snapshot.service[r], strict=True))
+    """``interval`` against the flows of the interval, by NumPy."""
+    service = dict(zip(SERVICE_NAMES, snapshot.interval.values[r], strict=True))
     fct = flows["fct"]
     assert service["completed"] == (flows["status"] == COMPLETED).sum()
     assert service["rejected"] == (flows["status"] != COMPLETED).sum()
@@ -237,7 +237,7 @@ def test_snapshots_are_the_callers_own():
     second = sim.step(None, 5.0)
     assert fingerprint(first) == kept
     for name in ARRAYS:
-        getattr(second, name)[...] = 0
+        np.asarray(getattr(second, name))[...] = 0
     other = Simulation(scenario)
     other.reset([1])
     other.step(None, 5.0)
@@ -254,7 +254,7 @@ def test_parts_can_be_left_out():
     for name in flows:
         np.testing.assert_array_equal(flows[name], same[name])
     snapshot = bare.observe()
-    assert snapshot.service is None
+    assert snapshot.interval is None
     np.testing.assert_array_equal(snapshot.stats[..., 0], full.observe().stats[..., 0])
     assert not snapshot.stats[..., 1:].any()
 

@@ -52,8 +52,8 @@ def test_absent_servers_never_get_a_flow_and_change_nothing(rule: str, balancers
             two = np.moveaxis(two, 2 if name == "stats" else 1, 0)
             np.testing.assert_array_equal(one, two[:6], err_msg=name)
             assert not two[6:].any(), name
-        assert a.service is not None and b.service is not None
-        np.testing.assert_array_equal(a.service, b.service)
+        assert a.interval is not None and b.interval is not None
+        np.testing.assert_array_equal(a.interval.values, b.interval.values)
     flows, same = exact.take_flows(), roomy.take_flows()
     assert len(flows["server"]) > 1000 and flows["server"].max() == 5 and (flows["status"] > 0).any()
     for name in flows:
@@ -117,7 +117,7 @@ def test_replicas_of_different_scenarios_are_each_what_they_would_be_alone() -> 
             for r, alone in enumerate(running):
                 want = alone.step(None, 0.5)
                 np.testing.assert_array_equal(got.stats[r], want.stats[0])
-                np.testing.assert_array_equal(got.service[r], want.service[0])
+                np.testing.assert_array_equal(got.interval.values[r], want.interval.values[0])
 
 
 def test_the_table_of_flows_does_not_grow_without_end() -> None:

@@ -19,6 +19,7 @@ from lbgym.policies import load_policy, read_checkpoint
 
 torch = pytest.importorskip("torch")
 
+from lbgym.policies.inputs import server_inputs  # noqa: E402
 from lbgym.training import sac_gru  # noqa: E402
 from lbgym.training.runs import Progress  # noqa: E402
 from lbgym.training.sac_gru import Batch, Replay, SACGRUConfig, train_sac_gru  # noqa: E402

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
+from ..dataplanes.live import SharedMemoryDataPlane
 from ..errors import (
     DataPlaneTimeout,
     InvalidOptionError,
@@ -35,7 +36,6 @@ from .envelope import usable_weights
 from .logs import log_event, logger
 from .metrics import Counts, Metrics, State, Step
 from .notify import Notifier
-from .plane import ControlledDataPlane, ObservedDataPlane
 
 _DEBUG, _INFO, _WARNING = logging.DEBUG, logging.INFO, logging.WARNING
 #: Intervals of movement that a pause saves up at most.
@@ -182,7 +182,7 @@ class Controller:
         finally:
             self._waiting = False
 
-    def _connect(self) -> ControlledDataPlane:
+    def _connect(self) -> SharedMemoryDataPlane:
         """Attach to the region and get ready for the first step."""
         plane = self._attach()
         try:
@@ -214,16 +214,17 @@ class Controller:
         self.state.connected = True
         return plane
 
-    def _attach(self) -> ControlledDataPlane:
+    def _attach(self) -> SharedMemoryDataPlane:
         config = self.config
-        kind = ObservedDataPlane if config.dry_run else ControlledDataPlane
         deadline = time.monotonic() + config.attach_timeout
         reported = False
         while True:
             try:
                 with self._interruptible():
                     SharedMemoryRegion.attach(config.shm, live=True, read_only=True).close()
-                    return kind(config.shm, interval=self._interval, timeout=config.timeout)
+                    return SharedMemoryDataPlane(
+                        config.shm, interval=self._interval, timeout=config.timeout, read_only=config.dry_run
+                    )
             except (RegionNotFoundError, DataPlaneTimeout) as error:
                 if time.monotonic() >= deadline:
                     raise
@@ -234,7 +235,7 @@ class Controller:
             with self._interruptible():
                 time.sleep(_LOOK)
 
-    def _bind(self, plane: ControlledDataPlane, agents: tuple[Agent, Agent]) -> None:
+    def _bind(self, plane: SharedMemoryDataPlane, agents: tuple[Agent, Agent]) -> None:
         """Observe as many servers as the agents are made for; those that do not exist yet are inactive."""
         for agent in agents:
             if agent.servers is None:
@@ -252,12 +253,12 @@ class Controller:
                     )
         plane.num_servers = next(agent.servers for agent in agents if agent.servers is not None)
 
-    def _fit(self, plane: ControlledDataPlane) -> None:
+    def _fit(self, plane: SharedMemoryDataPlane) -> None:
         self._servers = plane.num_servers
         for agent in (self._policy, self._fallback):
             agent.fit(plane.num_servers, ground_truth=plane.has_ground_truth)
 
-    def _set_lease(self, plane: ControlledDataPlane, *, refuse: bool = False) -> None:
+    def _set_lease(self, plane: SharedMemoryDataPlane, *, refuse: bool = False) -> None:
         """Set the lease: longer than the longest time between two actions in normal operation."""
         longest = self._interval / plane.region.clock_rate + plane.timeout
         lease = self.config.lease
@@ -273,7 +274,7 @@ class Controller:
             self._log(_WARNING, "lease", problem)
         plane.lease = self.state.lease = lease
 
-    def _warm_up(self, plane: ControlledDataPlane) -> None:
+    def _warm_up(self, plane: SharedMemoryDataPlane) -> None:
         """Call the policy once and discard the result: a network's first call is slow."""
         try:
             with self._interruptible():
@@ -281,7 +282,7 @@ class Controller:
         except Exception as error:
             self._log(_WARNING, "policy_error", f"{_name_of(error)} before the first step: {error}")
 
-    def _drive(self, plane: ControlledDataPlane) -> Outcome:
+    def _drive(self, plane: SharedMemoryDataPlane) -> Outcome:
         config = self.config
         ends_at = math.inf if config.duration is None else time.monotonic() + config.duration
         self._summary = _Summary(self.state.counts)
@@ -298,7 +299,7 @@ class Controller:
             snapshot = self._observe(plane) if snapshot is None else self._step(plane, snapshot)
         return Outcome.STOPPED
 
-    def _observe(self, plane: ControlledDataPlane) -> Snapshot | None:
+    def _observe(self, plane: SharedMemoryDataPlane) -> Snapshot | None:
         """Wait for the next observation without writing weights; None if it does not come in time."""
         try:
             with self._interruptible():
@@ -309,7 +310,7 @@ class Controller:
         self._note_observation(plane)
         return snapshot
 
-    def _step(self, plane: ControlledDataPlane, snapshot: Snapshot) -> Snapshot | None:
+    def _step(self, plane: SharedMemoryDataPlane, snapshot: Snapshot) -> Snapshot | None:
         """Decide on an observation, act, and wait for the next one; None if it does not come in time."""
         counts, info, seen_at, known = self.state.counts, plane.info, plane.published_at, plane.known_servers
         before = usable_weights(self._in_force(info))
@@ -378,7 +379,7 @@ class Controller:
         return min(elapsed, _MOST_INTERVALS * self._interval) if elapsed >= 0.0 else self._interval
 
     def _ask(
-        self, plane: ControlledDataPlane, snapshot: Snapshot, weights: NDArray[np.float64]
+        self, plane: SharedMemoryDataPlane, snapshot: Snapshot, weights: NDArray[np.float64]
     ) -> NDArray[np.float64] | None:
         """The policy's proposal, None if it fails; ``_failures`` counts the failures in a row."""
         counts, proposed = self.state.counts, None
@@ -404,7 +405,7 @@ class Controller:
         return proposed
 
     def _ask_fallback(
-        self, plane: ControlledDataPlane, snapshot: Snapshot, weights: NDArray[np.float64]
+        self, plane: SharedMemoryDataPlane, snapshot: Snapshot, weights: NDArray[np.float64]
     ) -> NDArray[np.float64] | None:
         try:
             return self._fallback(snapshot, weights, plane.info)
@@ -430,7 +431,11 @@ class Controller:
         return self._rest < 0
 
     def _try_policy(
-        self, plane: ControlledDataPlane, snapshot: Snapshot, before: NDArray[np.float64], weights: NDArray[np.float64]
+        self,
+        plane: SharedMemoryDataPlane,
+        snapshot: Snapshot,
+        before: NDArray[np.float64],
+        weights: NDArray[np.float64],
     ) -> int:
         """Try whether the policy works again; return the instant at which the fallback's weights were written."""
         # Write first: the trial may take long.
@@ -451,7 +456,7 @@ class Controller:
             self._log(_INFO, "policy_back", f"policy {self._policy.name!r} decides again", good_steps=self._good)
         return written_at
 
-    def _usually_missed(self, plane: ControlledDataPlane) -> int:
+    def _usually_missed(self, plane: SharedMemoryDataPlane) -> int:
         """Deadlines without an observation of their own between two publications, where those are rarer than steps."""
         return max(0, math.ceil(plane.region.publish_interval / self._interval - 1e-6) - 1)
 
@@ -465,7 +470,7 @@ class Controller:
             self.state.counts.invalid += 1
             self._log(level, "invalid_observation", str(error), in_a_row=self._timeouts)
 
-    def _note_observation(self, plane: ControlledDataPlane) -> None:
+    def _note_observation(self, plane: SharedMemoryDataPlane) -> None:
         """React to what an observation reports beside the servers' features."""
         counts, info = self.state.counts, plane.info
         self.state.observed_at = plane.published_at
@@ -501,7 +506,7 @@ class Controller:
             self._weights = None
             self._decided_at = math.nan
 
-    def _withdraw(self, plane: ControlledDataPlane) -> None:
+    def _withdraw(self, plane: SharedMemoryDataPlane) -> None:
         try:
             plane.withdraw()
         except LbgymError as error:

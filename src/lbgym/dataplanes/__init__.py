@@ -1,17 +1,19 @@
-"""What an environment steps: the protocol, the simulator behind it, and a real data plane behind shared memory."""
+"""The port of the environments: its protocol, the simulator behind it, and real data planes behind shared memory."""
 
 from typing import TYPE_CHECKING, Any
 
 from ..snapshot import Snapshot
-from .base import DataPlane
+from .base import BatchedDataPlane
 from .simulated import RESET_OPTIONS, SimulatedDataPlane, scenario_with_options
 
 if TYPE_CHECKING:
     from .live import SharedMemoryDataPlane
+    from .live_group import LiveDataPlanes
 
 __all__ = [
     "RESET_OPTIONS",
-    "DataPlane",
+    "BatchedDataPlane",
+    "LiveDataPlanes",
     "SharedMemoryDataPlane",
     "SimulatedDataPlane",
     "Snapshot",
@@ -25,4 +27,8 @@ def __getattr__(name: str) -> Any:
         from .live import SharedMemoryDataPlane
 
         return SharedMemoryDataPlane
+    if name == "LiveDataPlanes":
+        from .live_group import LiveDataPlanes
+
+        return LiveDataPlanes
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,23 +6,23 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import checks
 from ..errors import (
     DataPlaneTimeout,
     InvalidOptionError,
     InvalidWeightsError,
+    LiveCopyError,
     RegionError,
     RegionFormatError,
     RegionNotFoundError,
-    UnknownNameError,
 )
 from ..sharedmemory import DEFAULT_LEASE, ObservationBuffer, SharedMemoryRegion, seqlock
-from ..snapshot import Snapshot
+from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 
 logger = logging.getLogger("lbgym")
 
@@ -36,11 +36,15 @@ _SLACK = 0.25
 class SharedMemoryDataPlane:
     """The data plane that publishes in a region; as long as this exists, its agent.
 
+    :class:`~lbgym.dataplanes.LiveDataPlanes` makes one or several of them a port for environments.
+
     A step writes the weights and then waits for the first observation taken at or after the step's deadline. Deadlines
     lie on a grid of whole intervals on the data plane's clock, so a late observation does not make the next one later.
     An agent that calls ``step`` after its deadline skips the deadlines that have passed, and ``info`` says so.
 
-    ``info`` after each reset and step:
+    :meth:`write` and :meth:`wait` are the two halves for a caller that may act without waiting, or wait without acting.
+
+    ``info`` after each reset, wait and step:
 
     * ``applied_sequence_id``: int, the sequence id of the action that was in force when the observation was taken, -1
       before the first; ``action_sequence_id``: int, that of the action this step wrote, -1 after a reset.
@@ -50,10 +54,10 @@ class SharedMemoryDataPlane:
     * ``missed_observations``: int, deadlines that passed without an observation of their own.
     * ``overrun``: float, seconds (real time) by which ``step`` was called after its deadline; 0 if in time.
     * ``producer_restarted``: bool, whether another producer has taken over since the last observation.
-    * ``clock_jumped``: bool, whether the data plane's clock or sequence jumped, so that the grid began anew.
+    * ``clock_jumped``: bool, whether the data plane's clock or sequence jumped, so that a new grid of deadlines began.
     * ``completed``, ``rejected``: int, flows since the last observation (rejected: or failed, or unrouted);
       ``fct_mean``: float, seconds, of those whose FCT the data plane knows; NaN if there are none.
-    * ``weights_in_force``: float64[N], the data plane's own word.
+    * ``weights_in_force``: float64[N], as the data plane states them.
 
     Args:
         name: of the region.
@@ -61,6 +65,10 @@ class SharedMemoryDataPlane:
         timeout: seconds (real time) to wait for a region, and for an observation after its deadline.
         num_servers: N, at least as many as the data plane has now, so that others can join; None: as many as it has.
         lease: seconds (real time) that weights stay good without another step.
+        read_only: only observe: take no lock and write nothing, so that another agent can drive the region.
+
+    Attributes:
+        grows: whether servers that join are observed and given weights, too.
 
     Raises:
         RegionNotFoundError: without a live producer in time.
@@ -73,25 +81,22 @@ class SharedMemoryDataPlane:
         self,
         name: str,
         *,
-        interval: float = 0.25,
+        interval: float = DEFAULT_STEP_INTERVAL,
         timeout: float = 2.0,
         num_servers: int | None = None,
         lease: float = DEFAULT_LEASE,
+        read_only: bool = False,
     ) -> None:
-        for key, value in (("interval", interval), ("timeout", timeout), ("lease", lease)):
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not value > 0.0:
-                raise InvalidOptionError(f"{key} must be a number of seconds above 0, got {value!r}")
-        if not (math.isfinite(interval) and math.isfinite(timeout)):
-            raise InvalidOptionError(f"interval and timeout must be finite, got {interval!r} and {timeout!r}")
-        self.name, self.timeout, self.lease = name, float(timeout), float(lease)
-        self.interval = float(interval)
-        self._interval = round(interval * _NS)
+        self.name, self.read_only, self.grows = name, read_only, False
+        self.interval, self.timeout = checks.seconds("interval", interval), checks.seconds("timeout", timeout)
+        self.lease = math.inf if lease == math.inf else checks.seconds("lease", lease)
+        self._interval = round(self.interval * _NS)
         self.info: dict[str, Any] = {}
         self._action_id = self._written_at = self._called = self._deadline = 0
         self._weights: NDArray[np.float64] | None = None
         self._restarted = self._jumped = self._warned = False
         seqlock.warm_up()
-        self._take(self._attach(timeout))
+        self._adopt(self._attach(self.timeout))
         try:
             self._await_first()
             known = self._buffer.num_servers
@@ -114,31 +119,35 @@ class SharedMemoryDataPlane:
         return self._region
 
     @property
-    def scenario(self) -> None:
-        """Unknown: a real data plane has a cluster of its own."""
-        return None
+    def published_at(self) -> int:
+        """When the last observation was published, ns of the monotonic clock."""
+        return self._buffer.published_at
+
+    @property
+    def written_at(self) -> int:
+        """When the last action was written, ns of the monotonic clock."""
+        return self._written_at
+
+    @property
+    def known_servers(self) -> int:
+        """Servers that the data plane had in the last observation."""
+        return self._buffer.num_servers
 
     @property
     def has_ground_truth(self) -> bool:
         """Whether the last observation had CPU use, memory use and busy workers."""
         return self._buffer.has_ground_truth
 
-    def reset(
-        self, seed: int | None = None, options: Mapping[str, Any] | None = None, *, after: int | None = None
-    ) -> Snapshot:
+    def reset(self, *, after: int | None = None) -> Snapshot:
         """Begin an episode with the next observation. The data plane goes on as it is: no flow ends, no weight changes.
 
         Args:
-            seed: of no effect, real traffic has none.
-            options: none; the scenario is what it is.
-            after: sequence id of the observation that the next one comes after; None: the newest there is.
+            after: sequence id of the last observation to skip; None: the newest.
 
         Raises:
-            UnknownNameError: for any option.
             DataPlaneTimeout: if nothing is published in time.
+            RegionFormatError: if the data plane publishes what is no observation.
         """
-        for key in options or ():
-            raise UnknownNameError("option of reset", key, (), f"the live region {self.name!r}")
         wait = self._period / _NS + self.timeout
         if not self._next(self._region.latest if after is None else after, time.monotonic() + wait):
             raise self._silence(wait)
@@ -163,12 +172,33 @@ class SharedMemoryDataPlane:
             InvalidWeightsError: as :meth:`step`.
         """
         weights = np.array(weights, np.float64)
-        if weights.shape != (self.num_servers,):
-            raise InvalidWeightsError(f"weights must have shape ({self.num_servers},), got {weights.shape}")
-        self._write(weights, self._action_id + 1)
+        self.write(weights)
         self._weights = weights
-        self._action_id += 1
         self._called = time.monotonic_ns()
+
+    def write(self, weights: NDArray[np.float64]) -> None:
+        """Write float[N] weights now, and wait for nothing.
+
+        Raises:
+            InvalidWeightsError: as :meth:`step`.
+        """
+        if np.shape(weights) != (self.num_servers,):
+            raise InvalidWeightsError(f"weights must have shape ({self.num_servers},), got {np.shape(weights)}")
+        self._write(weights, self._action_id + 1)
+        self._action_id += 1
+
+    def wait(self) -> Snapshot:
+        """The next observation. No weights are written meanwhile, not even for a producer that takes over.
+
+        Raises:
+            DataPlaneTimeout, RegionFormatError: as :meth:`reset`.
+        """
+        self._weights = None
+        return self.reset()
+
+    def last(self) -> Snapshot:
+        """The last observation once more."""
+        return self._buffer.snapshot(self.num_servers)
 
     def end_step(self) -> Snapshot:
         """The second half of :meth:`step`: wait for the observation.
@@ -202,8 +232,16 @@ class SharedMemoryDataPlane:
         """Let another agent have the region; the data plane keeps the last weights until their lease is over."""
         self._region.close()
 
+    def __reduce__(self) -> Any:
+        raise LiveCopyError(
+            f"the live data plane of region {self.name!r} cannot be copied or pickled: its traffic has no state to "
+            "copy, and a region has one agent; make another environment on another region, or simulate"
+        )
+
     def withdraw(self) -> None:
         """Give the weights up before their lease is over: the data plane puts its safe ones in force at once."""
+        if self.read_only:
+            return
         self._action_id += 1
         self._region.write_action(
             sequence_id=self._action_id, weights=np.ones(min(self.num_servers, self._region.capacity)), lease=1e-9
@@ -257,7 +295,7 @@ class SharedMemoryDataPlane:
             return False
         before = self._region
         try:
-            self._take(region)
+            self._adopt(region)
             if self._weights is not None:
                 self._write(self._weights, self._action_id)
         except BaseException:
@@ -271,18 +309,19 @@ class SharedMemoryDataPlane:
         return True
 
     def _attach(self, timeout: float) -> SharedMemoryRegion:
-        """The region of this name with a live producer, as its agent."""
-        region = SharedMemoryRegion.attach(self.name, timeout=timeout, live=True)
+        """The region of this name with a live producer, as its agent unless ``read_only``."""
+        region = SharedMemoryRegion.attach(self.name, timeout=timeout, live=True, read_only=self.read_only)
         try:
-            region.lock_agent()
+            if not self.read_only:
+                region.lock_agent()
         except BaseException:
             region.close()
             raise
         return region
 
-    def _take(self, region: SharedMemoryRegion) -> None:
-        """Go on with a region that this is the agent of."""
-        # Ids go on from those of an agent before, so that it can be told whose action is in force.
+    def _adopt(self, region: SharedMemoryRegion) -> None:
+        """Continue with another region."""
+        # Continue the previous agent's ids, so that observations show whose action is in force.
         with contextlib.suppress(RegionError):
             # An action that cannot be read is not in force either.
             newest = region.read_action()
@@ -334,15 +373,18 @@ class SharedMemoryDataPlane:
         )
         return DataPlaneTimeout(f"region {self.name!r}: no new observation within {waited:g} s; {last}; {state}")
 
-    # Writing and telling
+    # Writing and reporting
 
     def _write(self, weights: NDArray[np.float64], sequence_id: int) -> None:
+        if self.read_only:
+            self._written_at = time.monotonic_ns()
+            return
         self._written_at = self._region.write_action(
             sequence_id=sequence_id, weights=weights[: self._region.capacity], lease=self.lease
         )
 
-    def _note_counters(self) -> NDArray[np.int64]:
-        """Flows completed, rejected (in any way) and known by FCT, and the sum of those in ns, since the last call."""
+    def _count(self) -> NDArray[np.int64]:
+        """Since the last call: flows completed, rejected (in any way) and known by FCT, and the sum of FCTs, ns."""
         buffer = self._buffer
         _, completed, rejected, failed = buffer.counters[: buffer.num_servers].sum(axis=0, dtype=np.int64)
         counts = np.array(
@@ -350,13 +392,15 @@ class SharedMemoryDataPlane:
         )
         before, self._counts = self._counts, counts
         if before is None or (counts < before).any():
-            # A producer that has taken over counts from 0; of what else came before nothing is known.
+            # A producer that has taken over counts from 0; anything else before is unknown.
             return counts if self._restarted else np.zeros_like(counts)
         return counts - before
 
     def _observed(self, action_id: int, missed: int, late: int) -> Snapshot:
         buffer = self._buffer
-        completed, rejected, ended, fct_sum = self._note_counters().tolist()
+        if self.grows:
+            self.num_servers = max(self.num_servers, buffer.num_servers)
+        completed, rejected, ended, fct_sum = self._count().tolist()
         applied = buffer.applied_sequence_id
         delay = math.nan
         if applied is not None and applied == action_id:
@@ -366,7 +410,7 @@ class SharedMemoryDataPlane:
         if known > self.num_servers and not self._warned:
             self._warned = True
             logger.warning(
-                "region %r has %d servers by now, this agent was made for %d: the others keep their safe weights",
+                "region %r now has %d servers, but this agent was made for %d: the others keep their safe weights",
                 self.name, known, self.num_servers,
             )  # fmt: skip
         in_force = np.zeros(self.num_servers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ..errors import InvalidOptionError, UnknownNameError
 from ..scenarios import Event, Scenario, ScenarioDistribution, load_scenario
 from ..scenarios.randomization import HORIZON
 from ..simulator import Simulation
-from ..snapshot import Snapshot
+from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 
 RESET_OPTIONS = ("scenario", "load", "rate", "events")
 
@@ -20,7 +20,7 @@ RESET_OPTIONS = ("scenario", "load", "rate", "events")
 def scenario_with_options(
     base: Scenario | ScenarioDistribution, options: Mapping[str, Any] | None
 ) -> Scenario | ScenarioDistribution:
-    """The scenario of an episode, or what it is drawn from: ``base`` under the ``options`` of a reset.
+    """``base`` under the ``options`` of a reset: the scenario of an episode, or the distribution it is drawn from.
 
     Options: ``scenario`` (a Scenario, a distribution, the name of one or a TOML path), ``load`` or ``rate`` (as in
     ``Workload``), ``events`` (a list of ``Event``, instead of the scenario's).
@@ -50,75 +50,111 @@ def scenario_with_options(
 
 
 class SimulatedDataPlane:
-    """One replica of a :class:`lbgym.simulator.Simulation`, seen by balancer 0; its weights go to every balancer.
+    """Replicas of a :class:`lbgym.simulator.Simulation` as a :class:`~lbgym.dataplanes.BatchedDataPlane`.
 
     Args:
-        scenario: what to simulate, or what is drawn from with the seed of each episode.
+        source: the scenario, or the distribution that each episode draws its own from.
+        num_replicas: R.
+        num_balancers: m, given to every scenario that is simulated; None: that of ``source``, and scenarios with
+            another number are refused.
+        num_servers: N, room for servers; None: as many as the source has, or may draw.
         dispatch: overrides the scenario's dispatch rule.
         interval: seconds per step.
-        num_servers: N, room for servers; None: as many as the scenario has, or may draw.
         horizon: seconds up to which random events are drawn.
+        num_threads: threads that share the replicas; None: one per core, fewer where there is little to share.
+
+    Attributes:
+        simulation: what runs the replicas.
     """
+
+    has_ground_truth = True
+    has_interval = True
 
     def __init__(
         self,
-        scenario: Scenario | ScenarioDistribution,
+        source: Scenario | ScenarioDistribution,
+        num_replicas: int = 1,
         *,
-        dispatch: str | None = None,
-        interval: float = 0.25,
+        num_balancers: int | None = None,
         num_servers: int | None = None,
+        dispatch: str | None = None,
+        interval: float = DEFAULT_STEP_INTERVAL,
         horizon: float = HORIZON,
+        num_threads: int | None = 1,
     ) -> None:
-        self._base = scenario
+        self._balancers = num_balancers
+        self._source = self._behind(source)
         self._horizon = horizon
-        self.info: dict[str, Any] = {}
+        self.info: Mapping[str, NDArray[Any]] = {}
         self.interval = interval
-        shape = scenario.reference if isinstance(scenario, ScenarioDistribution) else scenario
-        self.simulation = Simulation(shape, num_servers=num_servers, dispatch=dispatch)
+        self.simulation = Simulation(
+            self._source.reference, num_replicas, num_servers=num_servers, dispatch=dispatch, num_threads=num_threads
+        )
+        self.num_replicas = self.simulation.num_replicas
+        self.num_balancers = self.simulation.num_balancers
         self.num_servers = self.simulation.num_servers
-        self._weights = np.empty((1, shape.balancers, self.num_servers))
 
-    @property
-    def scenario(self) -> Scenario:
-        """The scenario of the episode under way."""
-        return self.simulation.scenario_of(0)
+    def source(self, options: Mapping[str, Any] | None = None) -> Scenario | ScenarioDistribution:
+        """What an episode with these options is drawn from; options and errors: :func:`scenario_with_options`.
 
-    def reset(self, seed: int | None = None, options: Mapping[str, Any] | None = None) -> Snapshot:
-        """Begin an episode; ``options`` as in :func:`scenario_with_options`. No seed: one from the operating system."""
-        if seed is None:
-            seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
-        scenario = scenario_with_options(self._base, options)
-        if isinstance(scenario, ScenarioDistribution):
-            # Not only what this seed draws must fit.
-            self.simulation.check(scenario.reference)
-            scenario = scenario.draw(seed, horizon=self._horizon)
-        if scenario is not self.simulation.scenario_of(0):
-            self.simulation.set_scenario(scenario)
-        return _of_balancer(self.simulation.reset([seed]))
+        Raises:
+            ScenarioError: also for scenarios with more servers than there is room for, or other numbers of balancers.
+        """
+        source = self._behind(scenario_with_options(self._source, options))
+        if source is not self._source:
+            # Everything that it may draw must fit, not only what the next seed draws.
+            self.simulation.check(source.reference)
+        return source
 
-    def step(self, weights: NDArray[np.float64]) -> Snapshot:
-        """Apply float[N] weights, simulate one interval, observe."""
-        self._weights[0] = weights
-        return _of_balancer(self.simulation.step(self._weights, self.interval))
+    def _behind(self, source: Scenario | ScenarioDistribution) -> Scenario | ScenarioDistribution:
+        """The source with as many balancers as asked for; itself if it has them."""
+        if self._balancers in (None, source.balancers):
+            return source
+        return source.with_changes(balancers=self._balancers)
+
+    def reset(
+        self,
+        seeds: Sequence[int],
+        mask: NDArray[np.bool_] | None = None,
+        source: Scenario | ScenarioDistribution | None = None,
+    ) -> Snapshot:
+        """Begin episodes of the masked replicas (None: all): empty servers, unit weights, flows from ``seeds``."""
+        self._draw(seeds, mask, self._source if source is None else source)
+        return self.simulation.reset(seeds, mask)
+
+    def step(
+        self,
+        weights: NDArray[np.float64],
+        *,
+        delays: NDArray[np.float64] | None = None,
+        seeds: Sequence[int] | None = None,
+        reset: NDArray[np.bool_] | None = None,
+    ) -> Snapshot:
+        """Apply float64[R, m, N] weights, simulate one interval, observe; see :meth:`Simulation.step`."""
+        if reset is not None:
+            self._draw(seeds or (), reset, self._source)
+        return self.simulation.step(weights, self.interval, delays=delays, seeds=seeds, reset=reset)
+
+    def _draw(
+        self, seeds: Sequence[int], mask: NDArray[np.bool_] | None, source: Scenario | ScenarioDistribution
+    ) -> None:
+        """Give the masked replicas the scenarios of their next episodes."""
+        chosen = range(self.num_replicas) if mask is None else np.flatnonzero(mask).tolist()
+        # Replicas that share a seed share the scenario.
+        drawn = {seed: source.draw(seed, horizon=self._horizon) for seed in {seeds[i] for i in chosen}}
+        running = self.simulation.scenario_of
+        others = {i: drawn[seeds[i]] for i in chosen if drawn[seeds[i]] is not running(i)}
+        if others:
+            self.simulation.set_scenarios(others)
+
+    def scenario_of(self, replica: int) -> Scenario:
+        """The scenario of a replica's episode."""
+        return self.simulation.scenario_of(replica)
+
+    def weights_in_force(self) -> NDArray[np.float64]:
+        """The weights that place flows now, float64[R, m, N]."""
+        return self.simulation.weights_in_force()
 
     def close(self) -> None:
-        """Nothing to release but threads, of which one replica has none."""
+        """Stop the threads; idempotent."""
         self.simulation.close()
-
-
-def _of_balancer(batch: Snapshot) -> Snapshot:
-    """Balancer 0's part of a batch of one replica."""
-    assert batch.ground_truth is not None
-    return Snapshot(
-        sequence_id=int(batch.sequence_id[0]),
-        timestamp=float(batch.timestamp[0]),
-        active=batch.active[0],
-        stats=batch.stats[0, 0],
-        ground_truth=batch.ground_truth[0],
-        started=batch.started[0],
-        completed=batch.completed[0],
-        rejected=batch.rejected[0],
-        failed=batch.failed[0],
-        unrouted=int(batch.unrouted[0]),
-        service=None if batch.service is None else batch.service[0],
-    )

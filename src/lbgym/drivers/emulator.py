@@ -254,10 +254,11 @@ class Emulator:
         self._parts += 1
         self._elapsed += duration
         self._cpu += duration * batch.ground_truth[0, :, 0]
-        if batch.service is not None:
-            completed, rejected, mean = batch.service[0, :3]
-            self._fct_count[0] += round(completed + rejected)
-            self._fct_sum[0] += (completed + rejected) * mean
+        if batch.interval is not None:
+            ended = batch.interval.ended[0]
+            if ended > 0.0:
+                self._fct_count[0] += round(ended)
+                self._fct_sum[0] += ended * batch.interval.fct_mean[0]
         else:
             self._count_flows()
 
@@ -299,7 +300,6 @@ class Emulator:
                 rejected=rejected[b],
                 failed=failed[b],
                 unrouted=int(unrouted[b]),
-                service=None,
             )
             region.publish(snapshot, fct_count=int(self._fct_count[b]), fct_sum=float(self._fct_sum[b]))
 

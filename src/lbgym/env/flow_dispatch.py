@@ -15,11 +15,12 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from ..checks import whole
 from ..errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnknownNameError
 from ..scenarios import Scenario, ScenarioDistribution, load_scenario
 from .observations import COUNT_GAIN, LAYOUTS, TIME_GAIN, TIME_UNIT, log_scale
+from .options import check_seed
 from .replicas import ReplicaVectorEnv
-from .single import check_seed, whole
 
 if TYPE_CHECKING:
     from ..simulator.layout import Decision

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import MissingExtraError, UnknownNameError
-from ..features.columns import GROUND_TRUTH_NAMES, SERVICE_NAMES, column_index
+from ..features.columns import GROUND_TRUTH_NAMES, column_index
 from ..scenarios.model import Scenario
 from ..snapshot import Snapshot
 
@@ -41,7 +41,7 @@ HISTORY = 160
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What there is to see at one instant; arrays are over the N servers.
+    """The contents of a picture: one instant; arrays are over the N servers.
 
     Attributes:
         scenario, dispatch: names for the heading.
@@ -56,7 +56,8 @@ class Frame:
         cpu: float[N] in 0..1 and busy: float[N], flows in service; None where the data plane has no ground truth.
         cores: int[N], or None.
         completed, rejected: flows since reset; rejected includes failed and unrouted ones.
-        fct_mean, fct_p99: seconds, over the flows that ended in the last interval; None without service statistics.
+        fct_mean, fct_p99: seconds, over the flows that ended in the last interval; None if none did, or if the data
+            plane has no such statistics.
     """
 
     scenario: str
@@ -125,7 +126,7 @@ class Viewer:
         self._started: NDArray[np.int64] | None = None
 
     def reset(self) -> None:
-        """Forget the episode before."""
+        """Forget the previous episode."""
         self._history.clear()
         self._started = None
 
@@ -168,13 +169,11 @@ class Viewer:
             started = np.array(snapshot.started)
             new_flows = (started if self._started is None else np.maximum(started - self._started, 0))[:n]
         stats = np.asarray(snapshot.stats, dtype=np.float64)[:n]
-        truth, service = snapshot.ground_truth, snapshot.service
+        truth, interval = snapshot.ground_truth, snapshot.interval
+        ended = interval if interval is not None and interval.ended > 0.0 else None
 
         def truth_column(name: Literal["cpu_usage", "busy_workers"]) -> NDArray[np.float64] | None:
             return None if truth is None else np.array(truth[:n, GROUND_TRUTH_NAMES.index(name)], dtype=np.float64)
-
-        def statistic(name: str) -> float | None:
-            return None if service is None else float(service[SERVICE_NAMES.index(name)])
 
         return Frame(
             scenario=self._name,
@@ -193,8 +192,8 @@ class Viewer:
             cores=self._cores,
             completed=int(np.sum(snapshot.completed)),
             rejected=int(np.sum(snapshot.rejected) + np.sum(snapshot.failed) + np.sum(snapshot.unrouted)),
-            fct_mean=statistic("fct_mean"),
-            fct_p99=statistic("fct_p99"),
+            fct_mean=None if ended is None else float(ended.fct_mean),
+            fct_p99=None if ended is None else float(ended.fct_p99),
         )
 
 

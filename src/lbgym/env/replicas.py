@@ -1,4 +1,4 @@
-"""What vector environments of seeded replicas have in common: :class:`ReplicaVectorEnv`."""
+"""Seeds, masks and final observations of vector environments: :class:`Replicas` and :class:`ReplicaVectorEnv`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
+from ..checks import whole
 from ..errors import InvalidOptionError, ResetNeeded, UnknownNameError
-from .single import check_seed
+from .options import check_seed
 
 
-class ReplicaVectorEnv(VectorEnv[Any, Any, Any]):
+class Replicas:
     """Seeds, masks and final observations of ``num_envs`` replicas in any of Gymnasium's autoreset modes.
 
     Replica i has a generator of its own that gives the seed of each of its episodes, like a single environment's.
@@ -24,27 +25,27 @@ class ReplicaVectorEnv(VectorEnv[Any, Any, Any]):
         autoreset_mode: an ``AutoresetMode`` or the value of one.
 
     Raises:
-        InvalidOptionError: if ``num_envs`` is no whole number of at least 1.
+        InvalidOptionError: unless ``num_envs`` is a whole number of at least 1.
         UnknownNameError: for another mode.
     """
 
+    metadata: dict[str, Any]
+
     def __init__(self, num_envs: int, autoreset_mode: AutoresetMode | str) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
-            raise InvalidOptionError(f"num_envs must be a whole number of at least 1, got {num_envs!r}")
+        self.num_envs = whole("num_envs", num_envs)
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError:
             modes = [mode.value for mode in AutoresetMode]
             raise UnknownNameError("autoreset mode", autoreset_mode, modes) from None
         self.metadata = type(self).metadata | {"autoreset_mode": self.autoreset_mode}
-        self.num_envs = int(num_envs)
         # Replicas whose episode has ended, or has not begun.
         self._over = np.ones(self.num_envs, np.bool_)
         self._all = np.ones(self.num_envs, np.bool_)
         self._generators: list[np.random.Generator | None] = [None] * self.num_envs
 
     def _split(self, options: Mapping[str, Any] | None) -> tuple[NDArray[np.bool_], dict[str, Any]]:
-        """The replicas that ``options`` of a reset mean, and the other options."""
+        """The replicas that a reset with these ``options`` is for, and the other options."""
         rest = dict(options or {})
         mask = rest.pop("reset_mask", None)
         if mask is None:
@@ -66,8 +67,8 @@ class ReplicaVectorEnv(VectorEnv[Any, Any, Any]):
             return [int(seed) + i for i in range(self.num_envs)]
         if len(seed) != self.num_envs:
             raise InvalidOptionError(f"reset takes {self.num_envs} seeds, one per replica, got {len(seed)}")
-        for one in seed:
-            check_seed(one)
+        for each in seed:
+            check_seed(each)
         return seed
 
     def _seed(self, mask: NDArray[np.bool_], seeds: Sequence[int | None]) -> None:
@@ -102,7 +103,7 @@ class ReplicaVectorEnv(VectorEnv[Any, Any, Any]):
         return self._over.copy()
 
     def _final(self, ended: NDArray[np.bool_], observation: Any, info: dict[str, Any]) -> dict[str, Any]:
-        """What SAME_STEP tells of the ``ended`` episodes in the ``info`` of the new ones."""
+        """The ``info`` keys of SAME_STEP that describe the ``ended`` episodes."""
         final = np.full(self.num_envs, None, dtype=object)
         for i in np.flatnonzero(ended):
             final[i] = (
@@ -118,3 +119,12 @@ class ReplicaVectorEnv(VectorEnv[Any, Any, Any]):
             "final_info": final_info,
             "_final_info": ended.copy(),
         }
+
+
+def with_masks(info: dict[str, Any], mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """``info`` of a batch and, for each ``key``, a mask ``_key`` of the replicas that have it."""
+    return info | {f"_{key}": mask.copy() for key in info}
+
+
+class ReplicaVectorEnv(Replicas, VectorEnv[Any, Any, Any]):
+    """:class:`Replicas` as a Gymnasium vector environment."""

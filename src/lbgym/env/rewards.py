@@ -1,12 +1,11 @@
 """Rewards: fairness metrics over any field of the servers, and quality-of-service statistics.
 
 A reward is a function of a snapshot. Fairness metrics look at one column (``reward_field``) of the servers that are in
-service; service rewards look at what became of the flows that ended during the step. Either kind has a name; names
-can be summed with weights; any callable does instead of a name. Every function works on trailing axes, so that a batch
+service; service rewards look at the flows that ended during the step. Either kind has a name; names can be summed with
+weights; a callable can take the place of a name. Every function works on trailing axes, so that a batch
 of snapshots gives a batch of rewards with the same bits as one snapshot at a time.
 
-``reward_table()`` prints the registry: definition, source, and what a metric says of larger loads and of the corner
-cases.
+``reward_table()`` returns the registry as Markdown: definition, source, effect of larger loads, and corner cases.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -22,12 +21,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..checks import number
 from ..errors import InvalidRewardError, UnknownNameError
 from ..features.columns import FEATURE_ALIASES, FEATURE_NAMES, GROUND_TRUTH_NAMES, NUM_FEATURES, SERVICE_NAMES
 from ..features.columns import column_index as _column_index
-from ..snapshot import Snapshot
+from ..snapshot import IntervalStatistics, Snapshot
 
-#: What keeps logarithms and quotients finite, in the unit of the field (seconds, flows) or its square.
+#: Keeps logarithms and quotients finite, in the unit of the field (seconds, flows) or its square.
 EPSILON: Final = 1e-6
 
 # Added to counts and denominators that may be 0. It vanishes in the rounding of anything larger than 1e-284, so it
@@ -154,17 +154,20 @@ def _centred_ranks(width: int) -> _Float:
     return ranks
 
 
-# Service rewards: of the flows that ended during the step
+# Service rewards: of the flows that ended during the step; 0 where none did
 
 
-def _service_column(name: str) -> Callable[[_Float], Any]:
-    column = SERVICE_NAMES.index(name)
-    return lambda service: 0.0 - service[..., column]
+def _cost(column: int, interval: IntervalStatistics) -> Any:
+    """Minus a statistic."""
+    return 0.0 - interval.values[..., column]
 
 
-def _rejected_share(service: _Float) -> Any:
-    rejected = service[..., SERVICE_NAMES.index("rejected")]
-    return 0.0 - rejected / (service[..., SERVICE_NAMES.index("completed")] + rejected + _TINY)
+def _rejected_share(interval: IntervalStatistics) -> Any:
+    return 0.0 - interval.rejected / (interval.ended + _TINY)
+
+
+def _cost_of(name: str) -> Callable[[IntervalStatistics], Any]:
+    return functools.partial(_cost, SERVICE_NAMES.index(name))
 
 
 # The registry
@@ -172,18 +175,18 @@ def _rejected_share(service: _Float) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class RewardInfo:
-    """What a named reward is; one row of the table.
+    """A named reward; one row of the table.
 
     Attributes:
-        name: how it is called.
+        name: as given to ``reward_type``.
         kind: "fairness" (over the servers' ``reward_field``) or "service" (of the flows that ended in the step).
         function: ``(loads float[..., N], active bool[..., N]) -> float64[...]`` or, for a service reward,
-            ``(service float64[..., 8]) -> float64[...]``.
-        definition: in one line; l are the loads of the n active servers.
-        source: where it comes from.
-        scale: "none" where multiplying every load by a constant changes nothing, else what a larger load does.
+            ``(interval: IntervalStatistics) -> float64[...]``.
+        definition: one line; l are the loads of the n active servers.
+        source: the publication it comes from.
+        scale: "none" if multiplying every load by a constant changes nothing, else the effect of a larger load.
         empty, single, zeros: value with no active server, with one of load l, and with every load 0. For service
-            rewards ``empty`` is the value of a step in which no flow ended, and the others do not apply.
+            rewards ``empty`` is the value of a step in which no flow ended; the others do not apply.
     """
 
     name: str
@@ -255,15 +258,15 @@ _ROWS = (
         "Gini, Variabilita e mutabilita, 1912", "none", "0", "0", "0",
     ),
     RewardInfo(
-        "mean_fct", "service", _service_column("fct_mean"), "-mean FCT, s",
+        "mean_fct", "service", _cost_of("fct_mean"), "-mean FCT, s",
         "Dukkipati, McKeown, CCR 36, 2006", "worse", "0",
     ),
     RewardInfo(
-        "p99_fct", "service", _service_column("fct_p99"), "-99th percentile of the FCT, s",
+        "p99_fct", "service", _cost_of("fct_p99"), "-99th percentile of the FCT, s",
         "Dean, Barroso, CACM 56, 2013", "worse", "0",
     ),
     RewardInfo(
-        "slowdown", "service", _service_column("log_slowdown"), "-mean ln(FCT / demand)",
+        "slowdown", "service", _cost_of("log_slowdown"), "-mean ln(FCT / demand)",
         "Harchol-Balter, Crovella, Murta, JPDC 59, 1999", "worse", "0",
     ),
     RewardInfo(
@@ -271,7 +274,7 @@ _ROWS = (
         "Erlang, 1917: the blocking probability", "worse", "0",
     ),
     RewardInfo(
-        "open_flows", "service", _service_column("open_flows"), "-flows in the system, mean over the step's time",
+        "open_flows", "service", _cost_of("open_flows"), "-flows in the system, mean over the step's time",
         "Little, Oper. Res. 9, 1961: in proportion to the mean FCT", "worse", "0",
     ),
 )  # fmt: skip
@@ -315,8 +318,8 @@ def fairness(name: str, loads: ArrayLike, active: ArrayLike | None = None, *, k:
         float64[...]; finite.
 
     Raises:
-        UnknownNameError: for a name that is no fairness metric.
-        ValueError: for loads that are negative or not finite, and for shapes that do not fit.
+        UnknownNameError: if there is no such fairness metric.
+        ValueError: for loads that are negative or not finite, and for mismatched shapes.
     """
     if name not in FAIRNESS_REWARDS:
         raise UnknownNameError("fairness metric", name, FAIRNESS_REWARDS)
@@ -334,7 +337,7 @@ def fairness(name: str, loads: ArrayLike, active: ArrayLike | None = None, *, k:
 
 
 def _bind(info: RewardInfo, k: float) -> Callable[..., Any]:
-    """The function with ``k`` set, where it has one."""
+    """The function, with ``k`` bound if it has such a parameter."""
     if "k" not in inspect.signature(info.function).parameters:
         return info.function
     return functools.partial(info.function, k=k)
@@ -344,14 +347,15 @@ def _bind(info: RewardInfo, k: float) -> Callable[..., Any]:
 
 
 class Reward:
-    """A reward made ready for snapshots: ``reward(snapshot) -> float64[...]``.
+    """A reward of snapshots: ``reward(snapshot) -> float64[...]``.
 
     The result has the leading axes of the snapshot: a scalar for one, ``[R]`` for a batch of R replicas. Make one with
     :func:`make_reward`; it may itself be given as ``reward_type``.
 
     Attributes:
-        description: in words.
-        needs_ground_truth, needs_service: what the data plane has to provide.
+        description: name and field, as in "jain:duration_mean_decay".
+        needs_ground_truth, needs_service: whether the data plane must provide ground truth, and statistics of the
+            flows that ended.
     """
 
     def __init__(
@@ -372,14 +376,14 @@ class Reward:
 
         Raises:
             InvalidRewardError: if the data plane has no ground truth or service statistics and the reward needs them,
-                or if a user's function returns something else than finite numbers of the right shape.
+                or if a user's function does not return finite numbers of the right shape.
         """
         if self.needs_ground_truth and snapshot.ground_truth is None:
             raise InvalidRewardError(
                 f"reward {self.description!r} needs ground truth, which this data plane does not have; "
                 f"use a field that a balancer observes: {', '.join(FEATURE_NAMES)}"
             )
-        if self.needs_service and snapshot.service is None:
+        if self.needs_service and snapshot.interval is None:
             raise InvalidRewardError(
                 f"reward {self.description!r} needs statistics of the flows that ended, which this data plane does "
                 f"not have; use a fairness reward: {', '.join(FAIRNESS_REWARDS)}"
@@ -404,15 +408,14 @@ def make_reward(
         k: rate of ``var_exp`` and ``max_exp``.
 
     Returns:
-        A callable of snapshots. What a data plane cannot provide is found out when it is called.
+        A callable of snapshots. It raises if a data plane does not provide what it needs.
 
     Raises:
         UnknownNameError: for an unknown reward or field.
         InvalidRewardError: for an empty mapping, a weight that is not a finite number, a field for a service
             reward, a ``k`` that is not a positive number, or a ``reward_type`` of another type.
     """
-    if not _is_number(k) or k <= 0:
-        raise InvalidRewardError(f"k must be a finite number above 0, got {k!r}")
+    k = number("k", k, above=0.0, error=InvalidRewardError)
     _column(reward_field)  # a misspelt field is an error even where no term looks at it
     if isinstance(reward_type, str):
         return _term(reward_type, reward_field, k)
@@ -421,17 +424,10 @@ def make_reward(
     if isinstance(reward_type, Reward):
         return reward_type
     if callable(reward_type):
-        return _users(reward_type)
+        name = getattr(reward_type, "__qualname__", None) or type(reward_type).__name__
+        return Reward(functools.partial(_checked, reward_type, name), name)
     raise InvalidRewardError(
         f"reward_type must be a name, a mapping of names to weights, or a callable, got {type(reward_type).__name__}"
-    )
-
-
-def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, (int, float, np.integer, np.floating))
-        and not isinstance(value, bool)
-        and math.isfinite(float(value))
     )
 
 
@@ -456,19 +452,14 @@ def _term(name: str, reward_field: str, k: float) -> Reward:
                 f"reward {name!r}: {base!r} looks at the flows that ended and takes no field; "
                 f"rewards of a field: {', '.join(FAIRNESS_REWARDS)}"
             )
-        return Reward(lambda snapshot: function(snapshot.service), base, needs_service=True)
+        return Reward(functools.partial(_of_interval, function), base, needs_service=True)
     field = own_field if colon else reward_field
     column = _column(field)
     description = f"{base}:{FEATURE_ALIASES.get(field, field)}"
     if column < NUM_FEATURES:
-        return Reward(lambda snapshot: function(snapshot.stats[..., column], snapshot.active), description)
-    column -= NUM_FEATURES
-
-    def of_ground_truth(snapshot: Snapshot) -> Any:
-        assert snapshot.ground_truth is not None  # Reward.__call__ has looked
-        return function(snapshot.ground_truth[..., column], snapshot.active)
-
-    return Reward(of_ground_truth, description, needs_ground_truth=True)
+        return Reward(functools.partial(_of_feature, function, column), description)
+    of_truth = functools.partial(_of_ground_truth, function, column - NUM_FEATURES)
+    return Reward(of_truth, description, needs_ground_truth=True)
 
 
 def _weighted_sum(weights: Mapping[str, float], reward_field: str, k: float) -> Reward:
@@ -478,41 +469,51 @@ def _weighted_sum(weights: Mapping[str, float], reward_field: str, k: float) -> 
     for name, weight in weights.items():
         if not isinstance(name, str):
             raise UnknownNameError("reward", name, REWARDS, where="reward_type")
-        if not _is_number(weight):
-            raise InvalidRewardError(f"the weight of reward {name!r} must be a finite number, got {weight!r}")
-        terms.append((float(weight), _term(name, reward_field, k)))
-
-    def weighted(snapshot: Snapshot) -> Any:
-        weight, reward = terms[0]
-        total = weight * reward(snapshot)
-        for weight, reward in terms[1:]:
-            total = total + weight * reward(snapshot)
-        return total
-
+        factor = number(f"the weight of reward {name!r}", weight, error=InvalidRewardError)
+        terms.append((factor, _term(name, reward_field, k)))
     return Reward(
-        weighted,
+        functools.partial(_sum_of, terms),
         " + ".join(f"{weight:g} {reward.description}" for weight, reward in terms),
         needs_ground_truth=any(reward.needs_ground_truth for _, reward in terms),
         needs_service=any(reward.needs_service for _, reward in terms),
     )
 
 
-def _users(function: RewardFunction) -> Reward:
-    """A user's function, with a look at what it returns."""
-    name = getattr(function, "__qualname__", None) or type(function).__name__
+# Bound with functools.partial and no closures, so that rewards, and environments with them, can be pickled.
 
-    def checked(snapshot: Snapshot) -> Any:
-        result = function(snapshot)
-        try:
-            value = np.asarray(result, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise InvalidRewardError(f"reward function {name} must return numbers, got {result!r}") from None
-        expected = snapshot.active.shape[:-1]
-        if value.shape != expected:
-            wanted = f"one per replica, shape {expected}" if expected else "a single number"
-            raise InvalidRewardError(f"reward function {name} must return {wanted}, got shape {value.shape}")
-        if not np.isfinite(value).all():
-            raise InvalidRewardError(f"reward function {name} must return finite numbers, got {result!r}")
-        return value if expected else value[()]
 
-    return Reward(checked, name)
+def _of_feature(function: Callable[..., Any], column: int, snapshot: Snapshot) -> Any:
+    return function(snapshot.stats[..., column], snapshot.active)
+
+
+def _of_ground_truth(function: Callable[..., Any], column: int, snapshot: Snapshot) -> Any:
+    assert snapshot.ground_truth is not None  # checked by Reward.__call__
+    return function(snapshot.ground_truth[..., column], snapshot.active)
+
+
+def _of_interval(function: Callable[..., Any], snapshot: Snapshot) -> Any:
+    return function(snapshot.interval)
+
+
+def _sum_of(terms: Sequence[tuple[float, Reward]], snapshot: Snapshot) -> Any:
+    weight, reward = terms[0]
+    total = weight * reward(snapshot)
+    for weight, reward in terms[1:]:
+        total = total + weight * reward(snapshot)
+    return total
+
+
+def _checked(function: RewardFunction, name: str, snapshot: Snapshot) -> Any:
+    """What a user's function returns, if it is a reward."""
+    result = function(snapshot)
+    try:
+        value = np.asarray(result, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InvalidRewardError(f"reward function {name} must return numbers, got {result!r}") from None
+    expected = snapshot.active.shape[:-1]
+    if value.shape != expected:
+        wanted = f"one per replica, shape {expected}" if expected else "a single number"
+        raise InvalidRewardError(f"reward function {name} must return {wanted}, got shape {value.shape}")
+    if not np.isfinite(value).all():
+        raise InvalidRewardError(f"reward function {name} must return finite numbers, got {result!r}")
+    return value if expected else value[()]

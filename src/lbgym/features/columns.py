@@ -19,8 +19,8 @@ NUM_FEATURES = len(FEATURE_NAMES)
 GROUND_TRUTH_NAMES = ("cpu_usage", "memory_usage", "busy_workers")
 NUM_GROUND_TRUTH = len(GROUND_TRUTH_NAMES)
 
-#: Statistics of the flows that ended during one control interval (see ``Snapshot.service``). A rejected or failed
-#: flow counts with an FCT of ``reject_timeout``. With no ended flow every FCT statistic is 0.
+#: Statistics of the flows that ended during one control interval (see ``Snapshot.interval``). A rejected or failed
+#: flow counts with an FCT of ``reject_timeout``.
 SERVICE_NAMES = (
     "completed",  # flows that completed in the interval
     "rejected",  # flows that were rejected or failed in the interval

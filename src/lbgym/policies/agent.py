@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..env.actions import ActionCodec
+from ..env.info import step_info
 from ..env.observations import ObservationLayout
 from ..errors import PolicyError
 from ..features.columns import GROUND_TRUTH_NAMES
@@ -188,7 +189,7 @@ class Agent:
         Args:
             snapshot: of N servers.
             weights: float64[N], in force.
-            info: what the data plane reports beside the snapshot; a trained policy gets it with :func:`agent_info`.
+            info: what the data plane reports beside the snapshot; a policy on observations gets it, too.
 
         Returns:
             float64[N], finite and at least 0; servers beyond those that the policy is made for keep their weights.
@@ -207,7 +208,7 @@ class Agent:
                 f"policy {self.name!r} records no environment: give its agent an observation layout and an action codec"
             )
         observation = self.layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active)
-        action = self._policy.act(observation, {**(info or {}), **agent_info(snapshot, weights)})
+        action = self._policy.act(observation, {**(info or {}), **step_info(snapshot, weights)})
         return self.codec.to_weights(action)
 
     def _weights_of(
@@ -233,16 +234,3 @@ class Agent:
                 f"{proposed.tolist()}"
             )
         return proposed if n >= len(snapshot.active) else np.concatenate([proposed, weights[n:]])
-
-
-def agent_info(snapshot: Snapshot, weights: NDArray[np.float64]) -> dict[str, Any]:
-    """The part of an environment's ``info`` that policies act on, in fresh arrays.
-
-    ``sequence_id`` and ``timestamp`` (s) of the snapshot, ``active_servers`` bool[N], ``weights`` float64[N] in force.
-    """
-    return {
-        "sequence_id": snapshot.sequence_id,
-        "timestamp": snapshot.timestamp,
-        "active_servers": snapshot.active.copy(),
-        "weights": weights.copy(),
-    }

@@ -143,7 +143,6 @@ class Recording:
             rejected=self.rejected[rows],
             failed=self.failed[rows],
             unrouted=self.unrouted[rows],
-            service=None,
         )
 
     @cached_property
@@ -395,7 +394,7 @@ def to_minari(
     """Write a recording as a Minari dataset, which ``minari.load_dataset(dataset_id)`` then reads.
 
     Its steps and episodes are those of :meth:`Recording.transitions`. ``infos`` has, per observation, ``sequence_id``,
-    ``timestamp`` (s), ``active_servers``, ``applied_sequence_id`` and ``safe_weights`` as in the environment's. As the
+    ``timestamp`` (s), ``active``, ``applied_sequence_id`` and ``safe_weights`` as in the environment's. As the
     environment to evaluate in (``dataset.recover_environment(eval_env=True)``) it names the simulator with the same
     keys, unless the reward is a function.
 
@@ -431,7 +430,7 @@ def to_minari(
         infos = {
             "sequence_id": recording.sequence_id[rows],
             "timestamp": recording.timestamp[rows],
-            "active_servers": recording.active[rows],
+            "active": recording.active[rows],
             "applied_sequence_id": recording.applied_sequence_id[rows],
             "safe_weights": recording.safe[rows],
         }

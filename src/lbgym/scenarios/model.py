@@ -428,6 +428,15 @@ class Trace:
             skipped=_integer(self.skipped, "Trace.skipped", low=0),
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Trace:
+        # Nobody can change it, and it may be large.
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for array in (self.times, self.demands):
+            array.setflags(write=False)  # pickle does not keep this
+
     @property
     def period(self) -> float:
         """Seconds until the trace repeats: its span and one mean inter-arrival time."""

@@ -159,7 +159,6 @@ class ObservationBuffer:
             rejected=rejected,
             failed=failed,
             unrouted=self.unrouted,
-            service=None,
         )
 
     def fill(self, snapshot: Snapshot, fct_count: int, fct_sum: int) -> None:

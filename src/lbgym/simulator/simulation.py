@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidWeightsError, ResetNeeded, ScenarioError, UnknownNameError
 from ..scenarios import model
-from ..snapshot import Snapshot
+from ..snapshot import IntervalStatistics, Snapshot
 from . import layout as at
 from .threads import Workers, available_cores
 
@@ -79,13 +79,16 @@ class Simulation:
     A scenario of fewer servers than N is simulated on the first ones; the others do not exist: they are inactive for
     good, with zero rows, and nothing else differs, bit for bit, from a simulation without them.
 
+    ``copy.deepcopy`` and ``pickle`` give a simulation that continues bit for bit like the original, also in another
+    process.
+
     Args:
         scenario: what to simulate. Replicas may be given others by :meth:`set_scenario`.
         num_replicas: R.
         num_servers: N, room for the largest scenario a replica will be given; None: the scenario's.
         dispatch: overrides the scenario's dispatch rule.
         reservoirs: keep the balancers' samples; without them every feature but ``n_flow_on`` is 0.
-        service: keep the FCTs of each interval for ``Snapshot.service``.
+        service: keep the FCTs of each interval for ``Snapshot.interval``.
         record_flows: keep every flow that ends, for :meth:`take_flows`.
         num_threads: threads that share the replicas; None: one per core, fewer where there is little to share.
     """
@@ -145,6 +148,14 @@ class Simulation:
         self._parameters = at.allocate_parameters(self.num_replicas, self.num_servers)
         self._table_end = 0
         self.set_scenario(scenario)
+        self._kernel = _kernel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A module is a handle of the process; all else is data, or knows how to be copied.
+        return {name: value for name, value in self.__dict__.items() if name != "_kernel"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._kernel = _kernel()
 
     @property
@@ -438,7 +449,7 @@ class Simulation:
             rejected=rejected,
             failed=failed,
             unrouted=output.unrouted,
-            service=output.service if self._service else None,
+            interval=IntervalStatistics(output.service) if self._service else None,
         )
 
     def take_flows(self, replica: int = 0) -> dict[str, NDArray[Any]]:

@@ -19,7 +19,7 @@ def available_cores() -> int:
 
 
 def _current_core() -> Callable[[], int] | None:
-    """Tells the core of the calling thread, where the system can."""
+    """A function that returns the calling thread's core; None where the system has none."""
     if not hasattr(os, "sched_setaffinity"):
         return None
     try:
@@ -33,6 +33,8 @@ class Workers:
 
     On Linux they are kept off the caller's core. A thread that the system wakes there waits behind the caller until the
     next tick, 4 ms on many kernels, while another core is idle: longer than a whole step of a vector environment.
+
+    Threads belong to the process: a copy, by ``copy.deepcopy`` or ``pickle``, starts its own when it first needs them.
     """
 
     def __init__(self, count: int) -> None:
@@ -42,6 +44,9 @@ class Workers:
         self._threads: list[int] = []
         self._placed: tuple[int, int] = (-1, 0)
         self._core = _current_core()
+
+    def __reduce__(self) -> tuple[type[Workers], tuple[int]]:
+        return Workers, (self._count,)
 
     def run(self, work: Callable[[], None]) -> None:
         """Call ``work`` on every thread, the calling one included, and wait for all."""

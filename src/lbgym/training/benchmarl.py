@@ -440,7 +440,7 @@ class BenchMARLConfig(TrainingConfig):
         together = {"num_balancers": self.num_balancers, "reward_sharing": self.reward_sharing}
         return together | super().environment_kwargs()
 
-    def make_env(self) -> MultiLoadBalanceVectorEnv:
+    def make_env(self) -> MultiLoadBalanceVectorEnv:  # type: ignore[override]
         """The vector environment to train on."""
         return MultiLoadBalanceVectorEnv(self.num_envs, autoreset_mode=self.autoreset_mode, **self.environment_kwargs())
 

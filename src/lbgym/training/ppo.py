@@ -329,7 +329,7 @@ class _Trainer:
             ended = terminated | truncated
             rollout.ended[t] = torch.from_numpy(ended)
             flows = info["completed"] + info["rejected"]
-            fct_sum += float((info["fct_mean"] * flows).sum())
+            fct_sum += float(np.where(flows > 0, info["fct_mean"] * flows, 0.0).sum())
             ended_flows += float(flows.sum())
             if ended.any():
                 # what is bootstrapped is the episode's last observation, not the first of the next episode

@@ -80,7 +80,7 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
         self.single_observation_space = observation_space(self.num_servers, len(self.feature_columns))
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         # compiles the simulator before the clock of the training starts
-        super().reset(seed=0)
+        self.reset(seed=0)
         super().step(self.action_space.sample())
 
     def reset(
@@ -91,8 +91,8 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
         RLlib's env runners get consecutive seeds, whose replicas would otherwise share most of theirs.
         """
         seeds = [seed * self.num_envs + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
-        observation, _ = super().reset(seed=seeds, options=options)
-        return observation, {}
+        observation, info = super().reset(seed=seeds, options=options)
+        return self._seen(observation, info), {}
 
     def step(
         self, actions: Any
@@ -100,13 +100,14 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
         """As the vector environment, with scaled rewards and nothing in the info."""
         observation, rewards, terminated, truncated, info = super().step(actions)
         # a replica that was reset has taken no step
-        stepped = self._steps > 0
+        stepped = self._core.steps > 0
         self.statistics.add(rewards[stepped], info["completed"][stepped], info["fct_mean"][stepped])
-        return observation, rewards / self.reward_scale, terminated, truncated, {}
+        return self._seen(observation, info), rewards / self.reward_scale, terminated, truncated, {}
 
-    def _observation(self, snapshot: Any) -> Any:
-        flat = torch.from_numpy(super()._observation(snapshot))
-        return with_weights(flat, self._weights, len(self.feature_columns)).numpy()
+    def _seen(self, observation: NDArray[np.float32], info: Mapping[str, Any]) -> NDArray[np.float32]:
+        seen = with_weights(torch.from_numpy(observation), info["weights"], len(self.feature_columns))
+        array: NDArray[np.float32] = seen.numpy()
+        return array
 
 
 class RLlibMultiAgentEnv(ParallelPettingZooEnv):

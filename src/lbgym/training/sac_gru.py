@@ -448,7 +448,7 @@ class _Trainer:
             self.replay.add(choices, rewards, self.inputs, self.active)
             reward_sum += float(rewards.mean())
             flows = info["completed"] + info["rejected"]
-            fct_sum += float((info["fct_mean"] * flows).sum())
+            fct_sum += float(np.where(flows > 0, info["fct_mean"] * flows, 0.0).sum())
             ended_flows += float(flows.sum())
             if truncated.any():
                 self.begin_episode()

@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("torchrl", "torchrl", "TorchRL environments") from error
 
 from ..env.multi_agent_vector import MultiLoadBalanceVectorEnv
-from ..env.vector import LoadBalanceVectorEnv
+from ..env.vector import LoadBalanceVectorEnv, ReplicaEnv
 from ..policies.inputs import with_weights
 
 #: The group of agents, as TorchRL calls them, that the balancers are.
@@ -41,9 +41,9 @@ GROUP = "lb"
 class _ReplicaEnv(EnvBase):
     """What the environments of one and of several balancers have in common; see :class:`TorchRLEnv`."""
 
-    def __init__(
-        self, env: LoadBalanceVectorEnv, *, sees_weights: bool = False, device: torch.device | str = "cpu"
-    ) -> None:
+    env: ReplicaEnv
+
+    def __init__(self, env: ReplicaEnv, *, sees_weights: bool = False, device: torch.device | str = "cpu") -> None:
         mode = env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.DISABLED:
             raise LbgymError(
@@ -169,7 +169,7 @@ class TorchRLEnv(_ReplicaEnv):
     def __init__(
         self, env: LoadBalanceVectorEnv, *, sees_weights: bool = False, device: torch.device | str = "cpu"
     ) -> None:
-        if isinstance(env, MultiLoadBalanceVectorEnv):
+        if not isinstance(env, LoadBalanceVectorEnv):
             raise UnsupportedSpaceError(
                 "TorchRLEnv takes a LoadBalanceVectorEnv; for a MultiLoadBalanceVectorEnv use MultiTorchRLEnv"
             )

@@ -1,0 +1,328 @@
+"""The core of the environments of weights: :class:`EnvCore`, and what its views have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+from numpy.typing import NDArray
+
+from ..errors import InvalidOptionError, InvalidRewardError, ResetNeeded
+from ..scenarios import Scenario, ScenarioDistribution, default_scenario
+from ..snapshot import Snapshot
+from .actions import ActionCodec
+from .info import scenario_facts, step_info
+from .observations import ObservationLayout
+from .options import EnvOptions
+from .rendering import Viewer
+from .timing import ActionTiming
+from .views import View
+
+if TYPE_CHECKING:
+    from ..dataplanes import BatchedDataPlane
+
+#: Servers of the scenario of an environment that is given none.
+DEFAULT_SERVERS = 4
+
+
+class EnvCore:
+    """Episodes of R replicas with m balancers on a data plane; the environments are views of it.
+
+    Weights, rewards and snapshots have the leading axes of the view. A step is :meth:`step`, after which
+    :attr:`rewards`, :attr:`over`, :meth:`observation` and :meth:`info` hold its results.
+
+    Args:
+        options: the keys.
+        plane: what is stepped; closed if the options do not fit it.
+        view: what is shown.
+        reward: of the view's snapshots; None: ``options.reward``.
+        timing: when weights come into force; None: at once.
+
+    Attributes:
+        codec, layout: of one balancer.
+        snapshot: the last one; None before the first episode.
+        weights: float64[..., N], set by the last action; after a reset those in force.
+        rewards: float64[...], of the last step.
+        steps: int64[R], of the episodes under way.
+        over: bool[R], whether the episode has ended, or none has begun.
+
+    Raises:
+        InvalidOptionError, InvalidRewardError: if the data plane lacks what the options ask for.
+    """
+
+    def __init__(
+        self,
+        options: EnvOptions,
+        plane: BatchedDataPlane,
+        view: View,
+        *,
+        reward: Callable[[Snapshot], Any] | None = None,
+        timing: ActionTiming | None = None,
+    ) -> None:
+        self.options, self.plane, self.view = options, plane, view
+        try:
+            _check_capabilities(options, plane)
+            self.codec = options.codec(plane.num_servers)
+        except BaseException:
+            plane.close()
+            raise
+        self.layout = options.layout(plane.num_servers)
+        self.source = plane.source()
+        self.snapshot: Snapshot | None = None
+        self.weights: NDArray[np.float64] = np.ones((*view.shape, plane.num_servers))
+        self.rewards: Any = np.zeros(view.shape)
+        self.steps = np.zeros(plane.num_replicas, np.int64)
+        self.over = np.ones(plane.num_replicas, np.bool_)
+        self._reward = options.reward if reward is None else reward
+        self._timing = timing if timing is not None and timing.asynchronous else None
+        self._delays = np.zeros((plane.num_replicas, plane.num_balancers))
+        # No episode is older than this; it saves looking at each in every step.
+        self._oldest = 0
+        self._batch = np.ones((plane.num_replicas, plane.num_balancers, plane.num_servers))
+        self._viewers: dict[tuple[str, int], Viewer] = {}
+
+    def begin(
+        self, mask: NDArray[np.bool_], seeds: Sequence[int], source: Scenario | ScenarioDistribution | None = None
+    ) -> None:
+        """Begin episodes of the masked replicas.
+
+        Args:
+            mask: bool[R].
+            seeds: one per replica.
+            source: as the data plane's ``source(options)`` returns it; None: the environment's own.
+        """
+        if self._timing is not None:
+            self._timing.begin(mask, seeds)
+        self.snapshot = self.view.snapshot(self.plane.reset(seeds, mask, source))
+        self._begun(mask)
+
+    def step(
+        self,
+        weights: NDArray[np.float64],
+        *,
+        seeds: Sequence[int] | None = None,
+        reset: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Set weights float64[..., N], let one interval pass, observe.
+
+        Args:
+            weights: kept as they are.
+            seeds: of the replicas in ``reset``.
+            reset: bool[R], replicas that begin an episode instead, with reward 0.
+        """
+        delays = None
+        if self._timing is not None:
+            if reset is not None and seeds is not None:
+                self._timing.begin(reset, seeds)
+            delays = self._delays = self._timing.delays(reset)
+        self._batch[...] = self.view.spread(weights)
+        self.weights = weights
+        batch = self.plane.step(self._batch, delays=delays, seeds=seeds, reset=reset)
+        snapshot = self.snapshot = self.view.snapshot(batch)
+        self.steps += 1
+        self._oldest += 1
+        self.rewards = self._reward(snapshot)
+        if reset is not None:
+            self._begun(reset)
+        if reset is not None or self._oldest >= self.options.max_steps:
+            self.over = self.steps >= self.options.max_steps
+
+    def _begun(self, mask: NDArray[np.bool_]) -> None:
+        self.steps[mask] = 0
+        self._oldest = int(self.steps.max())
+        self.over = self.over & ~mask
+        self._delays = np.where(mask[:, None], 0.0, self._delays)
+        in_force = self.view.of(self.plane.weights_in_force())
+        if self.view.shape:
+            self.weights = np.where(mask.reshape(-1, *(1,) * len(self.view.shape)), in_force, self.weights)
+            self.rewards = np.array(self.rewards, np.float64)
+            self.rewards[mask] = 0.0
+        else:
+            self.weights, self.rewards = in_force, 0.0
+        self._viewers = {}
+
+    def observation(self) -> Any:
+        """The present observation, in fresh arrays."""
+        snapshot = self.snapshot
+        assert snapshot is not None
+        return self.layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active)
+
+    def info(self) -> dict[str, Any]:
+        """The present ``info``, in fresh arrays with the leading axes of the view."""
+        assert self.snapshot is not None
+        info = step_info(self.snapshot, self.weights)
+        if self._timing is not None:
+            info["weights_in_force"] = self.view.of(self.plane.weights_in_force())
+            info["action_delay"] = self.view.of(self._delays)
+        for key, values in self.plane.info.items():
+            info[key] = self.view.of(values)
+        return info
+
+    def facts(self, mask: NDArray[np.bool_]) -> dict[str, Any]:
+        """Facts about the scenarios that the masked replicas' episodes have drawn; none without a distribution."""
+        if not isinstance(self.source, ScenarioDistribution):
+            return {}
+        each = {}
+        for i in np.flatnonzero(mask).tolist():
+            scenario = self.plane.scenario_of(i)
+            assert scenario is not None
+            each[i] = scenario_facts(scenario, self.plane.num_servers)
+        return self.view.facts(each)
+
+    def draw(self, replica: int = 0, mode: str | None = None) -> Any:
+        """A picture of a replica: a string, uint8[H, W, 3], or None for "human" and without a mode.
+
+        Args:
+            replica: which.
+            mode: a render mode; None: that of the options.
+
+        Raises:
+            ResetNeeded: before the first reset.
+        """
+        if self.snapshot is None:
+            raise ResetNeeded("call reset() before render(): there is nothing to see yet")
+        mode = self.options.render_mode if mode is None else mode
+        if mode is None:
+            return None
+        viewer = self._viewers.get((mode, replica))
+        if viewer is None:
+            scenario = self.plane.scenario_of(replica)
+            viewer = self._viewers[mode, replica] = Viewer(mode, scenario, dispatch=self.options.dispatch)
+        r = self.plane.num_replicas
+        return viewer.render(
+            self.view.shown(self.snapshot, replica),
+            weights=self.weights.reshape(r, -1, self.plane.num_servers)[replica].mean(axis=0),
+            reward=float(np.reshape(self.rewards, (r, -1))[replica].mean()) if self.steps[replica] else None,
+            step=int(self.steps[replica]),
+        )
+
+    def close(self) -> None:
+        """Close the data plane; idempotent."""
+        self.plane.close()
+
+
+def _check_capabilities(options: EnvOptions, plane: BatchedDataPlane) -> None:
+    """Refuse what the data plane does not provide, before an episode begins."""
+    reward = options.reward
+    if (options.use_ground_truth or reward.needs_ground_truth) and not plane.has_ground_truth:
+        raise InvalidOptionError(
+            f"use_ground_truth={options.use_ground_truth}, reward {reward.description!r}: this data plane does not "
+            "publish its servers' CPU, memory and workers"
+        )
+    if reward.needs_service and not plane.has_interval:
+        raise InvalidRewardError(
+            f"reward {reward.description!r} looks at the FCT of every flow in a step, which this data plane does not "
+            "publish; use a fairness reward or a function of the Snapshot"
+        )
+
+
+def simulated_plane(
+    options: EnvOptions, num_replicas: int = 1, *, num_balancers: int | None = None, num_threads: int | None = 1
+) -> BatchedDataPlane:
+    """A simulator of the options' scenario, or of the built-in one for their number of servers.
+
+    Args:
+        options: the keys.
+        num_replicas: R.
+        num_balancers: m; None: the scenario's.
+        num_threads: as :class:`~lbgym.dataplanes.SimulatedDataPlane`.
+    """
+    from ..dataplanes import SimulatedDataPlane
+
+    return SimulatedDataPlane(
+        options.source or default_scenario(options.num_servers or DEFAULT_SERVERS),
+        num_replicas,
+        num_balancers=num_balancers,
+        num_servers=options.num_servers,
+        dispatch=options.dispatch,
+        interval=options.step_interval,
+        horizon=options.horizon,
+        num_threads=num_threads,
+    )
+
+
+def live_plane(options: EnvOptions, names: Sequence[str], timeout: float) -> BatchedDataPlane:
+    """The data planes that publish in these regions, one per balancer.
+
+    Raises:
+        InvalidOptionError: with a dispatch rule, and as :class:`~lbgym.dataplanes.LiveDataPlanes`.
+    """
+    if options.dispatch is not None:
+        raise InvalidOptionError(
+            f"dispatch={options.dispatch!r} with shm_name: a live data plane is configured with its own dispatch rule"
+        )
+    from ..dataplanes import LiveDataPlanes
+
+    return LiveDataPlanes(
+        names,
+        interval=options.step_interval,
+        timeout=timeout,
+        num_servers=options.num_servers,
+        scenario=options.source,
+    )
+
+
+class SpecWithLimit:
+    """Lets ``spec.max_episode_steps`` state the limit that an environment keeps by itself, ``max_steps``.
+
+    Wrappers such as ``TimeAwareObservation`` read it there. ``gymnasium.make`` adds its own ``TimeLimit`` only where it
+    is given ``max_episode_steps``.
+    """
+
+    max_steps: int
+    _spec: EnvSpec | None = None
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """How ``gymnasium.make`` made the environment; None if it did not."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        if spec is not None and (spec.max_episode_steps is None or spec.max_episode_steps > self.max_steps):
+            spec = replace(spec, max_episode_steps=self.max_steps)
+        self._spec = spec
+
+
+class CoreView(SpecWithLimit):
+    """Public attributes that all environments of weights share."""
+
+    _core: EnvCore
+
+    @property
+    def scenario(self) -> Scenario | None:
+        """The scenario of all episodes; None with a distribution, or if nothing is known of a live cluster."""
+        return self._core.source if isinstance(self._core.source, Scenario) else None
+
+    @property
+    def distribution(self) -> ScenarioDistribution | None:
+        """The distribution that each episode draws its scenario from, if there is one."""
+        return self._core.source if isinstance(self._core.source, ScenarioDistribution) else None
+
+    @property
+    def num_servers(self) -> int:
+        """N."""
+        return self._core.plane.num_servers
+
+    @property
+    def max_steps(self) -> int:  # type: ignore[override]
+        """Steps per episode."""
+        return self._core.options.max_steps
+
+    @property
+    def action_codec(self) -> ActionCodec:
+        """From actions to weights, and back."""
+        return self._core.codec
+
+    @property
+    def observation_layout(self) -> ObservationLayout:
+        """From snapshots to observations, and back."""
+        return self._core.layout
+
+    @property
+    def feature_columns(self) -> tuple[str, ...]:
+        """Names of the columns of an observation."""
+        return self._core.layout.columns

@@ -1,0 +1,122 @@
+"""The keys of an environment, checked: :class:`EnvOptions`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from ..checks import choice, seconds, whole
+from ..errors import InvalidOptionError
+from ..scenarios import DISPATCH_RULES, Scenario, ScenarioDistribution, load_scenario
+from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
+from .actions import ActionCodec, make_action_codec
+from .observations import ObservationLayout
+from .rendering import RENDER_MODES
+from .rewards import make_reward
+
+
+class EnvOptions:
+    """The keys that all environments of weights share; their meaning: :class:`~lbgym.LoadBalanceEnv`.
+
+    Attributes:
+        num_servers: N; None: as many as the scenario or the data plane has.
+        source: the scenario of every episode, or the distribution that each draws its own from; None: the default.
+        dispatch: dispatch rule instead of the scenario's; None: the scenario's.
+        step_interval: seconds per step.
+        max_steps: steps per episode.
+        render_mode: one of ``RENDER_MODES``, or None.
+        use_ground_truth: whether observations have the ground-truth columns.
+        reward: a :class:`~lbgym.env.rewards.Reward`.
+
+    Raises:
+        UnknownNameError: for an unknown name of an action type, layout, reward, field, dispatch rule, render mode or
+            scenario.
+        InvalidOptionError: for a value out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_servers: int | None = None,
+        action_type: str = "discrete",
+        action_weights: Sequence[float] = (1.0, 1.5, 2.0),
+        min_weight: float = 0.1,
+        max_weight: float = 10.0,
+        step_interval: float = DEFAULT_STEP_INTERVAL,
+        reward_type: str | Mapping[str, float] | Callable[[Snapshot], Any] = "jain",
+        reward_field: str = "flow_duration_avg_decay",
+        max_steps: int = 10_000,
+        max_episode_steps: int | None = None,
+        use_ground_truth: bool = False,
+        observation: str = "matrix",
+        normalize: bool = False,
+        scenario: Scenario | ScenarioDistribution | str | PathLike[str] | None = None,
+        dispatch: str | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        self.num_servers = None if num_servers is None else whole("num_servers", num_servers)
+        self.source = None if scenario is None else load_scenario(scenario)
+        self._check_room()
+        self.dispatch = None if dispatch is None else choice("dispatch rule", dispatch, DISPATCH_RULES)
+        self.step_interval = seconds("step_interval", step_interval)
+        self.render_mode = None if render_mode is None else choice("render mode", render_mode, RENDER_MODES)
+        self.max_steps = whole("max_steps", max_steps)
+        if max_episode_steps is not None:
+            self.max_steps = min(self.max_steps, whole("max_episode_steps", max_episode_steps))
+        self.use_ground_truth = use_ground_truth
+        self.reward = make_reward(reward_type, reward_field)
+        self._action: dict[str, Any] = {
+            "action_type": action_type,
+            "action_weights": action_weights,
+            "min_weight": min_weight,
+            "max_weight": max_weight,
+        }
+        self._observation: dict[str, Any] = {
+            "observation": observation,
+            "normalize": normalize,
+            "use_ground_truth": use_ground_truth,
+        }
+        # Bad keys are refused here, before a simulator is compiled or a region attached to.
+        servers = self.num_servers or (1 if self.source is None else self.source.max_servers)
+        self.codec(servers)
+        self.layout(servers)
+
+    @property
+    def horizon(self) -> float:
+        """Seconds of an episode."""
+        return self.max_steps * self.step_interval
+
+    def codec(self, num_servers: int) -> ActionCodec:
+        """The action codec for N servers."""
+        return make_action_codec(num_servers, **self._action)
+
+    def layout(self, num_servers: int) -> ObservationLayout:
+        """The observation layout for N servers."""
+        return ObservationLayout(num_servers, **self._observation)
+
+    def _check_room(self) -> None:
+        wanted, source = self.num_servers, self.source
+        if wanted is None or source is None:
+            return
+        if isinstance(source, ScenarioDistribution):
+            if wanted < source.max_servers:
+                raise InvalidOptionError(
+                    f"num_servers={wanted}, but distribution {source.name!r} draws up to {source.max_servers} servers; "
+                    "leave num_servers out, or give at least as many"
+                )
+        elif wanted != source.num_servers:
+            raise InvalidOptionError(
+                f"num_servers={wanted}, but scenario {source.name!r} has {source.num_servers} servers; leave "
+                "num_servers out, or give it no scenario"
+            )
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse values that cannot be a seed.
+
+    Raises:
+        InvalidOptionError: unless ``seed`` is None or a whole number of at least 0.
+    """
+    if seed is not None:
+        whole("seed", seed, low=0)
