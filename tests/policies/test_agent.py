@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lbgym import LoadBalanceEnv, Snapshot
 from lbgym.dataplanes import SimulatedDataPlane
 from lbgym.errors import PolicyError, UnknownNameError
+from lbgym.evaluation.runner import decide
 from lbgym.policies import Agent, LatencyWeights, Policy, RandomWeights, StaticWeights, WeightPolicy, make_agent
 from lbgym.scenarios import load_scenario
 
@@ -19,12 +20,12 @@ from lbgym.scenarios import load_scenario
 def steps(agent: Agent, scenario: str = "uniform", count: int = 8, seed: int = 0) -> NDArray[np.float64]:
     """Weights [T, N] of an agent that drives a simulated data plane."""
     plane = SimulatedDataPlane(load_scenario(scenario))
-    snapshot, weights = plane.reset(seed), np.ones(plane.num_servers)
+    snapshot, weights = plane.reset([seed]), np.ones((1, 1, plane.num_servers))
     history = []
     agent.reset()
     for _ in range(count):
-        weights = agent(snapshot, weights)
-        history.append(weights.copy())
+        weights = decide([agent], snapshot, weights)
+        history.append(weights[0, 0])
         snapshot = plane.step(weights)
     plane.close()
     return np.array(history)
