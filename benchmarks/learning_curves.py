@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from lbgym.scenarios import Scenario
 
 SINGLE, SEVERAL = "heterogeneous", "marllb-moderate"
-EQUIVARIANT = {"policy": "equivariant"}
+EQUIVARIANT = {"network": "equivariant"}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ SPEED, SECONDS = 30_000, 60.0
 TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("ppo", {}),
     "sb3-ppo, dense layers": ("sb3-ppo", {}),
-    "sb3-ppo, equivariant": ("sb3-ppo", {"policy": "equivariant"}),
+    "sb3-ppo, equivariant": ("sb3-ppo", {"network": "equivariant"}),
 }
 ALONE = "environment alone, random actions"
 #: Flows that no training sees: its own seeds are drawn from all 32-bit numbers.

@@ -1,6 +1,6 @@
 """Train an algorithm of Stable-Baselines3 on the heterogeneous cluster, then compare it with heuristics.
 
-python examples/train_sb3.py [--algo ppo] [--policy equivariant] [--seconds 60] [--seeds 10]
+python examples/train_sb3.py [--algo ppo] [--network equivariant] [--seconds 60] [--seeds 10]
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def report(progress: Progress) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--algo", choices=sorted(ALGORITHMS), default="ppo", help="the algorithm")
-    parser.add_argument("--policy", choices=("mlp", "equivariant"), default="mlp", help="the network")
+    parser.add_argument("--network", choices=("mlp", "equivariant"), default="mlp", help="the network")
     parser.add_argument("--seconds", type=float, default=60.0, help="training time")
     parser.add_argument("--seeds", type=int, default=10, help="runs of the comparison")
     args = parser.parse_args()
 
     config = SB3Config(
-        algorithm=args.algo, policy=args.policy, scenario="heterogeneous", total_steps=None, seconds=args.seconds
+        algorithm=args.algo, network=args.network, scenario="heterogeneous", total_steps=None, seconds=args.seconds
     )
     result = train_sb3(config, out=f"out/example/sb3-{args.algo}.zip", callback=report)
     print(f"\ncheckpoint: {result.checkpoint}")

@@ -24,7 +24,7 @@ PAGES = ["index", "quickstart", "multi-agent", "training", "clusters", *FRAMEWOR
 SHORTER = {
     "total_steps=1_500_000": "total_steps=4_096",
     '"total_steps": 1_500_000': '"total_steps": 4_096',
-    'policy="equivariant", total_steps=300_000': 'policy="equivariant", total_steps=2_048, num_envs=8, max_steps=32',
+    'network="equivariant", total_steps=300_000': 'network="equivariant", total_steps=2_048, num_envs=8, max_steps=32',
     "total_steps=300_000": "total_steps=2_048, num_envs=8, warmup=1, max_steps=32",
     "total_steps=500_000": "total_steps=1_024, num_envs=8, max_steps=32",
     "total_timesteps=100_000": "total_timesteps=1_024",

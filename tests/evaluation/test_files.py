@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lbgym.evaluation import METRICS, Comparison, compare
 from lbgym.atomic import whole_file
+from lbgym.evaluation import METRICS, Comparison, compare
 from lbgym.evaluation.plots import fct_distribution, load_and_weights
 from lbgym.scenarios import load_scenario
 

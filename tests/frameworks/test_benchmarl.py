@@ -79,7 +79,7 @@ def test_a_checkpoint_acts_without_benchmarl(algorithm: str, checkpoints: dict[s
 
 
 @pytest.mark.parametrize("algorithm", TRAINED)
-@pytest.mark.parametrize("policy", ["equivariant", "mlp"])
+@pytest.mark.parametrize("network", ["equivariant", "mlp"])
 def test_learning_moves_the_policy_that_is_saved(
     algorithm: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,7 +93,7 @@ def test_learning_moves_the_policy_that_is_saved(
 
     before: list[torch.Tensor] = []
     monkeypatch.setattr(recipe, "_experiment", remember)
-    result = train_benchmarl(small(algorithm=algorithm, policy=policy), out=tmp_path)
+    result = train_benchmarl(small(algorithm=algorithm, network=network), out=tmp_path)
     (experiment,) = experiments
     after = list(experiment.losses["lb"].parameters())
     moved = [not torch.equal(p, q) for p, q in zip(after, before, strict=True) if p.requires_grad]
@@ -102,7 +102,7 @@ def test_learning_moves_the_policy_that_is_saved(
     assert np.mean(moved) > 0.8
 
     # what is loaded acts as BenchMARL's policy in the environment itself
-    vector = small(algorithm=algorithm, policy=policy).make_env()
+    vector = small(algorithm=algorithm, network=network).make_env()
     observation, info = vector.reset(seed=3)
     torch.manual_seed(0)
     for _ in range(3):
@@ -211,7 +211,7 @@ def test_refuses_what_does_not_fit(checkpoints: dict[str, Path], tmp_path: Path)
     qmix = checkpoints["qmix"]
     for changes, said in (
         ({"algorithm": "vdn"}, "recipe 'benchmarl-qmix', not by 'benchmarl-vdn'"),
-        ({"policy": "mlp"}, "policy 'equivariant', but the configuration has 'mlp'"),
+        ({"network": "mlp"}, "network 'equivariant', but the configuration has 'mlp'"),
         ({"hidden": 16}, "hidden 8, but the configuration has 16"),
         ({"sees_weights": False}, "sees_weights True"),
         ({"num_balancers": 3}, "2 balancers, but the environment to train on has 3"),
@@ -233,8 +233,8 @@ def test_refuses_configurations_that_make_no_sense() -> None:
         BenchMARLConfig(algorithm="qmix", action_type="normalized")
     with pytest.raises(UnsupportedSpaceError, match="use action_type 'normalized'"):
         BenchMARLConfig(algorithm="maddpg", action_type="discrete")
-    with pytest.raises(UnknownNameError, match="policy"):
-        BenchMARLConfig(policy="gnn")
+    with pytest.raises(UnknownNameError, match="network"):
+        BenchMARLConfig(network="gnn")
     with pytest.raises(UnknownNameError, match="reward sharing"):
         BenchMARLConfig(reward_sharing="all")
     with pytest.raises(InvalidOptionError, match="exploration must be above 0"):

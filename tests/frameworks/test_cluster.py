@@ -135,7 +135,7 @@ def test_the_poor_trials_are_stopped_and_failed_ones_named(cluster: Any, tmp_pat
     assert "num_envs must be a multiple of replicas_per_seed=4, got 7" in failed.error
     # what is refused once is not tried again
     assert not list(tmp_path.rglob("error.txt"))
-    with pytest.raises(ClusterError, match=r"none of 1 trials came to a checkpoint.*multiple of replicas_per_seed"):
+    with pytest.raises(ClusterError, match=r"none of 1 trials reached a checkpoint.*multiple of replicas_per_seed"):
         tune_recipe("ppo", config, {"num_envs": tune.grid_search([7])}, trials=1, out=tmp_path)
 
 

@@ -26,8 +26,8 @@ from lbgym.training import load_policy, read_checkpoint
 from lbgym.training import rllib as recipe
 from lbgym.training.recipes import algo_of, make_config
 from lbgym.training.rllib import ALGORITHMS, RLlibConfig, RLlibResult, config_of, train_rllib
-from lbgym.training.rllib_env import RLlibMultiAgentEnv, RLlibVectorEnv, observation_space
-from lbgym.training.rllib_modules import SACModule
+from lbgym.training.rllib.environment import RLlibMultiAgentEnv, RLlibVectorEnv, observation_space
+from lbgym.training.rllib.modules import SACModule
 from lbgym.training.runs import Progress
 
 pytestmark = [
@@ -93,12 +93,12 @@ def actions_of(module: Any, seen: torch.Tensor) -> np.ndarray:
     ("algorithm", "changes"),
     [
         ("ppo", {"action_type": "discrete"}),
-        ("ppo", {"policy": "equivariant"}),
+        ("ppo", {"network": "equivariant"}),
         ("ppo", {"multi_agent": True, "scenario": "marllb-moderate", "num_envs": 2, "total_steps": 32}),
         ("dqn", {}),
-        ("dqn", {"policy": "equivariant"}),
+        ("dqn", {"network": "equivariant"}),
         ("sac", {}),
-        ("sac", {"policy": "equivariant"}),
+        ("sac", {"network": "equivariant"}),
         ("impala", {}),
         ("appo", {}),
     ],
@@ -208,8 +208,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both(trained: RLlibResul
         train_rllib(config("sac"), resume_from=path)
     with pytest.raises(CheckpointError, match="trained with algorithm 'ppo', not 'appo'"):
         config_of(path, "appo")
-    with pytest.raises(CheckpointError, match="policy 'mlp', but the configuration has 'equivariant'"):
-        train_rllib(config(policy="equivariant"), resume_from=path)
+    with pytest.raises(CheckpointError, match="network 'mlp', but the configuration has 'equivariant'"):
+        train_rllib(config(network="equivariant"), resume_from=path)
     with pytest.raises(CheckpointError, match="hidden 8, but the configuration has 16"):
         train_rllib(config(hidden=16), resume_from=path)
     with pytest.raises(CheckpointError, match=r"choices=0, .* needs choices=3"):
@@ -237,8 +237,8 @@ def test_actions_that_do_not_fit_are_refused_with_those_that_do(algorithm: str, 
 def test_what_a_configuration_cannot_have() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'appo'"):
         RLlibConfig(algorithm="apo")
-    with pytest.raises(UnknownNameError, match="unknown policy 'mpl'"):
-        RLlibConfig(policy="mpl")
+    with pytest.raises(UnknownNameError, match="unknown network 'mpl'"):
+        RLlibConfig(network="mpl")
     with pytest.raises(LbgymError, match="multi_agent=True is for ppo, impala, appo, not for 'dqn'"):
         RLlibConfig(algorithm="dqn", multi_agent=True)
     with pytest.raises(LbgymError, match="env_runners must be at least 1, got 0"):

@@ -84,6 +84,7 @@ def test_every_field_says_what_it_is(algo: str) -> None:
         ({"anneal_lr": 1}, InvalidOptionError, "must be of type true or false, got 1"),
         ({"seed": True}, InvalidOptionError, "must be of type int, got True"),
         ({"env_kwargs": [1]}, InvalidOptionError, "must be of type dict[str, Any], got [1]"),
+        ({"action_weights": 3.0}, UnknownNameError, "unknown setting 'action_weights'"),
         ({"scenario": 3}, InvalidOptionError, "scenario in the configuration"),
         ({"num_envs": 0}, LbgymError, "PPOConfig.num_envs must be a whole number of at least 1, got 0"),
     ],

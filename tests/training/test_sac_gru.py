@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 from lbgym.policies.inputs import server_inputs  # noqa: E402
 from lbgym.training import sac_gru  # noqa: E402
 from lbgym.training.runs import Progress  # noqa: E402
-from lbgym.training.sac_gru import Batch, Replay, SACGRUConfig, train_sac_gru  # noqa: E402
+from lbgym.training.sac_gru import Batch, Replay, SACGRUAgent, SACGRUConfig, train_sac_gru  # noqa: E402
 
 SMALL = SACGRUConfig(
     scenario="uniform",
@@ -40,7 +40,7 @@ SMALL = SACGRUConfig(
 )
 
 
-def agent_of(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
+def networks_in(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The parameters of actor, critics and scales in a checkpoint."""
     return saved["network"]["parameters"] | saved["trainer"]["agent"]
 
@@ -174,21 +174,22 @@ def test_the_newest_episodes_overwrite_the_oldest() -> None:
 # Learning
 
 
-def trainer_of(**changes: Any) -> Any:
-    trainer = sac_gru._Trainer(replace(SMALL, **changes))
-    trainer.env.close()
-    return trainer
+def agent_of(**changes: Any) -> SACGRUAgent:
+    config = replace(SMALL, **changes)
+    env = config.make_env()
+    env.close()
+    return SACGRUAgent(env, config)
 
 
-def puzzle(trainer: Any, count: int, steps: int, *, seed: int) -> tuple[Batch, torch.Tensor]:
+def puzzle(agent: SACGRUAgent, count: int, steps: int, *, seed: int) -> tuple[Batch, torch.Tensor]:
     """Sequences in which a server's input tells the level that is rewarded, of three.
 
     The target [B, N] holds for the whole sequence and is shown at its first step only: it must be remembered.
     """
     generator = torch.Generator().manual_seed(seed)
-    n, burn_in = trainer.num_servers, trainer.config.burn_in
+    n, burn_in = agent.num_servers, agent.config.burn_in
     target = torch.randint(3, (count, n), generator=generator)
-    inputs = torch.zeros(count, burn_in + steps + 1, n, trainer.features + 1)
+    inputs = torch.zeros(count, burn_in + steps + 1, n, agent.features + 1)
     inputs[:, burn_in, :, 0] = target - 1.0
     choices = torch.randint(3, (count, steps, n), generator=generator)
     rewards = (choices == target.unsqueeze(1)).float().mean(-1) * n
@@ -198,14 +199,14 @@ def puzzle(trainer: Any, count: int, steps: int, *, seed: int) -> tuple[Batch, t
 
 def test_updates_learn_each_servers_best_level_from_one_reward_and_remember_it() -> None:
     keys = {"hidden": 32, "learning_rate": 3e-3, "temperature_rate": 0.0, "gamma": 0.5}
-    trainer = trainer_of(action_weights=(1.0, 2.0, 3.0), **keys)
+    agent = agent_of(action_weights=(1.0, 2.0, 3.0), **keys)
     for seed in range(400):
-        losses = trainer.update(puzzle(trainer, 32, 4, seed=seed)[0])
+        losses = agent.learn(puzzle(agent, 32, 4, seed=seed)[0])
     assert torch.isfinite(losses).all()
-    batch, target = puzzle(trainer, 64, 4, seed=1000)
+    batch, target = puzzle(agent, 64, 4, seed=1000)
     with torch.no_grad():
-        scaled = trainer.agent.moments.scale(batch.inputs, batch.active)
-        logits, _ = trainer.agent.actor.forward_sequence(scaled, batch.active)
+        scaled = agent.networks.moments.scale(batch.inputs, batch.active)
+        logits, _ = agent.networks.actor.forward_sequence(scaled, batch.active)
     right = (logits.argmax(-1) == target.unsqueeze(1)).float().mean((0, 2))
     # before it is shown there is nothing to know
     assert float(right[: SMALL.burn_in].max()) < 0.6
@@ -216,25 +217,25 @@ def test_what_stands_before_an_episode_has_no_influence() -> None:
     generator = torch.Generator().manual_seed(0)
     results = []
     for junk, first in ((0.0, True), (5.0, True), (5.0, False)):
-        trainer = trainer_of()
-        batch, _ = puzzle(trainer, 4, 4, seed=0)
+        agent = agent_of()
+        batch, _ = puzzle(agent, 4, 4, seed=0)
         inputs = batch.inputs.clone()
         inputs[:, : SMALL.burn_in] = junk
         generator.manual_seed(0)
-        results.append(trainer.update(replace(batch, inputs=inputs, first=torch.full((4,), first))))
+        results.append(agent.learn(replace(batch, inputs=inputs, first=torch.full((4,), first))))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[1], results[2])
 
 
 def test_the_temperature_is_steered_to_the_target_entropy() -> None:
     for target, falls in ((0.01, True), (0.999, False)):
-        trainer = trainer_of(target_entropy=target, learning_rate=0.0)
+        agent = agent_of(target_entropy=target, learning_rate=0.0)
         with torch.no_grad():
-            trainer.agent.actor.head.bias.copy_(torch.arange(6.0))
-        batch, _ = puzzle(trainer, 4, 4, seed=0)
-        before = trainer.agent.log_alpha.item()
-        trainer.update(batch)
-        assert (trainer.agent.log_alpha.item() < before) is falls
+            agent.networks.actor.head.bias.copy_(torch.arange(6.0))
+        batch, _ = puzzle(agent, 4, 4, seed=0)
+        before = agent.networks.log_alpha.item()
+        agent.learn(batch)
+        assert (agent.networks.log_alpha.item() < before) is falls
 
 
 # Runs
@@ -250,10 +251,8 @@ def test_training_moves_every_parameter_and_keeps_losses_finite(action_type: str
     assert history[-1].fraction == 1.0
     assert all(math.isfinite(x) for p in history for x in p.losses.values())
     assert all(math.isfinite(p.reward) and p.fct_mean > 0 for p in history)
-    untrained = sac_gru._Trainer(config)
-    before = dict(untrained.agent.named_parameters())
-    untrained.env.close()
-    after = agent_of(read_checkpoint(tmp_path / "sac-gru.pt"))
+    before = dict(agent_of(action_type=action_type, action_weights=(1.0, 2.0, 4.0)).networks.named_parameters())
+    after = networks_in(read_checkpoint(tmp_path / "sac-gru.pt"))
     assert [name for name, value in before.items() if torch.equal(value, after[name])] == []
 
 
@@ -273,16 +272,16 @@ def test_a_resumed_run_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     waiting = train_sac_gru(replace(SMALL, warmup=1000), resume_from=tmp_path / "sac-gru.pt", out=tmp_path / "same.pt")
     assert [p.step for p in waiting.history] == [96, 128]
     same = read_checkpoint(tmp_path / "same.pt")
-    assert all(torch.equal(value, agent_of(same)[name]) for name, value in agent_of(half).items())
+    assert all(torch.equal(value, networks_in(same)[name]) for name, value in networks_in(half).items())
     resumed = train_sac_gru(resume_from=tmp_path / "sac-gru.pt", out=tmp_path / "on.pt")
     assert [p.step for p in resumed.history] == [96, 128]
     on = read_checkpoint(tmp_path / "on.pt")
     name = "actor.gru.weight_hh_l0"
-    assert not torch.equal(agent_of(half)[name], agent_of(on)[name])
+    assert not torch.equal(networks_in(half)[name], networks_in(on)[name])
     counts = [saved["trainer"]["optimisers"]["actor"]["state"][0]["step"] for saved in (half, on)]
     assert counts[1] > counts[0] > 0
     # scales are kept
-    assert torch.equal(agent_of(half)["moments.mean"], agent_of(on)["moments.mean"])
+    assert torch.equal(networks_in(half)["moments.mean"], networks_in(on)["moments.mean"])
 
 
 def test_interrupting_saves_the_last_whole_round(tmp_path: Path) -> None:

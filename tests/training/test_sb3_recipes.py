@@ -34,7 +34,7 @@ def small(algorithm: str, policy: str = "mlp", **changes: Any) -> SB3Config:
         options = {"buffer_size": 512, "learning_starts": 32, "batch_size": 16}
     if algorithm == "dqn":
         options["target_update_interval"] = 16
-    keys: dict[str, Any] = {"algorithm": algorithm, "policy": policy, "options": options, "scenario": "uniform"}
+    keys: dict[str, Any] = {"algorithm": algorithm, "network": policy, "options": options, "scenario": "uniform"}
     keys |= {"num_envs": 8, "max_steps": 16, "total_steps": 256, "hidden": 8, "epochs": 2, "minibatches": 2}
     keys |= {"num_steps": 4 if algorithm in OFF_POLICY else 8}
     return SB3Config(**keys | changes)
@@ -172,10 +172,10 @@ def test_too_many_joint_actions_are_refused() -> None:
 def test_what_a_configuration_cannot_have() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'sac'"):
         SB3Config(algorithm="sacc")
-    with pytest.raises(UnknownNameError, match="unknown policy 'mpl'"):
-        SB3Config(policy="mpl")
-    with pytest.raises(LbgymError, match="no policy 'equivariant' for 'td3', only for ppo, a2c, dqn, sac"):
-        SB3Config(algorithm="td3", policy="equivariant")
+    with pytest.raises(UnknownNameError, match="unknown network 'mpl'"):
+        SB3Config(network="mpl")
+    with pytest.raises(LbgymError, match="no network 'equivariant' for 'td3', only for ppo, a2c, dqn, sac"):
+        SB3Config(algorithm="td3", network="equivariant")
     with pytest.raises(UnknownNameError, match="Did you mean 'buffer_size'"):
         train_sb3(small("sac", options={"bufer_size": 3}))
     # a field of the configuration sets it
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both(tmp_path: Path) -> 
     for algorithm in ("a2c", "sac"):
         with pytest.raises(CheckpointError, match=f"trained with algorithm 'ppo', not '{algorithm}'"):
             train_sb3(small(algorithm), resume_from=path)
-    with pytest.raises(CheckpointError, match="policy 'mlp', but the configuration has 'equivariant'"):
+    with pytest.raises(CheckpointError, match="network 'mlp', but the configuration has 'equivariant'"):
         train_sb3(small("ppo", "equivariant"), resume_from=path)
     with pytest.raises(CheckpointError, match="hidden 8, but the configuration has 16"):
         train_sb3(small("ppo", hidden=16), resume_from=path)
@@ -222,7 +222,7 @@ def test_the_command_line_trains_resumes_and_refuses(capsys: pytest.CaptureFixtu
 
     for arguments, message in (
         ((*again, "--algo", "sb3-td3"), "algorithm 'sac', not 'td3'"),
-        ((*again, "--algo", "sb3-sac", "--policy", "equivariant"), "policy 'mlp', but the configuration has"),
+        ((*again, "--algo", "sb3-sac", "--policy", "equivariant"), "network 'mlp', but the configuration has"),
         ((*common, "--algo", "sb3-dqn", "--action-type", "discrete"), "use action_type 'joint'"),
         ((*common, "--algo", "ppo", "--policy", "mlp"), "only the sb3-, rllib- and benchmarl- recipes"),
     ):

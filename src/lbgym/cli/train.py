@@ -65,7 +65,7 @@ def train(
     reward: Annotated[str | None, typer.Option(help="What is maximised; any reward of the environment.")] = None,
     reward_field: Annotated[str | None, typer.Option(help="The feature that a fairness reward looks at.")] = None,
     action_type: Annotated[str | None, typer.Option(help='"normalized" (continuous), "discrete" or "joint".')] = None,
-    policy: Annotated[
+    network: Annotated[
         Network | None,
         typer.Option(
             metavar="NAME",
@@ -105,12 +105,17 @@ def train(
         bool, typer.Option("--print-config", help="Print the configuration as TOML, and do not train.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
+    policy: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train a policy; it is saved now and then, at the end, and when interrupted.
 
     What is not given comes from --config, then from the checkpoint of --resume, then from the recipe's defaults.
     Ctrl-C ends the training after the update in progress, saves the checkpoint and exits with code 130.
     """
+    if policy is not None:
+        raise InvalidOptionError(
+            f"--policy names a policy that acts; for the network of a recipe use --network {policy}"
+        )
     options: dict[str, Any] = {
         "scenario": scenario,
         "num_envs": num_envs,
@@ -118,7 +123,7 @@ def train(
         "reward_type": reward,
         "reward_field": reward_field,
         "action_type": action_type,
-        "policy": None if policy is None else str(policy),
+        "network": None if network is None else str(network),
         "dispatch": dispatch,
         "learning_rate": learning_rate,
     }
@@ -172,9 +177,9 @@ def chosen_config(
     if file is not None:
         named, in_file = read_config(file)
     algo = algo or named or (algo_of(resume) if resume is not None else "ppo")
-    if "policy" in options and recipe_of(algo).algorithm is None:
+    if "network" in options and recipe_of(algo).algorithm is None:
         raise InvalidOptionError(
-            f"{algo} has one network; only the sb3-, rllib- and benchmarl- recipes have a choice of --policy"
+            f"{algo} has one network; only the sb3-, rllib- and benchmarl- recipes have a choice of --network"
         )
     if "total_steps" in options or "seconds" in options:
         # a budget on the command line is all of it

@@ -126,7 +126,7 @@ class _Display:
         share = sum(percents) / (100 * max(self.trials, len(last)))
         done = len([percent for percent in percents if percent == 100])
         self.bar.update(
-            self.task, completed=share, status=f"{len(last)} trials begun, {running} under way, {done} whole"
+            self.task, completed=share, status=f"{len(last)} trials started, {running} running, {done} finished"
         )
 
 

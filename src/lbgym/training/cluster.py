@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import shutil
+import signal
 import socket
 import tarfile
 import tempfile
@@ -21,24 +22,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, InvalidOptionError, LbgymError, MissingExtraError
+from ..errors import CheckpointError, FileWriteError, InvalidOptionError, LbgymError, MissingExtraError
 
 try:
     import ray
-    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 except ModuleNotFoundError as error:
     raise MissingExtraError("ray", "rllib", "training on a Ray cluster") from error
 
 from .config import TrainingConfig
 from .recipes import recipe_of
 from .recipes import train as run_recipe
-from .runs import Progress, log, output_file, summary_writer
+from .runs import Callback, Progress, log, log_folder, output_file, summary_writer
 
 logger = logging.getLogger("lbgym")
 
-#: Seconds between two looks at the training.
+#: Seconds between two polls of the training.
 POLL = 0.25
-#: Seconds without an answer after which it is said that none comes.
+#: Seconds without an answer after which a warning is logged.
 PATIENCE = 10.0
 
 
@@ -52,12 +53,12 @@ class ClusterResult:
 
 
 class ClusterError(LbgymError, RuntimeError):
-    """A training that the cluster lost more often than it was to be started again."""
+    """A Ray cluster that cannot be joined, or that lost a training more often than it may be restarted."""
 
 
 @contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """A connection to Ray: the process's own if it has one, else one that ends with the block.
+    """Connect to Ray, through the process's own connection if it has one, else through one that ends with the block.
 
     Args:
         address: of a cluster, such as "auto", "10.0.0.1:6379" or "ray://10.0.0.1:10001"; None: that of the environment
@@ -69,11 +70,13 @@ def connected(address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # without an address Ray would join whatever cluster was last started on this machine
+    # Without an address Ray would join whatever cluster was last started on this machine
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     _check_answers(address)
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM) if in_main else None
     try:
-        # without this Ray starts workers with a copy of the current folder where it finds a uv environment
+        # Without this Ray starts workers with a copy of the current folder where it finds a uv environment
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         logging.getLogger("ray").setLevel(logging.ERROR)
         ray.init(
@@ -82,8 +85,12 @@ def connected(address: str | None) -> Iterator[None]:
             logging_level=logging.ERROR,
             include_dashboard=False if address == "local" else None,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise ClusterError(f"cannot join the Ray cluster at {address}: {error}") from None
+    finally:
+        # Ray's own handler would end the process without saving anything.
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -98,7 +105,7 @@ def _check_answers(address: str) -> None:
     """
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if not colon or not port.isdecimal():
-        # "auto", "local": Ray finds the address itself
+        # "auto", "local": Ray finds the address itself.
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
@@ -115,7 +122,7 @@ def train_on_ray(
     max_restarts: int = 10,
     out: str | os.PathLike[str] | None = None,
     resume_from: str | os.PathLike[str] | None = None,
-    callback: Callable[[Progress], bool | None] | None = None,
+    callback: Callback | None = None,
     tensorboard: bool = False,
 ) -> ClusterResult:
     """Train with any recipe on a Ray cluster, whose nodes need lbgym and the recipe's framework.
@@ -128,10 +135,10 @@ def train_on_ray(
         max_restarts: how often the training may be lost before that is an error.
         out: the checkpoint's file, or a folder for it, on this machine; None: keep nothing.
         resume_from: a checkpoint of the same recipe, on this machine, to go on with.
-        callback: told the progress after every update; returning True stops the training.
+        callback: receives the progress after every update; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
-    On KeyboardInterrupt the training is asked to stop, and its checkpoint is written before the exception goes on.
+    If it is interrupted, the training is asked to stop, and its checkpoint is written before the exception goes on.
 
     Raises:
         ClusterError: without a cluster, or if the training is lost more than ``max_restarts`` times.
@@ -142,16 +149,15 @@ def train_on_ray(
         raise InvalidOptionError(f"max_restarts must be at least 0, got {max_restarts!r}")
     name = f"{algo}{recipe.suffix}"
     checkpoint = output_file(out, name)
-    logs = checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
     kept = None
     if resume_from is not None:
         if not Path(resume_from).is_file():
             raise CheckpointError(f"checkpoint {os.fspath(resume_from)} does not exist")
         kept = pack(Path(resume_from), (checkpoint or Path(name)).name)
     run = _Run(algo, config, cpus, checkpoint or Path(name), kept, keep=checkpoint is not None)
-    with connected(address), summary_writer(logs) as writer:
+    with connected(address), summary_writer(log_folder(checkpoint, tensorboard)) as writer:
 
-        def told(progress: Progress) -> bool:
+        def report(progress: Progress) -> bool:
             if writer is not None:
                 log(writer, progress)
             return bool(callback(progress)) if callback is not None else False
@@ -159,7 +165,7 @@ def train_on_ray(
         restarts = 0
         while True:
             try:
-                run.follow(told)
+                run.follow(report)
                 return ClusterResult(checkpoint, run.history, restarts)
             except RayActorError as error:
                 restarts += 1
@@ -170,13 +176,13 @@ def train_on_ray(
                 lost_at = run.step
                 run.forget_lost_steps()
                 logger.warning(
-                    "the training was lost with its node at step %s; it goes on from %s",
-                    f"{lost_at:,}", f"the checkpoint of step {run.step:,}" if run.step else "where it began",
+                    "the training was lost with its node at step %s; it resumes from %s",
+                    f"{lost_at:,}", f"the checkpoint of step {run.step:,}" if run.step else "its beginning",
                 )  # fmt: skip
 
 
 class _Run:
-    """A training as this process knows it."""
+    """The state of a remote training in this process."""
 
     def __init__(
         self, algo: str, config: TrainingConfig, cpus: float, file: Path, saved: bytes | None, *, keep: bool
@@ -194,8 +200,8 @@ class _Run:
         """Go back to the last checkpoint."""
         self.history = [progress for progress in self.history if progress.step <= self._saved_step]
 
-    def follow(self, told: Callable[[Progress], bool]) -> None:
-        """Start the training and look at it until it ends.
+    def follow(self, report: Callable[[Progress], bool]) -> None:
+        """Start the training and poll it until it ends.
 
         Raises:
             RayActorError: if it is lost.
@@ -205,7 +211,7 @@ class _Run:
         over, quiet_since, complained = False, time.monotonic(), False
         try:
             while not over:
-                # seen to be over before the last look, so that the look misses nothing
+                # Seen to be over before the last poll, so that the poll misses nothing.
                 over = bool(ray.wait([done], timeout=POLL)[0])
                 try:
                     news, saved = ray.get(worker.news.remote(), timeout=PATIENCE)
@@ -220,28 +226,46 @@ class _Run:
                     over = False
                     continue
                 quiet_since, complained = time.monotonic(), False
-                self._take(news, saved, told, worker)
+                self._take(news, saved, report, worker)
             ray.get(done)
         except KeyboardInterrupt:
-            worker.stop.remote()
-            ray.wait([done], timeout=60.0)
-            news, saved = ray.get(worker.news.remote(), timeout=PATIENCE)
-            self._take(news, saved, lambda progress: False, worker)
+            self._end(worker, done)
             raise
         except RayTaskError as error:
-            # the recipe's own exception, without the traceback of another machine in its text
+            # The recipe's own exception, without the traceback of another machine in its text.
             if isinstance(error.cause, LbgymError):
                 raise error.cause from None
+            if isinstance(error.cause, OSError):
+                raise ClusterError(f"the training failed at step {self.step:,} on its node: {error.cause}") from None
             raise
+        except RayActorError:
+            raise
+        except RayError as error:
+            raise ClusterError(f"the Ray cluster was lost at step {self.step:,}: {error}") from None
         finally:
             ray.kill(worker)
 
+    def _end(self, worker: Any, done: Any) -> None:
+        """Stop an interrupted training, and take its last checkpoint if it still answers."""
+        try:
+            worker.stop.remote()
+            # A worker that has not started, for want of a free CPU, does not answer: then there is nothing to wait for.
+            self._take(*ray.get(worker.news.remote(), timeout=PATIENCE), lambda progress: False, worker)
+            ray.wait([done], timeout=60.0)
+            self._take(*ray.get(worker.news.remote(), timeout=PATIENCE), lambda progress: False, worker)
+        except RayError as error:
+            logger.warning(
+                "the training did not answer; kept is %s: %s",
+                f"the checkpoint of step {self._saved_step:,}" if self._saved_step else "nothing",
+                next(iter(str(error).splitlines()), type(error).__name__),
+            )
+
     def _take(
-        self, news: list[Progress], saved: tuple[int, bytes] | None, told: Callable[[Progress], bool], worker: Any
+        self, news: list[Progress], saved: tuple[int, bytes] | None, report: Callable[[Progress], bool], worker: Any
     ) -> None:
         for progress in news:
             self.history.append(progress)
-            if told(progress):
+            if report(progress):
                 worker.stop.remote()
         if saved is not None:
             self._saved_step, self._saved = saved
@@ -259,7 +283,7 @@ class _Worker:
         self._stop = threading.Event()
 
     def run(self, algo: str, config: TrainingConfig, name: str, saved: bytes | None) -> None:
-        """Train to the end, or until told to stop."""
+        """Train to the end, or until :meth:`stop`."""
         with tempfile.TemporaryDirectory(prefix="lbgym-") as folder:
             file = Path(folder) / name
             if saved is not None:
@@ -269,7 +293,7 @@ class _Worker:
             def callback(progress: Progress) -> bool:
                 nonlocal written, step
                 step = progress.step
-                # in the thread that writes checkpoints, so that none changes while it is packed
+                # In the thread that writes checkpoints, so that none changes while it is packed
                 if (age := self._age(file)) != written:
                     written = age
                     self._publish(step, file)
@@ -302,7 +326,7 @@ class _Worker:
 
 
 def pack(file: Path, name: str) -> bytes:
-    """A checkpoint and what lies beside it under its name (a replay buffer, a trainer's state), under another name."""
+    """Pack a checkpoint and the files beside it of the same name (replay buffer, trainer's state) as ``name``."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
         for part in sorted(file.parent.glob(f"{file.stem}.*")):
@@ -311,13 +335,20 @@ def pack(file: Path, name: str) -> bytes:
 
 
 def unpack(packed: bytes, folder: Path) -> None:
-    """Put the parts of a checkpoint into a folder, each whole or not at all, in place of those that are there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".checkpoint-") as temporary:
-        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
-            archive.extractall(temporary, filter="data")
-        # the file itself last: what it needs is there by then
-        for part in sorted(Path(temporary).iterdir(), key=lambda part: part.is_file()):
-            if (there := folder / part.name).is_dir():
-                shutil.rmtree(there)
-            os.replace(part, there)
+    """Put the parts of a checkpoint into a folder, each whole or not at all, in place of those that are there.
+
+    Raises:
+        FileWriteError: if the system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".checkpoint-") as temporary:
+            with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+                archive.extractall(temporary, filter="data")
+            # The file itself last: what it needs is there by then.
+            for part in sorted(Path(temporary).iterdir(), key=lambda part: part.is_file()):
+                if (there := folder / part.name).is_dir():
+                    shutil.rmtree(there)
+                os.replace(part, there)
+    except OSError as error:
+        raise FileWriteError(f"cannot write a checkpoint into {folder}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""What every recipe is told alike: what to train on, and for how long. Plain data that needs no framework."""
+"""The configuration that all recipes share, as plain data that needs no framework."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gymnasium.vector import AutoresetMode
 
+from ..checks import whole
 from ..env.actions import ACTION_TYPES
 from ..errors import CheckpointError, LbgymError, UnsupportedSpaceError
+from ..scenarios import Scenario, ScenarioDistribution
 from ..snapshot import DEFAULT_STEP_INTERVAL
 
 if TYPE_CHECKING:
     from ..env.vector import LoadBalanceVectorEnv
-    from ..scenarios import Scenario, ScenarioDistribution
 
-#: What a field that was not given is until the algorithm's default takes its place.
+#: Value of a field that was not given, until the algorithm's default takes its place.
 PER_ALGORITHM: Any = None
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """What to train on and for how long; every recipe's configuration has these fields and some of its own."""
+    """The task and the budget of a training; every recipe's configuration adds fields of its own."""
 
     scenario: str | Path | Scenario | ScenarioDistribution | None = "heterogeneous"
     """a scenario's name, a TOML path, a Scenario, or a distribution of them"""
@@ -65,7 +66,7 @@ class TrainingConfig:
     checkpoint_every: float = 30.0
     """seconds between checkpoints"""
 
-    #: What a vector environment of this recipe does at the end of an episode.
+    #: Autoreset mode of the recipe's vector environment.
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.DISABLED
     #: Fields that must be whole numbers, and the least they may be.
     whole_numbers: ClassVar[dict[str, int]] = {"max_steps": 1, "num_envs": 1, "num_steps": 1, "hidden": 1}
@@ -75,9 +76,7 @@ class TrainingConfig:
         if self.total_steps is None and self.seconds is None:
             raise LbgymError(f"{name} needs total_steps, seconds or both, got neither")
         for key, least in self.whole_numbers.items():
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise LbgymError(f"{name}.{key} must be a whole number of at least {least}, got {value!r}")
+            setattr(self, key, whole(f"{name}.{key}", getattr(self, key), low=least))
 
     def fill_in(self, **defaults: Any) -> None:
         """Give fields that were left to the algorithm (``PER_ALGORITHM``) the algorithm's defaults."""
@@ -86,7 +85,7 @@ class TrainingConfig:
                 setattr(self, name, value)
 
     def check_action_type(self, who: str, allowed: Sequence[str], other: str) -> None:
-        """Hold ``action_type`` to those that an algorithm takes; a name that is none is the environment's to refuse.
+        """Check ``action_type`` against those that an algorithm takes; the environment refuses unknown names.
 
         Args:
             who: the algorithm, as an error names it.
@@ -105,11 +104,8 @@ class TrainingConfig:
 
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a policy's observations and actions depend on."""
-        keys: dict[str, Any] = {
-            "action_type": self.action_type,
-            "dispatch": self.dispatch,
-            "step_interval": DEFAULT_STEP_INTERVAL,
-        }
+        keys: dict[str, Any] = {"action_type": self.action_type, "dispatch": self.dispatch}
+        keys["step_interval"] = DEFAULT_STEP_INTERVAL
         keys |= {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
         return keys | {"observation": "flat", "normalize": True}
 
@@ -131,7 +127,7 @@ class TrainingConfig:
 
 
 def plain_config(config: TrainingConfig) -> dict[str, Any]:
-    """A configuration as plain data. A Scenario object or a callable reward has no plain form and becomes None."""
+    """Convert a configuration to plain data. A Scenario object or a callable reward has no plain form: None."""
     plain = {f.name: getattr(config, f.name) for f in fields(config)}
     if isinstance(config.scenario, Path):
         plain["scenario"] = str(config.scenario)
@@ -144,8 +140,17 @@ def plain_config(config: TrainingConfig) -> dict[str, Any]:
     return plain
 
 
+#: Fields of configurations by the names they had before.
+RENAMED = {"policy": "network"}
+
+
+def current_fields(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's plain form by the present names of its fields."""
+    return {RENAMED.get(name, name): value for name, value in plain.items()}
+
+
 def saved_config(plain: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Fields of the configuration that a checkpoint was trained with, from their plain form in the file ``path``.
+    """Read the configuration that a checkpoint was trained with from its plain form in the file ``path``.
 
     Raises:
         CheckpointError: if it had a part with no plain form.
@@ -156,4 +161,40 @@ def saved_config(plain: Mapping[str, Any], path: str | os.PathLike[str]) -> dict
                 f"checkpoint {os.fspath(path)} was trained with a {name} that is a Python object: resume it from "
                 f"Python with a config that has it"
             )
-    return dict(plain)
+    return current_fields(plain)
+
+
+def check_recipe(path: str | os.PathLike[str], found: str, family: str, algorithm: str | None) -> None:
+    """Check that a checkpoint is of a family of recipes, such as "rllib", and of one of its algorithms unless None.
+
+    Raises:
+        CheckpointError: naming both.
+    """
+    prefix, _, name = found.partition("-")
+    if prefix != family:
+        raise CheckpointError(f"checkpoint {os.fspath(path)} was trained by recipe {found!r}, not by one of {family!r}")
+    if algorithm not in (None, name):
+        raise CheckpointError(f"checkpoint {os.fspath(path)} was trained with algorithm {name!r}, not {algorithm!r}")
+
+
+def check_same(
+    path: str | os.PathLike[str], plain: Mapping[str, Any], config: TrainingConfig, names: Sequence[str]
+) -> None:
+    """Check that a configuration equals the one a checkpoint was trained with, in the fields that shape the networks.
+
+    Args:
+        path: the checkpoint's file.
+        plain: its configuration, in plain form.
+        config: the one to go on with.
+        names: of the fields.
+
+    Raises:
+        CheckpointError: for the first field that differs.
+    """
+    fields_there = current_fields(plain)
+    for name in names:
+        there, here = fields_there[name], getattr(config, name)
+        if there != here:
+            raise CheckpointError(
+                f"checkpoint {os.fspath(path)} was trained with {name} {there!r}, but the configuration has {here!r}"
+            )

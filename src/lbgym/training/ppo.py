@@ -60,7 +60,7 @@ LOSSES = ("policy", "value", "entropy", "kl", "clipped")
 
 @dataclass(kw_only=True)
 class PPOConfig(TrainingConfig):
-    """What to train on and how: action types "normalized" (continuous), "discrete" and "joint"."""
+    """The configuration of PPO, for the action types "normalized" (continuous), "discrete" and "joint"."""
 
     total_steps: int | None = 1_500_000
     """environment steps, all replicas together; None: no limit"""
@@ -175,10 +175,11 @@ def train_ppo(
         callback: receives the progress after every update; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
-    On KeyboardInterrupt the state after the last whole update is saved before the exception goes on.
+    If it is interrupted or fails, the state after the last whole update is saved before the exception goes on.
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment.
+        FileWriteError: if the checkpoint cannot be written.
         MissingExtraError: if TensorBoard is asked for and not installed.
     """
     saved = None
@@ -279,7 +280,7 @@ class _Trainer:
 
         reporter = Reporter(budget, callback, writer, save, config.checkpoint_every)
         stop = budget.used_up
-        try:
+        with reporter.saving():
             while not stop:
                 if config.anneal_lr:
                     for group in self.optimiser.param_groups:
@@ -291,8 +292,6 @@ class _Trainer:
                 # An interrupted update may be half done: what is saved is the state after the last whole one.
                 state = self.state()
                 stop = reporter.report(reward=float(rollout.rewards.mean()), fct_mean=rollout.fct_mean, losses=losses)
-        finally:
-            save()
         return PPOResult(PPOPolicy(state), checkpoint, reporter.history)
 
     def reset_env(self, mask: NDArray[np.bool_] | None) -> None:

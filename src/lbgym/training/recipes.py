@@ -1,4 +1,4 @@
-"""Every recipe by one name, such as "ppo", "sb3-dqn" or "benchmarl-qmix", and its configuration as a TOML file.
+"""All recipes by name, such as "ppo", "sb3-dqn" or "benchmarl-qmix", and their configurations as TOML files.
 
 Nothing here needs a framework; the recipe's module is imported when it trains.
 """
@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 from ..errors import CheckpointError, InvalidOptionError, MissingExtraError, UnknownNameError
 from ..policies.checkpoints import read_checkpoint
 from ..toml_files import read_toml
-from .config import TrainingConfig, plain_config
+from .config import RENAMED, TrainingConfig, plain_config
 
 if TYPE_CHECKING:
-    from .runs import Progress
+    from .runs import Callback, Progress
 
 
 class TrainingResult(Protocol):
-    """What every recipe returns: its policy or model, and these."""
+    """The part of a recipe's result that all recipes share; each adds its policy or model."""
 
     @property
     def checkpoint(self) -> Path | None:
@@ -36,14 +37,14 @@ class TrainingResult(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where a recipe is.
+    """A recipe's place in this package.
 
     Attributes:
         module: of this package.
         config: name of its configuration's class.
         train: name of its function.
         suffix: of its checkpoints.
-        algorithm: what its configuration calls the algorithm; None: the recipe has one only.
+        algorithm: its name in the configuration; None: the recipe has only one.
     """
 
     module: str
@@ -53,7 +54,7 @@ class Recipe:
     algorithm: str | None = None
 
     def load(self, name: str) -> Any:
-        """A name of its module.
+        """Load a name from its module.
 
         Raises:
             MissingExtraError: if the framework is not installed.
@@ -77,10 +78,10 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_of(algo: str) -> Recipe:
-    """The recipe of that name.
+    """Look up a recipe.
 
     Raises:
-        UnknownNameError: there is none; the message lists those there are.
+        UnknownNameError: if it does not exist; the message lists those that do.
     """
     if algo not in RECIPES:
         raise UnknownNameError("recipe", algo, RECIPES)
@@ -93,7 +94,7 @@ def train(
     *,
     out: str | os.PathLike[str] | None = None,
     resume_from: str | os.PathLike[str] | None = None,
-    callback: Callable[[Progress], bool | None] | None = None,
+    callback: Callback | None = None,
     tensorboard: bool = False,
     **changes: Any,
 ) -> TrainingResult:
@@ -104,7 +105,7 @@ def train(
         config: of the recipe's class; None: the checkpoint's with ``resume_from``, else the defaults.
         out: the checkpoint's file, or a folder for it; None: keep nothing.
         resume_from: a checkpoint of the same recipe to go on with.
-        callback: told the progress after every update; returning True stops the training.
+        callback: receives the progress after every update; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
         changes: fields of the configuration over ``config``.
 
@@ -134,18 +135,18 @@ def make_config(
     resume_from: str | os.PathLike[str] | None = None,
     where: str | None = None,
 ) -> TrainingConfig:
-    """The configuration of a recipe, with some fields changed.
+    """Make the configuration of a recipe, with some fields changed.
 
     Args:
         algo: the recipe's name.
         changes: fields by name.
         resume_from: a checkpoint whose configuration is changed; None: the defaults.
-        where: what an error names as the place of the fields.
+        where: the place of the fields, as errors name it.
 
     Raises:
         UnknownNameError: for an unknown recipe or field.
         InvalidOptionError: for a value of another type than the field's.
-        CheckpointError: for a checkpoint of another recipe, or none.
+        CheckpointError: if the file is no checkpoint of this recipe.
         MissingExtraError: if the recipe's framework is not installed.
     """
     recipe = recipe_of(algo)
@@ -163,8 +164,8 @@ def make_config(
         if recipe.algorithm is not None:
             changes = {"algorithm": recipe.algorithm} | changes
     shared = "replicas_per_seed"
-    if "num_envs" in changes and shared not in changes and shared in _known(kind):
-        # any number of replicas will do: share the flows among as many as go into it
+    if "num_envs" in changes and shared not in changes and hasattr(kind, shared):
+        # Any number of replicas will do: the flows are shared among as many as divide it.
         changes[shared] = math.gcd(getattr(base or kind(), shared), changes["num_envs"])
     if base is not None:
         made: TrainingConfig = replace(base, **changes)
@@ -172,61 +173,57 @@ def make_config(
     return kind(**changes)
 
 
-def _known(kind: type[TrainingConfig]) -> dict[str, str]:
-    """The fields of a configuration and their types, as they are written."""
-    return {f.name: str(f.type) for f in fields(kind)}
-
-
 def check_settings(kind: type[TrainingConfig], values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values, if a configuration has fields of these names and types.
+    """Check values for fields of a configuration by name and type; None stands for the default everywhere.
+
+    Returns:
+        The values.
 
     Raises:
-        UnknownNameError, InvalidOptionError: naming ``where`` they come from.
+        UnknownNameError: for a name that is no field, naming ``where`` it comes from.
+        InvalidOptionError: for a value of another type, or a field by the name that it had before.
     """
-    known = _known(kind)
+    hints = get_type_hints(kind)
+    known = {field.name: field.type for field in fields(kind)}
     for name, value in values.items():
+        if (now := RENAMED.get(name)) in known:
+            raise InvalidOptionError(f"{name} in {where} is called {now} now: use {now}={value!r}")
         if name not in known:
             raise UnknownNameError("setting", name, known, where)
-        if not _fits(value, known[name]):
-            wanted = known[name].replace("bool", "true or false").replace(" | None", "")
+        if value is not None and not _fits(value, hints[name]):
+            wanted = str(known[name]).replace("bool", "true or false").replace(" | None", "")
             raise InvalidOptionError(f"{name} in {where} must be of type {wanted}, got {value!r}")
     return dict(values)
 
 
-def _fits(value: Any, written: str) -> bool:
-    """Whether a value is of a type as it is written in a dataclass."""
-    kinds = {part.split("[")[0].strip() for part in written.split("|")}
-    if "Any" in kinds:
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; TOML has lists for tuples, and whole numbers are also floats."""
+    if hint is Any:
         return True
-    if value is None:
-        # also an algorithm's own default
-        return True
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    kind = get_origin(hint) or hint
     if isinstance(value, bool):
-        return "bool" in kinds
-    if isinstance(value, int):
-        return bool(kinds & {"int", "float"})
-    if isinstance(value, (list, tuple)):
-        return bool(kinds & {"tuple", "list", "Sequence"})
-    if isinstance(value, Mapping):
-        return bool(kinds & {"dict", "Mapping"})
-    return type(value).__name__ in kinds or (isinstance(value, os.PathLike) and "Path" in kinds) or "Scenario" in kinds
+        return kind is bool
+    also = {float: (float, int), tuple: (tuple, list), dict: (Mapping,)}
+    return isinstance(value, also.get(kind, kind))
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any]]:
-    """The recipe's name (key ``algo``; None: not given) and the fields of its configuration from a TOML file.
+    """Read a recipe's name (key ``algo``; None: not given) and the fields of its configuration from a TOML file.
 
     A scenario's file is looked for beside it.
 
     Raises:
         InvalidOptionError: for a file that cannot be read.
-        UnknownNameError: for an unknown recipe; fields are looked at by :func:`make_config`.
+        UnknownNameError: for an unknown recipe; :func:`make_config` checks the fields.
     """
     file, values = read_toml(path)
     algo = values.pop("algo", None)
     if algo is not None:
         recipe_of(algo)
     if "seconds" in values:
-        # TOML has no null: a budget in the file is all of it
+        # TOML has no null: a budget in the file is all of it.
         values.setdefault("total_steps", None)
     scenario = values.get("scenario")
     if isinstance(scenario, str) and (file.parent / scenario).is_file():
@@ -235,7 +232,7 @@ def read_config(path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any
 
 
 def to_toml(algo: str, config: TrainingConfig) -> str:
-    """A configuration as a TOML file, from which :func:`read_config` and :func:`make_config` make an equal one.
+    """Write a configuration as TOML, from which :func:`read_config` and :func:`make_config` make an equal one.
 
     Raises:
         InvalidOptionError: if a part of it is a Python object.
@@ -250,15 +247,15 @@ def to_toml(algo: str, config: TrainingConfig) -> str:
         if plain[name] is None and getattr(config, name) is not None:
             raise InvalidOptionError(f"{name} is a Python object, which TOML cannot hold: {getattr(config, name)!r}")
     plain.pop("algorithm", None)
-    # TOML has no null: a key left out is None
+    # TOML has no null: a key left out is None.
     return tomli_w.dumps({"algo": algo} | {name: value for name, value in plain.items() if value is not None})
 
 
 def algo_of(checkpoint: str | os.PathLike[str]) -> str:
-    """The name of the recipe that wrote a checkpoint.
+    """Return the name of the recipe that wrote a checkpoint.
 
     Raises:
-        CheckpointError: if it is none of a recipe.
+        CheckpointError: if no recipe wrote it.
         MissingExtraError: if it takes a framework that is not installed to tell.
     """
     path = Path(checkpoint)

@@ -160,6 +160,25 @@ class Reporter:
         asked = self._callback is not None and bool(self._callback(progress))
         return asked or budget.used_up
 
+    @contextmanager
+    def saving(self, last: Callable[[], object] | None = None) -> Iterator[None]:
+        """Write the last checkpoint when the block ends, in whatever way.
+
+        Also when it is interrupted or fails, unless that was before the first update: what was in the file's place is
+        then worth more.
+
+        Args:
+            last: writes it; None: as those in between.
+        """
+        save = last or self._save or (lambda: None)
+        try:
+            yield
+        except BaseException:
+            if self.history:
+                save()
+            raise
+        save()
+
 
 def clone(tree: Any) -> Any:
     """Copy nested containers of tensors."""

@@ -23,15 +23,17 @@ from __future__ import annotations
 import copy
 import math
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from gymnasium import Env, Space
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
 
+from ..env.observations import ObservationLayout
 from ..errors import CheckpointError, LbgymError, MissingExtraError
 
 try:
@@ -45,25 +47,32 @@ from ..policies.checkpoints import contents, read_checkpoint
 from ..policies.inputs import server_inputs
 from ..policies.networks import Moments, RecurrentActor, RecurrentNetwork, draw
 from ..policies.neural import SACGRUPolicy
-from .config import TrainingConfig, plain_config, saved_config
+from .config import TrainingConfig, current_fields, plain_config, saved_config
+from .exported import check_shapes
+from .interface import Interface
 from .runs import (
+    Budget,
+    Callback,
     Progress,
+    Reporter,
     clone,
-    log,
+    log_folder,
     output_file,
     summary_writer,
     torch_threads,
-    write_whole,
+    write_torch,
 )
 
 ALGO = "sac-gru"
 CHECKPOINT_NAME = "sac-gru.pt"
 LOSSES = ("policy", "value", "entropy", "temperature", "q")
+#: Keys of the environment that an agent takes from the environment it is given.
+_OF_THE_ENVIRONMENT = ("action_type", "action_weights", "observation", "normalize", "use_ground_truth", "step_interval")
 
 
 @dataclass(kw_only=True)
 class SACGRUConfig(TrainingConfig):
-    """What to train on and how. Values named "MARLLB" are those of its paper's moderate testbed."""
+    """The configuration of SAC-GRU. Values named "MARLLB" are those of its paper's moderate testbed."""
 
     action_type: str = "discrete"
     """"discrete" or "joint"; see ``LoadBalanceEnv``"""
@@ -148,7 +157,7 @@ class SACGRUResult:
     history: list[Progress]
 
 
-# The agent
+# The networks and their losses
 
 
 class Agent(RecurrentActor):
@@ -207,10 +216,13 @@ class Batch:
 
 
 class Replay:
-    """Episodes of all replicas, the newest overwriting the oldest; memory is taken as they are written."""
+    """Episodes of all replicas, the newest overwriting the oldest; memory is taken as they are written.
+
+    An episode longer than ``steps`` goes on in another row, as an episode of its own.
+    """
 
     def __init__(self, episodes: int, steps: int, num_envs: int, num_servers: int, features: int) -> None:
-        self.num_envs = num_envs
+        self.num_envs, self.steps = num_envs, steps
         self.episodes = episodes // num_envs * num_envs
         self.inputs = torch.empty(self.episodes, steps + 1, num_servers, features)
         self.active = torch.empty(self.episodes, steps + 1, num_servers, dtype=torch.bool)
@@ -218,23 +230,24 @@ class Replay:
         self.rewards = torch.empty(self.episodes, steps)
         #: Steps of each episode that are there.
         self.filled = torch.zeros(self.episodes, dtype=torch.int64)
-        self._rows = slice(0, 0)
-        self._step = 0
+        self._rows = torch.arange(-num_envs, 0)
 
-    def begin(self, inputs: Tensor, active: Tensor) -> None:
-        """Begin an episode of every replica, with its first observation."""
-        start = self._rows.stop % self.episodes
-        self._rows, self._step = slice(start, start + self.num_envs), 0
-        self.inputs[self._rows, 0], self.active[self._rows, 0] = inputs, active
-        self.filled[self._rows] = 0
+    def begin(self, inputs: Tensor, active: Tensor, which: Tensor | None = None) -> None:
+        """Begin an episode of the replicas marked in ``which`` bool[R] (None: of all), with its first observation."""
+        which = torch.ones(self.num_envs, dtype=torch.bool) if which is None else which
+        rows = self._rows[which] = (self._rows[which] + self.num_envs) % self.episodes
+        self.inputs[rows, 0], self.active[rows, 0] = inputs[which], active[which]
+        self.filled[rows] = 0
 
     def add(self, choices: Tensor, rewards: Tensor, inputs: Tensor, active: Tensor) -> None:
         """A step of every replica, and the observation after it."""
-        rows, t = self._rows, self._step
+        full = self.filled[self._rows] == self.steps
+        if full.any():
+            self.begin(self.inputs[self._rows, self.steps], self.active[self._rows, self.steps], full)
+        rows, t = self._rows, self.filled[self._rows]
         self.choices[rows, t], self.rewards[rows, t] = choices.to(torch.uint8), rewards
         self.inputs[rows, t + 1], self.active[rows, t + 1] = inputs, active
-        self._step = t + 1
-        self.filled[rows] = self._step
+        self.filled[rows] = t + 1
 
     def sample(self, batch_size: int, length: int, burn_in: int, generator: torch.Generator) -> Batch:
         """Sequences drawn with equal chances from all there are, none across an episode's end.
@@ -256,226 +269,224 @@ class Replay:
         )
 
 
-# Training
+# The agent
 
 
-def train_sac_gru(
-    config: SACGRUConfig | None = None,
-    *,
-    out: str | os.PathLike[str] | None = None,
-    resume_from: str | os.PathLike[str] | None = None,
-    callback: Callable[[Progress], bool | None] | None = None,
-    tensorboard: bool = False,
-) -> SACGRUResult:
-    """Train a policy with SAC-GRU.
+class SACGRUAgent:
+    """SAC-GRU as an agent for a loop of the user's own, over one environment or a vector of them::
+
+        agent = SACGRUAgent(env)
+        observation, info = env.reset(seed=0)
+        for _ in range(20_000):
+            action = agent.get_action(observation)
+            following, reward, terminated, truncated, info = env.step(action)
+            agent.store_transition(observation, action, reward, following, terminated | truncated)
+            agent.update()
+            observation = following
+            if terminated or truncated:
+                observation, info = env.reset()
+
+    It takes any layout of observations and the action types "discrete" and "joint". Its recurrent state is that of the
+    episodes under way; a transition that is done ends one. :func:`train_sac_gru` is a loop over this class.
 
     Args:
-        config: None: the defaults, or the checkpoint's with ``resume_from``.
-        out: the checkpoint's file, ending in .pt, or a folder for ``sac-gru.pt``; always written whole or not at all.
-            None: keep nothing.
-        resume_from: a checkpoint to continue: parameters, optimisers, random state and step count. The replay is not in
-            the file; ``warmup`` episodes are played with the trained policy before the updates go on.
-        callback: told the progress after every round of updates; returning True stops the training.
-        tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
+        env: a :class:`~lbgym.LoadBalanceEnv`, or a :class:`~lbgym.LoadBalanceVectorEnv` that does not reset itself
+            (``autoreset_mode="Disabled"``), wrapped or not; or the pair of spaces (observation, action) of one
+            environment, such as those of one agent of :class:`~lbgym.MultiLoadBalanceEnv`.
+        config: how to learn; None: the defaults. What it says of the environment is replaced by what ``env`` is; its
+            budget has no effect.
+        changes: fields of the configuration over ``config``. With spaces, ``action_weights`` is the environment's.
 
-    On KeyboardInterrupt the state after the last whole round is saved before the exception goes on.
+    Attributes:
+        config: the configuration in use.
+        step: transitions stored, over all replicas.
 
     Raises:
-        CheckpointError: if the checkpoint does not fit the environment.
-        MissingExtraError: if TensorBoard is asked for and not installed.
+        UnsupportedSpaceError: for an environment that the agent cannot act in.
+        LbgymError: for a configuration that makes no sense.
     """
-    saved = None
-    if resume_from is not None:
-        saved = read_checkpoint(resume_from, ALGO)
-        config = config or SACGRUConfig(**saved_config(saved["config"], resume_from))
-    config = config or SACGRUConfig()
-    checkpoint = output_file(out, CHECKPOINT_NAME)
-    logs = checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
-    with torch_threads(config.torch_threads), summary_writer(logs) as writer:
-        trainer = _Trainer(config)
-        try:
-            if saved is not None:
-                trainer.restore(saved, Path(resume_from or ""))
-            return trainer.run(checkpoint, callback, writer)
-        finally:
-            trainer.env.close()
 
-
-class _Trainer:
-    """The state of a run and the loop over it."""
-
-    def __init__(self, config: SACGRUConfig) -> None:
-        self.config = config
-        self.env = config.make_env()
-        observation = self.env.single_observation_space
-        action = self.env.single_action_space
-        self.num_servers = self.env.num_servers
-        assert observation.shape is not None
-        self.features = observation.shape[0] // self.num_servers - 1
-        self.kind = ActionKind.of(action, self.num_servers)
+    def __init__(
+        self,
+        env: Env[Any, Any] | VectorEnv[Any, Any, Any] | tuple[Space[Any], Space[Any]],
+        config: SACGRUConfig | None = None,
+        **changes: Any,
+    ) -> None:
+        base = config or SACGRUConfig()
+        self.interface = place = Interface.of(env, changes.get("action_weights", base.action_weights))
+        layout = place.layout
+        self.num_envs, self.num_servers = place.num_envs or 1, layout.num_servers
+        given = changes.get("env_kwargs", base.env_kwargs)
+        found: dict[str, Any] = {
+            "num_servers": self.num_servers,
+            "num_envs": self.num_envs,
+            "action_type": place.action_type,
+            "action_weights": place.levels,
+            "env_kwargs": {key: value for key, value in given.items() if key not in _OF_THE_ENVIRONMENT},
+        }
+        if place.max_steps is not None:
+            # A row of the replay; longer episodes are cut into pieces.
+            found["max_steps"] = min(place.max_steps, changes.get("max_steps", base.max_steps))
+        self.config = config = replace(base, **changes | found)
+        #: Keys of the environments that the trained policy acts in.
+        self.env_kwargs = config.observation_kwargs() | {"normalize": layout.normalize}
+        if layout.use_ground_truth:
+            self.env_kwargs["use_ground_truth"] = True
+        if place.step_interval is not None:
+            self.env_kwargs["step_interval"] = place.step_interval
+        self.features = len(layout.columns)
+        space = place.codec.space
+        self.kind = ActionKind.of(space, self.num_servers)
+        flat = ObservationLayout(
+            self.num_servers, "flat", normalize=layout.normalize, use_ground_truth=layout.use_ground_truth
+        )
         self.shapes = {
             "features": self.features,
             "choices": self.kind.choices,
             "joint": self.kind.joint,
             "hidden": config.hidden,
             "num_servers": self.num_servers,
-            "observation": str(observation),
-            "action": str(action),
+            "observation": str(flat.space),
+            "action": str(space),
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.agent = Agent(self.features + 1, config.hidden, self.kind.choices, config.initial_temperature)
+            self.networks = Agent(self.features + 1, config.hidden, self.kind.choices, config.initial_temperature)
         rate = config.learning_rate
         self.optimisers = {
-            "actor": torch.optim.Adam(self.agent.actor.parameters(), lr=rate, eps=1e-5),
-            "critics": torch.optim.Adam(self.agent.critics.parameters(), lr=rate, eps=1e-5),
-            "temperature": torch.optim.Adam([self.agent.log_alpha], lr=config.temperature_rate),
+            "actor": torch.optim.Adam(self.networks.actor.parameters(), lr=rate, eps=1e-5),
+            "critics": torch.optim.Adam(self.networks.critics.parameters(), lr=rate, eps=1e-5),
+            "temperature": torch.optim.Adam([self.networks.log_alpha], lr=config.temperature_rate),
         }
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.replay = Replay(config.replay, config.max_steps, config.num_envs, self.num_servers, self.features + 1)
-        self.step = self.episode = 0
-        self.seconds = 0.0
+        self.replay = Replay(config.replay, config.max_steps, self.num_envs, self.num_servers, self.features + 1)
+        self.step = 0
+        self._forget()
 
-    def state(self) -> dict[str, Any]:
-        """Everything a checkpoint holds, as copies."""
-        parameters = clone(self.agent.state_dict())
-        acting = {name: value for name, value in parameters.items() if name.startswith(("actor.", "moments."))}
-        return contents(
-            algo=ALGO,
-            config=plain_config(self.config),
-            env_kwargs=self.config.observation_kwargs(),
-            shapes=self.shapes,
-            network="recurrent",
-            arguments={"features": self.features + 1, "hidden": self.config.hidden, "choices": self.kind.choices},
-            parameters=acting,
-            sees_weights=True,
-            step=self.step,
-            seconds=self.seconds,
-            trainer={
-                "agent": {name: value for name, value in parameters.items() if name not in acting},
-                "optimisers": {name: clone(optimiser.state_dict()) for name, optimiser in self.optimisers.items()},
-                "generator": self.generator.get_state(),
-                "episode": self.episode,
-            },
-        )
+    # Acting
 
-    def restore(self, saved: dict[str, Any], path: Path) -> None:
-        for key in ("features", "choices", "joint", "hidden"):
-            if saved["shapes"][key] != self.shapes[key]:
-                raise CheckpointError(
-                    f"checkpoint {path} has {key}={saved['shapes'][key]} ({saved['shapes']['observation']} -> "
-                    f"{saved['shapes']['action']}), but the environment to train on needs {key}={self.shapes[key]} "
-                    f"({self.shapes['observation']} -> {self.shapes['action']})"
-                )
-        trainer = saved["trainer"]
-        self.agent.load_state_dict(saved["network"]["parameters"] | trainer["agent"])
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(clone(trainer["optimisers"][name]))
-        self.generator.set_state(trainer["generator"])
-        self.step, self.episode, self.seconds = saved["step"], trainer["episode"], saved["seconds"]
+    def begin(self, observation: Any, info: Mapping[str, Any] | None = None) -> None:
+        """Begin new episodes in all replicas, for loops that end one without a transition that is done.
 
-    def fraction(self) -> float:
-        """Share of the budget that is used."""
-        config = self.config
-        by_steps = self.step / config.total_steps if config.total_steps is not None else 0.0
-        by_time = self.seconds / config.seconds if config.seconds is not None else 0.0
-        return min(1.0, max(by_steps, by_time))
+        After one that is done, :meth:`get_action` begins the next episode by itself.
+        """
+        self._forget()
+        self._look(observation, info)
 
-    def run(
-        self, checkpoint: Path | None, callback: Callable[[Progress], bool | None] | None, writer: Any
-    ) -> SACGRUResult:
-        config = self.config
-        self.env.reset(seed=config.seed)
-        self.env.step(self.env.action_space.sample())  # compiles the simulator outside the time budget
-        self.begin_episode()
-        history: list[Progress] = []
-        state = self.state()
-        started, written = time.perf_counter() - self.seconds, time.perf_counter()
-        try:
-            while self.fraction() < 1.0:
-                begun = self.seconds
-                reward, fct_mean = self.collect()
-                losses = self.improve()
-                self.step += config.num_envs * config.num_steps
-                self.seconds = time.perf_counter() - started
-                progress = Progress(
-                    step=self.step,
-                    seconds=self.seconds,
-                    fraction=self.fraction(),
-                    steps_per_second=config.num_envs * config.num_steps / (self.seconds - begun),
-                    reward=reward,
-                    fct_mean=fct_mean,
-                    losses=losses,
-                )
-                history.append(progress)
-                state = self.state()
-                if writer is not None:
-                    log(writer, progress)
-                if checkpoint is not None and time.perf_counter() - written >= config.checkpoint_every:
-                    write_whole(checkpoint, partial(torch.save, state))
-                    written = time.perf_counter()
-                if callback is not None and callback(progress):
-                    break
-        except KeyboardInterrupt:
-            # a round may be half done: keep the state after the last whole one
-            if checkpoint is not None:
-                write_whole(checkpoint, partial(torch.save, state))
-            raise
-        if checkpoint is not None:
-            write_whole(checkpoint, partial(torch.save, state))
-        return SACGRUResult(SACGRUPolicy(state), checkpoint, history)
-
-    def begin_episode(self) -> None:
-        """Begin the next episode in all replicas; they have no reason to end at different steps."""
-        seeds = np.random.SeedSequence([self.config.seed, self.episode]).generate_state(self.config.num_envs)
-        self.episode += 1
-        observation, info = self.env.reset(seed=[int(s) for s in seeds])
-        self.inputs, self.active = server_inputs(observation, info["weights"], self.features)
-        self.memory: Tensor | None = None
-        self.replay.begin(self.inputs, self.active)
+    def _forget(self) -> None:
+        self._fresh = torch.ones(self.num_envs, dtype=torch.bool)
+        self._memory: Tensor | None = None
+        self._seen: Any = None
+        self._weights: NDArray[Any] = np.ones((self.num_envs, self.num_servers))
 
     @torch.no_grad()
-    def collect(self) -> tuple[float, float]:
-        """Step every replica ``num_steps`` times with actions drawn from the policy; mean reward and mean FCT."""
-        config = self.config
-        reward_sum = fct_sum = ended_flows = 0.0
-        for _ in range(config.num_steps):
-            logits, self.memory = self.agent.logits(self.inputs, self.active, self.memory)
-            choices = draw(logits, self.active, self.generator)
-            observation, reward, _, truncated, info = self.env.step(self.kind.encode(choices.numpy()))
-            self.inputs, self.active = server_inputs(observation, info["weights"], self.features)
-            rewards = torch.from_numpy(np.asarray(reward, dtype=np.float32))
-            self.replay.add(choices, rewards, self.inputs, self.active)
-            reward_sum += float(rewards.mean())
-            flows = info["completed"] + info["rejected"]
-            fct_sum += float(np.where(flows > 0, info["fct_mean"] * flows, 0.0).sum())
-            ended_flows += float(flows.sum())
-            if truncated.any():
-                self.begin_episode()
-        return reward_sum / config.num_steps, fct_sum / ended_flows if ended_flows else math.nan
+    def get_action(
+        self, observation: Any, info: Mapping[str, Any] | None = None, *, deterministic: bool = False
+    ) -> Any:
+        """The action for an observation, or one per replica.
 
-    def improve(self) -> dict[str, float]:
-        """A round of updates, once there is enough to learn from; returns the mean losses."""
-        config, replay, agent = self.config, self.replay, self.agent
+        Args:
+            observation: the environment's, in its layout.
+            info: the environment's, with the ``weights`` in force; None: those of the last action, and equal ones at
+                the beginning of an episode, as in a simulation.
+            deterministic: the most likely action instead of a drawn one.
+        """
+        inputs, active = self._look(observation, info)
+        logits, self._memory = self.networks.logits(inputs, active, self._memory)
+        choices = logits.argmax(-1) if deterministic else draw(logits, active, self.generator)
+        actions = self.kind.encode(choices.numpy())
+        return actions if self.interface.num_envs is not None else actions[0]
+
+    def store_transition(
+        self,
+        observation: Any,
+        action: Any,
+        reward: Any,
+        next_observation: Any,
+        done: Any = False,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep a step of the environment, or one of every replica, to learn from.
+
+        Args:
+            observation: before the step.
+            action: the one taken, whoever chose it.
+            reward: a number, or float[R].
+            next_observation: after the step, before any reset.
+            done: whether the episode ended, or bool[R]. Load balancing does not terminate: the value of the last
+                observation is bootstrapped.
+            info: that of the step, with the ``weights`` in force; None: those of the action.
+        """
+        self._look(observation, None)
+        self._weights = self.interface.weights(action) if info is None else self._rows(info["weights"])
+        self._encode(next_observation)
+        rewards = torch.from_numpy(np.asarray(reward, dtype=np.float32).reshape(self.num_envs))
+        self.replay.add(self._choices(action), rewards, self._inputs, self._active)
+        self.step += self.num_envs
+        self._fresh = torch.from_numpy(np.array(done, dtype=np.bool_).reshape(-1)).expand(self.num_envs).clone()
+
+    def _rows(self, weights: Any) -> NDArray[Any]:
+        return np.reshape(weights, (self.num_envs, self.num_servers))
+
+    def _encode(self, observation: Any) -> None:
+        flat = self.interface.flat(observation)
+        self._inputs, self._active = server_inputs(flat, self._weights, self.features)
+        self._seen = observation
+
+    def _look(self, observation: Any, info: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
+        """Inputs and active servers of an observation; begins the episodes that it is the first of."""
+        fresh = self._fresh
+        begins = bool(fresh.any())
+        # The observation after the last step was encoded when that was stored.
+        if begins or observation is not self._seen:
+            if info is not None:
+                self._weights = self._rows(info["weights"])
+            elif begins:
+                self._weights = np.where(fresh.numpy()[:, None], 1.0, self._weights)
+            self._encode(observation)
+        if begins:
+            if self._memory is not None:
+                self._memory = self._memory * ~fresh[:, None, None]
+            self.replay.begin(self._inputs, self._active, fresh)
+            self._fresh = torch.zeros_like(fresh)
+        return self._inputs, self._active
+
+    def _choices(self, action: Any) -> Tensor:
+        """Choices [R, N] of actions."""
+        index = torch.from_numpy(np.asarray(action, dtype=np.int64).reshape(self.num_envs, -1))
+        if not self.kind.joint:
+            return index
+        # Numbered together, the last server's varying fastest.
+        return index // self.kind.choices ** torch.arange(self.num_servers - 1, -1, -1) % self.kind.choices
+
+    # Learning
+
+    def update(self) -> dict[str, float]:
+        """Make ``config.updates`` gradient steps, once there is enough to learn from.
+
+        Returns:
+            The mean losses by name, of ``LOSSES``; zeros as long as fewer than ``warmup * max_steps`` steps are kept.
+        """
+        config, replay, networks = self.config, self.replay, self.networks
         steps = int(replay.filled.sum())
         if steps < config.warmup * config.max_steps or not bool((replay.filled >= config.sequence_length).any()):
             return dict.fromkeys(LOSSES, 0.0)
-        if agent.moments.count == 0:
-            # scales are kept from here on: values learnt on one scale are wrong on another
+        if networks.moments.count == 0:
+            # Scales are kept from here on: values learnt on one scale are wrong on another.
             for row in torch.nonzero(replay.filled).flatten().tolist():
                 seen = slice(0, int(replay.filled[row]))
-                agent.moments.update(replay.inputs[row, seen][replay.active[row, seen]])
-                agent.rewards.update(replay.rewards[row, seen, None])
+                networks.moments.update(replay.inputs[row, seen][replay.active[row, seen]])
+                networks.rewards.update(replay.rewards[row, seen, None])
         sums = torch.zeros(len(LOSSES))
         for _ in range(config.updates):
             batch = replay.sample(config.batch_size, config.sequence_length, config.burn_in, self.generator)
-            sums += self.update(batch)
+            sums += self.learn(batch)
         return {name: float(x) for name, x in zip(LOSSES, sums / config.updates, strict=True)}
 
-    def update(self, batch: Batch) -> Tensor:
-        """One step of critics, actor and temperature, in the order of ``LOSSES``."""
-        config, agent = self.config, self.agent
-        scaled = agent.moments.scale(batch.inputs, batch.active)
+    def learn(self, batch: Batch) -> Tensor:
+        """One step of critics, actor and temperature; returns the losses in the order of ``LOSSES``."""
+        config, networks = self.config, self.networks
+        scaled = networks.moments.scale(batch.inputs, batch.active)
         warm, learnt = slice(0, config.burn_in), slice(config.burn_in, None)
         active = batch.active[:, learnt]
 
@@ -488,30 +499,30 @@ class _Trainer:
                 state = state * ~batch.first[:, None, None]
             return network.forward_sequence(scaled[:, learnt], active, state)[0]
 
-        alpha = agent.log_alpha.detach().exp()
-        logits = unroll(agent.actor)
+        alpha = networks.log_alpha.detach().exp()
+        logits = unroll(networks.actor)
         with torch.no_grad():
-            values = [soft_value(logits[:, 1:], unroll(q)[:, 1:], alpha, active[:, 1:]) for q in agent.targets]
-            rewards = (batch.rewards - agent.rewards.mean) / agent.rewards.std
+            values = [soft_value(logits[:, 1:], unroll(q)[:, 1:], alpha, active[:, 1:]) for q in networks.targets]
+            rewards = (batch.rewards - networks.rewards.mean) / networks.rewards.std
             target = rewards + config.gamma * torch.minimum(*values)
-        utilities = [unroll(q)[:, :-1] for q in agent.critics]
+        utilities = [unroll(q)[:, :-1] for q in networks.critics]
         now = active[:, :-1]
         value_loss = torch.stack(
             [(action_value(q, batch.choices, now) - target).square().mean() for q in utilities]
         ).sum()
-        self._descend("critics", value_loss, agent.critics)
+        self._descend("critics", value_loss, networks.critics)
 
         smaller = torch.minimum(*(q.detach() for q in utilities))
         policy_loss = actor_loss(logits[:, :-1], smaller, alpha, now)
-        self._descend("actor", policy_loss, agent.actor)
+        self._descend("actor", policy_loss, networks.actor)
 
         with torch.no_grad():
             log_p = logits[:, :-1].log_softmax(-1)
             entropy = mean_where(-(log_p.exp() * log_p).sum(-1), now).mean()
         wanted = config.target_entropy * math.log(self.kind.choices)
-        self._descend("temperature", agent.log_alpha * (entropy - wanted), None)
+        self._descend("temperature", networks.log_alpha * (entropy - wanted), None)
         with torch.no_grad():
-            for slow, fast in zip(agent.targets.parameters(), agent.critics.parameters(), strict=True):
+            for slow, fast in zip(networks.targets.parameters(), networks.critics.parameters(), strict=True):
                 slow.lerp_(fast, config.tau)
         return torch.stack([policy_loss.detach(), value_loss.detach() / 2, entropy, alpha, target.mean()])
 
@@ -521,6 +532,207 @@ class _Trainer:
         if clipped is not None:
             nn.utils.clip_grad_norm_(clipped.parameters(), self.config.max_grad_norm)
         self.optimisers[name].step()
+
+    # Checkpoints
+
+    def state(
+        self,
+        *,
+        config: SACGRUConfig | None = None,
+        env_kwargs: Mapping[str, Any] | None = None,
+        episode: int = 0,
+        seconds: float = 0.0,
+    ) -> dict[str, Any]:
+        """Everything a checkpoint holds, as copies; the arguments are those of a run over the agent."""
+        parameters = clone(self.networks.state_dict())
+        acting = {name: value for name, value in parameters.items() if name.startswith(("actor.", "moments."))}
+        return contents(
+            algo=ALGO,
+            config=plain_config(config or self.config),
+            env_kwargs=env_kwargs or self.env_kwargs,
+            shapes=self.shapes,
+            network="recurrent",
+            arguments={"features": self.features + 1, "hidden": self.config.hidden, "choices": self.kind.choices},
+            parameters=acting,
+            sees_weights=True,
+            step=self.step,
+            seconds=seconds,
+            trainer={
+                "agent": {name: value for name, value in parameters.items() if name not in acting},
+                "optimisers": {name: clone(optimiser.state_dict()) for name, optimiser in self.optimisers.items()},
+                "generator": self.generator.get_state(),
+                "episode": episode,
+            },
+        )
+
+    def restore(self, saved: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+        """Take over the parameters, optimisers and random state of a checkpoint, which was read from ``path``.
+
+        Raises:
+            CheckpointError: if it does not fit the environment.
+        """
+        check_shapes(saved, path, self.shapes, ("features", "choices", "joint", "hidden"))
+        was, now = saved["observation"]["normalize"], self.env_kwargs["normalize"]
+        if was != now:
+            raise CheckpointError(
+                f"checkpoint {os.fspath(path)} was trained with normalize={was}, but the environment has {now}"
+            )
+        trainer = saved["trainer"]
+        self.networks.load_state_dict(saved["network"]["parameters"] | trainer["agent"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(clone(trainer["optimisers"][name]))
+        self.generator.set_state(trainer["generator"])
+        self.step = saved["step"]
+        self._forget()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a checkpoint, whole or not at all, that ``lbgym compare`` and ``lbgym run`` take as well.
+
+        Raises:
+            FileWriteError: if the file cannot be written.
+        """
+        write_torch(Path(path), self.state())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        env: Env[Any, Any] | VectorEnv[Any, Any, Any] | tuple[Space[Any], Space[Any]],
+        **changes: Any,
+    ) -> SACGRUAgent:
+        """The agent of a checkpoint, of :meth:`save` or of the recipe, to go on learning in ``env``.
+
+        The replay begins empty: ``warmup`` episodes' worth of steps come before the next update.
+
+        Raises:
+            CheckpointError: if the file cannot be read, or does not fit the environment.
+        """
+        saved = read_checkpoint(path, ALGO)
+        # What a Scenario object was has no part in acting or learning.
+        plain = saved["config"] | {"scenario": saved["config"]["scenario"] or None}
+        agent = cls(env, SACGRUConfig(**current_fields(plain)), **changes)
+        agent.restore(saved, path)
+        return agent
+
+    def policy(self) -> SACGRUPolicy:
+        """What was learnt so far, as a policy with the most likely actions and a memory of its own."""
+        return SACGRUPolicy(self.state())
+
+
+# Training
+
+
+def train_sac_gru(
+    config: SACGRUConfig | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume_from: str | os.PathLike[str] | None = None,
+    callback: Callback | None = None,
+    tensorboard: bool = False,
+) -> SACGRUResult:
+    """Train a policy with SAC-GRU.
+
+    Args:
+        config: None: the defaults, or the checkpoint's with ``resume_from``.
+        out: the checkpoint's file, ending in .pt, or a folder for ``sac-gru.pt``; always written whole or not at all.
+            None: keep nothing.
+        resume_from: a checkpoint to continue: parameters, optimisers, random state and step count. The replay is not in
+            the file; ``warmup`` episodes are played with the trained policy before the updates go on.
+        callback: receives the progress after every round of updates; returning True stops the training.
+        tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
+
+    If it is interrupted or fails, the state after the last whole round is saved before the exception goes on.
+
+    Raises:
+        CheckpointError: if the checkpoint does not fit the environment.
+        FileWriteError: if the checkpoint cannot be written.
+        MissingExtraError: if TensorBoard is asked for and not installed.
+    """
+    saved = None
+    if resume_from is not None:
+        saved = read_checkpoint(resume_from, ALGO)
+        config = config or SACGRUConfig(**saved_config(saved["config"], resume_from))
+    config = config or SACGRUConfig()
+    checkpoint = output_file(out, CHECKPOINT_NAME)
+    with torch_threads(config.torch_threads), summary_writer(log_folder(checkpoint, tensorboard)) as writer:
+        trainer = _Trainer(config)
+        try:
+            if saved is not None:
+                trainer.restore(saved, Path(resume_from or ""))
+            return trainer.run(checkpoint, callback, writer)
+        finally:
+            trainer.env.close()
+
+
+class _Trainer:
+    """A loop over the agent, with a budget."""
+
+    def __init__(self, config: SACGRUConfig) -> None:
+        self.config = config
+        self.env = config.make_env()
+        self.agent = SACGRUAgent(self.env, config)
+        self.budget = Budget(config)
+        self.episode = 0
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint holds, as copies."""
+        return self.agent.state(
+            config=self.config,
+            env_kwargs=self.config.observation_kwargs(),
+            episode=self.episode,
+            seconds=self.budget.seconds,
+        )
+
+    def restore(self, saved: dict[str, Any], path: Path) -> None:
+        self.agent.restore(saved, path)
+        self.episode = saved["trainer"]["episode"]
+        self.budget = Budget(self.config, saved["step"], saved["seconds"])
+
+    def run(self, checkpoint: Path | None, callback: Callback | None, writer: Any) -> SACGRUResult:
+        config, budget = self.config, self.budget
+        self.env.reset(seed=config.seed)
+        self.env.step(self.env.action_space.sample())  # Compiles the simulator outside the time budget.
+        self.begin_episode()
+        state = self.state()
+
+        def save() -> None:
+            if checkpoint is not None:
+                write_torch(checkpoint, state)
+
+        reporter = Reporter(budget, callback, writer, save, config.checkpoint_every)
+        stop = budget.used_up
+        with reporter.saving():
+            while not stop:
+                reward, fct_mean = self.collect()
+                losses = self.agent.update()
+                budget.advance(config.num_envs * config.num_steps)
+                # An interrupted round may be half done: what is saved is the state after the last whole one.
+                state = self.state()
+                stop = reporter.report(reward=reward, fct_mean=fct_mean, losses=losses)
+        return SACGRUResult(SACGRUPolicy(state), checkpoint, reporter.history)
+
+    def begin_episode(self) -> None:
+        """Begin the next episode in all replicas; they have no reason to end at different steps."""
+        seeds = np.random.SeedSequence([self.config.seed, self.episode]).generate_state(self.config.num_envs)
+        self.episode += 1
+        self.observation, self.info = self.env.reset(seed=[int(s) for s in seeds])
+        self.agent.begin(self.observation, self.info)
+
+    def collect(self) -> tuple[float, float]:
+        """Step every replica ``num_steps`` times with actions drawn from the policy; mean reward and mean FCT."""
+        reward_sum = fct_sum = ended_flows = 0.0
+        for _ in range(self.config.num_steps):
+            before = self.observation
+            action = self.agent.get_action(before, self.info)
+            self.observation, rewards, _, truncated, self.info = self.env.step(action)
+            self.agent.store_transition(before, action, rewards, self.observation, truncated, self.info)
+            reward_sum += float(rewards.mean())
+            flows = self.info["completed"] + self.info["rejected"]
+            fct_sum += float(np.where(flows > 0, self.info["fct_mean"] * flows, 0.0).sum())
+            ended_flows += float(flows.sum())
+            if truncated.any():
+                self.begin_episode()
+        return reward_sum / self.config.num_steps, fct_sum / ended_flows if ended_flows else math.nan
 
 
 # Checkpoints

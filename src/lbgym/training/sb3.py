@@ -12,9 +12,9 @@ import inspect
 import io
 import math
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
@@ -38,8 +38,9 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "training with Stable-Baselines3") from error
 
-from .config import PER_ALGORITHM, TrainingConfig, plain_config, saved_config
-from .runs import Progress, output_file, torch_threads, write_whole
+from ..atomic import write_whole
+from .config import PER_ALGORITHM, TrainingConfig, check_recipe, check_same, current_fields, plain_config, saved_config
+from .runs import Budget, Callback, Progress, Reporter, log_folder, output_file, torch_threads
 
 if TYPE_CHECKING:
     from ..env.vector import LoadBalanceVectorEnv
@@ -50,14 +51,14 @@ TRANSITIONS_PER_GRADIENT_STEP = 32
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What one algorithm of Stable-Baselines3 takes, and its defaults here.
+    """An algorithm of Stable-Baselines3: what it takes, and its defaults here.
 
     Attributes:
         module: where its class is.
         name: of its class.
         action_types: those it takes, the default first.
-        policies: by the configuration's ``policy``: a name that Stable-Baselines3 knows, which may begin with "Mlp", or
-            a class of :mod:`lbgym.training.sb3_policies`.
+        networks: by the configuration's ``network``: a policy that Stable-Baselines3 knows by name, which may begin
+            with "Mlp", or a class of :mod:`lbgym.training.sb3_policies`.
         num_envs: replicas.
         num_steps: steps of every replica between two updates.
         learning_rate: step size of the optimiser.
@@ -68,7 +69,7 @@ class Algorithm:
     module: str
     name: str
     action_types: tuple[str, ...]
-    policies: Mapping[str, str]
+    networks: Mapping[str, str]
     num_envs: int
     num_steps: int
     learning_rate: float
@@ -90,7 +91,7 @@ class Algorithm:
 
 _ANY_ACTION = ("normalized", "continuous", "discrete", "joint")
 _ACTOR_CRITIC = {"mlp": "MlpPolicy", "equivariant": "EquivariantPolicy"}
-# With gamma 0.95 a reward matters for some 20 steps: what the policy did long ago is of no use.
+# With gamma 0.95 a reward matters for about 20 steps: old experience is of no use.
 _REPLAY = {"buffer_size": 100_000, "learning_starts": 4_096, "batch_size": 256}
 
 #: The algorithms by name.
@@ -133,7 +134,7 @@ ALGORITHMS = {
     ),
 }
 
-# What is logged, by the names of Progress and those of Stable-Baselines3's logs, of which the first found counts.
+# A loss of Progress -> names in Stable-Baselines3's logs; the first one present is taken.
 _LOSSES = {
     "policy": ("policy_gradient_loss", "policy_loss", "actor_loss"),
     "value": ("value_loss", "critic_loss", "loss"),
@@ -236,7 +237,7 @@ class SB3VecEnv(VecEnv):
 
 @dataclass(kw_only=True)
 class SB3Config(TrainingConfig):
-    """What to train on and how, with an algorithm of Stable-Baselines3 or sb3-contrib.
+    """The configuration of a training with an algorithm of Stable-Baselines3 or sb3-contrib.
 
     The fields whose default depends on the algorithm hold it once the configuration is made; so ``dataclasses.replace``
     with another ``algorithm`` keeps those of the first.
@@ -249,7 +250,7 @@ class SB3Config(TrainingConfig):
 
     algorithm: str = "ppo"
     """"ppo", "a2c", "dqn", "sac", "td3" or "recurrent-ppo": a name of ``ALGORITHMS``"""
-    policy: str = "mlp"
+    network: str = "mlp"
     """"mlp" (beside an LSTM for "recurrent-ppo"), or "equivariant", parameters shared over the servers, which
     "recurrent-ppo" and "td3" do not have"""
     options: dict[str, Any] = field(default_factory=dict)
@@ -260,7 +261,7 @@ class SB3Config(TrainingConfig):
     """an ``action_type`` of ``LoadBalanceEnv``: any for "ppo", "a2c" and "recurrent-ppo" (default "normalized"),
     "joint" for "dqn", and for "sac" and "td3" either "normalized" (default) or "continuous"."""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """further keys of ``LoadBalanceVectorEnv``; "dqn" has ``action_weights`` of 1 and 4 unless told otherwise"""
+    """further keys of ``LoadBalanceVectorEnv``; "dqn" has ``action_weights`` of 1 and 4 unless given"""
 
     num_envs: int = PER_ALGORITHM
     """replicas; 256 for "ppo" and "a2c", 64 for the others"""
@@ -295,13 +296,13 @@ class SB3Config(TrainingConfig):
         super().__post_init__()
         self.env_kwargs = {**kind.env_kwargs, **self.env_kwargs}
         self.check_action_type(f"{kind.name} of {kind.module}", kind.action_types, "ppo")
-        if self.policy not in ("mlp", "equivariant"):
-            raise UnknownNameError("policy", self.policy, ("mlp", "equivariant"), "SB3Config")
-        if self.policy not in kind.policies:
-            having = [name for name, other in ALGORITHMS.items() if self.policy in other.policies]
+        if self.network not in ("mlp", "equivariant"):
+            raise UnknownNameError("network", self.network, ("mlp", "equivariant"), "SB3Config")
+        if self.network not in kind.networks:
+            having = [name for name, other in ALGORITHMS.items() if self.network in other.networks]
             raise LbgymError(
-                f"there is no policy {self.policy!r} for {self.algorithm!r}, only for {', '.join(having)}: use policy "
-                f"{next(iter(kind.policies))!r}"
+                f"there is no network {self.network!r} for {self.algorithm!r}, only for {', '.join(having)}: use "
+                f"network {next(iter(kind.networks))!r}"
             )
 
     def observation_kwargs(self) -> dict[str, Any]:
@@ -320,21 +321,12 @@ class SB3Result:
 
 
 class _Watch(BaseCallback):
-    """Reports progress, saves now and then, and stops at the time limit or when told to."""
+    """Reports progress, and stops when the reporter says so."""
 
-    def __init__(
-        self,
-        config: SB3Config,
-        checkpoint: Path | None,
-        callback: Callable[[Progress], bool | None] | None,
-        elapsed: float,
-    ) -> None:
+    def __init__(self, budget: Budget, reporter: Reporter) -> None:
         super().__init__()
-        self.config, self.checkpoint, self.told = config, checkpoint, callback
-        self.history: list[Progress] = []
+        self.budget, self.reporter = budget, reporter
         self.losses: dict[str, float] = {}
-        self.started = time.perf_counter() - elapsed
-        self.written = self.begun = time.perf_counter()
         self.reward = 0.0
         self.steps = 0
         self.stop = False
@@ -347,39 +339,21 @@ class _Watch(BaseCallback):
         return not self.stop
 
     def _on_rollout_end(self) -> None:
-        now = time.perf_counter()
-        seconds = now - self.started
-        config = self.config
-        by_steps = self.num_timesteps / config.total_steps if config.total_steps is not None else 0.0
-        by_time = seconds / config.seconds if config.seconds is not None else 0.0
-        fraction = min(1.0, max(by_steps, by_time))
-        if fraction > 0.0:
-            # schedules, such as DQN's of exploration, follow the share of the budget, which may be one of time
-            self.model._total_timesteps = math.ceil(self.num_timesteps / fraction)
+        budget = self.budget
+        budget.advance(self.num_timesteps - budget.step)
+        if budget.fraction > 0.0:
+            # Schedules, such as DQN's of exploration, follow the share of the budget, which may be one of time.
+            self.model._total_timesteps = math.ceil(self.num_timesteps / budget.fraction)
         logged = getattr(self.logger, "name_to_value", {})
-        # a log that was written in this rollout is empty: then the losses are still those before
+        # A log that was written in this rollout is empty: the losses are then still those before.
         self.losses |= {
             name: float(logged[key])
             for name, keys in _LOSSES.items()
             if (key := next((f"train/{k}" for k in keys if f"train/{k}" in logged), None)) is not None
         }
-        progress = Progress(
-            step=self.num_timesteps,
-            seconds=seconds,
-            fraction=fraction,
-            steps_per_second=self.steps * config.num_envs / (now - self.begun),
-            reward=self.reward / self.steps,
-            fct_mean=float("nan"),
-            losses=dict(self.losses),
-        )
-        self.history.append(progress)
-        self.begun, self.reward, self.steps = now, 0.0, 0
-        self.model.lbgym_seconds = seconds  # type: ignore[attr-defined]
-        if self.checkpoint is not None and now - self.written >= config.checkpoint_every:
-            _save(self.model, self.checkpoint)
-            self.written = now
-        told = bool(self.told(progress)) if self.told is not None else False
-        self.stop = told or (config.seconds is not None and seconds >= config.seconds)
+        self.model.lbgym_seconds = budget.seconds  # type: ignore[attr-defined]
+        reward, self.reward, self.steps = self.reward / self.steps, 0.0, 0
+        self.stop = self.reporter.report(reward=reward, fct_mean=float("nan"), losses=dict(self.losses))
 
 
 def train_sb3(
@@ -387,7 +361,7 @@ def train_sb3(
     *,
     out: str | os.PathLike[str] | None = None,
     resume_from: str | os.PathLike[str] | None = None,
-    callback: Callable[[Progress], bool | None] | None = None,
+    callback: Callback | None = None,
     tensorboard: bool = False,
 ) -> SB3Result:
     """Train with an algorithm of Stable-Baselines3.
@@ -406,13 +380,13 @@ def train_sb3(
             all. None: keep nothing.
         resume_from: a model saved here to go on with, its pickled parts included, so a file you trust: parameters,
             optimiser, step count, scale of the rewards. Everything else is the configuration's.
-        callback: told the progress after every rollout; returning True stops the training.
+        callback: receives the progress after every rollout; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the model.
 
-    On KeyboardInterrupt the model is saved before the exception goes on.
+    If it is interrupted or fails, the model is saved before the exception goes on.
 
     Raises:
-        CheckpointError: if the model does not fit the environment, or is of another algorithm, policy or width.
+        CheckpointError: if the model does not fit the environment, or is of another algorithm, network or width.
         MissingExtraError: for "recurrent-ppo" without sb3-contrib.
         UnknownNameError: for an option that the algorithm does not have.
     """
@@ -420,7 +394,7 @@ def train_sb3(
     kind = ALGORITHMS[config.algorithm].load()
     arguments = _arguments(config, kind)
     checkpoint = output_file(out, f"sb3-{config.algorithm}.zip")
-    logs = checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
+    logs = log_folder(checkpoint, tensorboard)
     vector = config.make_env()
     with torch_threads(config.torch_threads):
         try:
@@ -438,23 +412,27 @@ def train_sb3(
             model.set_logger(configure(str(logs), ["tensorboard"]) if logs is not None else configure(None, []))
             model.lbgym_env_kwargs = config.observation_kwargs()  # type: ignore[attr-defined]
             model.lbgym_config = plain_config(config)  # type: ignore[attr-defined]
-            watch = _Watch(config, checkpoint, callback, getattr(model, "lbgym_seconds", 0.0))
+            budget = Budget(config, model.num_timesteps, getattr(model, "lbgym_seconds", 0.0))
+
+            def save(replay: bool = False) -> None:
+                if checkpoint is not None:
+                    _save(model, checkpoint, replay=replay)
+
+            reporter = Reporter(budget, callback, None, save, config.checkpoint_every)
+            watch = _Watch(budget, reporter)
             # learn() counts from where the model stands
             remaining = (2**62 if config.total_steps is None else config.total_steps) - model.num_timesteps
             # rollouts, or for off-policy algorithms episodes: those of all replicas, which end together
             log_interval = config.num_envs if isinstance(model, OffPolicyAlgorithm) else 1
-            try:
+            with reporter.saving(partial(save, replay=True)):
                 if remaining > 0:
                     model.learn(remaining, callback=watch, log_interval=log_interval, reset_num_timesteps=False)
                 if watch.stop:
-                    # a callback can only stop in a step; that one was not learnt from
-                    model.num_timesteps = watch.history[-1].step
-            finally:
-                if checkpoint is not None:
-                    _save(model, checkpoint, replay=True)
+                    # A callback can only stop in a step; that one was not learnt from.
+                    model.num_timesteps = budget.step
         finally:
             vector.close()
-    return SB3Result(model, checkpoint, watch.history)
+    return SB3Result(model, checkpoint, reporter.history)
 
 
 def _arguments(config: SB3Config, kind: type[BaseAlgorithm]) -> dict[str, Any]:
@@ -479,8 +457,8 @@ def _arguments(config: SB3Config, kind: type[BaseAlgorithm]) -> dict[str, Any]:
 
 
 def _new(kind: type[BaseAlgorithm], config: SB3Config, env: VecEnv, arguments: dict[str, Any]) -> BaseAlgorithm:
-    policy: Any = ALGORITHMS[config.algorithm].policies[config.policy]
-    if config.policy == "equivariant":
+    policy: Any = ALGORITHMS[config.algorithm].networks[config.network]
+    if config.network == "equivariant":
         from . import sb3_policies
 
         policy = getattr(sb3_policies, policy)
@@ -529,18 +507,14 @@ def _load(
     kind: type[BaseAlgorithm], path: Path, config: SB3Config, env: VecNormalize, arguments: dict[str, Any]
 ) -> BaseAlgorithm:
     data = _read(path)
-    _check_algorithm(path, data, config.algorithm)
+    check_recipe(path, _algo(data), "sb3", config.algorithm)
     if (data["observation_space"], data["action_space"]) != (env.observation_space, env.action_space):
         raise CheckpointError(
             f"model {path} takes observations {data['observation_space']} and gives actions {data['action_space']}, "
             f"but the environment to train on has {env.observation_space} and {env.action_space}"
         )
-    saved = data["lbgym_config"]
-    for name in ("policy", "hidden"):
-        # models from before there was a choice have no policy written down
-        was, wanted = saved.get(name, "mlp"), getattr(config, name)
-        if was != wanted:
-            raise CheckpointError(f"model {path} was trained with {name} {was!r}, but the configuration has {wanted!r}")
+    # Models from before there was a choice have no network written down.
+    check_same(path, {"network": "mlp"} | current_fields(data["lbgym_config"]), config, ("network", "hidden"))
     model = kind.load(path, env=env, device="cpu", **arguments)
     if (returns := data.get("lbgym_returns")) is not None:
         mean, var, env.ret_rms.count = returns
@@ -571,15 +545,13 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _check_algorithm(path: Path, data: Mapping[str, Any], wanted: str) -> None:
-    # before there was a choice it was PPO
-    algorithm = data["lbgym_config"].get("algorithm", "ppo")
-    if algorithm != wanted:
-        raise CheckpointError(f"model {path} was trained with algorithm {algorithm!r}, not {wanted!r}")
+def _algo(data: Mapping[str, Any]) -> str:
+    # Before there was a choice it was PPO.
+    return f"sb3-{data['lbgym_config'].get('algorithm', 'ppo')}"
 
 
 def config_of(path: str | os.PathLike[str], algorithm: str | None = None) -> SB3Config:
-    """The configuration that a saved model was trained with.
+    """Return the configuration that a saved model was trained with.
 
     Args:
         path: the model's file.
@@ -591,6 +563,5 @@ def config_of(path: str | os.PathLike[str], algorithm: str | None = None) -> SB3
     """
     path = Path(path)
     data = _read(path)
-    if algorithm is not None:
-        _check_algorithm(path, data, algorithm)
+    check_recipe(path, _algo(data), "sb3", algorithm)
     return SB3Config(**saved_config(data["lbgym_config"], path))

@@ -7,12 +7,15 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_whole
 from ..errors import InvalidOptionError, LbgymError, MissingExtraError, UnknownNameError
 
 # The display is the caller's: Ray Tune's own, which is read when it is imported, would be printed beside it.
@@ -28,15 +31,15 @@ from .cluster import ClusterError, connected
 from .config import TrainingConfig
 from .recipes import check_settings, recipe_of, to_toml
 from .recipes import train as run_recipe
-from .runs import Progress, write_whole
+from .runs import Progress
 
-#: What trials are compared by, a field of ``Progress``, and whether more or less of it is better.
+#: Metrics that rank trials, fields of ``Progress``, and whether more or less is better.
 METRICS = {"reward": "max", "fct_mean": "min"}
-#: Share of a trial over whose end the metric is averaged, so that the luck of one rollout decides nothing.
+#: Share of a trial, at its end, over which the metric is averaged, so that no single rollout decides.
 TAIL = 0.2
-#: Reports of a trial that runs to its end.
+#: Number of reports of a trial that runs to its end.
 REPORTS = 50
-#: What a trial whose settings are refused reports instead of its progress: why.
+#: Key under which a trial whose settings are refused reports why, instead of its progress.
 REFUSED = "refused"
 
 _DRAWS = ("uniform", "loguniform", "quniform", "randint", "lograndint", "choice", "grid")
@@ -44,7 +47,7 @@ _DRAWS = ("uniform", "loguniform", "quniform", "randint", "lograndint", "choice"
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting that was tried.
+    """A trial of one set of settings.
 
     Attributes:
         settings: the fields of the configuration that were drawn.
@@ -77,7 +80,7 @@ class TuningResult:
 
 
 def parse_space(texts: Mapping[str, str]) -> dict[str, Any]:
-    """What to draw settings from, for :func:`tune_recipe`.
+    """Parse the distributions that settings are drawn from, for :func:`tune_recipe`.
 
     Args:
         texts: by the setting's name, a distribution as it is written in Python: ``uniform(low, high)``,
@@ -85,8 +88,8 @@ def parse_space(texts: Mapping[str, str]) -> dict[str, Any]:
             (``high`` is not drawn), ``choice(a, b, ...)`` or ``grid(a, b, ...)``, which tries each.
 
     Raises:
-        InvalidOptionError: for a text that is none of these.
-        UnknownNameError: for another distribution.
+        InvalidOptionError: for a text that cannot be parsed.
+        UnknownNameError: for an unknown distribution.
     """
     return {name: _parsed(name, text) for name, text in texts.items()}
 
@@ -135,7 +138,7 @@ def tune_recipe(
 
     Args:
         algo: the recipe's name, one of ``RECIPES``.
-        config: what all trials have in common; its budget is each trial's.
+        config: the fields that all trials share; its budget is that of each trial.
         space: by a setting's name, what :func:`parse_space` makes or any distribution of Ray Tune.
         out: folder for the best trial's checkpoint and its configuration ``best.toml``.
         trials: to draw; a grid has so many for each of its values.
@@ -148,13 +151,14 @@ def tune_recipe(
         early_stopping: stop trials that are worse than most at a fifth, three fifths of the budget (ASHA: Li et al.,
             "A System for Massively Parallel Hyperparameter Tuning", 2020).
         seed: of the draws.
-        callback: told the last report of every trial, now and then: ``percent`` of its budget, ``step``, ``seconds``,
+        callback: receives the last report of every trial, now and then: ``percent`` of its budget, ``step``, ``seconds``,
             the metrics, and whether it is ``over``.
 
     Raises:
-        UnknownNameError: for a recipe, metric or setting that there is not.
+        UnknownNameError: for an unknown recipe, metric or setting.
         InvalidOptionError: for a number that makes no sense, or a configuration with a Python object in it.
         ClusterError: without a cluster, or if every trial failed.
+        KeyboardInterrupt: if interrupted, once the trials have stopped and the best so far is written.
     """
     recipe = recipe_of(algo)
     if metric not in METRICS:
@@ -174,6 +178,7 @@ def tune_recipe(
     def trial(settings: dict[str, Any]) -> None:
         _try(algo, config, settings, name)
 
+    stop = threading.Event()
     with connected(address):
         tuner = tune.Tuner(
             tune.with_resources(trial, {"cpu": cpus}),
@@ -192,32 +197,71 @@ def tune_recipe(
                 storage_path=storage or str(folder.absolute()),
                 failure_config=tune.FailureConfig(max_failures=max_failures),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-                callbacks=[_Told(callback)] if callback is not None else [],
+                stop=_StopAll(stop),
+                callbacks=[_Reports(callback)] if callback is not None else [],
                 verbose=0,
             ),
         )
-        results = tuner.fit()
+        results, interrupt = _fit(tuner, stop)
         sign = -1.0 if METRICS[metric] == "max" else 1.0
         pairs = sorted(
             ((_tried(result, metric), result) for result in results),
             key=lambda pair: (math.isnan(pair[0].metric), sign * pair[0].metric),
         )
-        # one that was stopped before its first checkpoint cannot be the best: it was among the worst
+        # A trial that was stopped before its first checkpoint cannot be the best: it was among the worst.
         best = next((result for one, result in pairs if not math.isnan(one.metric) and result.checkpoint), None)
+        if best is None and interrupt is not None:
+            raise interrupt
         if best is None:
             raise ClusterError(
-                f"none of {len(pairs)} trials came to a checkpoint; the first: {pairs[0][0].error or 'no error'}"
+                f"none of {len(pairs)} trials reached a checkpoint; the first: {pairs[0][0].error or 'no error'}"
             )
         with best.checkpoint.as_directory() as kept:
             shutil.copytree(kept, folder, dirs_exist_ok=True)
     chosen = replace(config, **best.config)
     text = to_toml(algo, chosen)
     write_whole(folder / "best.toml", lambda stream: stream.write(text.encode()))
+    if interrupt is not None:
+        raise interrupt
     return TuningResult(chosen, folder / name, folder / "best.toml", [one for one, _ in pairs])
 
 
+class _StopAll(tune.Stopper):
+    """Stops every trial once the event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event: threading.Event | None = event
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune pickles the search so that it can be resumed; another process has no part in the event.
+        return {"_event": None}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self.stop_all()
+
+    def stop_all(self) -> bool:
+        return self._event is not None and self._event.is_set()
+
+
+def _fit(tuner: Any, stop: threading.Event) -> tuple[Any, KeyboardInterrupt | None]:
+    """Run a search in a thread of its own, so that an interrupt of this one ends the trials in order.
+
+    Ray Tune itself handles SIGINT alone, and then returns as if the search had come to its end.
+
+    Returns:
+        Ray Tune's results, and the interrupt, if there was one.
+    """
+    with ThreadPoolExecutor(1, "tune") as pool:
+        future = pool.submit(tuner.fit)
+        try:
+            return future.result(), None
+        except KeyboardInterrupt as error:
+            stop.set()
+            return future.result(), error
+
+
 def _tried(result: Any, metric: str) -> Trial:
-    """A result of Ray Tune."""
+    """Convert a result of Ray Tune."""
     last = result.metrics or {}
     return Trial(
         settings=dict(result.config or {}),
@@ -228,13 +272,13 @@ def _tried(result: Any, metric: str) -> Trial:
 
 
 def _cause(error: Exception) -> str:
-    """What a trial failed with, without the traceback of its worker."""
+    """Return why a trial failed, without the traceback of its worker."""
     cause = getattr(error, "cause", None) or error
     return str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
 
 
 def _try(algo: str, config: TrainingConfig, settings: Mapping[str, Any], name: str) -> None:
-    """A trial, on some node: reports to Ray Tune, with checkpoints."""
+    """Run a trial, on some node, reporting to Ray Tune with checkpoints."""
     history: list[Progress] = []
     reported, written = 0, None
     with tempfile.TemporaryDirectory(prefix="lbgym-") as temporary:
@@ -272,25 +316,25 @@ def _try(algo: str, config: TrainingConfig, settings: Mapping[str, Any], name: s
         except LbgymError as error:
             if history or begun is not None:
                 raise
-            # settings that are refused would be again, however often the trial was started
+            # Refused settings would be refused again, however often the trial was started.
             tune.report({REFUSED: str(error), "percent": 0} | dict.fromkeys(METRICS, math.nan))
         if history:
             report(100)
 
 
-class _Told(tune.Callback):
-    """Tells the last reports of all trials."""
+class _Reports(tune.Callback):
+    """Passes the last reports of all trials on."""
 
-    def __init__(self, told: Callable[[list[Mapping[str, Any]]], None]) -> None:
-        self._told: Callable[[list[Mapping[str, Any]]], None] | None = told
+    def __init__(self, receive: Callable[[list[Mapping[str, Any]]], None]) -> None:
+        self._receive: Callable[[list[Mapping[str, Any]]], None] | None = receive
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune pickles the search with its callbacks, so that it can be resumed; a progress bar has no such form.
-        return {"_told": None}
+        return {"_receive": None}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        if self._told is not None:
-            self._told([(one.last_result or {}) | {"over": one.is_finished()} for one in trials])
+        if self._receive is not None:
+            self._receive([(one.last_result or {}) | {"over": one.is_finished()} for one in trials])
 
 
 __all__ = ["METRICS", "Trial", "TuningResult", "parse_space", "tune_recipe"]

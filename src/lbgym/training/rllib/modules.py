@@ -17,7 +17,7 @@ from typing import Any
 
 import gymnasium
 
-from ..errors import MissingExtraError
+from ...errors import MissingExtraError
 
 try:
     import torch
@@ -43,7 +43,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("ray", "rllib", "training with RLlib") from error
 
-from ..policies.networks import MLP, NETWORKS
+from ...policies.networks import MLP, NETWORKS
 
 #: Bounds of SAC's log standard deviation, as in the paper's code (Haarnoja et al., arXiv:1812.05905, 2018).
 LOG_STD_BOUNDS = (-20.0, 2.0)

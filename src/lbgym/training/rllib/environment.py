@@ -14,7 +14,7 @@ from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..errors import MissingExtraError
+from ...errors import MissingExtraError
 
 try:
     import torch
@@ -23,10 +23,10 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("ray", "rllib", "training with RLlib") from error
 
-from ..env.multi_agent import MultiLoadBalanceEnv
-from ..env.multi_agent_vector import MultiLoadBalanceVectorEnv
-from ..env.vector import LoadBalanceVectorEnv
-from ..policies.inputs import with_weights
+from ...env.multi_agent import MultiLoadBalanceEnv
+from ...env.multi_agent_vector import MultiLoadBalanceVectorEnv
+from ...env.vector import LoadBalanceVectorEnv
+from ...policies.inputs import with_weights
 
 #: What is told of the steps taken, by name; see :class:`Statistics`.
 STATISTICS = ("steps", "reward", "flows", "fct")

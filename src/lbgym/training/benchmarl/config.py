@@ -1,0 +1,190 @@
+"""BenchMARL's algorithms, what each takes, and the recipe's configuration."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...errors import InvalidOptionError, MissingExtraError, UnknownNameError
+
+try:
+    with warnings.catch_warnings():
+        # TorchRL and its dependencies warn of their own classes while they are imported.
+        warnings.simplefilter("ignore")
+        import benchmarl.algorithms as algorithms
+except ModuleNotFoundError as error:
+    raise MissingExtraError("benchmarl", "benchmarl", "training with BenchMARL") from error
+
+from ...env.multi_agent_vector import REWARD_SHARINGS, MultiLoadBalanceVectorEnv
+from ...scenarios import Scenario, ScenarioDistribution
+from ..config import PER_ALGORITHM, TrainingConfig
+
+#: Keys of the environment by action type, unless given. Two levels make 2 ** 7 joint actions of the 7 servers
+#: of "marllb-moderate", three would make 2,187; and weights that are too far apart at random overload servers.
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "joint": {"action_weights": [1.0, 2.0]},
+    "normalized": {"min_weight": 0.25, "max_weight": 4.0},
+}
+
+#: Keys of the environment that balancers have together; one that acts alone knows none of them.
+_OF_SEVERAL = ("num_balancers", "reward_sharing", "action_offsets", "action_delay")
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An algorithm of BenchMARL: what it takes, and its defaults here.
+
+    Attributes:
+        name: of its configuration's class, in ``benchmarl.algorithms``.
+        action_types: those it takes, the default first.
+        own_critic: whether its critic, if any, sees what one balancer sees, and not the state.
+        num_steps: steps of every replica between two updates.
+        learning_rate: step size of the optimiser.
+        options: over BenchMARL's defaults.
+    """
+
+    name: str
+    action_types: tuple[str, ...]
+    own_critic: bool
+    num_steps: int
+    learning_rate: float
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> Any:
+        """Its configuration's class."""
+        return getattr(algorithms, self.name)
+
+    @property
+    def on_policy(self) -> bool:
+        return bool(self.load().on_policy())
+
+
+_EITHER = ("normalized", "joint")
+# With gamma 0.6 a reward matters for two or three steps: targets can follow at once, and old experience is of no use.
+_REPLAY = {"off_policy_memory_size": 65_536, "polyak_tau": 0.05}
+# Balancers that always act alike learn nothing of how much better that is than anything else.
+_GREEDY = _REPLAY | {"exploration_eps_init": 1.0, "exploration_eps_end": 0.1}
+# Actions are in [-1, 1], which a standard deviation of 1 would leave all the time.
+_ACTOR = {"use_tanh_normal": False, "scale_mapping": "biased_softplus_0.3"}
+# The entropy of an action per server outweighs rewards scaled to 1 for long if its weight begins at 1, too.
+_SOFT = _REPLAY | {"alpha_init": 0.02, "scale_mapping": "biased_softplus_0.3"}
+
+#: The algorithms by name.
+ALGORITHMS = {
+    "qmix": Algorithm("QmixConfig", ("joint",), True, 8, 1e-3, _GREEDY),
+    "vdn": Algorithm("VdnConfig", ("joint",), True, 8, 1e-3, _GREEDY),
+    "iql": Algorithm("IqlConfig", ("joint",), True, 8, 1e-3, _GREEDY),
+    "mappo": Algorithm("MappoConfig", _EITHER, False, 16, 3e-3, _ACTOR),
+    "ippo": Algorithm("IppoConfig", _EITHER, True, 16, 3e-3, _ACTOR),
+    "maddpg": Algorithm(
+        "MaddpgConfig",
+        ("normalized",),
+        False,
+        8,
+        2e-4,
+        _REPLAY | {"exploration_eps_init": 0.4, "exploration_eps_end": 0.05},
+    ),
+    "isac": Algorithm("IsacConfig", _EITHER, True, 8, 1e-3, _SOFT),
+    "masac": Algorithm("MasacConfig", _EITHER, False, 8, 1e-3, _SOFT),
+}
+
+
+@dataclass(kw_only=True)
+class BenchMARLConfig(TrainingConfig):
+    """The configuration of a training with an algorithm of BenchMARL.
+
+    The fields whose default depends on the algorithm hold it once the configuration is made; so ``dataclasses.replace``
+    with another ``algorithm`` keeps those of the first.
+
+    A step is one of a whole replica: all its balancers act.
+    """
+
+    algorithm: str = "qmix"
+    """"qmix", "vdn", "iql", "mappo", "ippo", "maddpg", "isac" or "masac": a name of ``ALGORITHMS``"""
+    network: str = "equivariant"
+    """"equivariant", parameters shared over the servers, or "mlp", dense layers; central critics are always dense"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further fields of the algorithm's configuration in BenchMARL, such as ``mixing_embed_dim``, or of its
+    ``ExperimentConfig``, such as ``polyak_tau``, over those of ``ALGORITHMS``"""
+
+    scenario: str | Path | Scenario | ScenarioDistribution | None = "marllb-moderate"
+    """a scenario's name, a TOML path, a Scenario, or a distribution of them"""
+    num_balancers: int | None = None
+    """balancers; None: the scenario's"""
+    reward_sharing: str = "mean"
+    """how rewards are shared among the balancers: "mean", "field", "own" or "difference"."""
+    sees_weights: bool = True
+    """observe of each server its weight in force as well; without it a policy could not tell a slow server from one
+    that was given too much"""
+    action_type: str = PER_ALGORITHM
+    """an ``action_type`` of ``LoadBalanceEnv``: "joint" for "qmix", "vdn" and "iql", "normalized" for
+    "maddpg", either for the others (default "normalized")"""
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """further keys of ``MultiLoadBalanceVectorEnv``; unless given "joint" actions are of weights 1 and 2,
+    "normalized" ones of weights from 0.25 to 4"""
+
+    num_steps: int = PER_ALGORITHM
+    """steps of every replica between two updates; 16 for "mappo" and "ippo", 8 for the others"""
+    learning_rate: float = PER_ALGORITHM
+    """step size of the optimiser; 3e-3 for "mappo" and "ippo", 2e-4 for "maddpg", 1e-3 for the others"""
+    gamma: float = 0.6
+    """discount per step; queues forget within a second what was done, and a longer view adds noise"""
+    batch_size: int = 256
+    """steps of a replica in a gradient step; off-policy algorithms only"""
+    optimizer_steps: int = 4
+    """gradient steps after each collection; off-policy algorithms only"""
+    hidden: int = 32
+    """width of the layers; those of central critics are twice as wide"""
+    exploration: float = 0.4
+    """share of the budget over which exploration falls from ``exploration_eps_init`` to ``exploration_eps_end``: the
+    share of random actions of "qmix", "vdn" and "iql", the standard deviation of the noise of "maddpg"."""
+    gae_lambda: float = 0.9
+    """lambda of the generalised advantage estimate; "mappo" and "ippo" only"""
+    epochs: int = 2
+    """passes over the rollout per update; "mappo" and "ippo" only"""
+    minibatches: int = 4
+    """minibatches per pass; "mappo" and "ippo" only"""
+
+    whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {
+        "batch_size": 1,
+        "optimizer_steps": 1,
+        "epochs": 1,
+        "minibatches": 1,
+    }
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise UnknownNameError("algorithm", self.algorithm, ALGORITHMS, "BenchMARLConfig")
+        kind = ALGORITHMS[self.algorithm]
+        self.fill_in(
+            action_type=kind.action_types[0],
+            num_steps=kind.num_steps,
+            learning_rate=kind.learning_rate,
+        )
+        super().__post_init__()
+        if self.reward_sharing not in REWARD_SHARINGS:
+            raise UnknownNameError("reward sharing", self.reward_sharing, REWARD_SHARINGS, "BenchMARLConfig")
+        if not 0.0 < self.exploration <= 1.0:
+            raise InvalidOptionError(
+                f"BenchMARLConfig.exploration must be above 0 and at most 1, got {self.exploration!r}"
+            )
+        if self.network not in ("mlp", "equivariant"):
+            raise UnknownNameError("network", self.network, ("mlp", "equivariant"), "BenchMARLConfig")
+        self.check_action_type(f"{self.algorithm!r} of BenchMARL", kind.action_types, "mappo")
+        self.env_kwargs = {**WEIGHTS.get(self.action_type, {}), **self.env_kwargs}
+
+    def observation_kwargs(self) -> dict[str, Any]:
+        """The environment keys that a balancer's observations and actions depend on, also where it is alone."""
+        return {k: v for k, v in super().observation_kwargs().items() if k not in _OF_SEVERAL}
+
+    def environment_kwargs(self) -> dict[str, Any]:
+        """All keys of the environment to train on, but the number of replicas and the autoreset mode."""
+        together = {"num_balancers": self.num_balancers, "reward_sharing": self.reward_sharing}
+        return together | super().environment_kwargs()
+
+    def make_env(self) -> MultiLoadBalanceVectorEnv:  # type: ignore[override]
+        """The vector environment to train on."""
+        return MultiLoadBalanceVectorEnv(self.num_envs, autoreset_mode=self.autoreset_mode, **self.environment_kwargs())

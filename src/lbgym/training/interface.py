@@ -1,0 +1,144 @@
+"""What an agent in a loop of the user's own needs to know of the environment: observations, actions, replicas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium import Env, Space, spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from numpy.typing import NDArray
+
+from ..env.actions import ActionCodec, make_action_codec
+from ..env.observations import ObservationLayout
+from ..errors import LbgymError, UnsupportedSpaceError
+from ..features import FEATURE_NAMES
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How an environment with discrete actions is observed and acted on.
+
+    Attributes:
+        codec: from actions to weights.
+        layout: of the observations.
+        num_envs: replicas; None: a single environment.
+        max_steps: steps of an episode; None: unknown.
+        step_interval: seconds of a step; None: unknown.
+    """
+
+    codec: ActionCodec
+    layout: ObservationLayout
+    num_envs: int | None = None
+    max_steps: int | None = None
+    step_interval: float | None = None
+
+    @classmethod
+    def of(
+        cls, env: Env[Any, Any] | VectorEnv[Any, Any, Any] | tuple[Space[Any], Space[Any]], levels: Sequence[float]
+    ) -> Interface:
+        """The interface of an environment, or of the spaces of one, an observation space and an action space.
+
+        Args:
+            env: the environment, wrapped or not, or its spaces.
+            levels: ``action_weights``, which spaces do not tell.
+
+        Raises:
+            UnsupportedSpaceError: if it is none of ours that sets weights by discrete actions.
+            LbgymError: for a vector environment that resets itself, whose last observations would be mistaken.
+        """
+        if isinstance(env, tuple):
+            return cls._of_spaces(*env, levels)
+        bare: Any = env.unwrapped
+        codec, layout = getattr(bare, "action_codec", None), getattr(bare, "observation_layout", None)
+        action = getattr(bare, "single_action_space", env.action_space)
+        if not isinstance(codec, ActionCodec) or not isinstance(layout, ObservationLayout):
+            raise UnsupportedSpaceError(
+                f"the agent sets the weights of servers: {type(bare).__name__} is no LoadBalanceEnv or "
+                "LoadBalanceVectorEnv; give the pair of spaces of one balancer instead"
+            )
+        _check_discrete(action)
+        observed = getattr(env, "single_observation_space", env.observation_space)
+        if observed != layout.space:
+            raise UnsupportedSpaceError(
+                f"a wrapper changes the observations: the agent takes {layout.space}, got {observed}"
+            )
+        interval = getattr(bare, "step_interval", None)
+        if not isinstance(env, VectorEnv):
+            return cls(codec, layout, None, bare.max_steps, interval)
+        mode = env.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.DISABLED:
+            raise LbgymError(
+                "an episode's last observation must not be taken for another's first: make the vector environment "
+                f'with autoreset_mode="Disabled" and reset it yourself, got {mode}'
+            )
+        return cls(codec, layout, env.num_envs, bare.max_steps, interval)
+
+    @classmethod
+    def _of_spaces(cls, observed: Space[Any], action: Space[Any], levels: Sequence[float]) -> Interface:
+        matrix = observed["features"] if isinstance(observed, spaces.Dict) else observed
+        _check_discrete(action)
+        shape = matrix.shape or ()
+        if len(shape) == 2:
+            n = shape[0]
+        elif isinstance(action, spaces.MultiDiscrete):
+            n = len(action.nvec)
+        else:
+            n = round(math.log(float(action.n)) / math.log(len(levels)))  # type: ignore[attr-defined]
+        name = "dict" if matrix is not observed else "matrix" if len(shape) == 2 else "flat"
+        columns = shape[-1] if len(shape) == 2 else shape[0] // n - 1
+        kind = "discrete" if isinstance(action, spaces.MultiDiscrete) else "joint"
+        codec = make_action_codec(n, kind, action_weights=levels)
+        # Counts have no upper bound and fractions of servers have one, unless all are normalised.
+        normalize = bool(np.asarray(getattr(matrix, "high", np.inf)).max() <= 1.0)
+        layout = ObservationLayout(n, name, normalize=normalize, use_ground_truth=columns > len(FEATURE_NAMES))
+        if layout.space != observed or codec.space != action:
+            raise UnsupportedSpaceError(
+                f"these are no spaces of LoadBalanceEnv with action_weights {tuple(levels)}: {observed} and {action}"
+            )
+        return cls(codec, layout)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """``action_weights``: the levels that each server's weight is chosen from."""
+        space = self.codec.space
+        n = self.layout.num_servers
+        if isinstance(space, spaces.MultiDiscrete):
+            count = int(space.nvec[0])
+            actions = np.repeat(np.arange(count)[:, None], n, 1)
+        else:
+            count = round(float(space.n) ** (1 / n))  # type: ignore[attr-defined]
+            actions = np.arange(count)
+        return tuple(self.codec.to_weights(actions, count)[:, -1].tolist())
+
+    @property
+    def action_type(self) -> str:
+        """The ``action_type``, "discrete" or "joint"."""
+        return "discrete" if isinstance(self.codec.space, spaces.MultiDiscrete) else "joint"
+
+    def flat(self, observation: Any) -> NDArray[np.float32]:
+        """Observations in any layout -> flat ones, float32[R, N (1 + C)]: mask, then features."""
+        n, rows = self.layout.num_servers, self.num_envs or 1
+        if self.layout.observation == "flat":
+            return np.asarray(observation, np.float32).reshape(rows, -1)
+        if self.layout.observation == "dict":
+            mask, features = observation["mask"], observation["features"]
+        else:
+            # Rows of inactive servers are zero, but so are those of idle ones.
+            mask, features = np.ones((rows, n)), observation
+        parts = [np.asarray(part, np.float32).reshape(rows, -1) for part in (mask, features)]
+        return np.concatenate(parts, -1)
+
+    def weights(self, actions: Any) -> NDArray[np.float64]:
+        """Weights float64[R, N] of an action, or of one per replica."""
+        return self.codec.to_weights(actions, self.num_envs).reshape(self.num_envs or 1, -1)
+
+
+def _check_discrete(action: Space[Any]) -> None:
+    if not isinstance(action, (spaces.MultiDiscrete, spaces.Discrete)):
+        raise UnsupportedSpaceError(
+            f'the agent chooses among levels of weights: use action_type="discrete" or "joint" instead of {action}'
+        )
