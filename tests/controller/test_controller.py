@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from lbgym.controller import Controller, ControllerConfig, Outcome
 from lbgym.controller.logs import JsonFormatter
@@ -448,3 +449,20 @@ def test_trained_models_drive(nursery: Nursery, kind: str, tmp_path: Path) -> No
                 controller.run()
         else:
             assert controller.run() is Outcome.FINISHED
+
+
+def test_keyboard_interrupt_withdraws_the_weights_and_closes_everything(nursery: Nursery) -> None:
+    class Interrupted(Fickle):
+        def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
+            if self.calls == 5:
+                raise KeyboardInterrupt
+            return super().weights(features, active)
+
+    # A lease that outlasts the test: only a withdrawal brings the safe weights back.
+    with data_plane(nursery) as strings, controlling(Interrupted(WANTED), lease=60.0) as running:
+        with pytest.raises(KeyboardInterrupt):
+            running.join()
+        assert running.counts.steps >= 3 and not running.state.connected
+        until(lambda: strings.weights == SAFE, "the safe weights")
+        # The region is free for the next agent.
+        assert Controller(ControllerConfig(policy="uniform", shm="lb0", steps=1)).run() is Outcome.FINISHED
