@@ -37,9 +37,10 @@ from benchmarks.common import markdown, parser, report
 from lbgym.errors import LbgymError, UnknownNameError
 from lbgym.evaluation import Comparison, Contender, Interval, compare, mean_interval
 from lbgym.evaluation.contenders import parse_contender
-from lbgym.evaluation.runner import DEFAULT_INTERVAL, Controller
+from lbgym.evaluation.runner import agents_of, decide, dispatch_of
 from lbgym.scenarios import load_scenario
 from lbgym.simulator import Simulation
+from lbgym.snapshot import DEFAULT_STEP_INTERVAL
 from lbgym.training.config import TrainingConfig
 from lbgym.training.recipes import recipe_of
 
@@ -355,11 +356,15 @@ def reference_reward(scenario: Scenario, name: str, seeds: int = 10) -> float:
     steps = TrainingConfig().max_steps
     rewards = []
     for seed in range(seeds):
-        controller = Controller(parse_contender(name), scenario, seed)
-        simulation = Simulation(scenario, 1, dispatch=controller.dispatch, service=False)
+        contender = parse_contender(name)
+        agents = agents_of(contender, scenario, seed)
+        dispatch = dispatch_of(contender, scenario, agents)
+        simulation = Simulation(scenario, 1, dispatch=dispatch, service=False)
+        weights = np.ones((1, scenario.balancers, scenario.num_servers))
         snapshot = simulation.reset([seed])
         for _ in range(steps):
-            snapshot = simulation.step(controller(snapshot), DEFAULT_INTERVAL)
+            weights = decide(agents, snapshot, weights)
+            snapshot = simulation.step(weights, DEFAULT_STEP_INTERVAL)
         totals = simulation.integrals()
         rewards.append(-float(totals["queue"].sum() / totals["clock"][0]))
         simulation.close()

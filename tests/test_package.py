@@ -56,10 +56,6 @@ LEVELS = (
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-#: What goes up on purpose: module, what it imports, and why.
-UPWARD = {
-    ("lbgym.policies.trained", "training"): "a recipe owns the format and the network of its checkpoints",
-}
 #: Import paths of the documentation lead into the room they are named after.
 ROOM = dict.fromkeys(("env", "rewards", "wrappers"), "environment")
 
@@ -185,8 +181,6 @@ def test_layers_import_downwards(name: str, path: Path) -> None:
             continue
         pieces = module.split(".")
         other = pieces[1] if len(pieces) > 1 else ""
-        if (name, other) in UPWARD:
-            continue
         # `from lbgym import LoadBalanceEnv` from inside would go through the top.
         assert other in LEVEL, f"{name} imports {module} through the package's top"
         same = other == part or (part in ROOM and other in ROOM)

@@ -92,7 +92,7 @@ class ResetNeeded(LbgymError, gymnasium.error.ResetNeeded):
     """``step`` or ``render`` before ``reset``, or ``step`` after the end of an episode."""
 
 
-class CheckpointError(LbgymError, ValueError):
+class CheckpointError(PolicyError):
     """A checkpoint that cannot be read, or that does not fit the environment; the message gives both shapes."""
 
 

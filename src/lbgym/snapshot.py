@@ -13,6 +13,9 @@ from .features.columns import SERVICE_NAMES
 #: Counters of flows per server, in column order where they form an array.
 COUNTER_NAMES = ("started", "completed", "rejected", "failed")
 
+#: Seconds of the data plane's clock between two settings of the weights, where nothing else is asked for.
+DEFAULT_STEP_INTERVAL = 0.25
+
 
 @dataclass(slots=True, eq=False)
 class IntervalStatistics:

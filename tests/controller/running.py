@@ -110,7 +110,7 @@ class Fickle(WeightPolicy):
         self.resets = self.calls = 0
         self.waiting, self.go = threading.Event(), threading.Event()
 
-    def reset(self) -> None:
+    def reset(self, seed: int | None = None) -> None:
         self.resets += 1
 
     def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:

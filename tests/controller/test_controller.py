@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from lbgym.controller import Controller, ControllerConfig, Outcome
-from lbgym.controller.decisions import Decider
 from lbgym.controller.logs import JsonFormatter
 from lbgym.errors import (
     InvalidOptionError,
@@ -23,7 +23,7 @@ from lbgym.errors import (
     UnknownNameError,
 )
 from lbgym.features import FEATURE_NAMES
-from lbgym.policies import load_policy
+from lbgym.policies import Agent, load_policy
 from lbgym.sharedmemory import SharedMemoryRegion
 from tests.controller.running import INTERVAL, PATIENCE, Fickle, Running, controlling, data_plane, until
 from tests.dataplanes.puppet import features, snapshot
@@ -96,13 +96,13 @@ def test_metrics_say_what_is_seen_and_done(nursery: Nursery) -> None:
 @pytest.mark.parametrize("mode", ["is no number", "is negative", "is all zero", "has another shape"])
 def test_what_no_weights_are_is_an_error_of_the_policy(mode: str) -> None:
     policy = Fickle(WANTED)
-    decider = Decider(policy, "fickle")
-    decider.fit(4, ground_truth=False)
+    agent = Agent(policy, name="fickle")
+    agent.fit(4, ground_truth=False)
     seen = snapshot(1, 0.0, np.ones(4, np.bool_), False)
-    assert decider(seen, np.ones(4), {}).tolist() == WANTED
+    assert agent(seen, np.ones(4), {}).tolist() == WANTED
     policy.mode = mode
     with pytest.raises(PolicyError, match="policy 'fickle' must return"):
-        decider(seen, np.ones(4), {})
+        agent(seen, np.ones(4), {})
 
 
 def test_a_policy_that_fails_gives_way_to_the_fallback_and_comes_back(
@@ -455,3 +455,20 @@ def test_trained_models_drive(nursery: Nursery, kind: str, tmp_path: Path) -> No
                 controller.run()
         else:
             assert controller.run() is Outcome.FINISHED
+
+
+def test_keyboard_interrupt_withdraws_the_weights_and_closes_everything(nursery: Nursery) -> None:
+    class Interrupted(Fickle):
+        def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
+            if self.calls == 5:
+                raise KeyboardInterrupt
+            return super().weights(features, active)
+
+    # A lease that outlasts the test: only a withdrawal brings the safe weights back.
+    with data_plane(nursery) as strings, controlling(Interrupted(WANTED), lease=60.0) as running:
+        with pytest.raises(KeyboardInterrupt):
+            running.join()
+        assert running.counts.steps >= 3 and not running.state.connected
+        until(lambda: strings.weights == SAFE, "the safe weights")
+        # The region is free for the next agent.
+        assert Controller(ControllerConfig(policy="uniform", shm="lb0", steps=1)).run() is Outcome.FINISHED

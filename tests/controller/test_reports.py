@@ -75,13 +75,13 @@ def test_states_reach_the_service_manager(kind: str, shm_dir: Path, monkeypatch:
         manager.settimeout(10.0)
         monkeypatch.setenv("NOTIFY_SOCKET", path if kind == "path" else "@" + path)
         notifier = Notifier()
-        notifier.tell("READY=1", "STATUS=driving")
+        notifier.notify("READY=1", "STATUS=driving")
         assert manager.recv(4096) == b"READY=1\nSTATUS=driving"
     # Nobody listens any more, nor ever did.
-    notifier.tell("WATCHDOG=1")
+    notifier.notify("WATCHDOG=1")
     notifier.close()
     notifier.close()
     monkeypatch.delenv("NOTIFY_SOCKET")
     silent = Notifier()
-    silent.tell("READY=1")
+    silent.notify("READY=1")
     silent.close()

@@ -23,7 +23,7 @@ from lbgym.evaluation import (
     parse_contender,
     simulate,
 )
-from lbgym.evaluation.runner import Controller
+from lbgym.evaluation.runner import agents_of, decide
 from lbgym.evaluation.statistics import fct_histogram
 from lbgym.policies import weight_policy_names
 from lbgym.scenarios import DISPATCH_RULES, Event, Exponential, Scenario, Server, Trace, Workload
@@ -136,12 +136,13 @@ def test_flows_still_open_count_with_their_age() -> None:
 
 
 def test_each_balancer_follows_its_own_observation() -> None:
-    controller = Controller(parse_contender("sed+latency"), SMALL, 0)
+    agents = agents_of(parse_contender("sed+latency"), SMALL, 0)
     simulation = Simulation(SMALL)
-    snapshot = simulation.reset([0])
+    snapshot, in_force = simulation.reset([0]), np.ones((1, 2, 3))
     for _ in range(20):
-        snapshot = simulation.step(controller(snapshot), 0.25)
-    weights = controller(snapshot)[0]
+        in_force = decide(agents, snapshot, in_force)
+        snapshot = simulation.step(in_force, 0.25)
+    weights = decide(agents, snapshot, in_force)[0]
     assert weights.shape == (2, 3) and not np.allclose(weights[0], weights[1])
 
 

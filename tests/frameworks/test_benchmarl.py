@@ -18,11 +18,11 @@ import torch
 from lbgym import LoadBalanceEnv
 from lbgym.errors import CheckpointError, InvalidOptionError, LbgymError, UnknownNameError, UnsupportedSpaceError
 from lbgym.evaluation import compare
+from lbgym.policies.inputs import with_weights
 from lbgym.scenarios import scenario_names
 from lbgym.training import benchmarl as recipe
 from lbgym.training import load_policy, read_checkpoint
 from lbgym.training.benchmarl import ALGORITHMS, BenchMARLConfig, LoadBalanceTask, config_of, train_benchmarl
-from lbgym.training.exported import with_weights
 from lbgym.training.runs import Progress
 
 # isort: split

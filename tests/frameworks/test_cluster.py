@@ -82,7 +82,7 @@ def test_it_is_what_it_would_be_here(cluster: Any, tmp_path: Path) -> None:
     here = train_ppo(SMALL, out=None).policy.network.state_dict()
     there = train_on_ray("ppo", SMALL, out=tmp_path / "agent.pt", tensorboard=True)
     assert there.checkpoint == tmp_path / "agent.pt"
-    saved = read_checkpoint(tmp_path / "agent.pt")["network"]
+    saved = read_checkpoint(tmp_path / "agent.pt")["network"]["parameters"]
     assert all((saved[name] == part).all() for name, part in here.items())
     assert list((tmp_path / "tensorboard").iterdir())
     more = train_on_ray("ppo", replace(SMALL, total_steps=1024), out=tmp_path, resume_from=tmp_path / "agent.pt")

@@ -15,7 +15,7 @@ import torch
 
 from lbgym import LoadBalanceVectorEnv, MultiLoadBalanceVectorEnv
 from lbgym.errors import InvalidOptionError, LbgymError, UnsupportedSpaceError
-from lbgym.training.exported import with_weights
+from lbgym.policies.inputs import with_weights
 from lbgym.training.networks import FlatServerNetwork
 from lbgym.training.torchrl_env import MultiTorchRLEnv, TorchRLEnv
 

@@ -9,7 +9,7 @@ import pytest
 from lbgym import LoadBalanceEnv
 from lbgym.errors import LbgymError, PolicyError
 from lbgym.evaluation import RunSettings, compare, parse_contender, simulate
-from lbgym.evaluation.runner import Controller
+from lbgym.evaluation.runner import agents_of, decide
 from lbgym.policies import Policy, load_policy
 from lbgym.scenarios import load_scenario
 
@@ -97,10 +97,10 @@ def test_a_model_serves_in_a_comparison_and_sets_its_own_weights(tmp_path: Path)
     from lbgym.simulator import Simulation
 
     simulation = Simulation(scenario, dispatch="p2c_sed")
-    controller = Controller(contender, scenario, 0)
-    snapshot = simulation.reset([0])
+    agents = agents_of(contender, scenario, 0)
+    snapshot, weights = simulation.reset([0]), np.ones((1, 2, 4))
     for _ in range(4):
-        weights = controller(snapshot)
+        weights = decide(agents, snapshot, weights)
         for b in range(2):
             seen = env.observation_layout.encode(snapshot.stats[0, b], None, snapshot.active[0])
             expected = env.action_codec.to_weights(model.predict(seen, deterministic=True)[0])

@@ -155,8 +155,8 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none\.pt does not exist"):
         algo_of(tmp_path / "none.pt")
     train("ppo", out=tmp_path, scenario="uniform", num_envs=4, total_steps=64)
-    assert read_checkpoint(tmp_path / "ppo.pt")["format"] == "lbgym-ppo"
-    with pytest.raises(CheckpointError, match="is no lbgym-sac-gru checkpoint: its format is lbgym-ppo"):
+    assert read_checkpoint(tmp_path / "ppo.pt")["algo"] == "ppo"
+    with pytest.raises(CheckpointError, match="was trained by recipe 'ppo', not by 'sac-gru'"):
         make_config("sac-gru", resume_from=tmp_path / "ppo.pt")
 
 

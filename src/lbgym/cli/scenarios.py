@@ -29,11 +29,12 @@ from ..scenarios import (
     scenario_names,
     to_toml,
 )
+from ..snapshot import DEFAULT_STEP_INTERVAL
 from ._console import results_console
 from ._options import installed
 
 #: Seconds per control step that the mean number of flows is given for: the environment's default.
-STEP_INTERVAL = 0.25
+STEP_INTERVAL = DEFAULT_STEP_INTERVAL
 MAX_EVENTS = 12
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 

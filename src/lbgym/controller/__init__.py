@@ -1,4 +1,4 @@
-"""The agent in production: a loop that drives a live data plane by a policy, within bounds, and says what it does."""
+"""The agent in production: drives a live data plane by a policy, within bounds, with logs and metrics."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ __all__ = ["Controller", "ControllerConfig", "Outcome", "SafetyEnvelope", "confi
 
 
 def __getattr__(name: str) -> Any:
-    # The command line reads configurations also where it drives nothing; the compiled protocol can wait.
+    # Reading a configuration should not load the compiled protocol.
     if name in ("Controller", "Outcome"):
         from . import control
 

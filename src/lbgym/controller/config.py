@@ -1,4 +1,4 @@
-"""What a controller is told: :class:`ControllerConfig`, and its TOML file."""
+"""The configuration of a controller, also as a TOML file: :class:`ControllerConfig`."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def _key(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerConfig:
-    """Everything a controller is told. The keys of the TOML file are these, and the options of ``lbgym run``, too.
+    """The configuration of a controller; its fields are the keys of the TOML file and the options of ``lbgym run``.
 
     Times are seconds of real time, except ``step_interval``, ``rate_limit`` and ``smoothing``, which are on the data
-    plane's clock; the two differ only where time is scaled. ``help_of`` says what a key means.
+    plane's clock; the two differ only where time is scaled. ``help_of`` describes a key.
 
     Raises:
-        InvalidOptionError: for a value that a key cannot have.
+        InvalidOptionError: for a value of a wrong type or out of range.
     """
 
     policy: str = _key("Trained model (.pt, .zip) or name of a heuristic.", str)
@@ -112,7 +112,7 @@ class ControllerConfig:
 
     @property
     def envelope(self) -> SafetyEnvelope:
-        """What keeps the weights within bounds."""
+        """The bounds on the weights."""
         return SafetyEnvelope(self.floor, self.max_ratio, self.rate_limit, self.smoothing)
 
 
@@ -120,7 +120,7 @@ KEYS: dict[str, Field[Any]] = {key.name: key for key in fields(ControllerConfig)
 
 
 def help_of(key: str) -> str:
-    """What a key of :class:`ControllerConfig` means."""
+    """Describe a key of :class:`ControllerConfig`, for help and documentation."""
     default, allowed = KEYS[key].default, KEYS[key].metadata
     text: str = allowed["doc"][:-1]
     if allowed["choices"]:
@@ -134,12 +134,12 @@ def config_from(values: Mapping[str, Any], path: str | os.PathLike[str] | None =
     """The configuration of a TOML file, with ``values`` over it.
 
     Args:
-        values: keys of :class:`ControllerConfig`; None is as not given.
+        values: keys of :class:`ControllerConfig`; None is the same as leaving a key out.
         path: of the file; None: no file.
 
     Raises:
-        UnknownNameError: for a key that there is not.
-        InvalidOptionError: for a file that cannot be read, a bad value, or without ``policy`` and ``shm``.
+        UnknownNameError: for an unknown key.
+        InvalidOptionError: if the file cannot be read, a value is invalid, or ``policy`` or ``shm`` is missing.
     """
     known = {} if path is None else read_keys(path)
     for name, value in values.items():
@@ -158,8 +158,8 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The keys of a TOML file, checked.
 
     Raises:
-        UnknownNameError: for a key that there is not.
-        InvalidOptionError: for a file that cannot be read, or a bad value.
+        UnknownNameError: for an unknown key.
+        InvalidOptionError: if the file cannot be read or a value is invalid.
     """
     file, values = read_toml(path)
     checked = {}
@@ -176,7 +176,7 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _checked(key: Field[Any], value: Any) -> Any:
-    """A value that a key can have, as its type."""
+    """Check a key's value and convert it to the key's type."""
     if value is None and key.default is None:
         return None
     allowed = key.metadata

@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any
@@ -27,25 +27,22 @@ from ..errors import (
     RegionFormatError,
     RegionNotFoundError,
 )
-from ..policies import TrainedPolicy, WeightPolicy
+from ..policies import Agent, Policy, WeightPolicy, make_agent, make_weight_policy
 from ..scenarios import fixed_scenario
 from ..sharedmemory import DEFAULT_LEASE, SharedMemoryRegion, region_names
-from ..snapshot import Snapshot
+from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .config import ControllerConfig
-from .decisions import Decider
 from .envelope import usable_weights
 from .logs import log_event, logger
 from .metrics import Counts, Metrics, State, Step
 from .notify import Notifier
 
 _DEBUG, _INFO, _WARNING = logging.DEBUG, logging.INFO, logging.WARNING
-#: Seconds per step of a policy that does not say what it was made for.
-DEFAULT_INTERVAL = 0.25
-#: A pause saves up no more than so many intervals of movement.
+#: Intervals of movement that a pause saves up at most.
 _MOST_INTERVALS = 2.0
-#: Seconds between two looks for a region that is not there yet.
+#: Seconds between two attempts to find the region.
 _LOOK = 0.05
-#: Deadlines missed at once that are worth a line of the log.
+#: Deadlines missed in a row that are worth a line in the log.
 _MANY_MISSED = 3
 
 
@@ -58,53 +55,52 @@ class Outcome(StrEnum):
 
 
 class StopRequested(BaseException):
-    """Raised by :meth:`Controller.interrupt` in the midst of a wait; no fault, and so no Exception."""
+    """Raised by :meth:`Controller.interrupt` during a wait; not a fault, and so not an Exception."""
 
 
 class Controller:
     """Drives the data plane of one region by a policy, within a safety envelope.
 
-    A step observes, asks the policy, shapes what it proposes (:class:`SafetyEnvelope`), writes it, which renews the
-    lease, and waits for the observation one interval on.
+    A step observes, asks the policy, passes its proposal through the :class:`SafetyEnvelope`, writes the result, which
+    renews the lease, and waits for the observation one interval on.
 
-    **When the policy fails** (an exception, an action of a wrong shape or not finite, or one that took longer than an
-    interval) the step holds the weights in force, or takes the late action. After ``fallback_after`` failures in a row
-    the fallback decides, through the same envelope. From ``trial_steps`` steps later on, each step tries the policy,
-    when the fallback's weights are written and without using what it says; after a failed trial it rests for as long
-    again. After ``trial_steps`` good trials in a row, each on an observation that came in time, the policy decides
-    again; never, if ``recover`` is false.
+    **When the policy fails** (an exception, an action of a wrong shape or not finite, or a decision that took longer
+    than an interval) the step keeps the weights in force, or takes the late action. After ``fallback_after`` failures
+    in a row the fallback decides, through the same envelope. After another ``trial_steps`` steps, each step also tries
+    the policy, once the fallback's weights are written, and discards the result; after a failed trial the policy rests
+    for as long again. After ``trial_steps`` good trials in a row, each on an observation that came in time, the policy
+    decides again, unless ``recover`` is false.
 
-    **When no observation comes**, there is nothing to decide on: no weights are written, the lease runs out, and the
-    data plane puts its safe weights in force, which is by design. The controller waits on, follows a producer that
-    takes the region over, and gives up after ``max_timeouts`` timeouts in a row, if that is not 0. If there were
-    ``fallback_after`` of them or more, the first steps afterwards are the fallback's, until ``trial_steps``
-    observations in a row have come in time and the policy was good on each; ``recover`` has no say in this.
+    **When no observation comes**, no weights are written: the lease runs out, and the data plane puts its safe weights
+    in force, by design. The controller keeps waiting, follows a producer that takes over the region, and gives up after
+    ``max_timeouts`` timeouts in a row, if that is not 0. After ``fallback_after`` of them or more, the fallback decides
+    first, until ``trial_steps`` observations in a row have come in time and the policy was good on each, whatever
+    ``recover`` is.
 
-    What the policy remembers of the past is forgotten when another producer takes over, when the data plane's clock
-    jumps, when servers join that it did not know, and when it fails.
+    The policy's memory is cleared when another producer takes over, when the data plane's clock jumps, when unknown
+    servers join, and when the policy fails.
 
     Args:
-        config: what it is told.
-        policy: what decides instead of ``config.policy``, which is then only its name.
+        config: the configuration.
+        policy: decides in place of ``config.policy``, which then only names it in logs and metrics.
 
     Attributes:
         config: as given.
-        state: what it did so far, with all counts.
+        state: the state so far, with all counts.
         metrics: None without ``config.metrics_port``, and before ``run``.
 
     Raises:
-        LbgymError: for a policy, fallback or scenario that there is not, or that do not go together.
+        LbgymError: if the policy, fallback or scenario does not exist, or they do not match.
     """
 
-    def __init__(self, config: ControllerConfig, *, policy: WeightPolicy | TrainedPolicy | None = None) -> None:
+    def __init__(self, config: ControllerConfig, *, policy: WeightPolicy | Policy | None = None) -> None:
         self.config = config
         scenario = None if config.scenario is None else fixed_scenario(config.scenario)
-        if policy is None:
-            self._policy = Decider.named(config.policy, scenario)
-        else:
-            self._policy = Decider(policy, config.policy, scenario)
-        self._fallback = Decider.heuristic(config.fallback, scenario)
-        self._interval = config.step_interval or self._policy.step_interval or DEFAULT_INTERVAL
+        self._policy = make_agent(config.policy if policy is None else policy, scenario=scenario, name=config.policy)
+        self._fallback = make_agent(
+            make_weight_policy(config.fallback, scenario), scenario=scenario, name=config.fallback
+        )
+        self._interval = config.step_interval or self._policy.step_interval or DEFAULT_STEP_INTERVAL
         self._envelope = config.envelope
         self.state = State(__version__, self._policy.name, config.shm)
         self.metrics: Metrics | None = None
@@ -112,16 +108,16 @@ class Controller:
         self._waiting = False
         self._notifier = Notifier("")
         self._steps_left = math.inf if config.steps is None else config.steps
-        # Why the fallback decides, None: the policy does.
+        # The reason why the fallback decides; None: the policy does.
         self._distrust: str | None = None
-        # In a row: failures of the policy, observations that did not come, good trials.
+        # In a row: failures of the policy, missing observations, good trials.
         self._failures = self._timeouts = self._good = 0
-        # Steps until the policy is tried.
+        # Steps until the next trial of the policy.
         self._rest = 0
         self._forget = True
         # Servers that the policy and the fallback decide for.
         self._servers = 0
-        # What was written last, None: nothing for this producer and these servers.
+        # The weights written last; None: none yet for this producer and these servers.
         self._weights: NDArray[np.float64] | None = None
         self._decided_at = math.nan
         self._summary = _Summary(self.state.counts)
@@ -129,54 +125,55 @@ class Controller:
     def run(self, stop: threading.Event | None = None) -> Outcome:
         """Drive the data plane until the end.
 
-        When it ends in order the weights are withdrawn: the data plane puts its safe ones in force at once. If it
-        raises, that is left to the lease, so that another controller can go on from them.
+        An orderly end, also by KeyboardInterrupt, withdraws the weights: the data plane puts its safe ones in force at
+        once. After any other exception the weights stay until the lease runs out, so that another controller can take
+        over from them.
 
         Args:
-            stop: set by whoever wants an end; it is looked at between steps, so call :meth:`interrupt` as well from a
-                signal handler.
+            stop: ends the run when set. It is checked between steps, so a signal handler should also call
+                :meth:`interrupt`.
 
         Raises:
-            RegionNotFoundError: if there is no such live region within ``attach_timeout``.
+            RegionNotFoundError: if no such region is live within ``attach_timeout``.
             RegionBusyError: if another agent drives it.
-            PolicyError: for a policy that was made for other servers, or needs what the data plane does not publish.
-            InvalidOptionError: for a lease that a step can outlast, or a port of the metrics that is taken.
-            RegionError: for a region that is none, or without the right to write.
+            PolicyError: if the policy was made for other servers, or needs what the data plane does not publish.
+            InvalidOptionError: if a step can outlast the lease, or the port of the metrics is taken.
+            RegionError: if the file is not a region, or may not be written.
         """
         self._stop = stop or threading.Event()
-        self._notifier = Notifier()
-        outcome, plane = Outcome.STOPPED, None
-        try:
+        with ExitStack() as resources:
+            self._notifier = resources.enter_context(closing(Notifier()))
             if self.config.metrics_port is not None:
                 self.metrics = Metrics(self.state, self.config.metrics_port, self.config.metrics_address)
+                resources.enter_context(closing(self.metrics))
                 self._log(_INFO, "metrics", url=self.metrics.url)
+            outcome, plane = Outcome.STOPPED, None
+            interrupted: KeyboardInterrupt | None = None
             try:
-                plane = self._connect()
+                plane = resources.enter_context(closing(self._connect()))
+                resources.callback(setattr, self.state, "connected", False)
                 outcome = self._drive(plane)
             except StopRequested:
                 pass
-            self._notifier.tell("STOPPING=1")
+            except KeyboardInterrupt as error:
+                interrupted = error
+            self._notifier.notify("STOPPING=1")
             if plane is not None:
                 self._withdraw(plane)
                 self._summarize()
             self._log(_INFO, "stopped", reason=str(outcome), steps=self.state.counts.steps)
+            if interrupted is not None:
+                raise interrupted
             return outcome
-        finally:
-            self.state.connected = False
-            if plane is not None:
-                plane.close()
-            if self.metrics is not None:
-                self.metrics.close()
-            self._notifier.close()
 
     def interrupt(self) -> None:
-        """Cut short what it waits for, if it waits; for handlers of signals, in the thread that runs it."""
+        """Cut short the present wait, if there is one; for signal handlers, in the thread that runs the controller."""
         if self._waiting:
             raise StopRequested
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Where :meth:`interrupt` may raise: a wait, or the policy's work."""
+        """Let :meth:`interrupt` raise in the block: a wait, or the policy's decision."""
         self._waiting = True
         try:
             if self._stop.is_set():
@@ -185,16 +182,14 @@ class Controller:
         finally:
             self._waiting = False
 
-    # The beginning
-
     def _connect(self) -> SharedMemoryDataPlane:
-        """Attach, and make everything ready for the first step."""
+        """Attach to the region and get ready for the first step."""
         plane = self._attach()
         try:
-            deciders = self._policy, self._fallback
-            bound = {decider.servers for decider in deciders} - {None}
+            agents = self._policy, self._fallback
+            bound = {agent.servers for agent in agents} - {None}
             if bound:
-                self._bind(plane, deciders)
+                self._bind(plane, agents)
             plane.grows = not bound
             self._fit(plane)
             self._set_lease(plane, refuse=True)
@@ -222,7 +217,7 @@ class Controller:
     def _attach(self) -> SharedMemoryDataPlane:
         config = self.config
         deadline = time.monotonic() + config.attach_timeout
-        told = False
+        reported = False
         while True:
             try:
                 with self._interruptible():
@@ -233,38 +228,38 @@ class Controller:
             except (RegionNotFoundError, DataPlaneTimeout) as error:
                 if time.monotonic() >= deadline:
                     raise
-                if not told:
-                    told = True
-                    self._notifier.tell(f"STATUS=waiting for the data plane of region {config.shm}")
+                if not reported:
+                    reported = True
+                    self._notifier.notify(f"STATUS=waiting for the data plane of region {config.shm}")
                     self._log(_INFO, "waiting", str(error), regions=list(region_names()))
             with self._interruptible():
                 time.sleep(_LOOK)
 
-    def _bind(self, plane: SharedMemoryDataPlane, deciders: tuple[Decider, Decider]) -> None:
-        """Observe as many servers as the deciders are for; those that are not there yet are inactive."""
-        for decider in deciders:
-            if decider.servers is None:
+    def _bind(self, plane: SharedMemoryDataPlane, agents: tuple[Agent, Agent]) -> None:
+        """Observe as many servers as the agents are made for; those that do not exist yet are inactive."""
+        for agent in agents:
+            if agent.servers is None:
                 continue
-            if plane.num_servers > decider.servers:
+            if plane.num_servers > agent.servers:
                 raise PolicyError(
-                    f"policy {decider.name!r} is for {decider.servers} servers, and the data plane of region "
+                    f"policy {agent.name!r} is for {agent.servers} servers, and the data plane of region "
                     f"{self.config.shm!r} has {plane.num_servers}"
                 )
-            for other in deciders:
-                if other.servers not in (None, decider.servers):
+            for other in agents:
+                if other.servers not in (None, agent.servers):
                     raise PolicyError(
-                        f"policy {decider.name!r} is for {decider.servers} servers, and policy {other.name!r} for "
+                        f"policy {agent.name!r} is for {agent.servers} servers, and policy {other.name!r} for "
                         f"{other.servers}"
                     )
-        plane.num_servers = next(decider.servers for decider in deciders if decider.servers is not None)
+        plane.num_servers = next(agent.servers for agent in agents if agent.servers is not None)
 
     def _fit(self, plane: SharedMemoryDataPlane) -> None:
         self._servers = plane.num_servers
-        for decider in (self._policy, self._fallback):
-            decider.fit(plane.num_servers, ground_truth=plane.has_ground_truth)
+        for agent in (self._policy, self._fallback):
+            agent.fit(plane.num_servers, ground_truth=plane.has_ground_truth)
 
     def _set_lease(self, plane: SharedMemoryDataPlane, *, refuse: bool = False) -> None:
-        """Longer than the longest time between two actions that is still in order."""
+        """Set the lease: longer than the longest time between two actions in normal operation."""
         longest = self._interval / plane.region.clock_rate + plane.timeout
         lease = self.config.lease
         if lease is None:
@@ -280,23 +275,21 @@ class Controller:
         plane.lease = self.state.lease = lease
 
     def _warm_up(self, plane: SharedMemoryDataPlane) -> None:
-        """One decision for nothing: the first one of a network takes longer than those that follow."""
+        """Call the policy once and discard the result: a network's first call is slow."""
         try:
             with self._interruptible():
                 self._policy(plane.last(), np.ones(plane.num_servers), {})
         except Exception as error:
             self._log(_WARNING, "policy_error", f"{_name_of(error)} before the first step: {error}")
 
-    # The loop
-
     def _drive(self, plane: SharedMemoryDataPlane) -> Outcome:
         config = self.config
         ends_at = math.inf if config.duration is None else time.monotonic() + config.duration
         self._summary = _Summary(self.state.counts)
-        self._notifier.tell("READY=1", f"STATUS=driving region {config.shm}")
+        self._notifier.notify("READY=1", f"STATUS=driving region {config.shm}")
         snapshot: Snapshot | None = None
         while not self._stop.is_set():
-            self._notifier.tell("WATCHDOG=1")
+            self._notifier.notify("WATCHDOG=1")
             if self._summary.age >= config.summary_interval:
                 self._summarize()
             if self._steps_left <= 0 or time.monotonic() >= ends_at:
@@ -307,7 +300,7 @@ class Controller:
         return Outcome.STOPPED
 
     def _observe(self, plane: SharedMemoryDataPlane) -> Snapshot | None:
-        """The next observation, with no weights written; None if there is none in time."""
+        """Wait for the next observation without writing weights; None if it does not come in time."""
         try:
             with self._interruptible():
                 snapshot = plane.wait()
@@ -318,7 +311,7 @@ class Controller:
         return snapshot
 
     def _step(self, plane: SharedMemoryDataPlane, snapshot: Snapshot) -> Snapshot | None:
-        """Decide on an observation, act, and wait for the next one; None if there is none in time."""
+        """Decide on an observation, act, and wait for the next one; None if it does not come in time."""
         counts, info, seen_at, known = self.state.counts, plane.info, plane.published_at, plane.known_servers
         before = usable_weights(self._in_force(info))
         proposed = None
@@ -370,7 +363,7 @@ class Controller:
         return after
 
     def _in_force(self, info: dict[str, Any]) -> NDArray[np.float64]:
-        """What the data plane dispatches by, or will as soon as it has picked up what was written last."""
+        """The weights that the data plane uses, or will use once it has picked up those written last."""
         reported: NDArray[np.float64] = info["weights_in_force"]
         written = self._weights
         if written is None:
@@ -381,16 +374,14 @@ class Controller:
         return reported if picked_up or info["safe_weights"] else written
 
     def _elapsed(self, snapshot: Snapshot) -> float:
-        """Seconds of the data plane's clock that the weights may move for."""
+        """Seconds of the data plane's clock since the last decision, for which the weights may move."""
         elapsed = snapshot.timestamp - self._decided_at
         return min(elapsed, _MOST_INTERVALS * self._interval) if elapsed >= 0.0 else self._interval
-
-    # The policy, and whether it is trusted
 
     def _ask(
         self, plane: SharedMemoryDataPlane, snapshot: Snapshot, weights: NDArray[np.float64]
     ) -> NDArray[np.float64] | None:
-        """What the policy proposes, None if it fails; ``_failures`` says how often in a row it did."""
+        """The policy's proposal, None if it fails; ``_failures`` counts the failures in a row."""
         counts, proposed = self.state.counts, None
         level = _DEBUG if self._distrust else _WARNING
         began = time.monotonic()
@@ -402,8 +393,8 @@ class Controller:
                 proposed = self._policy(snapshot, weights, plane.info)
         except Exception as error:
             counts.errors += 1
-            told = {} if self._failures else {"traceback": traceback.format_exc()}
-            self._log(level, "policy_error", f"{_name_of(error)}: {error}", **told)
+            details = {} if self._failures else {"traceback": traceback.format_exc()}
+            self._log(level, "policy_error", f"{_name_of(error)}: {error}", **details)
         took = time.monotonic() - began
         allowed = self._interval / plane.region.clock_rate
         if took > allowed:
@@ -430,7 +421,7 @@ class Controller:
         self._fallback.reset()
         self.state.fallback = True
         self.state.counts.fallbacks += 1
-        self._notifier.tell(f"STATUS=driving region {self.config.shm} by fallback {self._fallback.name}: {message}")
+        self._notifier.notify(f"STATUS=driving region {self.config.shm} by fallback {self._fallback.name}: {message}")
         self._log(_WARNING, "fallback", f"{message}; {self._fallback.name!r} decides", why=why)
 
     def _trial_is_due(self) -> bool:
@@ -446,8 +437,8 @@ class Controller:
         before: NDArray[np.float64],
         weights: NDArray[np.float64],
     ) -> int:
-        """See whether the policy can be trusted again; the instant at which the fallback's weights were written."""
-        # Before the trial, which may take long.
+        """Try whether the policy works again; return the instant at which the fallback's weights were written."""
+        # Write first: the trial may take long.
         plane.write(weights)
         written_at = plane.written_at
         self._ask(plane, snapshot, before)
@@ -461,14 +452,12 @@ class Controller:
         if self._good >= self.config.trial_steps:
             self._distrust = None
             self.state.fallback = False
-            self._notifier.tell(f"STATUS=driving region {self.config.shm}")
+            self._notifier.notify(f"STATUS=driving region {self.config.shm}")
             self._log(_INFO, "policy_back", f"policy {self._policy.name!r} decides again", good_steps=self._good)
         return written_at
 
-    # What comes from the data plane
-
     def _usually_missed(self, plane: SharedMemoryDataPlane) -> int:
-        """Deadlines that pass without an observation of their own where the data plane publishes less often."""
+        """Deadlines without an observation of their own between two publications, where those are rarer than steps."""
         return max(0, math.ceil(plane.region.publish_interval / self._interval - 1e-6) - 1)
 
     def _note_silence(self, error: LbgymError) -> None:
@@ -482,7 +471,7 @@ class Controller:
             self._log(level, "invalid_observation", str(error), in_a_row=self._timeouts)
 
     def _note_observation(self, plane: SharedMemoryDataPlane) -> None:
-        """Take note of what an observation says beside the servers' features."""
+        """React to what an observation reports beside the servers' features."""
         counts, info = self.state.counts, plane.info
         self.state.observed_at = plane.published_at
         if self._timeouts:
@@ -511,13 +500,11 @@ class Controller:
             self._log(_INFO, "servers_joined", servers=plane.num_servers)
             self._fit(plane)
         if joined or info["producer_restarted"] or info["clock_jumped"]:
-            # What was seen and done so far says nothing about what comes.
+            # The past says nothing about what comes.
             self._forget = True
             self._fallback.reset()
             self._weights = None
             self._decided_at = math.nan
-
-    # The end, and what is told
 
     def _withdraw(self, plane: SharedMemoryDataPlane) -> None:
         try:
@@ -534,7 +521,7 @@ class Controller:
 
 
 class _Summary:
-    """What happened since it was made."""
+    """Counts and latencies since the summary was begun."""
 
     def __init__(self, counts: Counts) -> None:
         self._counts, self._before = counts, replace(counts)
@@ -548,11 +535,11 @@ class _Summary:
 
     def fields(self) -> dict[str, Any]:
         names = ("steps", "timeouts", "invalid", "missed", "errors", "overruns", "restarts", "fallback_steps")
-        told: dict[str, Any] = {"seconds": self.age}
-        told |= {name: getattr(self._counts, name) - getattr(self._before, name) for name in names}
+        fields: dict[str, Any] = {"seconds": self.age}
+        fields |= {name: getattr(self._counts, name) - getattr(self._before, name) for name in names}
         if self.latencies:
-            told |= {"latency_mean": np.mean(self.latencies), "latency_p99": np.quantile(self.latencies, 0.99)}
-        return told
+            fields |= {"latency_mean": np.mean(self.latencies), "latency_p99": np.quantile(self.latencies, 0.99)}
+        return fields
 
 
 def _name_of(error: Exception) -> str:

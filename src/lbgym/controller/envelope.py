@@ -1,4 +1,4 @@
-"""What keeps a policy's weights within bounds, and their changes: :class:`SafetyEnvelope`."""
+"""Bounds on a policy's weights and on their changes: :class:`SafetyEnvelope`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, InvalidWeightsError
 
-#: What can hold a proposal back.
+#: The limits that can hold a proposal back.
 LIMITS = ("floor", "max_ratio", "rate_limit", "smoothing")
 #: Bounds are met to this relative accuracy, so that the rounding of a sum does not count as an intervention.
 _TOLERANCE = 1e-9
@@ -20,15 +20,15 @@ _TOLERANCE = 1e-9
 class SafetyEnvelope:
     """Bounds on weights and on how fast they move.
 
-    Dispatch rules know only the ratios of weights, so everything here is about *relative weights*: weights of the
-    active servers over their mean.
+    Dispatch rules depend only on the ratios of weights, so all bounds are on *relative weights*: weights of the active
+    servers over their mean.
 
     1. **Bounds.** Weights out of bounds are drawn towards equal ones, along the straight line, until the least relative
        weight is at least ``floor`` and the largest at most ``max_ratio`` times the least. The order of the servers
        stays, and the floor alone never moves the weights by more than that share of the way.
     2. **Speed.** From the weights in force they move towards the result, again along the straight line, as far as no
-       relative weight changes by more than a factor of ``rate_limit`` to the power of the seconds that have passed;
-       with ``smoothing``, no further than a first-order lag of that time constant would go.
+       relative weight changes by more than a factor of ``rate_limit`` to the power of the elapsed seconds; with
+       ``smoothing``, no further than a first-order lag of that time constant would go.
 
     Where the weights in force are themselves out of bounds (a data plane's safe weights may be), the bounds win: the
     movement begins at the weights in force *brought into bounds*, in one step. So the result is in bounds always, and
@@ -63,8 +63,8 @@ class SafetyEnvelope:
         """Weights to put in force.
 
         Args:
-            proposed: float[N], at least 0 and finite, above 0 for at least one active server; what it says of inactive
-                servers is not looked at.
+            proposed: float[N], at least 0 and finite, above 0 for at least one active server; the values of inactive
+                servers are ignored.
             in_force: float[N]; a server without a finite weight above 0 counts as having the others' mean.
             active: bool[N].
             elapsed: seconds that the movement may take.
@@ -75,7 +75,7 @@ class SafetyEnvelope:
             active ones, which is what they begin with when they join. While no server is active, the weights stay.
 
         Raises:
-            InvalidWeightsError: for a proposal that is not as above.
+            InvalidWeightsError: if the proposal breaks these rules.
         """
         now = usable_weights(in_force)
         if not active.any():
@@ -119,7 +119,7 @@ class SafetyEnvelope:
     def _way(
         self, start: NDArray[np.float64], target: NDArray[np.float64], elapsed: float
     ) -> tuple[float, tuple[str, ...]]:
-        """The part of the way from ``start`` to ``target`` that may be gone, and what shortens it."""
+        """The allowed part of the way from ``start`` to ``target``, and the limits that shorten it."""
         way = 1.0
         limits: tuple[str, ...] = ()
         change = target / start
@@ -142,7 +142,7 @@ class SafetyEnvelope:
 
 
 def usable_weights(in_force: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Weights that are finite and above 0: where they are not, the mean of those that are; 1 if none is."""
+    """Replace weights that are not finite and above 0 by the mean of those that are, or by 1 if none is."""
     weights = np.array(in_force, np.float64)
     good = np.isfinite(weights) & (weights > 0.0)
     if not good.all():
@@ -151,7 +151,7 @@ def usable_weights(in_force: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _mean(weights: NDArray[np.float64]) -> float:
-    """Of positive numbers, whose sum may be more and whose mean less than a float can be."""
+    """Mean of positive numbers whose sum may overflow and whose mean may underflow."""
     largest = weights.max()
     return max(float(largest * (weights / largest).mean()), 5e-324)
 

@@ -20,13 +20,13 @@ logger = logging.getLogger("lbgym.controller")
 
 
 def log_event(level: int, event: str, region: str, message: str = "", **fields: Any) -> None:
-    """Log something that happened.
+    """Log an event.
 
     Args:
         level: of the logging module.
-        event: what kind of thing, one word.
-        region: at which region.
-        message: a sentence for people; may be empty where the fields say it all.
+        event: the kind of event, one word.
+        region: name of the region.
+        message: a sentence for people; empty where the fields are enough.
         fields: numbers, texts, arrays.
     """
     if logger.isEnabledFor(level):
@@ -34,7 +34,7 @@ def log_event(level: int, event: str, region: str, message: str = "", **fields: 
 
 
 class _Formatter(logging.Formatter):
-    """One line per record; records without an event (warnings of a library) are of the event "log"."""
+    """One line per record; records without an event, such as a library's warnings, get the event "log"."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = record.getMessage()
@@ -77,7 +77,7 @@ class TextFormatter(_Formatter):
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: arrays are lists, and what is no finite number is null."""
+    """Convert to JSON's types: arrays to lists, and numbers that are not finite to null."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     elif isinstance(value, np.generic):
@@ -91,21 +91,21 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def logging_to_stderr(log_format: str, log_level: str) -> Iterator[None]:
-    """Everything that lbgym logs, and Python's warnings, on standard error in one format."""
+    """Send lbgym's logs and Python's warnings to standard error in one format."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    ours = [logging.getLogger(name) for name in ("lbgym", "py.warnings")]
-    before = [(one.handlers[:], one.level, one.propagate) for one in ours]
-    for one in ours:
-        one.handlers[:] = [handler]
-        one.setLevel(log_level.upper())
-        one.propagate = False
+    loggers = [logging.getLogger(name) for name in ("lbgym", "py.warnings")]
+    before = [(each.handlers[:], each.level, each.propagate) for each in loggers]
+    for each in loggers:
+        each.handlers[:] = [handler]
+        each.setLevel(log_level.upper())
+        each.propagate = False
     logging.captureWarnings(True)
     try:
         yield
     finally:
         logging.captureWarnings(False)
-        for one, (handlers, level, propagate) in zip(ours, before, strict=True):
-            one.handlers[:] = handlers
-            one.setLevel(level)
-            one.propagate = propagate
+        for each, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            each.handlers[:] = handlers
+            each.setLevel(level)
+            each.propagate = propagate

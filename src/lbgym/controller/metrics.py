@@ -1,4 +1,4 @@
-"""What a controller counts, and the page on which Prometheus reads it."""
+"""The controller's counts and state, and the page that Prometheus reads them from."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _DELAYS = (0.00002, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 
 @dataclass(slots=True)
 class Counts:
-    """What happened since the controller started; all grow only.
+    """Counts since the controller started; they never decrease.
 
     Attributes:
         steps: actions written (in a dry run: decided).
         timeouts: observations that did not come in time.
-        invalid: observations that no data plane may publish.
+        invalid: observations that break the rules of the binary interface.
         missed: deadlines that passed without an observation of their own.
         errors: of the policy: exceptions, and actions of a wrong shape or not finite.
         overruns: decisions of the policy that took longer than an interval.
         restarts: producers that took over.
         jumps: of the data plane's clock or sequence.
-        fallback_steps: steps that the fallback decided.
-        held_steps: steps that kept the weights in force, because the policy failed.
+        fallback_steps: steps decided by the fallback.
+        held_steps: steps that kept the weights in force because the policy failed.
         fallbacks: times that the fallback took over.
         interventions: steps in which the envelope held the proposal back, by limit.
     """
@@ -57,12 +57,12 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The last step: what was seen, and what became of it.
+    """The last step: observation, proposal and result.
 
     Attributes:
         proposed: float64[N], by the policy or the fallback; None in a step that held.
-        weights: float64[N], behind the envelope.
-        in_force: float64[N], as the data plane said when the observation was taken.
+        weights: float64[N], after the envelope.
+        in_force: float64[N], as reported by the data plane with the observation.
         active: bool[N].
         stats: float32[N, 11].
         safe: whether the data plane's safe weights were in force.
@@ -78,10 +78,10 @@ class Step:
 
 @dataclass(slots=True)
 class State:
-    """What the metrics tell; written by the controller's thread, read by the server's.
+    """The controller's state for the metrics; written by the controller's thread, read by the server's.
 
     Attributes:
-        version, policy, region: who this is.
+        version, policy, region: identify the controller.
         counts: so far.
         step: the last one, None before the first.
         observed_at: ns of the monotonic clock when the newest observation was published; 0 before the first.
@@ -104,14 +104,14 @@ class State:
 _COUNTERS = {
     "steps": ("lbgym_steps", "Actions written."),
     "timeouts": ("lbgym_observation_timeouts", "Observations that did not come in time."),
-    "invalid": ("lbgym_invalid_observations", "Observations that no data plane may publish."),
+    "invalid": ("lbgym_invalid_observations", "Observations that break the rules of the binary interface."),
     "missed": ("lbgym_missed_observations", "Deadlines that passed without an observation of their own."),
     "errors": ("lbgym_policy_errors", "Exceptions of the policy, and actions of a wrong shape or not finite."),
     "overruns": ("lbgym_policy_overruns", "Decisions of the policy that took longer than an interval."),
     "restarts": ("lbgym_producer_restarts", "Producers that took over."),
     "jumps": ("lbgym_clock_jumps", "Jumps of the data plane's clock or sequence."),
-    "fallback_steps": ("lbgym_fallback_steps", "Steps that the fallback decided."),
-    "held_steps": ("lbgym_held_steps", "Steps that kept the weights in force, because the policy failed."),
+    "fallback_steps": ("lbgym_fallback_steps", "Steps decided by the fallback."),
+    "held_steps": ("lbgym_held_steps", "Steps that kept the weights in force because the policy failed."),
     "fallbacks": ("lbgym_fallbacks", "Times that the fallback took over."),
 }
 
@@ -120,7 +120,7 @@ class Metrics:
     """Prometheus metrics of one controller, in a registry of their own, served over HTTP.
 
     Args:
-        state: what they tell, apart from the histograms.
+        state: everything but the histograms.
         port: 0: any free one.
         address: to serve on.
 
@@ -170,7 +170,7 @@ class Metrics:
 
 
 class _Collector:
-    """Everything but the histograms, made when it is asked for: a thousand gauges a step would cost milliseconds."""
+    """All metrics but the histograms, made on request: updating a thousand gauges per step would cost milliseconds."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -179,8 +179,8 @@ class _Collector:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 
         state = self._state
-        about = {"version": state.version, "policy": state.policy, "region": state.region}
-        yield InfoMetricFamily("lbgym_controller", "Which controller this is.", about)
+        identity = {"version": state.version, "policy": state.policy, "region": state.region}
+        yield InfoMetricFamily("lbgym_controller", "Version, policy and region of the controller.", identity)
         for name, (metric, text) in _COUNTERS.items():
             yield CounterMetricFamily(metric, text, getattr(state.counts, name))
         interventions: Any = CounterMetricFamily(
@@ -204,7 +204,7 @@ class _Collector:
         yield GaugeMetricFamily("lbgym_safe_weights_in_force", "1: the data plane's safe weights.", step.safe)
         rows = {
             "lbgym_weight_proposed": ("Weight that the policy or the fallback proposed.", step.proposed),
-            "lbgym_weight_written": ("Weight behind the envelope.", step.weights),
+            "lbgym_weight_written": ("Weight after the envelope.", step.weights),
             "lbgym_weight_in_force": ("Weight in force when the observation was taken.", step.in_force),
             "lbgym_server_active": ("1: the server takes new flows.", step.active),
         }

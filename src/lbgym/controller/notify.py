@@ -1,4 +1,4 @@
-"""What a service manager is told, by the protocol of systemd's ``sd_notify``."""
+"""Notify a service manager by the protocol of systemd's ``sd_notify``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 
 
 class Notifier:
-    """Sends states to the socket of ``$NOTIFY_SOCKET``; does nothing where there is none.
+    """Sends states to the socket of ``$NOTIFY_SOCKET``; does nothing without one.
 
     Args:
         address: of the socket, an absolute path or, with a leading "@", an abstract name; None: ``$NOTIFY_SOCKET``.
@@ -21,8 +21,8 @@ class Notifier:
             self._address = "\0" + address[1:] if address[0] == "@" else address
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
 
-    def tell(self, *states: str) -> None:
-        """Send states such as ``READY=1``; a manager that does not listen is none of our business."""
+    def notify(self, *states: str) -> None:
+        """Send states such as ``READY=1``; a manager that does not listen is no error."""
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.sendto("\n".join(states).encode(), self._address)

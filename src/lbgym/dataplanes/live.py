@@ -22,7 +22,7 @@ from ..errors import (
     RegionNotFoundError,
 )
 from ..sharedmemory import DEFAULT_LEASE, ObservationBuffer, SharedMemoryRegion, seqlock
-from ..snapshot import Snapshot
+from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 
 logger = logging.getLogger("lbgym")
 
@@ -81,7 +81,7 @@ class SharedMemoryDataPlane:
         self,
         name: str,
         *,
-        interval: float = 0.25,
+        interval: float = DEFAULT_STEP_INTERVAL,
         timeout: float = 2.0,
         num_servers: int | None = None,
         lease: float = DEFAULT_LEASE,

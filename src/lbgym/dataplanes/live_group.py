@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, UnknownNameError
 from ..scenarios import Scenario, ScenarioDistribution
-from ..snapshot import Snapshot
+from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .live import SharedMemoryDataPlane
 
 
@@ -41,7 +41,7 @@ class LiveDataPlanes:
         self,
         names: Sequence[str],
         *,
-        interval: float = 0.25,
+        interval: float = DEFAULT_STEP_INTERVAL,
         timeout: float = 2.0,
         num_servers: int | None = None,
         scenario: Scenario | ScenarioDistribution | None = None,

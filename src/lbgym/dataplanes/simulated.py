@@ -12,7 +12,7 @@ from ..errors import InvalidOptionError, UnknownNameError
 from ..scenarios import AnyScenario, Event, Scenario, load_scenario
 from ..scenarios.randomization import HORIZON
 from ..simulator import Simulation
-from ..snapshot import Snapshot
+from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 
 RESET_OPTIONS = ("scenario", "load", "rate", "events")
 
@@ -75,7 +75,7 @@ class SimulatedDataPlane:
         num_balancers: int | None = None,
         num_servers: int | None = None,
         dispatch: str | None = None,
-        interval: float = 0.25,
+        interval: float = DEFAULT_STEP_INTERVAL,
         horizon: float = HORIZON,
         num_threads: int | None = 1,
     ) -> None:

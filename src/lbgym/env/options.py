@@ -9,7 +9,7 @@ from typing import Any
 from ..checks import choice, seconds, whole
 from ..errors import InvalidOptionError
 from ..scenarios import DISPATCH_RULES, Scenario, ScenarioDistribution, load_scenario
-from ..snapshot import Snapshot
+from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .actions import ActionCodec, make_action_codec
 from .observations import ObservationLayout
 from .rendering import RENDER_MODES
@@ -43,7 +43,7 @@ class EnvOptions:
         action_weights: Sequence[float] = (1.0, 1.5, 2.0),
         min_weight: float = 0.1,
         max_weight: float = 10.0,
-        step_interval: float = 0.25,
+        step_interval: float = DEFAULT_STEP_INTERVAL,
         reward_type: str | Mapping[str, float] | Callable[[Snapshot], Any] = "jain",
         reward_field: str = "flow_duration_avg_decay",
         max_steps: int = 10_000,

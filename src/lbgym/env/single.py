@@ -12,7 +12,7 @@ from gymnasium.utils import seeding
 
 from ..errors import InvalidOptionError, ResetNeeded
 from ..scenarios import Scenario, ScenarioDistribution
-from ..snapshot import Snapshot
+from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .core import CoreView, EnvCore, live_plane, simulated_plane
 from .options import EnvOptions, check_seed
 from .rendering import RENDER_MODES
@@ -106,7 +106,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         action_weights: Sequence[float] = (1.0, 1.5, 2.0),
         min_weight: float = 0.1,
         max_weight: float = 10.0,
-        step_interval: float = 0.25,
+        step_interval: float = DEFAULT_STEP_INTERVAL,
         reward_type: str | Mapping[str, float] | Callable[[Snapshot], Any] = "jain",
         reward_field: str = "flow_duration_avg_decay",
         max_steps: int = 10_000,

@@ -20,7 +20,7 @@ from ..scenarios import Scenario, ScenarioDistribution, load_scenario
 from ..simulator import Simulation
 from .contenders import Contender, parse_contenders
 from .results import Comparison, Conditions, Run, RunSettings
-from .runner import Controller, scenario_of_seed, settings_for, simulate
+from .runner import agents_of, scenario_of_seed, settings_for, simulate
 
 logger = logging.getLogger("lbgym")
 
@@ -83,7 +83,7 @@ def compare(
     settings = settings_for(source, duration, warmup, drain, interval, keep_flows)
     for contender in chosen:
         # What is wrong with a policy is said at once, not by the first process that gets to it.
-        Controller(contender, source.reference, 0)
+        agents_of(contender, source.reference, 0)
     conditions = tuple(_conditions(scenario_of_seed(source, seed, settings)) for seed in numbers)
     load = max(condition.load or 0.0 for condition in conditions)
     if load >= 1:

@@ -1,4 +1,4 @@
-"""The contenders of a comparison by name: a dispatch rule with a weight policy, or a trained model."""
+"""Contenders of a comparison by name: a dispatch rule with a weight policy, or a trained model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SHORTHANDS = {"awcmp": "wcmp+awcmp", "wcmp-uniform": "wcmp+uniform"}
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Who takes part: what places the flows and what sets the weights.
+    """A dispatch rule, which places the flows, and a policy, which sets the weights.
 
     Attributes:
         label: its name in tables and files.
-        dispatch: dispatch rule; None: the one a trained model was trained with, else the scenario's.
-        policy: name of a heuristic; None: ``path``.
+        dispatch: dispatch rule; None: the one that the model was trained with, else the scenario's.
+        policy: name of a heuristic; None: the trained model at ``path``.
         path: a trained model's file, absolute.
     """
 
@@ -32,7 +32,7 @@ class Contender:
 
 
 def parse_contender(text: str) -> Contender:
-    """A contender from text.
+    """Parse a contender.
 
     * ``RULE``: a dispatch rule; where it reads weights they are the servers' cores, as an operator would configure;
     * ``RULE+POLICY``: with a heuristic's weights (``sed+latency``, ``wcmp+uniform``, ``p2c_sed+random``);
@@ -44,7 +44,7 @@ def parse_contender(text: str) -> Contender:
 
     Raises:
         UnknownNameError: for an unknown rule or policy; the message lists the known ones.
-        PolicyError: for a model file that does not exist, or a policy under a rule that reads no weights.
+        PolicyError: if the model's file does not exist, or the rule ignores weights.
     """
     text = text.strip()
     label, equals, rest = text.partition("=")
@@ -77,10 +77,10 @@ def parse_contender(text: str) -> Contender:
 
 
 def parse_contenders(items: str | Iterable[str | Contender]) -> list[Contender]:
-    """Contenders from a comma-separated text or from several; labels that would repeat get a number.
+    """Parse contenders from a comma-separated text or from several texts; models of the same name get their folder's.
 
     Raises:
-        PolicyError: if there is none, or the same contender is given twice under one label.
+        PolicyError: if the list is empty, or two contenders have the same label.
         UnknownNameError: as :func:`parse_contender`.
     """
     if isinstance(items, str):
@@ -92,7 +92,7 @@ def parse_contenders(items: str | Iterable[str | Contender]) -> list[Contender]:
 
 
 def _distinct(contenders: Sequence[Contender]) -> list[Contender]:
-    """Models of one file name get their folder's name in front; any other repetition is an error."""
+    """Prefix models of the same file name with their folder's; refuse any other repeated label."""
     given = [contender.label for contender in contenders]
     result = []
     for contender in contenders:
@@ -103,7 +103,7 @@ def _distinct(contenders: Sequence[Contender]) -> list[Contender]:
     labels = [contender.label for contender in result]
     for label in labels:
         if labels.count(label) > 1:
-            raise PolicyError(f"two contenders are called {label!r}; tell them apart with LABEL=CONTENDER")
+            raise PolicyError(f"two contenders are called {label!r}; name one of them with LABEL=CONTENDER")
     return result
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -11,75 +12,59 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ScenarioError
-from ..policies import TrainedPolicy, WeightPolicy, load_policy, make_weight_policy
+from ..policies import Agent, TrainedPolicy, load_policy, make_agent
 from ..scenarios import Scenario, ScenarioDistribution
 from ..simulator import Simulation
+from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .contenders import Contender
 from .results import COUNTS, Run, RunSettings, Series
 from .statistics import fct_histogram, jain_index
 
 QUANTILES = {"fct_p50": 0.5, "fct_p90": 0.9, "fct_p99": 0.99, "fct_p999": 0.999}
 
-DEFAULT_INTERVAL = 0.25
 
-
-class Controller:
-    """What sets the weights of all balancers: a copy of the policy for each, on that balancer's own observation.
+def agents_of(contender: Contender, scenario: Scenario, seed: int, *, num_servers: int | None = None) -> list[Agent]:
+    """An agent for every balancer, each with a policy of its own.
 
     Args:
-        contender: who.
+        contender: whose policy.
         scenario: what is simulated.
-        seed: of the flows.
+        seed: of the flows; the streams of policies that draw differ between seeds and balancers.
         num_servers: N, of which the scenario's servers are the first; None: the scenario's. Trained models see all of
             them with a mask, heuristics those that exist.
+
+    Raises:
+        PolicyError: for a model that does not fit the scenario.
     """
+    n, m = num_servers or scenario.num_servers, scenario.balancers
+    if contender.path is not None:
+        agent = Agent(_loaded(contender.path), n, name=contender.path)
+        return [agent.copy() for _ in range(m)]
+    # The stream of a policy that draws has nothing to do with the flows' seed.
+    seeds = np.random.SeedSequence([seed, 0x706F6C69]).generate_state(m)
+    name = contender.policy or "cores"
+    return [make_agent(name, n, scenario=scenario, seed=int(s)) for s in seeds]
 
-    def __init__(self, contender: Contender, scenario: Scenario, seed: int, *, num_servers: int | None = None) -> None:
-        n, m = num_servers or scenario.num_servers, scenario.balancers
-        self._existing = scenario.num_servers
-        self.dispatch = contender.dispatch or scenario.dispatch
-        self.interval: float | None = None
-        self._heuristics: list[WeightPolicy] = []
-        self._models: list[TrainedPolicy] = []
-        self._weights = np.ones((m, n))
-        if contender.path is None:
-            # The stream of a policy that draws differs between balancers and has nothing to do with the flows' seed.
-            seeds = np.random.SeedSequence([seed, 0x706F6C69]).generate_state(m)
-            name = contender.policy or "cores"
-            self._heuristics = [make_weight_policy(name, scenario, int(s)) for s in seeds]
-            return
-        model = _loaded(contender.path)
-        self.dispatch = contender.dispatch or model.dispatch or scenario.dispatch
-        self.interval = model.step_interval
-        self._layout, self._codec = model.codecs(n)
-        self._models = [model.copy() for _ in range(m)]
 
-    def reset(self) -> None:
-        """Forget the former run."""
-        policies: list[WeightPolicy | TrainedPolicy] = [*self._heuristics, *self._models]
-        for policy in policies:
-            policy.reset()
+def dispatch_of(contender: Contender, scenario: Scenario, agents: Sequence[Agent]) -> str:
+    """The dispatch rule that places a contender's flows."""
+    return contender.dispatch or agents[0].dispatch or scenario.dispatch
 
-    def __call__(self, snapshot: Any) -> NDArray[np.float64]:
-        """float64[1, m, N] from the batched snapshot of one replica."""
-        active, truth = snapshot.active[0], snapshot.ground_truth[0]
-        n = self._existing
-        for b, heuristic in enumerate(self._heuristics):
-            features = snapshot.stats[0, b]
-            if heuristic.uses_ground_truth:
-                features = np.concatenate([features, truth], axis=-1)
-            self._weights[b, :n] = heuristic.weights(features[:n], active[:n])
-        for b, model in enumerate(self._models):
-            observation = self._layout.encode(snapshot.stats[0, b], truth, active)
-            info = {
-                "sequence_id": int(snapshot.sequence_id[0]),
-                "timestamp": float(snapshot.timestamp[0]),
-                "active": active.copy(),
-                "active_servers": active.nonzero()[0].tolist(),
-                "weights": self._weights[b].copy(),
-            }
-            self._weights[b] = self._codec.to_weights(model.act(observation, info))
-        return self._weights[None]
+
+def decide(agents: Sequence[Agent], snapshot: Snapshot, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """New weights of every balancer, each from its own observation.
+
+    Args:
+        agents: one per balancer.
+        snapshot: a batch of one replica, ``stats`` float32[1, m, N, 11].
+        weights: in force, float64[1, m, N].
+
+    Returns:
+        float64[1, m, N].
+    """
+    now = snapshot.part(0)
+    now = replace(now, sequence_id=int(now.sequence_id), timestamp=float(now.timestamp))
+    return np.stack([agent(replace(now, stats=now.stats[b]), weights[0, b]) for b, agent in enumerate(agents)])[None]
 
 
 @lru_cache(maxsize=16)
@@ -88,10 +73,8 @@ def _loaded(path: str) -> TrainedPolicy:
 
 
 def scenario_of_seed(scenario: Scenario | ScenarioDistribution, seed: int, settings: RunSettings) -> Scenario:
-    """The scenario that every contender meets on a seed: what a distribution draws for it."""
-    if isinstance(scenario, ScenarioDistribution):
-        return scenario.draw(seed, horizon=settings.duration + settings.drain)
-    return scenario
+    """The scenario that every contender meets on a seed, drawn from a distribution."""
+    return scenario.draw(seed, horizon=settings.duration + settings.drain)
 
 
 def simulate(
@@ -112,9 +95,9 @@ def simulate(
     Args:
         scenario: what to simulate; every contender sees the same flows for the same seed, and of a distribution the
             same scenario.
-        contender: who.
+        contender: whose policy and dispatch rule.
         seed: of the flows.
-        settings: how long.
+        settings: durations and control interval.
         series: also record open flows and weights over time.
         stopped: asked at every control step; True ends the run.
 
@@ -124,15 +107,14 @@ def simulate(
     Raises:
         ScenarioError: if no flow counts.
     """
-    room = scenario.max_servers if isinstance(scenario, ScenarioDistribution) else scenario.num_servers
+    room = scenario.max_servers
     scenario = scenario_of_seed(scenario, seed, settings)
     servers = scenario.num_servers
-    controller = Controller(contender, scenario, seed, num_servers=room)
-    interval = settings.interval or controller.interval or DEFAULT_INTERVAL
-    simulation = Simulation(
-        scenario, 1, num_servers=room, dispatch=controller.dispatch, service=False, record_flows=True
-    )
-    controller.reset()
+    agents = agents_of(contender, scenario, seed, num_servers=room)
+    dispatch = dispatch_of(contender, scenario, agents)
+    interval = settings.interval or agents[0].step_interval or DEFAULT_STEP_INTERVAL
+    simulation = Simulation(scenario, 1, num_servers=room, dispatch=dispatch, service=False, record_flows=True)
+    in_force = np.ones((1, scenario.balancers, room))
     snapshot = simulation.reset([seed])
     busy: list[NDArray[np.float64]] = []
     cuts = [settings.warmup, settings.duration]
@@ -149,7 +131,7 @@ def simulate(
             break
         weights = None
         if now >= steps * interval:
-            weights = controller(snapshot)
+            weights = in_force = decide(agents, snapshot, in_force)
             steps += 1
             if series and now < settings.duration:
                 rows.append((now, snapshot, weights[0, 0].copy()))
@@ -163,7 +145,7 @@ def simulate(
     return Run(
         contender.label,
         seed,
-        controller.dispatch,
+        dispatch,
         _measure(flows, utilization),
         np.append(utilization, np.full(room - servers, np.nan)),
         fct_histogram(flows["fct"]),
@@ -173,7 +155,7 @@ def simulate(
 
 
 def _counted(simulation: Simulation, scenario: Scenario, settings: RunSettings) -> dict[str, NDArray[Any]]:
-    """The flows that count, ended or not, in order of arrival."""
+    """The flows that count, finished or not, in order of arrival."""
     ended, still = simulation.take_flows(), simulation.open_flows()
     clock = float(simulation.integrals()["clock"][0])
     still |= {"fct": clock - still["arrival"], "status": np.full(len(still["arrival"]), 4)}
@@ -203,7 +185,7 @@ def _measure(flows: dict[str, NDArray[Any]], utilization: NDArray[np.float64]) -
 
 
 def _series(rows: list[tuple[float, Any, NDArray[np.float64]]], servers: int) -> Series:
-    """Of the servers that exist."""
+    """Open flows and weights over time, of the servers that exist."""
     snapshots = [row[1] for row in rows]
     active = np.array([s.active[0, :servers] for s in snapshots])
     weights = np.array([row[2][:servers] for row in rows])

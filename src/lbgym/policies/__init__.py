@@ -1,8 +1,10 @@
-"""Policies: heuristics that set weights by rule, and trained models."""
+"""Policies: heuristics that set weights by rule, trained models, and the agents that make weights of snapshots."""
 
 from __future__ import annotations
 
-from .base import EnvPolicy, Policy, WeightPolicy
+from .agent import Agent, Policy
+from .base import WeightPolicy
+from .checkpoints import load_policy, read_checkpoint
 from .heuristics import (
     AdaptiveWeights,
     LatencyWeights,
@@ -11,13 +13,14 @@ from .heuristics import (
     StaticWeights,
     UniformWeights,
 )
-from .registry import make_policy, make_weight_policy, weight_policy_names
-from .trained import TRAINED_SUFFIXES, SB3Policy, TrainedPolicy, load_policy
+from .registry import make_agent, make_policy, make_weight_policy, weight_policy_names
+from .sb3 import SB3Policy
+from .trained import TRAINED_SUFFIXES, TrainedPolicy
 
 __all__ = [
     "TRAINED_SUFFIXES",
     "AdaptiveWeights",
-    "EnvPolicy",
+    "Agent",
     "LatencyWeights",
     "LittlesLawWeights",
     "Policy",
@@ -28,7 +31,9 @@ __all__ = [
     "UniformWeights",
     "WeightPolicy",
     "load_policy",
+    "make_agent",
     "make_policy",
     "make_weight_policy",
+    "read_checkpoint",
     "weight_policy_names",
 ]

@@ -1,35 +1,21 @@
-"""What a policy is, and how one that thinks in weights is fitted to an environment."""
+"""Policies that set weights from features: :class:`WeightPolicy`."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..env.actions import ActionCodec
-from ..env.observations import ObservationLayout
 from ..errors import PolicyError
-from ..features.columns import GROUND_TRUTH_NAMES, NUM_FEATURES, NUM_GROUND_TRUTH
-
-
-@runtime_checkable
-class Policy(Protocol):
-    """Maps observations to actions.
-
-    The observation and the action are those of the environment the policy was made for; ``info`` is that environment's.
-    """
-
-    def reset(self) -> None:
-        """Forget what was seen; call it at the start of every episode."""
-
-    def act(self, observation: Any, info: dict[str, Any]) -> Any:
-        """The action for one observation."""
+from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH
+from .agent import Agent
 
 
 class WeightPolicy(ABC):
-    """A policy that thinks in weights over features and leaves observation layouts and action types to others.
+    """A policy that sets weights from features; an :class:`Agent` deals with observation layouts and action types.
 
     Arrays may carry leading axes (``...``: replicas, balancers); each index along them is a policy of its own.
 
@@ -39,8 +25,12 @@ class WeightPolicy(ABC):
 
     uses_ground_truth: ClassVar[bool] = False
 
-    def reset(self) -> None:  # noqa: B027 - most heuristics remember nothing
-        """Forget what was seen."""
+    def reset(self, seed: int | None = None) -> None:  # noqa: B027 - most heuristics remember nothing
+        """Forget the episode so far; a heuristic that draws restarts its stream from ``seed`` if given."""
+
+    def copy(self) -> Self:
+        """An independent policy in the same state."""
+        return copy.deepcopy(self)
 
     @abstractmethod
     def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -54,8 +44,8 @@ class WeightPolicy(ABC):
             float64[..., N], finite and above 0. Only their ratios matter to a dispatch rule.
         """
 
-    def for_env(self, env: Any) -> EnvPolicy:
-        """This policy for an environment's own observations and actions.
+    def for_env(self, env: Any) -> Agent:
+        """An agent that acts by this policy on an environment's own observations, in its own actions.
 
         Args:
             env: a :class:`lbgym.LoadBalanceEnv` or :class:`lbgym.LoadBalanceVectorEnv`, wrapped or not. Wrappers that
@@ -65,32 +55,7 @@ class WeightPolicy(ABC):
             PolicyError: if the policy needs ground truth and the environment does not show it.
         """
         base = env.unwrapped
-        return EnvPolicy(self, base.observation_layout, base.action_codec)
-
-
-class EnvPolicy:
-    """A :class:`WeightPolicy` behind an observation layout and an action codec: a :class:`Policy`.
-
-    Only the ratios of weights matter to a dispatch rule, so the codec scales them into the range of the action space
-    before it takes the nearest action; ratios beyond that range are cut off.
-    """
-
-    def __init__(self, policy: WeightPolicy, layout: ObservationLayout, codec: ActionCodec) -> None:
-        if policy.uses_ground_truth and not layout.use_ground_truth:
-            raise PolicyError(
-                f"{type(policy).__name__} needs the ground truth ({', '.join(GROUND_TRUTH_NAMES)}), which the "
-                "environment does not show: make it with use_ground_truth=True"
-            )
-        self.policy, self.layout, self.codec = policy, layout, codec
-
-    def reset(self) -> None:
-        """Forget what was seen."""
-        self.policy.reset()
-
-    def act(self, observation: Any, info: dict[str, Any]) -> Any:
-        """The action whose weights are nearest to the policy's."""
-        features, active = self.layout.decode(observation)
-        return self.codec.encode(self.policy.weights(features, active))
+        return Agent(self, layout=base.observation_layout, codec=base.action_codec)
 
 
 def check_features(policy: WeightPolicy, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:

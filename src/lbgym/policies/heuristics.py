@@ -45,7 +45,7 @@ class StaticWeights(WeightPolicy):
 
 
 class UniformWeights(WeightPolicy):
-    """Every server alike: what a balancer does that knows nothing."""
+    """Equal weights: all that a balancer can do without any knowledge."""
 
     def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Ones; shapes as in :meth:`WeightPolicy.weights`."""
@@ -54,13 +54,13 @@ class UniformWeights(WeightPolicy):
 
 
 class RandomWeights(WeightPolicy):
-    """New weights at every step, log-uniform in [low, high]: what an untrained agent does.
+    """New weights at every step, log-uniform in [low, high], as from an untrained agent.
 
-    A learned policy has shown something only if it beats this one under the same dispatch rule.
+    The baseline that a learned policy must beat under the same dispatch rule.
 
     Args:
         low, high: bounds, above 0. The default is the range of the default discrete actions.
-        seed: of the stream of weights, which :meth:`reset` does not rewind.
+        seed: of the stream of weights, which :meth:`reset` without a seed does not rewind.
     """
 
     def __init__(self, low: float = 1.0, high: float = 2.0, seed: int | None = None) -> None:
@@ -68,6 +68,11 @@ class RandomWeights(WeightPolicy):
             raise InvalidWeightsError(f"random weights need 0 < low <= high, got low={low!r} and high={high!r}")
         self._low, self._high = np.log(low), np.log(high)
         self._rng = np.random.default_rng(seed)
+
+    def reset(self, seed: int | None = None) -> None:
+        """Restart the stream from ``seed`` if given."""
+        if seed is not None:
+            self._rng = np.random.default_rng(seed)
 
     def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
         """A fresh draw; shapes as in :meth:`WeightPolicy.weights`."""
@@ -97,10 +102,10 @@ class AdaptiveWeights(WeightPolicy):
 
 
 class _Trust:
-    """How far an estimate from FCTs is trusted: more with every step that brings news, less with every step without.
+    """Trust in an estimate from FCTs: it grows with every step that brings news and shrinks with every other.
 
-    The first few FCTs say little. And a weight too low keeps flows away, so no FCT comes back that would correct it.
-    Where a reservoir gets no sample its features stand still, which is how it shows.
+    The first few FCTs carry little information, and too low a weight keeps flows away, so that no FCT comes back to
+    correct it. A reservoir without new samples shows as features that stand still.
 
     Args:
         half_life: steps without news until trust is halved.
@@ -147,7 +152,7 @@ class LatencyWeights(WeightPolicy):
         self._trust = _Trust(half_life)
         self.reset()
 
-    def reset(self) -> None:
+    def reset(self, seed: int | None = None) -> None:
         """Forget the former weights."""
         self._trust.reset()
         self._log: NDArray[np.float64] | None = None
@@ -169,8 +174,9 @@ class LittlesLawWeights(WeightPolicy):
 
     By Little's law (J. D. C. Little, Operations Research 9(3), 1961) the flows that a balancer has open at a server are
     n = λ T on average, with λ the rate at which it sends flows there and T their mean FCT. So n / T is the server's
-    *throughput*, and no good as a weight: it repeats the former weights, whatever they were. What is wanted is what the
-    server *could* carry. On a processor-sharing server of capacity C (flows per second) and utilization ρ = λ / C,
+    *throughput*, which is useless as a weight: it reproduces the former weights, whatever they were. The weight should
+    be what the server *could* carry. On a processor-sharing server of capacity C (flows per second) and utilization
+    ρ = λ / C,
     n = ρ / (1 - ρ) and T = 1 / (C (1 - ρ)), for any law of demands, hence exactly
 
         (n + 1) / T = C
@@ -213,7 +219,7 @@ class LittlesLawWeights(WeightPolicy):
         self._trust = _Trust(half_life)
         self.reset()
 
-    def reset(self) -> None:
+    def reset(self, seed: int | None = None) -> None:
         """Forget the flows seen."""
         self._trust.reset()
         self._sum: NDArray[np.float64] | None = None

@@ -1,4 +1,4 @@
-"""Heuristics by name."""
+"""Heuristics by name, and agents of heuristics and trained models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PolicyError, UnknownNameError
-from .base import EnvPolicy, WeightPolicy
+from .agent import Agent, Policy
+from .base import WeightPolicy
+from .checkpoints import load_policy
 from .heuristics import (
     AdaptiveWeights,
     LatencyWeights,
@@ -15,11 +17,12 @@ from .heuristics import (
     StaticWeights,
     UniformWeights,
 )
+from .trained import TRAINED_SUFFIXES
 
 if TYPE_CHECKING:
     from ..scenarios import Scenario
 
-#: What makes a heuristic from a scenario (what an operator would configure; some need none) and a seed.
+#: Makes a heuristic from a scenario (for what an operator would configure; some need none) and a seed.
 WeightPolicyFactory = Callable[[Any, int | None], WeightPolicy]
 
 _FACTORIES: dict[str, tuple[WeightPolicyFactory, str]] = {
@@ -31,8 +34,7 @@ _FACTORIES: dict[str, tuple[WeightPolicyFactory, str]] = {
     "littles-law": (lambda s, seed: LittlesLawWeights(s.core_weights, s.balancers), "capacity from open flows and FCT"),
 }
 
-
-#: Those that can do without a scenario.
+#: Those that need no scenario.
 _BLIND = ("uniform", "random", "latency")
 
 
@@ -62,7 +64,7 @@ def make_weight_policy(name: str, scenario: Scenario | None, seed: int | None = 
     return factory[0](scenario, seed)
 
 
-def make_policy(name: str, env: Any, seed: int | None = None) -> EnvPolicy:
+def make_policy(name: str, env: Any, seed: int | None = None) -> Agent:
     """A heuristic by name, fitted to an environment: ``make_policy("latency", env).act(observation, info)``.
 
     Raises:
@@ -70,3 +72,34 @@ def make_policy(name: str, env: Any, seed: int | None = None) -> EnvPolicy:
         PolicyError: if it needs ground truth and the environment does not show it.
     """
     return make_weight_policy(name, env.unwrapped.scenario, seed).for_env(env)
+
+
+def make_agent(
+    policy: str | Policy | WeightPolicy,
+    num_servers: int | None = None,
+    *,
+    scenario: Scenario | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+) -> Agent:
+    """An agent of a heuristic or a trained model.
+
+    Args:
+        policy: name of a heuristic, file of a trained model (``.pt``, ``.zip``), or a policy.
+        num_servers: N of the data plane; None: call :meth:`Agent.fit` once it is known.
+        scenario: what is known of the cluster; None: nothing.
+        seed: of a heuristic that draws.
+        name: in logs and errors; None: ``policy`` as written.
+
+    Raises:
+        PolicyError: for a missing or bad file, a heuristic that must know the cluster without a scenario, or a policy
+            that does not fit so many servers.
+        UnknownNameError: for an unknown heuristic.
+        MissingExtraError: without torch or Stable-Baselines3.
+    """
+    servers = None if scenario is None else scenario.num_servers
+    if isinstance(policy, str):
+        name = name or policy
+        trained = policy.lower().endswith(TRAINED_SUFFIXES)
+        policy = load_policy(policy) if trained else make_weight_policy(policy, scenario, seed)
+    return Agent(policy, num_servers, servers=servers, name=name)

@@ -11,16 +11,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..policies.checkpoints import load_policy, read_checkpoint
+    from ..policies.neural import ExportedPolicy, PPOPolicy, SACGRUPolicy
     from .benchmarl import BenchMARLConfig, BenchMARLResult, LoadBalanceTask, train_benchmarl
     from .cluster import ClusterError, ClusterResult, train_on_ray
     from .config import TrainingConfig
-    from .exported import ExportedPolicy
     from .networks import FlatServerNetwork
-    from .ppo import PPOConfig, PPOPolicy, PPOResult, train_ppo
+    from .ppo import PPOConfig, PPOResult, train_ppo
     from .recipes import RECIPES, TrainingResult, algo_of, make_config, read_config, to_toml, train
     from .rllib import RLlibConfig, RLlibResult, train_rllib
-    from .runs import Progress, load_policy, read_checkpoint
-    from .sac_gru import SACGRUConfig, SACGRUPolicy, SACGRUResult, train_sac_gru
+    from .runs import Progress
+    from .sac_gru import SACGRUConfig, SACGRUResult, train_sac_gru
     from .sb3 import SB3Config, SB3Result, SB3VecEnv, train_sb3
     from .sb3_policies import EquivariantExtractor, EquivariantPolicy, EquivariantQPolicy, EquivariantSACPolicy
     from .torchrl_env import MultiTorchRLEnv, TorchRLEnv
@@ -35,10 +36,10 @@ _HOMES = {
     "ClusterResult": "cluster",
     "train_on_ray": "cluster",
     "TrainingConfig": "config",
-    "ExportedPolicy": "exported",
+    "ExportedPolicy": ".policies.neural",
     "FlatServerNetwork": "networks",
     "PPOConfig": "ppo",
-    "PPOPolicy": "ppo",
+    "PPOPolicy": ".policies.neural",
     "PPOResult": "ppo",
     "train_ppo": "ppo",
     "RECIPES": "recipes",
@@ -52,10 +53,10 @@ _HOMES = {
     "RLlibResult": "rllib",
     "train_rllib": "rllib",
     "Progress": "runs",
-    "load_policy": "runs",
-    "read_checkpoint": "runs",
+    "load_policy": ".policies.checkpoints",
+    "read_checkpoint": ".policies.checkpoints",
     "SACGRUConfig": "sac_gru",
-    "SACGRUPolicy": "sac_gru",
+    "SACGRUPolicy": ".policies.neural",
     "SACGRUResult": "sac_gru",
     "train_sac_gru": "sac_gru",
     "SB3Config": "sb3",

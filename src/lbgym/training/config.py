@@ -14,6 +14,7 @@ from ..checks import whole
 from ..env.actions import ACTION_TYPES
 from ..errors import CheckpointError, LbgymError, UnsupportedSpaceError
 from ..scenarios import Scenario, ScenarioDistribution
+from ..snapshot import DEFAULT_STEP_INTERVAL
 
 if TYPE_CHECKING:
     from ..env.vector import LoadBalanceVectorEnv
@@ -103,7 +104,8 @@ class TrainingConfig:
 
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a policy's observations and actions depend on."""
-        keys: dict[str, Any] = {"action_type": self.action_type, "dispatch": self.dispatch, "step_interval": 0.25}
+        keys: dict[str, Any] = {"action_type": self.action_type, "dispatch": self.dispatch}
+        keys["step_interval"] = DEFAULT_STEP_INTERVAL
         keys |= {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
         return keys | {"observation": "flat", "normalize": True}
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
@@ -26,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError, LbgymError, MissingExtraError
+from ..errors import LbgymError, MissingExtraError
 
 try:
     import torch
@@ -34,9 +33,13 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training with PPO") from error
 
+from ..policies.action_kind import ActionKind
+from ..policies.checkpoints import contents, read_checkpoint
+from ..policies.inputs import Encoder
+from ..policies.networks import ServerNetwork
+from ..policies.neural import PPOPolicy
 from .config import TrainingConfig, plain_config, saved_config
 from .exported import check_shapes
-from .networks import ActionKind, ServerNetwork, server_inputs
 from .runs import (
     Budget,
     Callback,
@@ -45,14 +48,12 @@ from .runs import (
     clone,
     log_folder,
     output_file,
-    read_format,
     summary_writer,
     torch_threads,
     write_torch,
 )
 
-FORMAT = "lbgym-ppo"
-VERSION = 1
+ALGO = "ppo"
 CHECKPOINT_NAME = "ppo.pt"
 LOSSES = ("policy", "value", "entropy", "kl", "clipped")
 
@@ -127,44 +128,6 @@ class PPOResult:
     history: list[Progress]
 
 
-# Observations
-
-
-class Encoder:
-    """Turns flat observations and the weights in force into what the network sees, with a short memory.
-
-    Per server: what :func:`~lbgym.training.networks.server_inputs` tells, and its exponential moving average, since one
-    observation of a queue is mostly noise.
-    """
-
-    def __init__(self, features: int, memory: float) -> None:
-        self.features, self.memory = features, memory
-        self.average: Tensor | None = None
-
-    @property
-    def size(self) -> int:
-        """Inputs per server."""
-        return 2 * (self.features + 1)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.average = None
-
-    def __call__(self, observation: Any, weights: Any, fresh: NDArray[np.bool_] | None = None) -> tuple[Tensor, Tensor]:
-        """Observations [B, N (1 + F)] and weights [B, N] -> inputs [B, N, 2 (F + 1)] and active [B, N].
-
-        Rows of ``fresh`` bool[B] begin an episode; None: none does, except after :meth:`reset`.
-        """
-        now, active = server_inputs(observation, weights, self.features)
-        if self.average is None or self.average.shape != now.shape:
-            self.average = now.clone()
-        else:
-            if fresh is not None:
-                self.average[torch.from_numpy(fresh)] = now[torch.from_numpy(fresh)]
-            self.average.lerp_(now, 1 - self.memory)
-        return torch.cat([now, self.average], -1), active
-
-
 def gae(
     rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, ended: Tensor, gamma: float, lam: float
 ) -> Tensor:
@@ -221,7 +184,7 @@ def train_ppo(
     """
     saved = None
     if resume_from is not None:
-        saved = read_checkpoint(resume_from)
+        saved = read_checkpoint(resume_from, ALGO)
         config = config or PPOConfig(**saved_config(saved["config"], resume_from))
     config = config or PPOConfig()
     checkpoint = output_file(out, CHECKPOINT_NAME)
@@ -275,31 +238,33 @@ class _Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint holds, as copies."""
-        from .. import __version__
-
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "lbgym": __version__,
-            "torch": str(torch.__version__),
-            "config": plain_config(self.config),
-            "env_kwargs": self.config.observation_kwargs(),
-            "shapes": dict(self.shapes),
-            "network": {k: v.clone() for k, v in self.network.state_dict().items()},
-            "optimiser": clone(self.optimiser.state_dict()),
-            "generator": self.generator.get_state(),
-            "step": self.budget.step,
-            "iteration": self.iteration,
-            "episode": self.episode,
-            "seconds": self.budget.seconds,
-        }
+        return contents(
+            algo=ALGO,
+            config=plain_config(self.config),
+            env_kwargs=self.config.observation_kwargs(),
+            shapes=self.shapes,
+            network="actor-critic",
+            arguments={"features": self.encoder.size, "hidden": self.config.hidden, "choices": self.kind.choices},
+            parameters=clone(self.network.state_dict()),
+            sees_weights=True,
+            memory=self.config.memory,
+            step=self.budget.step,
+            seconds=self.budget.seconds,
+            trainer={
+                "optimiser": clone(self.optimiser.state_dict()),
+                "generator": self.generator.get_state(),
+                "iteration": self.iteration,
+                "episode": self.episode,
+            },
+        )
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
         check_shapes(saved, path, self.shapes, ("features", "choices", "joint", "hidden"))
-        self.network.load_state_dict(saved["network"])
-        self.optimiser.load_state_dict(clone(saved["optimiser"]))
-        self.generator.set_state(saved["generator"])
-        self.iteration, self.episode = saved["iteration"], saved["episode"]
+        trainer = saved["trainer"]
+        self.network.load_state_dict(saved["network"]["parameters"])
+        self.optimiser.load_state_dict(clone(trainer["optimiser"]))
+        self.generator.set_state(trainer["generator"])
+        self.iteration, self.episode = trainer["iteration"], trainer["episode"]
         self.budget = Budget(self.config, saved["step"], saved["seconds"])
 
     def run(self, checkpoint: Path | None, callback: Callback | None, writer: Any) -> PPOResult:
@@ -497,97 +462,10 @@ class _Rollout:
 # Checkpoints
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint; only tensors and plain data are unpickled.
-
-    Raises:
-        CheckpointError: if the file is missing, is no checkpoint of this recipe or is of another version.
-    """
-    return read_format(path, {FORMAT: VERSION})
-
-
 def config_of(path: str | os.PathLike[str]) -> PPOConfig:
     """The configuration that a checkpoint was trained with.
 
     Raises:
         CheckpointError: if the file is none of this recipe, or the configuration had a part with no plain form.
     """
-    return PPOConfig(**saved_config(read_checkpoint(path)["config"], path))
-
-
-class PPOPolicy:
-    """A trained policy: maps observations to actions for any number of servers.
-
-    Attributes:
-        env_kwargs: the environment keys it needs (observation layout, action type, ...).
-        config: what it was trained with, as plain data.
-        step: environment steps it was trained for.
-    """
-
-    def __init__(self, state: dict[str, Any], *, deterministic: bool = True, seed: int | None = None) -> None:
-        """Build from the content of a checkpoint; ``seed`` is for drawn actions (``deterministic=False``)."""
-        shapes = state["shapes"]
-        self.env_kwargs: dict[str, Any] = dict(state["env_kwargs"])
-        self.config: dict[str, Any] = dict(state["config"])
-        self.step: int = state["step"]
-        self.deterministic = deterministic
-        self.features: int = shapes["features"]
-        self.kind = ActionKind(shapes["choices"], shapes["joint"])
-        self.encoder = Encoder(self.features, state["config"]["memory"])
-        self.network = ServerNetwork(self.encoder.size, shapes["hidden"], shapes["choices"])
-        self.network.load_state_dict(state["network"])
-        self.network.requires_grad_(False)
-        self._generator = torch.Generator()
-        self._seed = seed
-        self.reset()
-
-    def __copy__(self) -> PPOPolicy:
-        """One with its own memory of the episode, and the same network."""
-        twin = object.__new__(PPOPolicy)
-        twin.__dict__.update(self.__dict__)
-        twin.encoder = Encoder(self.features, self.encoder.memory)
-        twin._generator = torch.Generator()
-        twin.reset()
-        return twin
-
-    def reset(self) -> None:
-        """Begin an episode: forget what was seen; drawn actions start over from the seed."""
-        self.encoder.reset()
-        if self._seed is not None:
-            self._generator.manual_seed(self._seed)
-
-    def act(self, observation: Any, info: Mapping[str, Any]) -> Any:
-        """The action for a flat observation [N (1 + F)], or one per row of [R, N (1 + F)].
-
-        ``info["weights"]`` are the weights in force, [N] or [R, N].
-
-        Raises:
-            CheckpointError: for an observation that is not made of ``1 + F`` numbers per server.
-        """
-        flat = np.asarray(observation)
-        weights = np.asarray(info["weights"])
-        single = flat.ndim == 1
-        if flat.ndim not in (1, 2) or flat.shape[-1] != weights.shape[-1] * (1 + self.features):
-            n = weights.shape[-1]
-            raise CheckpointError(
-                f"the policy was trained on flat observations of {1 + self.features} numbers per server; for "
-                f"{n} servers it takes shape ({n * (1 + self.features)},), got {flat.shape}"
-            )
-        with torch.inference_mode():
-            inputs, active = self.encoder(np.atleast_2d(flat), np.atleast_2d(weights))
-            out, _ = self.network(self.network.scale(inputs, active), active)
-            if self.deterministic:
-                choice = out.argmax(-1) if self.kind.choices else out
-            else:
-                choice = self.network.sample(out, active, self._generator)
-        actions = self.kind.encode(choice.numpy())
-        return actions[0] if single else actions
-
-
-def load_policy(path: str | os.PathLike[str], *, deterministic: bool = True, seed: int | None = None) -> PPOPolicy:
-    """The policy of a checkpoint; build its environment with ``LoadBalanceEnv(**policy.env_kwargs, scenario=...)``.
-
-    Raises:
-        CheckpointError: if the file cannot be read or is of another version.
-    """
-    return PPOPolicy(read_checkpoint(path), deterministic=deterministic, seed=seed)
+    return PPOConfig(**saved_config(read_checkpoint(path, ALGO)["config"], path))

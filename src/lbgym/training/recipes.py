@@ -15,6 +15,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 from ..errors import CheckpointError, InvalidOptionError, MissingExtraError, UnknownNameError
+from ..policies.checkpoints import read_checkpoint
 from ..toml_files import read_toml
 from .config import RENAMED, TrainingConfig, plain_config
 
@@ -264,7 +265,4 @@ def algo_of(checkpoint: str | os.PathLike[str]) -> str:
         from .sb3 import config_of
 
         return f"sb3-{config_of(path).algorithm}"
-    from .runs import read_checkpoint
-
-    saved = read_checkpoint(path)
-    return str(saved.get("algo") or saved["format"].removeprefix("lbgym-"))
+    return str(read_checkpoint(path)["algo"])

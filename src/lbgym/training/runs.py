@@ -6,15 +6,14 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import check_writable, write_whole
-from ..errors import CheckpointError, FileWriteError, MissingExtraError
+from ..errors import FileWriteError, MissingExtraError
 
 try:
     import torch
@@ -26,13 +25,6 @@ if TYPE_CHECKING:
     from .config import TrainingConfig
 
 logger = logging.getLogger("lbgym")
-
-#: Recipes in plain torch by the format of their checkpoints: module and class of the policy.
-RECIPES = {
-    "lbgym-ppo": ("ppo", "PPOPolicy"),
-    "lbgym-sac-gru": ("sac_gru", "SACGRUPolicy"),
-    "lbgym-exported": ("exported", "ExportedPolicy"),
-}
 
 
 @dataclass(frozen=True)
@@ -270,61 +262,3 @@ def write_torch(path: Path, state: Any) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(path, lambda stream: stream.write(buffer.getbuffer()))
-
-
-def read_format(path: str | os.PathLike[str], versions: Mapping[str, int]) -> dict[str, Any]:
-    """Read a checkpoint of one of the formats in ``versions``; only tensors and plain data are unpickled.
-
-    Raises:
-        CheckpointError: if the file is missing, is no such checkpoint or is of another version.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {os.fspath(path)} does not exist") from error
-    except Exception as error:
-        reason = str(error) or ("the file is empty" if not os.path.getsize(path) else type(error).__name__)
-        raise CheckpointError(f"{os.fspath(path)} is not a checkpoint that can be read: {reason}") from error
-    found = str(saved.get("format") if isinstance(saved, dict) else type(saved).__name__)
-    if not isinstance(saved, dict) or found not in versions:
-        *others, last = versions
-        known = f"{', '.join(others)} or {last}" if others else last
-        raise CheckpointError(f"{os.fspath(path)} is no {known} checkpoint: its format is {found}")
-    if saved["version"] != versions[found]:
-        raise CheckpointError(
-            f"checkpoint {os.fspath(path)} has format version {saved['version']}, written by lbgym {saved['lbgym']}; "
-            f"this lbgym reads version {versions[found]}"
-        )
-    return saved
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of any recipe in plain torch; ``["format"]`` tells which.
-
-    Raises:
-        CheckpointError: if the file is missing, is no such checkpoint or is of another version.
-    """
-    return read_format(path, {recipe: _module(recipe).VERSION for recipe in RECIPES})
-
-
-def load_policy(path: str | os.PathLike[str], *, deterministic: bool = True, seed: int | None = None) -> Any:
-    """The policy of a checkpoint; build its environment with ``LoadBalanceEnv(**policy.env_kwargs, scenario=...)``.
-
-    Args:
-        path: a checkpoint of any recipe in plain torch.
-        deterministic: the most likely action instead of a drawn one.
-        seed: of drawn actions.
-
-    Returns:
-        A :class:`~lbgym.training.ppo.PPOPolicy` or :class:`~lbgym.training.sac_gru.SACGRUPolicy`.
-
-    Raises:
-        CheckpointError: if the file cannot be read or is of another version.
-    """
-    saved = read_checkpoint(path)
-    policy = getattr(_module(saved["format"]), RECIPES[saved["format"]][1])
-    return policy(saved, deterministic=deterministic, seed=seed)
-
-
-def _module(recipe: str) -> Any:
-    return import_module(f".{RECIPES[recipe][0]}", __package__)

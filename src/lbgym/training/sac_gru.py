@@ -42,10 +42,14 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training with SAC-GRU") from error
 
+from ..policies.action_kind import ActionKind
+from ..policies.checkpoints import contents, read_checkpoint
+from ..policies.inputs import server_inputs
+from ..policies.networks import Moments, RecurrentActor, RecurrentNetwork, draw
+from ..policies.neural import SACGRUPolicy
 from .config import TrainingConfig, current_fields, plain_config, saved_config
 from .exported import check_shapes
 from .interface import Interface
-from .networks import ActionKind, Moments, RecurrentNetwork, draw, server_inputs
 from .runs import (
     Budget,
     Callback,
@@ -54,14 +58,12 @@ from .runs import (
     clone,
     log_folder,
     output_file,
-    read_format,
     summary_writer,
     torch_threads,
     write_torch,
 )
 
-FORMAT = "lbgym-sac-gru"
-VERSION = 1
+ALGO = "sac-gru"
 CHECKPOINT_NAME = "sac-gru.pt"
 LOSSES = ("policy", "value", "entropy", "temperature", "q")
 #: Keys of the environment that an agent takes from the environment it is given.
@@ -158,23 +160,15 @@ class SACGRUResult:
 # The networks and their losses
 
 
-class Agent(nn.Module):
+class Agent(RecurrentActor):
     """Actor, twin critics and their targets, temperature, and the scales of inputs and rewards."""
 
     def __init__(self, features: int, hidden: int, choices: int, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.moments = Moments(features)
+        super().__init__(features, hidden, choices)
         self.rewards = Moments(1)
-        self.actor = RecurrentNetwork(features, hidden, choices)
         self.critics = nn.ModuleList(RecurrentNetwork(features, hidden, choices) for _ in range(2))
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(temperature)))
-
-    def logits(self, inputs: Tensor, active: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits [B, N, K] for one step's inputs [B, N, F], and the actor's next state."""
-        scaled = self.moments.scale(inputs, active).unsqueeze(1)
-        out, state = self.actor.forward_sequence(scaled, active.unsqueeze(1), state)
-        return out.squeeze(1), state
 
 
 def mean_where(x: Tensor, active: Tensor) -> Tensor:
@@ -541,25 +535,35 @@ class SACGRUAgent:
 
     # Checkpoints
 
-    def state(self) -> dict[str, Any]:
-        """Everything a checkpoint holds, as copies; the replay is not part of it."""
-        from .. import __version__
-
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "lbgym": __version__,
-            "torch": str(torch.__version__),
-            "config": plain_config(self.config),
-            "env_kwargs": dict(self.env_kwargs),
-            "shapes": dict(self.shapes),
-            "agent": {k: v.clone() for k, v in self.networks.state_dict().items()},
-            "optimisers": {name: clone(optimiser.state_dict()) for name, optimiser in self.optimisers.items()},
-            "generator": self.generator.get_state(),
-            "step": self.step,
-            "episode": 0,
-            "seconds": 0.0,
-        }
+    def state(
+        self,
+        *,
+        config: SACGRUConfig | None = None,
+        env_kwargs: Mapping[str, Any] | None = None,
+        episode: int = 0,
+        seconds: float = 0.0,
+    ) -> dict[str, Any]:
+        """Everything a checkpoint holds, as copies; the arguments are those of a run over the agent."""
+        parameters = clone(self.networks.state_dict())
+        acting = {name: value for name, value in parameters.items() if name.startswith(("actor.", "moments."))}
+        return contents(
+            algo=ALGO,
+            config=plain_config(config or self.config),
+            env_kwargs=env_kwargs or self.env_kwargs,
+            shapes=self.shapes,
+            network="recurrent",
+            arguments={"features": self.features + 1, "hidden": self.config.hidden, "choices": self.kind.choices},
+            parameters=acting,
+            sees_weights=True,
+            step=self.step,
+            seconds=seconds,
+            trainer={
+                "agent": {name: value for name, value in parameters.items() if name not in acting},
+                "optimisers": {name: clone(optimiser.state_dict()) for name, optimiser in self.optimisers.items()},
+                "generator": self.generator.get_state(),
+                "episode": episode,
+            },
+        )
 
     def restore(self, saved: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         """Take over the parameters, optimisers and random state of a checkpoint, which was read from ``path``.
@@ -568,15 +572,16 @@ class SACGRUAgent:
             CheckpointError: if it does not fit the environment.
         """
         check_shapes(saved, path, self.shapes, ("features", "choices", "joint", "hidden"))
-        was, now = saved["env_kwargs"]["normalize"], self.env_kwargs["normalize"]
+        was, now = saved["observation"]["normalize"], self.env_kwargs["normalize"]
         if was != now:
             raise CheckpointError(
                 f"checkpoint {os.fspath(path)} was trained with normalize={was}, but the environment has {now}"
             )
-        self.networks.load_state_dict(saved["agent"])
+        trainer = saved["trainer"]
+        self.networks.load_state_dict(saved["network"]["parameters"] | trainer["agent"])
         for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(clone(saved["optimisers"][name]))
-        self.generator.set_state(saved["generator"])
+            optimiser.load_state_dict(clone(trainer["optimisers"][name]))
+        self.generator.set_state(trainer["generator"])
         self.step = saved["step"]
         self._forget()
 
@@ -602,7 +607,7 @@ class SACGRUAgent:
         Raises:
             CheckpointError: if the file cannot be read, or does not fit the environment.
         """
-        saved = read_checkpoint(path)
+        saved = read_checkpoint(path, ALGO)
         # What a Scenario object was has no part in acting or learning.
         plain = saved["config"] | {"scenario": saved["config"]["scenario"] or None}
         agent = cls(env, SACGRUConfig(**current_fields(plain)), **changes)
@@ -645,7 +650,7 @@ def train_sac_gru(
     """
     saved = None
     if resume_from is not None:
-        saved = read_checkpoint(resume_from)
+        saved = read_checkpoint(resume_from, ALGO)
         config = config or SACGRUConfig(**saved_config(saved["config"], resume_from))
     config = config or SACGRUConfig()
     checkpoint = output_file(out, CHECKPOINT_NAME)
@@ -671,12 +676,16 @@ class _Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint holds, as copies."""
-        ours = {"config": plain_config(self.config), "env_kwargs": self.config.observation_kwargs()}
-        return self.agent.state() | ours | {"episode": self.episode, "seconds": self.budget.seconds}
+        return self.agent.state(
+            config=self.config,
+            env_kwargs=self.config.observation_kwargs(),
+            episode=self.episode,
+            seconds=self.budget.seconds,
+        )
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
         self.agent.restore(saved, path)
-        self.episode = saved["episode"]
+        self.episode = saved["trainer"]["episode"]
         self.budget = Budget(self.config, saved["step"], saved["seconds"])
 
     def run(self, checkpoint: Path | None, callback: Callback | None, writer: Any) -> SACGRUResult:
@@ -719,7 +728,7 @@ class _Trainer:
             self.agent.store_transition(before, action, rewards, self.observation, truncated, self.info)
             reward_sum += float(rewards.mean())
             flows = self.info["completed"] + self.info["rejected"]
-            fct_sum += float((self.info["fct_mean"] * flows).sum())
+            fct_sum += float(np.where(flows > 0, self.info["fct_mean"] * flows, 0.0).sum())
             ended_flows += float(flows.sum())
             if truncated.any():
                 self.begin_episode()
@@ -729,94 +738,10 @@ class _Trainer:
 # Checkpoints
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint; only tensors and plain data are unpickled.
-
-    Raises:
-        CheckpointError: if the file is missing, is no checkpoint of this recipe or is of another version.
-    """
-    return read_format(path, {FORMAT: VERSION})
-
-
 def config_of(path: str | os.PathLike[str]) -> SACGRUConfig:
     """The configuration that a checkpoint was trained with.
 
     Raises:
         CheckpointError: if the file is none of this recipe, or the configuration had a part with no plain form.
     """
-    return SACGRUConfig(**saved_config(read_checkpoint(path)["config"], path))
-
-
-class SACGRUPolicy:
-    """A trained policy: maps observations to actions for any number of servers.
-
-    Attributes:
-        env_kwargs: the environment keys it needs (observation layout, action type, levels, ...).
-        config: what it was trained with, as plain data.
-        step: environment steps it was trained for.
-    """
-
-    def __init__(self, state: dict[str, Any], *, deterministic: bool = True, seed: int | None = None) -> None:
-        """Build from the content of a checkpoint; ``seed`` is for drawn actions (``deterministic=False``)."""
-        shapes = state["shapes"]
-        self.env_kwargs: dict[str, Any] = dict(state["env_kwargs"])
-        self.config: dict[str, Any] = dict(state["config"])
-        self.step: int = state["step"]
-        self.deterministic = deterministic
-        self.features: int = shapes["features"]
-        self.kind = ActionKind(shapes["choices"], shapes["joint"])
-        self.agent = Agent(self.features + 1, shapes["hidden"], shapes["choices"])
-        self.agent.load_state_dict(state["agent"])
-        self.agent.requires_grad_(False)
-        self._generator = torch.Generator()
-        self._seed = seed
-        self.reset()
-
-    def __copy__(self) -> SACGRUPolicy:
-        """One with its own memory of the episode, and the same network."""
-        twin = object.__new__(SACGRUPolicy)
-        twin.__dict__.update(self.__dict__)
-        twin._generator = torch.Generator()
-        twin.reset()
-        return twin
-
-    def reset(self) -> None:
-        """Begin an episode: forget what was seen; drawn actions start over from the seed."""
-        self._memory: Tensor | None = None
-        if self._seed is not None:
-            self._generator.manual_seed(self._seed)
-
-    def act(self, observation: Any, info: Mapping[str, Any]) -> Any:
-        """The action for a flat observation [N (1 + F)], or one per row of [R, N (1 + F)].
-
-        ``info["weights"]`` are the weights in force, [N] or [R, N].
-
-        Raises:
-            CheckpointError: for an observation that is not made of ``1 + F`` numbers per server.
-        """
-        flat = np.asarray(observation)
-        weights = np.asarray(info["weights"])
-        single = flat.ndim == 1
-        n = weights.shape[-1]
-        if flat.ndim not in (1, 2) or flat.shape[-1] != n * (1 + self.features):
-            raise CheckpointError(
-                f"the policy was trained on flat observations of {1 + self.features} numbers per server; for "
-                f"{n} servers it takes shape ({n * (1 + self.features)},), got {flat.shape}"
-            )
-        with torch.inference_mode():
-            inputs, active = server_inputs(np.atleast_2d(flat), np.atleast_2d(weights), self.features)
-            if self._memory is not None and self._memory.shape[:2] != active.shape:
-                self._memory = None
-            logits, self._memory = self.agent.logits(inputs, active, self._memory)
-            choice = logits.argmax(-1) if self.deterministic else draw(logits, active, self._generator)
-        actions = self.kind.encode(choice.numpy())
-        return actions[0] if single else actions
-
-
-def load_policy(path: str | os.PathLike[str], *, deterministic: bool = True, seed: int | None = None) -> SACGRUPolicy:
-    """The policy of a checkpoint; build its environment with ``LoadBalanceEnv(**policy.env_kwargs, scenario=...)``.
-
-    Raises:
-        CheckpointError: if the file cannot be read or is of another version.
-    """
-    return SACGRUPolicy(read_checkpoint(path), deterministic=deterministic, seed=seed)
+    return SACGRUConfig(**saved_config(read_checkpoint(path, ALGO)["config"], path))

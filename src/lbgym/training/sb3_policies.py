@@ -29,7 +29,8 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "policies for Stable-Baselines3") from error
 
 from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH
-from .networks import ServerEncoder, ServerHead, centered, is_normalized, joint_sums, masked, value_of_context
+from ..policies.action_kind import is_normalized
+from ..policies.networks import ServerEncoder, ServerHead, centered, joint_sums, masked, value_of_context
 
 # Numbers per server of a flat observation: whether it is active, and the features without and with the ground truth.
 _FLAT_WIDTHS = (1 + NUM_FEATURES, 1 + NUM_FEATURES + NUM_GROUND_TRUTH)
@@ -115,8 +116,8 @@ class ServerOutputs(nn.Module):
     """O outputs per server from what the extractor gives, 0 where inactive.
 
     They come server by server, [B, N O], with ``centered`` less their mean over the active servers
-    (:func:`~lbgym.training.networks.centered`), or with ``joint`` as the sum over the servers for each of the O^N joint
-    choices (:func:`~lbgym.training.networks.joint_sums`).
+    (:func:`~lbgym.policies.networks.centered`), or with ``joint`` as the sum over the servers for each of the O^N joint
+    choices (:func:`~lbgym.policies.networks.joint_sums`).
     """
 
     def __init__(

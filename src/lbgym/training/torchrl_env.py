@@ -32,7 +32,7 @@ except ModuleNotFoundError as error:
 
 from ..env.multi_agent_vector import MultiLoadBalanceVectorEnv
 from ..env.vector import LoadBalanceVectorEnv, ReplicaEnv
-from .exported import with_weights
+from ..policies.inputs import with_weights
 
 #: The group of agents, as TorchRL calls them, that the balancers are.
 GROUP = "lb"
@@ -156,7 +156,7 @@ class TorchRLEnv(_ReplicaEnv):
     Args:
         env: made with ``autoreset_mode=AutoresetMode.DISABLED``; it is closed with this one.
         sees_weights: each server's features end with the logarithm of its weight in force, float32[R, N (2 + F)], as
-            :func:`lbgym.training.networks.server_inputs` gives it: without it a policy could not tell a slow server
+            :func:`lbgym.policies.inputs.server_inputs` gives it: without it a policy could not tell a slow server
             from one that was given too much. For the layout "flat" only.
         device: of all tensors; the simulator runs on the CPU.
 

@@ -21,8 +21,8 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("benchmarl", "benchmarl", "training with BenchMARL") from error
 
-from ..exported import MLP
-from ..networks import ActionKind, FlatServerNetwork
+from ...policies.action_kind import ActionKind
+from ...policies.networks import MLP, FlatServerNetwork
 from ..torchrl_env import GROUP
 
 

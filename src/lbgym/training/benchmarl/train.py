@@ -34,9 +34,12 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("benchmarl", "benchmarl", "training with BenchMARL") from error
 
+from ...policies.action_kind import ActionKind
+from ...policies.checkpoints import read_checkpoint
+from ...policies.networks import NETWORKS
+from ...policies.neural import ExportedPolicy
 from ..config import check_recipe, check_same, saved_config
-from ..exported import NETWORKS, ExportedPolicy, check_shapes, read_checkpoint, write_policy
-from ..networks import ActionKind
+from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from ..torchrl_env import GROUP
 from .config import ALGORITHMS, BenchMARLConfig
@@ -381,7 +384,7 @@ def _save(
 def _actor(
     config: BenchMARLConfig, experiment: _Experiment, facts: _Facts
 ) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """The actor as a network of :mod:`lbgym.training.exported`: name, arguments and parameters."""
+    """The actor as a network of :mod:`lbgym.policies.networks`: name, arguments and parameters."""
     policy = experiment.algorithm.get_policy_for_loss(GROUP)
     model = next(module for module in policy.modules() if isinstance(module, LoadBalanceModel))
     parameters = {name: value.detach().clone() for name, value in model.network.state_dict().items()}

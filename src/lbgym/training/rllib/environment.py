@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
 from ...env.multi_agent import MultiLoadBalanceEnv
 from ...env.multi_agent_vector import MultiLoadBalanceVectorEnv
 from ...env.vector import LoadBalanceVectorEnv
-from ..exported import with_weights
+from ...policies.inputs import with_weights
 
 #: What is told of the steps taken, by name; see :class:`Statistics`.
 STATISTICS = ("steps", "reward", "flows", "fct")
@@ -64,7 +64,7 @@ def observation_space(num_servers: int, features: int) -> spaces.Space[Any]:
 class RLlibVectorEnv(LoadBalanceVectorEnv):
     """The native vector environment for ``gym_env_vectorize_mode="vector_entry_point"``.
 
-    Observations are flat, with the weights in force: :func:`~lbgym.training.exported.with_weights`. Infos are empty,
+    Observations are flat, with the weights in force: :func:`~lbgym.policies.inputs.with_weights`. Infos are empty,
     since RLlib would make a dictionary per replica and step of them; what matters is in ``statistics``.
 
     Args:

@@ -1,6 +1,6 @@
 """RLlib's modules around networks in plain torch, so that a trained actor is exported as it is.
 
-``model_config`` has these keys: ``network``, a name of :data:`lbgym.training.exported.NETWORKS`; ``actor``, ``critic``
+``model_config`` has these keys: ``network``, a name of :data:`lbgym.policies.networks.NETWORKS`; ``actor``, ``critic``
 and, for SAC's deviations, ``spread``, the keywords of its class; ``log_std``, where the log standard deviation of
 continuous actions begins; and what each module names besides.
 
@@ -43,7 +43,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("ray", "rllib", "training with RLlib") from error
 
-from ..exported import MLP, NETWORKS
+from ...policies.networks import MLP, NETWORKS
 
 #: Bounds of SAC's log standard deviation, as in the paper's code (Haarnoja et al., arXiv:1812.05905, 2018).
 LOG_STD_BOUNDS = (-20.0, 2.0)

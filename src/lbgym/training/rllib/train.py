@@ -33,10 +33,13 @@ except ModuleNotFoundError as error:
 
 from ...env.multi_agent_vector import MultiLoadBalanceVectorEnv
 from ...env.vector import LoadBalanceVectorEnv
+from ...policies.action_kind import ActionKind
+from ...policies.checkpoints import read_checkpoint
+from ...policies.inputs import with_weights
+from ...policies.neural import ExportedPolicy
 from ..cluster import ClusterError, connected
 from ..config import check_recipe, check_same, saved_config
-from ..exported import ExportedPolicy, check_shapes, read_checkpoint, with_weights, write_policy
-from ..networks import ActionKind
+from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from . import environment, modules
 from .config import ALGORITHMS, RLlibConfig

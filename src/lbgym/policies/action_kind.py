@@ -1,0 +1,65 @@
+"""Environment actions from one choice per server: :class:`ActionKind`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import LbgymError
+
+
+@dataclass(frozen=True)
+class ActionKind:
+    """The kind of action that an environment takes, as one choice per server.
+
+    Attributes:
+        choices: weights to choose from per server; 0 for a continuous action in [-1, 1].
+        joint: whether the choices are numbered together, the last server's varying fastest.
+    """
+
+    choices: int
+    joint: bool
+
+    @classmethod
+    def of(cls, space: gymnasium.Space[Any], num_servers: int) -> ActionKind:
+        """The kind of a single environment's action space.
+
+        Raises:
+            LbgymError: for a space that these networks cannot act in.
+        """
+        if is_normalized(space):
+            return cls(0, False)
+        if isinstance(space, gymnasium.spaces.Box):
+            raise LbgymError(f'these networks act in [-1, 1]: use action_type="normalized" instead of {space}')
+        if isinstance(space, gymnasium.spaces.MultiDiscrete):
+            return cls(int(space.nvec[0]), False)
+        if isinstance(space, gymnasium.spaces.Discrete):
+            return cls(round(float(space.n) ** (1 / num_servers)), True)
+        raise LbgymError(f"these networks know Box(-1, 1), MultiDiscrete and Discrete action spaces, got {space}")
+
+    def actor_arguments(self, features: int, hidden: int) -> dict[str, Any]:
+        """Keywords of the :class:`~lbgym.policies.networks.FlatServerNetwork` for these actions."""
+        return {
+            "features": features,
+            "hidden": hidden,
+            "outputs": self.choices or 1,
+            "joint": self.joint,
+            "centered": not self.choices,
+        }
+
+    def encode(self, choice: NDArray[Any]) -> Any:
+        """Environment actions of choices [B, N]."""
+        if not self.choices:
+            return np.clip(choice, -1.0, 1.0).astype(np.float32)
+        if not self.joint:
+            return choice.astype(np.int64)
+        return choice.astype(np.int64) @ (self.choices ** np.arange(choice.shape[-1])[::-1])
+
+
+def is_normalized(space: gymnasium.Space[Any]) -> bool:
+    """Whether actions are of type "normalized": logarithms of weights, of which only the differences matter."""
+    return isinstance(space, gymnasium.spaces.Box) and bool(np.all(space.low == -1) and np.all(space.high == 1))
