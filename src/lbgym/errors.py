@@ -14,6 +14,7 @@ import gymnasium
 __all__ = [
     "CheckpointError",
     "DataPlaneTimeout",
+    "FileWriteError",
     "InvalidActionError",
     "InvalidOptionError",
     "InvalidRewardError",
@@ -32,6 +33,7 @@ __all__ = [
     "TraceError",
     "UnknownNameError",
     "UnsupportedSpaceError",
+    "WorkerLostError",
 ]
 
 

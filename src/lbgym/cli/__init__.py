@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import typer
 
 
+__all__ = ["main"]
+
+
 class _Messages(logging.Handler):
     """Log records as lines on standard error; looked up each time, as a progress bar replaces it while it shows."""
 
