@@ -281,7 +281,7 @@ def test_counters_and_times_beyond_int64_are_refused(c):
         for k in range(3):
             totals = [bad if i == k else 0 for i in range(3)]
             refused(native.OPTION, lambda totals=totals: producer.set_totals(*totals))
-        assert "below 2^63" in refused(native.OPTION, lambda: producer.publish(Publication.of(bad)))
+        assert "below 2^63" in refused(native.OPTION, lambda: producer.publish(bad))
         assert producer.latest() == 0
         producer.set_counters(0, np.full(4, good, np.uint64))
         producer.set_totals(good, good, good)
