@@ -29,6 +29,11 @@
 #ifndef LBGYM_FEATURES_H
 #define LBGYM_FEATURES_H
 
+/* Not for this file, but for lbgym_shm.h, should that come later. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
 #include <float.h>
 #include <math.h>
 #include <stdbool.h>
