@@ -198,7 +198,8 @@ def assert_sane_action(action: Action) -> None:
     assert np.isfinite(weights).all() and weights.min() >= 0.0 and weights.max() > 0.0
     assert action.alias[:n].max() < n
     assert 0 <= action.sequence_id < INT64_END and 0 <= action.written_at < INT64_END
-    assert action.lease == (action.lease_ns / 1e9 if action.lease_ns else math.inf) > 0.0
+    expected = action.lease_ns / 1e9 if action.lease_ns else math.inf
+    assert action.lease == pytest.approx(expected, rel=1e-15) and action.lease > 0.0
 
 
 def assert_sane_snapshot(shown: Snapshot, n: int) -> None:
@@ -503,7 +504,7 @@ def test_the_checks_see_bad_values() -> None:
 
 BAD_HEADERS = {
     "magic": ({"magic": 1}, "begins with"),
-    "major": ({"version_major": 2}, r"version 2\.0 of the binary interface, this is 1"),
+    "major": ({"version_major": 2}, r"version 2\.1 of the binary interface, this is 1"),
     "older major": ({"version_major": 0, "version_minor": 7}, r"version 0\.7"),
     "total size": ({"total_size": LAYOUT.total_size + 64}, "its header says .* bytes, the file has"),
     "no capacity": ({"capacity": 0}, "its capacity is 0"),
