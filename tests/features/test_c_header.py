@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,12 +89,12 @@ def build(language: str, folder: Path, slots: int | None) -> ctypes.CDLL:
 
 
 @pytest.fixture(scope="session")
-def c(tmp_path_factory) -> ctypes.CDLL:
+def c(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return build("c", tmp_path_factory.mktemp("c"), SLOTS)
 
 
 @pytest.fixture(scope="session", params=["c", "c++"])
-def library(request, tmp_path_factory) -> ctypes.CDLL:
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if request.param == "c":
         return request.getfixturevalue("c")
     return build("c++", tmp_path_factory.mktemp("cpp"), SLOTS)
@@ -220,14 +221,14 @@ def fill(sampler: ReservoirSampler, values: np.ndarray, times: np.ndarray) -> No
 
 @pytest.mark.parametrize("language", ["c", "c++"])
 @pytest.mark.parametrize("level", ["-O0", "-O2"])
-def test_compiles_without_a_warning(language, level, tmp_path):
+def test_compiles_without_a_warning(language: str, level: str, tmp_path: Path) -> None:
     done = run_compiler(language, *WARNINGS, level, "-c", SHIM, "-o", tmp_path / "shim.o")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="needs -mgeneral-regs-only")
-def test_packet_path_needs_no_floating_point(tmp_path):
+def test_packet_path_needs_no_floating_point(tmp_path: Path) -> None:
     """Compiled for a place without floating-point registers, such as a kernel."""
 
     def compiles(body: str) -> bool:
@@ -247,7 +248,9 @@ def test_packet_path_needs_no_floating_point(tmp_path):
 @pytest.mark.parametrize("probability", [1.0, 0.3])
 @pytest.mark.parametrize("capacity", [1, 2, 7, 128, 1000])
 @pytest.mark.parametrize("kind", ["plain", "equal values", "few values", "one time", "long silences"])
-def test_agrees_with_python_and_numba(c, kind, capacity, probability, algorithm):
+def test_agrees_with_python_and_numba(
+    c: ctypes.CDLL, kind: str, capacity: int, probability: float, algorithm: int
+) -> None:
     """Observed when the reservoir is tiny, half full, about full, and long after."""
     keys = {"capacity": capacity, "seed": 2**64 - capacity, "probability": probability, "algorithm": algorithm}
     sampler, native = ReservoirSampler(**keys), CReservoir(c, **keys)
@@ -280,7 +283,9 @@ GAPS = st.one_of(st.just(0), st.integers(1, 10**10), st.integers(10**10, 10**15)
     algorithm=st.sampled_from(["overwrite", "uniform"]),
     decay=st.sampled_from([0.9, 0.5, 1.0, 1e-3]),
 )
-def test_agrees_with_python_and_numba_on_any_stream(library, bursts, decay, **keys):
+def test_agrees_with_python_and_numba_on_any_stream(
+    library: ctypes.CDLL, bursts: list[Any], decay: float, **keys: Any
+) -> None:
     sampler, compiled = ReservoirSampler(**keys, decay=decay), CompiledReservoir(**keys, decay=decay)
     native = CReservoir(library, **keys)
     now = 0
@@ -300,7 +305,7 @@ def test_agrees_with_python_and_numba_on_any_stream(library, bursts, decay, **ke
 
 
 @given(seed=st.integers(0, 2**64 - 1), off=st.integers(-2, 2))
-def test_takes_the_decisions_of_a_probability_at_its_very_edge(c, seed, off):
+def test_takes_the_decisions_of_a_probability_at_its_very_edge(c: ctypes.CDLL, seed: int, off: int) -> None:
     """The probability that the first random number just reaches, and its neighbours on either side."""
     first = (ReservoirSampler(seed=seed)._next() >> 11) + 1
     probability = min(max(first + off, 1), 2**53 - 1) * 2.0**-53
@@ -330,7 +335,9 @@ ANY = st.one_of(
     decay=st.sampled_from([0.9, 0.5, 1.0, 1e-300]),
     algorithm=st.sampled_from(["overwrite", "uniform"]),
 )
-def test_any_numbers_make_finite_features(library, samples, capacity, decay, algorithm):
+def test_any_numbers_make_finite_features(
+    library: ctypes.CDLL, samples: list[Any], capacity: int, decay: float, algorithm: int
+) -> None:
     """Time that goes backwards or jumps by centuries, values beyond 2^63."""
     native = CReservoir(library, capacity, seed=5, algorithm=algorithm)
     native.add(*zip(*samples, strict=True))
@@ -341,7 +348,7 @@ def test_any_numbers_make_finite_features(library, samples, capacity, decay, alg
 
 
 @pytest.mark.parametrize("decay", [0.0, -1.0, math.nan, math.inf, -math.inf, 1.5])
-def test_a_decay_outside_its_range_counts_as_its_nearest_end(c, decay):
+def test_a_decay_outside_its_range_counts_as_its_nearest_end(c: ctypes.CDLL, decay: float) -> None:
     native = CReservoir(c, 16)
     native.add([10**9, 2 * 10**9, 6 * 10**9], [0, 0, 10**12])
     features = native.features(decay)
@@ -349,7 +356,7 @@ def test_a_decay_outside_its_range_counts_as_its_nearest_end(c, decay):
     assert np.isfinite(features).all()
 
 
-def test_deviation_survives_a_large_mean(c):
+def test_deviation_survives_a_large_mean(c: ctypes.CDLL) -> None:
     """A few ns around a day."""
     values = np.uint64(86_400_000_000_000) + np.array([1, 2, 3, 4, 5], np.uint64)
     native = CReservoir(c, 16)
@@ -360,7 +367,7 @@ def test_deviation_survives_a_large_mean(c):
     assert equal.features()[2] == 0.0
 
 
-def test_ages_of_a_unix_clock_are_exact(c):
+def test_ages_of_a_unix_clock_are_exact(c: ctypes.CDLL) -> None:
     """Two samples 100 ns apart, 56 years after 1970, where a float64 of seconds knows 238 ns."""
     now = 1_767_225_600_000_000_000
     native = CReservoir(c, 2)
@@ -369,7 +376,7 @@ def test_ages_of_a_unix_clock_are_exact(c):
 
 
 @pytest.mark.parametrize("n", [*range(1, 25), 127, 128, 999, 1000])
-def test_percentiles_of_every_small_size(c, n):
+def test_percentiles_of_every_small_size(c: ctypes.CDLL, n: int) -> None:
     """Equal weights with a decay of 1, where the weighted percentile is decided by ties."""
     values = np.random.default_rng(n).permutation(n).astype(np.uint64) * np.uint64(10**9)
     native = CReservoir(c, SLOTS)
@@ -379,7 +386,7 @@ def test_percentiles_of_every_small_size(c, n):
     assert features[4] == -(-9 * n // 10) - 1
 
 
-def test_empty_is_zero(library):
+def test_empty_is_zero(library: ctypes.CDLL) -> None:
     np.testing.assert_array_equal(CReservoir(library).features(), 0.0)
     np.testing.assert_array_equal(CServer(library).stats(), 0.0)
 
@@ -398,7 +405,7 @@ def test_empty_is_zero(library):
         {"algorithm": -1},
     ],
 )
-def test_refused_arguments_make_a_reservoir_that_takes_nothing(library, keys):
+def test_refused_arguments_make_a_reservoir_that_takes_nothing(library: ctypes.CDLL, keys: dict[str, Any]) -> None:
     native = CReservoir(library, **keys)
     assert native.accepted is False
     native.add(np.arange(100), np.arange(100))
@@ -408,20 +415,20 @@ def test_refused_arguments_make_a_reservoir_that_takes_nothing(library, keys):
 
 
 @pytest.mark.parametrize("slots", ["0", "32768"])
-def test_room_outside_the_limits_does_not_compile(slots, tmp_path):
+def test_room_outside_the_limits_does_not_compile(slots: int, tmp_path: Path) -> None:
     done = run_compiler("c", f"-DLBGYM_RESERVOIR_SLOTS={slots}", "-c", SHIM, "-o", tmp_path / "shim.o")
     assert done.returncode != 0
     assert "LBGYM_RESERVOIR_SLOTS must be from 1 to 32767" in done.stderr
 
 
-def test_default_capacity(tmp_path):
+def test_default_capacity(tmp_path: Path) -> None:
     library = build("c", tmp_path, None)
     assert library.reservoir_size() == 32 + 16 * DEFAULT_CAPACITY
     assert CReservoir(library, DEFAULT_CAPACITY).accepted
     assert not CReservoir(library, DEFAULT_CAPACITY + 1).accepted
 
 
-def test_c_and_cpp_share_memory(c, tmp_path):
+def test_c_and_cpp_share_memory(c: ctypes.CDLL, tmp_path: Path) -> None:
     """A reservoir written by the one is read by the other."""
     cpp = build("c++", tmp_path, SLOTS)
     reservoirs = [CReservoir(each, 100, seed=3, probability=0.7) for each in (c, cpp)]
@@ -430,7 +437,7 @@ def test_c_and_cpp_share_memory(c, tmp_path):
     assert reservoirs[0].memory.raw == reservoirs[1].memory.raw
 
 
-def test_a_copy_is_complete(c):
+def test_a_copy_is_complete(c: ctypes.CDLL) -> None:
     """The features of a copy, after the worker went on."""
     original, copy = CReservoir(c, 50, seed=1), CReservoir(c, 50)
     original.add(*stream("plain", 200))
@@ -441,7 +448,7 @@ def test_a_copy_is_complete(c):
     assert not np.array_equal(original.features(), before)
 
 
-def test_samples_of_several_workers_make_one_statistic(c):
+def test_samples_of_several_workers_make_one_statistic(c: ctypes.CDLL) -> None:
     values, times = stream("plain", 2500)
     out = np.zeros(5, np.float32)
     with Scratch(c, 2500) as scratch:
@@ -449,7 +456,7 @@ def test_samples_of_several_workers_make_one_statistic(c):
     np.testing.assert_allclose(out, exact(values, times, 0.9), rtol=1e-6)
 
 
-def test_columns_of_a_server(library):
+def test_columns_of_a_server(library: ctypes.CDLL) -> None:
     server = CServer(library, capacity=8, seed=11)
     fct, duration = (ReservoirSampler(8, random) for random in server.random)
     clock = np.random.default_rng(5).integers(10**6, 10**9, 60).tolist()
@@ -470,7 +477,7 @@ def test_columns_of_a_server(library):
     np.testing.assert_allclose(server.stats(), [expected[name] for name in FEATURE_NAMES], rtol=1e-6)
 
 
-def test_open_flows_are_never_below_zero(library):
+def test_open_flows_are_never_below_zero(library: ctypes.CDLL) -> None:
     server = CServer(library)
     server.closed(0, 1)
     assert library.server_open_flows(server.memory) == 0
@@ -482,7 +489,7 @@ def test_open_flows_are_never_below_zero(library):
     assert library.server_open_flows(server.memory) == 0
 
 
-def test_a_clock_that_goes_backwards_makes_no_centuries(library):
+def test_a_clock_that_goes_backwards_makes_no_centuries(library: ctypes.CDLL) -> None:
     server = CServer(library)
     server.opened()
     server.packet(10**9, 10**9 - 1)
@@ -490,7 +497,7 @@ def test_a_clock_that_goes_backwards_makes_no_centuries(library):
     np.testing.assert_array_equal(server.stats(), 0.0)
 
 
-def test_no_two_reservoirs_of_neighbouring_servers_share_a_random_sequence(c):
+def test_no_two_reservoirs_of_neighbouring_servers_share_a_random_sequence(c: ctypes.CDLL) -> None:
     seeds = [*range(200), *range(2**64 - 200, 2**64)]
     random = [word for seed in seeds for word in CServer(c, seed=seed).random]
     assert len(set(random)) == 2 * len(seeds)
@@ -500,7 +507,9 @@ def test_no_two_reservoirs_of_neighbouring_servers_share_a_random_sequence(c):
 
 
 @pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
-def test_only_ci_insists_on_a_compiler(monkeypatch, tmp_path, ci, outcome):
+def test_only_ci_insists_on_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ci: str | None, outcome: type[BaseException]
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CI", ci)
     monkeypatch.delenv("CC", raising=False)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +20,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lbgym.errors import RegionBusyError, RegionError, RegionExistsError, RegionFormatError
-from lbgym.sharedmemory import Layout, ObservationBuffer, Publication, SharedMemoryRegion, abi, seqlock
+from lbgym.sharedmemory import Layout, ObservationBuffer, Publication, SharedMemoryRegion, abi, region_names, seqlock
 from lbgym.sharedmemory.system import DIRECTORY_VARIABLE
 from lbgym.snapshot import Snapshot
 
 from . import native
 from .native import NativeError, NativeRegion
-from .nursery import create
+from .nursery import Nursery, create
 
 #: Long enough for anything that happens at all, ns and s.
 LONG_NS, LONG = 20_000_000_000, 20.0
@@ -33,18 +34,18 @@ BOTH = st.sampled_from(["c", "c++"])
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory) -> dict[str, ctypes.CDLL]:
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
     """Built with every warning an error, and highly optimised."""
     return {language: native.build(language, tmp_path_factory.mktemp("shm")) for language in ("c", "c++")}
 
 
 @pytest.fixture
-def c(libraries) -> ctypes.CDLL:
+def c(libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
     return libraries["c"]
 
 
 @pytest.fixture(params=["c", "c++"])
-def library(request, libraries) -> ctypes.CDLL:
+def library(request: pytest.FixtureRequest, libraries: dict[str, ctypes.CDLL]) -> ctypes.CDLL:
     return libraries[request.param]
 
 
@@ -90,23 +91,44 @@ def assert_same_rows(one: ObservationBuffer, other: ObservationBuffer, *, truth:
 
 
 @pytest.mark.parametrize("language", ["c", "c++"])
-def test_compiles_without_optimisation_and_without_a_warning(language, tmp_path):
+def test_compiles_without_optimisation_and_without_a_warning(language: str, tmp_path: Path) -> None:
     done = native.run_compiler(language, "-O0", "-c", native.SHIM, "-o", tmp_path / "shim.o")
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_says_that_it_must_come_first(tmp_path):
+ORDERS = {
+    "first": '#include "lbgym_shm.h"\n#include <stdio.h>\n',
+    "after another": '#include <stdio.h>\n#include "lbgym_shm.h"\n',
+    "after the features": '#include "lbgym_features.h"\n#include "lbgym_shm.h"\n',
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("standard", ["-std=gnu11", "-std=gnu17"])
+def test_may_be_included_anywhere(order: str, standard: str, tmp_path: Path) -> None:
+    """And used, not only included: by the whole shim."""
+    source = tmp_path / "order.c"
+    source.write_text(ORDERS[order] + native.SHIM.read_text())
+    done = native.run_compiler("c", standard, "-c", source, "-o", tmp_path / "order.o")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_strict_c_says_in_one_sentence_that_it_must_come_first(tmp_path: Path) -> None:
     source = tmp_path / "late.c"
-    source.write_text('#include <stdio.h>\n#include "lbgym_shm.h"\n')
+    source.write_text(ORDERS["after another"])
     done = native.run_compiler("c", "-c", source, "-o", tmp_path / "late.o")
     assert done.returncode != 0
+    assert done.stderr.count("error") - done.stderr.count("#error") == 1, done.stderr
     assert "must be included before other headers, or with _GNU_SOURCE defined" in done.stderr
     done = native.run_compiler("c", "-D_GNU_SOURCE", "-c", source, "-o", tmp_path / "late.o")
+    assert (done.returncode, done.stderr) == (0, "")
+    source.write_text(ORDERS["after the features"])
+    done = native.run_compiler("c", "-c", source, "-o", tmp_path / "late.o")
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @given(capacity=st.one_of(st.integers(1, 200), st.integers(1, abi.MAX_CAPACITY)), language=BOTH)
-def test_layout(libraries, language, capacity):
+def test_layout(libraries: dict[str, ctypes.CDLL], language: str, capacity: int) -> None:
     library, layout = libraries[language], Layout(capacity)
     frame, action = np.zeros(9, np.uint64), np.zeros(5, np.uint64)
     library.frame_offsets(capacity, frame)
@@ -117,11 +139,11 @@ def test_layout(libraries, language, capacity):
     assert library.total_size(capacity) == layout.total_size
 
 
-def test_retries_as_often(c):
+def test_retries_as_often(c: ctypes.CDLL) -> None:
     assert c.tries() == seqlock._TRIES
 
 
-def test_every_code_has_a_sentence(c):
+def test_every_code_has_a_sentence(c: ctypes.CDLL) -> None:
     texts = [c.code_text(code) for code in range(0, -13, -1)]
     assert len(set(texts)) == 13
     assert texts[0] == b"no error" and texts[-1] == b"unknown error"
@@ -131,7 +153,7 @@ def test_every_code_has_a_sentence(c):
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 64, 1024])
-def test_c_reads_what_python_publishes(library, capacity):
+def test_c_reads_what_python_publishes(library: ctypes.CDLL, capacity: int) -> None:
     with (
         SharedMemoryRegion.create("r", num_servers=capacity, capacity=capacity) as producer,
         NativeRegion.attach(library, "r") as reader,
@@ -157,7 +179,7 @@ def test_c_reads_what_python_publishes(library, capacity):
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 64, 1024])
-def test_python_reads_what_c_publishes(library, capacity):
+def test_python_reads_what_c_publishes(library: ctypes.CDLL, capacity: int) -> None:
     safe = np.arange(1.0, capacity + 1.0)
     with (
         NativeRegion.create(
@@ -203,7 +225,7 @@ def test_python_reads_what_c_publishes(library, capacity):
             assert buffer.published_at <= time.monotonic_ns()
 
 
-def test_what_was_set_stays_until_it_is_set_again(c):
+def test_what_was_set_stays_until_it_is_set_again(c: ctypes.CDLL) -> None:
     with NativeRegion.create(c, "r", 3) as producer, SharedMemoryRegion.attach("r") as agent:
         producer.set_row(2, True, np.arange(11), [9, 4, 3, 2], [0.5, 0.25, 7.0])
         producer.publish(1)
@@ -217,7 +239,7 @@ def test_what_was_set_stays_until_it_is_set_again(c):
         assert buffer.ground_truth[2].tolist() == [0.5, 0.25, 7.0]
 
 
-def test_servers_leave_and_join(library):
+def test_servers_leave_and_join(library: ctypes.CDLL) -> None:
     with (
         NativeRegion.create(library, "r", 3, capacity=8, safe_weights=[4.0, 5.0, 6.0]) as producer,
         SharedMemoryRegion.attach("r") as agent,
@@ -241,7 +263,7 @@ def test_servers_leave_and_join(library):
         assert "got 0" in refused(native.OPTION, lambda: producer.set_num_servers(0))
 
 
-def test_no_safe_weight_left(library):
+def test_no_safe_weight_left(library: ctypes.CDLL) -> None:
     with NativeRegion.create(library, "r", 3, safe_weights=[0.0, 0.0, 1.0]) as producer:
         producer.set_num_servers(2)
         assert producer.in_force().tolist() == [1.0, 1.0]
@@ -249,7 +271,9 @@ def test_no_safe_weight_left(library):
 
 @given(value=st.floats(width=32), column=st.integers(0, 10), language=BOTH)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_features_that_no_reader_accepts_are_refused(libraries, language, value, column):
+def test_features_that_no_reader_accepts_are_refused(
+    libraries: dict[str, ctypes.CDLL], language: str, value: float, column: int
+) -> None:
     stats = np.zeros(11, np.float32)
     stats[column] = value
     truth = np.full(3, value, np.float32)
@@ -270,7 +294,7 @@ def test_features_that_no_reader_accepts_are_refused(libraries, language, value,
         producer.unlink_region()
 
 
-def test_counters_and_times_beyond_int64_are_refused(c):
+def test_counters_and_times_beyond_int64_are_refused(c: ctypes.CDLL) -> None:
     with NativeRegion.create(c, "r", 1) as producer, SharedMemoryRegion.attach("r") as agent:
         good, bad = 2**63 - 1, 2**63
         for k in range(4):
@@ -280,7 +304,7 @@ def test_counters_and_times_beyond_int64_are_refused(c):
         for k in range(3):
             totals = [bad if i == k else 0 for i in range(3)]
             refused(native.OPTION, lambda totals=totals: producer.set_totals(*totals))
-        assert "below 2^63" in refused(native.OPTION, lambda: producer.publish(Publication.of(bad)))
+        assert "below 2^63" in refused(native.OPTION, lambda: producer.publish(bad))
         assert producer.latest() == 0
         producer.set_counters(0, np.full(4, good, np.uint64))
         producer.set_totals(good, good, good)
@@ -291,7 +315,7 @@ def test_counters_and_times_beyond_int64_are_refused(c):
 # Actions
 
 
-def test_c_puts_pythons_weights_in_force(library):
+def test_c_puts_pythons_weights_in_force(library: ctypes.CDLL) -> None:
     with (
         NativeRegion.create(library, "r", 3, capacity=8, safe_weights=[7.0, 8.0, 9.0]) as producer,
         SharedMemoryRegion.attach("r") as agent,
@@ -323,7 +347,7 @@ def test_c_puts_pythons_weights_in_force(library):
         assert buffer.applied_sequence_id == 6
 
 
-def test_python_puts_cs_weights_in_force(library):
+def test_python_puts_cs_weights_in_force(library: ctypes.CDLL) -> None:
     with (
         SharedMemoryRegion.create("r", num_servers=3, safe_weights=[7.0, 8.0, 9.0]) as producer,
         NativeRegion.attach(library, "r") as agent,
@@ -351,7 +375,7 @@ def expire(written_at: int, lease_ns: int) -> None:
     assert time.monotonic_ns() >= written_at + lease_ns
 
 
-def test_safe_weights_after_the_lease(library):
+def test_safe_weights_after_the_lease(library: ctypes.CDLL) -> None:
     lease = 50_000_000
     with NativeRegion.create(library, "r", 2, safe_weights=[7.0, 8.0]) as producer:
         assert producer.lease_left() == native.FOREVER
@@ -374,7 +398,7 @@ def test_safe_weights_after_the_lease(library):
             assert producer.in_force().tolist() == [3.0, 4.0] and not producer.safe()
 
 
-def test_a_lease_ends_while_the_weights_are_in_force(c):
+def test_a_lease_ends_while_the_weights_are_in_force(c: ctypes.CDLL) -> None:
     lease = 200_000_000
     with NativeRegion.create(c, "r", 2) as producer, SharedMemoryRegion.attach("r") as agent:
         written = agent.write_action(sequence_id=2, weights=[1.0, 2.0], lease=lease / 1e9)
@@ -387,7 +411,7 @@ def test_a_lease_ends_while_the_weights_are_in_force(c):
         assert producer.safe() and producer.in_force().tolist() == [1.0, 1.0]
 
 
-def test_c_renews_its_lease(library):
+def test_c_renews_its_lease(library: ctypes.CDLL) -> None:
     lease = 50_000_000
     with SharedMemoryRegion.create("r", num_servers=2) as producer, NativeRegion.attach(library, "r") as agent:
         assert "no action of this agent to renew" in refused(native.ROLE, agent.renew)
@@ -403,7 +427,7 @@ def test_c_renews_its_lease(library):
             assert np.array_equal(getattr(first, name), getattr(second, name))
 
 
-def test_weights_for_servers_that_left(library):
+def test_weights_for_servers_that_left(library: ctypes.CDLL) -> None:
     """As in Python: nothing of the action is left, so the safe weights are in force."""
     with NativeRegion.create(library, "r", 3) as producer, SharedMemoryRegion.attach("r") as agent:
         agent.write_action(sequence_id=1, weights=[0.0, 0.0, 1.0], lease=float("inf"))
@@ -416,7 +440,7 @@ def test_weights_for_servers_that_left(library):
         assert producer.in_force().tolist() == [0.0, 0.0, 1.0] and not producer.safe()
 
 
-def test_safe_weights_change(c):
+def test_safe_weights_change(c: ctypes.CDLL) -> None:
     with NativeRegion.create(c, "r", 2) as producer:
         producer.set_safe_weights(np.array([2.0, 0.0]), 2)
         assert producer.in_force().tolist() == [2.0, 0.0]
@@ -438,7 +462,9 @@ WEIGHTS = st.lists(
 
 @given(weights=WEIGHTS, language=BOTH)
 @settings(max_examples=300)
-def test_alias_tables_are_the_same_bit_for_bit(libraries, language, weights):
+def test_alias_tables_are_the_same_bit_for_bit(
+    libraries: dict[str, ctypes.CDLL], language: str, weights: list[float]
+) -> None:
     weights = np.array(weights)
     assume(weights.max() > 0.0)
     n = len(weights)
@@ -449,13 +475,13 @@ def test_alias_tables_are_the_same_bit_for_bit(libraries, language, weights):
 
 
 @given(weights=st.lists(st.one_of(st.floats(), st.floats(0.0, 1.0)), min_size=1, max_size=9), language=BOTH)
-def test_the_same_weights_are_refused(libraries, language, weights):
+def test_the_same_weights_are_refused(libraries: dict[str, ctypes.CDLL], language: str, weights: list[float]) -> None:
     weights = np.array(weights)
     good = bool(np.isfinite(weights).all() and (weights >= 0.0).all())
     assert libraries[language].largest(weights, len(weights)) == (max(0.0, *weights, 0.0) if good else -1.0)
 
 
-def test_refused_actions_write_nothing(library):
+def test_refused_actions_write_nothing(library: ctypes.CDLL) -> None:
     with (
         SharedMemoryRegion.create("r", num_servers=2, capacity=4) as producer,
         NativeRegion.attach(library, "r") as agent,
@@ -479,7 +505,7 @@ def hashes(n: int) -> np.ndarray:
     return np.random.default_rng(n).integers(0, 2**64, n, np.uint64)
 
 
-def test_picks_are_those_of_the_documented_rule(library):
+def test_picks_are_those_of_the_documented_rule(library: ctypes.CDLL) -> None:
     rng = np.random.default_rng(3)
     for n in (1, 2, 7, 64):
         weights = rng.lognormal(0.0, 2.0, n)
@@ -498,7 +524,7 @@ def test_picks_are_those_of_the_documented_rule(library):
 
 
 @pytest.mark.parametrize("given_weights", [3, 8, 0], ids=["fewer", "more", "none"])
-def test_table_of_weights_that_are_not_the_agents_alone(library, given_weights):
+def test_table_of_weights_that_are_not_the_agents_alone(library: ctypes.CDLL, given_weights: int) -> None:
     """Servers that the agent does not know, or that do not exist: the table is for what is in force."""
     with (
         NativeRegion.create(library, "r", 5, safe_weights=[1.0, 2.0, 3.0, 4.0, 5.0]) as producer,
@@ -516,7 +542,7 @@ def test_table_of_weights_that_are_not_the_agents_alone(library, given_weights):
 
 
 @pytest.mark.parametrize("down", [1, 12, 15], ids=["one down", "most down", "one up"])
-def test_inactive_servers_are_passed_over_in_proportion(library, down):
+def test_inactive_servers_are_passed_over_in_proportion(library: ctypes.CDLL, down: int) -> None:
     weights = np.linspace(1.0, 4.0, 16)
     with NativeRegion.create(library, "r", 16) as producer, SharedMemoryRegion.attach("r") as agent:
         active = np.arange(16) >= down
@@ -536,7 +562,7 @@ def test_inactive_servers_are_passed_over_in_proportion(library, down):
         assert np.array_equal(producer.picks(some), picked)
 
 
-def test_picks_without_weight_or_server(c):
+def test_picks_without_weight_or_server(c: ctypes.CDLL) -> None:
     with NativeRegion.create(c, "r", 3, safe_weights=[0.0, 1.0, 0.0]) as producer:
         some = hashes(3000)
         assert set(producer.picks(some)) == {native.NO_SERVER}
@@ -559,7 +585,7 @@ def test_picks_without_weight_or_server(c):
 # Roles
 
 
-def test_a_live_region_is_not_replaced(library):
+def test_a_live_region_is_not_replaced(library: ctypes.CDLL) -> None:
     with SharedMemoryRegion.create("r", num_servers=1) as producer:
         producer.publish(Publication.of(snapshot(1)))
         message = refused(native.EXISTS, lambda: NativeRegion.create(library, "r"))
@@ -575,7 +601,7 @@ def test_a_live_region_is_not_replaced(library):
 
 
 @pytest.mark.parametrize("name", ["r", "other"])
-def test_a_file_that_is_no_region_is_not_replaced(library, shm_dir, name):
+def test_a_file_that_is_no_region_is_not_replaced(library: ctypes.CDLL, shm_dir: Path, name: str) -> None:
     (shm_dir / name).write_text("precious")
     if name == "r":
         message = refused(native.EXISTS, lambda: NativeRegion.create(library, "r"))
@@ -586,7 +612,7 @@ def test_a_file_that_is_no_region_is_not_replaced(library, shm_dir, name):
     assert (shm_dir / name).read_text() == "precious"
 
 
-def test_c_replaces_a_killed_python_producer(library, nursery):
+def test_c_replaces_a_killed_python_producer(library: ctypes.CDLL, nursery: Nursery) -> None:
     child = nursery.fork(create, name="r", capacity=9)
     child.hear()
     with SharedMemoryRegion.attach("r", live=True) as waiting:
@@ -606,7 +632,7 @@ def test_c_replaces_a_killed_python_producer(library, nursery):
             assert producer.producer_alive() == 1
 
 
-def test_python_replaces_a_killed_c_producer(library, nursery):
+def test_python_replaces_a_killed_c_producer(library: ctypes.CDLL, nursery: Nursery) -> None:
     child = nursery.fork(native.produce, name="r", file=library._name)
     assert child.hear() == "published"
     with NativeRegion.attach(library, "r") as waiting:
@@ -633,7 +659,7 @@ def test_python_replaces_a_killed_c_producer(library, nursery):
             assert not producer.replaced and producer.path.exists()
 
 
-def test_c_replaces_a_killed_c_producer(library, nursery):
+def test_c_replaces_a_killed_c_producer(library: ctypes.CDLL, nursery: Nursery) -> None:
     child = nursery.fork(native.produce, name="r", file=library._name)
     child.hear()
     refused(native.EXISTS, lambda: NativeRegion.create(library, "r"))
@@ -643,7 +669,7 @@ def test_c_replaces_a_killed_c_producer(library, nursery):
         assert agent.read_into(agent.new_buffer())
 
 
-def test_c_dies_in_the_middle_of_a_frame(library):
+def test_c_dies_in_the_middle_of_a_frame(library: ctypes.CDLL) -> None:
     """What a lock that a dead writer left odd does to readers, and to the writer's next frame in that place."""
     with NativeRegion.create(library, "r", 2) as producer, SharedMemoryRegion.attach("r") as agent:
         buffer = agent.new_buffer()
@@ -663,7 +689,7 @@ def test_c_dies_in_the_middle_of_a_frame(library):
             assert int(words[lock]) % 2 == 0
 
 
-def test_one_agent_whatever_its_language(library):
+def test_one_agent_whatever_its_language(library: ctypes.CDLL) -> None:
     with (
         SharedMemoryRegion.create("r", num_servers=1),
         SharedMemoryRegion.attach("r") as one,
@@ -685,7 +711,7 @@ def test_one_agent_whatever_its_language(library):
         two.write_action(2, np.ones(1), 1, 0)
 
 
-def test_the_lock_of_a_killed_agent_is_free(library, nursery):
+def test_the_lock_of_a_killed_agent_is_free(library: ctypes.CDLL, nursery: Nursery) -> None:
     with SharedMemoryRegion.create("r", num_servers=1) as producer:
         child = nursery.fork(native.drive, name="r", file=library._name)
         assert child.hear() == "written"
@@ -698,7 +724,7 @@ def test_the_lock_of_a_killed_agent_is_free(library, nursery):
 
 
 @pytest.mark.parametrize("forget", [True, False], ids=["forgets", "keeps"])
-def test_a_child_that_forgets_keeps_no_locks(c, nursery, forget):
+def test_a_child_that_forgets_keeps_no_locks(c: ctypes.CDLL, nursery: Nursery, forget: bool) -> None:
     parent = nursery.fork(native.leave_a_child, name="r", file=c._name, forget=forget)
     child = parent.hear()
     try:
@@ -715,7 +741,7 @@ def test_a_child_that_forgets_keeps_no_locks(c, nursery, forget):
         os.kill(child, signal.SIGKILL)
 
 
-def test_sides_do_not_do_each_others_work(library):
+def test_sides_do_not_do_each_others_work(library: ctypes.CDLL) -> None:
     with NativeRegion.create(library, "r", 1) as producer, NativeRegion.attach(library, "r") as agent:
         for call in (
             lambda: agent.publish(1),
@@ -732,7 +758,7 @@ def test_sides_do_not_do_each_others_work(library):
         refused(native.ROLE, producer.lock_agent)
 
 
-def test_a_closed_region_refuses_everything(library):
+def test_a_closed_region_refuses_everything(library: ctypes.CDLL) -> None:
     producer = NativeRegion.create(library, "r", 1)
     agent = NativeRegion.attach(library, "r")
     with SharedMemoryRegion.attach("r") as other:
@@ -795,7 +821,7 @@ def woken(wait: Callable[[], object], words: np.ndarray, waiters: str, wake: Cal
     return returned[0]
 
 
-def test_python_wakes_c(library):
+def test_python_wakes_c(library: ctypes.CDLL) -> None:
     with SharedMemoryRegion.create("r", num_servers=1) as producer, NativeRegion.attach(library, "r") as agent:
         words = header(agent)
         for _ in range(20):
@@ -813,7 +839,7 @@ def test_python_wakes_c(library):
             assert producer.wait_action(0) == 0
 
 
-def test_c_wakes_python(library):
+def test_c_wakes_python(library: ctypes.CDLL) -> None:
     with NativeRegion.create(library, "r", 1) as producer, SharedMemoryRegion.attach("r") as agent:
         words = header(producer)
         for number in range(20):
@@ -829,7 +855,7 @@ def test_c_wakes_python(library):
             producer.weights_in_force()
 
 
-def test_an_action_that_cannot_be_read_is_as_none_and_wakes_once(library):
+def test_an_action_that_cannot_be_read_is_as_none_and_wakes_once(library: ctypes.CDLL) -> None:
     with (
         NativeRegion.create(library, "r", 2, safe_weights=[5.0, 6.0]) as producer,
         SharedMemoryRegion.attach("r") as agent,
@@ -850,7 +876,7 @@ def test_an_action_that_cannot_be_read_is_as_none_and_wakes_once(library):
         assert producer.in_force().tolist() == [3.0, 4.0]
 
 
-def test_a_signal_ends_a_wait(library):
+def test_a_signal_ends_a_wait(library: ctypes.CDLL) -> None:
     """So that a program may look at what its handler noted."""
     with NativeRegion.create(library, "r", 1) as producer:
         words = header(producer)
@@ -878,7 +904,7 @@ def test_a_signal_ends_a_wait(library):
             signal.signal(signal.SIGUSR1, before)
 
 
-def test_who_may_only_read_waits_by_looking(library):
+def test_who_may_only_read_waits_by_looking(library: ctypes.CDLL) -> None:
     with (
         SharedMemoryRegion.create("r", num_servers=1, publish_interval=0.001) as producer,
         NativeRegion.attach(library, "r", native.READ_ONLY) as reader,
@@ -898,7 +924,7 @@ def test_who_may_only_read_waits_by_looking(library):
 # Files
 
 
-def test_the_file(library, shm_dir):
+def test_the_file(library: ctypes.CDLL, shm_dir: Path) -> None:
     with NativeRegion.create(library, "r", 2, mode=0o640, gid=os.getegid(), capacity=1024) as producer:
         status = (shm_dir / "r").stat()
         assert stat.S_IMODE(status.st_mode) == 0o640 and status.st_gid == os.getegid()
@@ -912,7 +938,7 @@ def test_the_file(library, shm_dir):
         producer.publish(1)
 
 
-def test_default_mode(c, shm_dir):
+def test_default_mode(c: ctypes.CDLL, shm_dir: Path) -> None:
     old = os.umask(0)
     try:
         with NativeRegion.create(c, "r"):
@@ -922,7 +948,7 @@ def test_default_mode(c, shm_dir):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", ".r", "-r", "a/b", "a b", "ä", "x" * 201])
-def test_bad_names(library, name):
+def test_bad_names(library: ctypes.CDLL, name: str) -> None:
     for opening in (NativeRegion.create, NativeRegion.attach):
         message = refused(native.NAME, lambda opening=opening: opening(library, name))
         assert "1 to 200 letters, digits" in message
@@ -930,13 +956,14 @@ def test_bad_names(library, name):
         SharedMemoryRegion.attach(name)
 
 
-def test_the_longest_name(library):
+def test_the_longest_name(library: ctypes.CDLL) -> None:
     name = "X" + "y.-_" * 49 + "987"
-    with NativeRegion.create(library, name), SharedMemoryRegion.attach(name, live=True):
-        pass
+    with NativeRegion.create(library, name), SharedMemoryRegion.attach(name, live=True) as region:
+        assert region.name == region.path.name == name
+        assert list(region_names()) == [name]
 
 
-def test_where_regions_are(library, monkeypatch):
+def test_where_regions_are(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DIRECTORY_VARIABLE, "")
     name = f"lbgym-test-{os.getpid()}-{os.urandom(8).hex()}"
     with NativeRegion.create(library, name) as producer:
@@ -967,7 +994,7 @@ def test_where_regions_are(library, monkeypatch):
         ({"mode": 0o1000}, "mode must be permissions from 0 to 0777, got 01000"),
     ],
 )
-def test_options_out_of_range(c, shm_dir, options, message):
+def test_options_out_of_range(c: ctypes.CDLL, shm_dir: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(NativeError, match=message) as caught:
         NativeRegion.create(c, "r", **options)
     assert caught.value.code == native.OPTION
@@ -975,11 +1002,11 @@ def test_options_out_of_range(c, shm_dir, options, message):
 
 
 @pytest.mark.parametrize("weights", [[0.0] * 4, [1.0, 1.0, 1.0, -1.0], [1.0, float("nan"), 1.0, 1.0]])
-def test_safe_weights_out_of_range(c, weights):
+def test_safe_weights_out_of_range(c: ctypes.CDLL, weights: list[float]) -> None:
     refused(native.WEIGHTS, lambda: NativeRegion.create(c, "r", safe_weights=weights))
 
 
-def test_no_room(c, shm_dir):
+def test_no_room(c: ctypes.CDLL, shm_dir: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
@@ -990,7 +1017,7 @@ def test_no_room(c, shm_dir):
     assert not list(shm_dir.iterdir())
 
 
-def test_no_descriptor_and_no_mapping_is_left(c, shm_dir):
+def test_no_descriptor_and_no_mapping_is_left(c: ctypes.CDLL, shm_dir: Path) -> None:
     """Whatever way creating and attaching end."""
 
     def held() -> tuple[int, int]:
@@ -1011,7 +1038,7 @@ def test_no_descriptor_and_no_mapping_is_left(c, shm_dir):
 
 
 @pytest.mark.parametrize("kind", ["directory", "link", "fifo", "empty"])
-def test_no_regular_file(library, shm_dir, kind):
+def test_no_regular_file(library: ctypes.CDLL, shm_dir: Path, kind: str) -> None:
     path = shm_dir / "r"
     if kind == "directory":
         path.mkdir()
@@ -1050,7 +1077,15 @@ NUMBERS = st.one_of(
     language=BOTH,
 )
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_refuses_the_headers_that_python_refuses(libraries, shm_dir, language, changes, scales, rate, length):
+def test_refuses_the_headers_that_python_refuses(
+    libraries: dict[str, ctypes.CDLL],
+    shm_dir: Path,
+    language: str,
+    changes: dict[str, int],
+    scales: dict[str, int],
+    rate: float,
+    length: int,
+) -> None:
     """And names the same fault."""
     with SharedMemoryRegion.create("r", num_servers=5, capacity=6) as producer:
         producer.publish(Publication.of(snapshot(5)))
@@ -1084,7 +1119,7 @@ def test_refuses_the_headers_that_python_refuses(libraries, shm_dir, language, c
             assert first_words(str(error)) == first_words(reason)
 
 
-def test_versions(library, shm_dir):
+def test_versions(library: ctypes.CDLL, shm_dir: Path) -> None:
     with SharedMemoryRegion.create("r", num_servers=1) as producer:
         producer.publish(Publication.of(snapshot(1)))
         data = bytearray(producer.path.read_bytes())
@@ -1098,7 +1133,7 @@ def test_versions(library, shm_dir):
     assert "it has version 2.77 of the binary interface, this is 1" in message
 
 
-def test_a_later_minor_version_may_have_more_of_everything(library, shm_dir):
+def test_a_later_minor_version_may_have_more_of_everything(library: ctypes.CDLL, shm_dir: Path) -> None:
     """Larger structs and sections behind those that are known: what is known stays where it is."""
     with SharedMemoryRegion.create("r", num_servers=3, capacity=3) as producer:
         for number in range(1, 4):
@@ -1136,7 +1171,9 @@ def test_a_later_minor_version_may_have_more_of_everything(library, shm_dir):
     language=BOTH,
 )
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_reads_the_contents_that_python_reads(libraries, language, places):
+def test_reads_the_contents_that_python_reads(
+    libraries: dict[str, ctypes.CDLL], language: str, places: list[tuple[int, int]]
+) -> None:
     """Words of frames and of what the producer and the agent say, changed at random."""
     with SharedMemoryRegion.create("r", num_servers=5, capacity=6) as producer:
         layout = producer.layout
@@ -1172,7 +1209,9 @@ def test_reads_the_contents_that_python_reads(libraries, language, places):
     language=BOTH,
 )
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_takes_the_actions_that_python_takes(libraries, language, places):
+def test_takes_the_actions_that_python_takes(
+    libraries: dict[str, ctypes.CDLL], language: str, places: list[tuple[int, int]]
+) -> None:
     """The same file for a producer of either language, but for its lock."""
     with (
         NativeRegion.create(libraries[language], "c", 5, capacity=6) as one,

@@ -18,7 +18,7 @@ import pytest
 
 from lbgym.errors import RegionBusyError, RegionError, RegionFormatError
 from lbgym.features import FEATURE_NAMES
-from lbgym.sharedmemory import Action, ObservationBuffer, Publication, SharedMemoryRegion, abi
+from lbgym.sharedmemory import Action, ObservationBuffer, Publication, ServerState, SharedMemoryRegion, abi
 from lbgym.sharedmemory.system import path_of
 from lbgym.snapshot import Snapshot
 from tests.sharedmemory.nursery import Nursery, Say
@@ -28,7 +28,7 @@ CAPACITY = 3
 INT64_END = 1 << 63
 OUTCOMES = (
     "refused", "read", "nothing there", "RegionFormatError", "RegionBusyError", "earlier ones refused", "actions read",
-    "actions refused",
+    "actions refused", "names read", "names refused",
 )  # fmt: skip
 
 WORDS = np.array(
@@ -62,6 +62,7 @@ def good_image() -> bytes:
         for number in range(1, 7):
             agent.write_action(sequence_id=number, weights=np.arange(1.0, 4.0))
             region.weights_in_force()
+            region.set_server(number % CAPACITY, name=f"server {number}", state=ServerState.UP)
             region.publish(Publication.of(snapshot(CAPACITY - number % 2), fct_count=3, fct_sum=0.5))
         agent.close()
         return region.path.read_bytes()
@@ -71,6 +72,7 @@ LAYOUT = abi.Layout(CAPACITY)
 #: Fields of the header that say where things are.
 SIZES = (
     "total_size", "num_frames", "frames_offset", "frame_size", "actions_offset", "action_size", "num_actions",
+    "names_offset", "names_size",
 )  # fmt: skip
 #: First byte and size of what a mutation hits.
 AREAS = {
@@ -123,8 +125,9 @@ def forged(random: np.random.Generator, good: np.ndarray) -> np.ndarray:
     num_frames, num_actions = (int(1 << random.integers(1, 6)) for _ in range(2))
     frame_size = layout.frame_size + 64 * int(random.integers(0, 3))
     action_size = layout.action_size + 64 * int(random.integers(0, 3))
-    needed = abi.HEADER.size + num_frames * frame_size + num_actions * action_size
-    # The last action ends with a page, so that who reads beyond it is killed.
+    names_size = layout.names_size + 64 * int(random.integers(0, 3))
+    needed = abi.HEADER.size + num_frames * frame_size + num_actions * action_size + abi.NUM_NAMES * names_size
+    # The last table of names ends with a page, so that who reads beyond it is killed.
     total = -(-needed // 4096) * 4096
     frames_offset = abi.HEADER.size + 64 * int(random.integers(0, (total - needed) // 64 + 1))
     sizes = {
@@ -133,8 +136,10 @@ def forged(random: np.random.Generator, good: np.ndarray) -> np.ndarray:
         "num_actions": num_actions,
         "frames_offset": frames_offset,
         "frame_size": frame_size,
-        "actions_offset": total - num_actions * action_size,
+        "actions_offset": total - num_actions * action_size - abi.NUM_NAMES * names_size,
         "action_size": action_size,
+        "names_offset": total - abi.NUM_NAMES * names_size,
+        "names_size": names_size,
         "total_size": total,
     }
     for name in sizes:
@@ -146,7 +151,7 @@ def forged(random: np.random.Generator, good: np.ndarray) -> np.ndarray:
     image[abi.HEADER.size :] = random.choice([0, 0, 0, 1, 63, 64, 127, 255], total - abi.HEADER.size)
     words = image.view(np.uint64)
     latest = int(random.integers(0, 70))
-    set_header(image, latest=latest, action_count=int(random.integers(0, 70)))
+    set_header(image, latest=latest, action_count=int(random.integers(0, 70)), names_version=int(random.integers(0, 4)))
     for slot in range(num_frames):
         at = (frames_offset + slot * frame_size) // 8
         if at + 8 < len(words):
@@ -173,6 +178,9 @@ def assert_sane_buffer(buffer: ObservationBuffer) -> None:
     floats = [buffer.stats[:n], buffer.weights[:n], buffer.safe_weights[:n]]
     if buffer.has_ground_truth:
         floats.append(buffer.ground_truth[:n])
+    assert buffer.states[:n].max(initial=0) <= max(ServerState)
+    ages = buffer.ground_truth_age[:n]
+    assert (np.isnan(ages) | ((ages >= 0.0) & (ages < INT64_END / 1e9 + 1.0))).all()
     for values in floats:
         assert np.isfinite(values).all() and values.min(initial=0.0) >= 0.0
     assert buffer.counters[:n].max(initial=0) < INT64_END
@@ -190,7 +198,8 @@ def assert_sane_action(action: Action) -> None:
     assert np.isfinite(weights).all() and weights.min() >= 0.0 and weights.max() > 0.0
     assert action.alias[:n].max() < n
     assert 0 <= action.sequence_id < INT64_END and 0 <= action.written_at < INT64_END
-    assert action.lease == (action.lease_ns / 1e9 if action.lease_ns else math.inf) > 0.0
+    expected = action.lease_ns / 1e9 if action.lease_ns else math.inf
+    assert action.lease == pytest.approx(expected, rel=1e-15) and action.lease > 0.0
 
 
 def assert_sane_snapshot(shown: Snapshot, n: int) -> None:
@@ -213,8 +222,12 @@ def assert_sane_places(region: SharedMemoryRegion, image: np.ndarray) -> None:
     """Nothing that is read or written lies beyond the file or in something else."""
     fields = image[: abi.HEADER.size].view(abi.HEADER.dtype)[0]
     header = {name: int(fields[name]) for name in SIZES}
-    layout = abi.Layout(region.capacity)
+    layout = region.layout
     assert header["total_size"] == len(image)
+    if region.version[1] > 0:
+        assert header["names_size"] >= layout.names_size
+        assert header["names_offset"] >= header["actions_offset"] + header["num_actions"] * header["action_size"]
+        assert header["names_offset"] + abi.NUM_NAMES * header["names_size"] <= len(image)
     assert header["frame_size"] >= layout.frame_size and header["action_size"] >= layout.action_size
     frames_end = header["frames_offset"] + header["num_frames"] * header["frame_size"]
     actions_end = header["actions_offset"] + header["num_actions"] * header["action_size"]
@@ -252,6 +265,12 @@ def examine(region: SharedMemoryRegion, image: np.ndarray, tally: dict[str, int]
             tally["earlier ones refused"] += 1
     region.wait_observation(region.latest, 0.0)
     try:
+        names = region.server_names
+        assert len(names) <= region.capacity and all(name.isprintable() and len(name) <= 64 for name in names)
+        tally["names read"] += 1
+    except (RegionFormatError, RegionBusyError):
+        tally["names refused"] += 1
+    try:
         action = region.read_action()
         if action is not None:
             assert_sane_action(action)
@@ -278,7 +297,7 @@ def examine_writing(region: SharedMemoryRegion, image: np.ndarray) -> None:
     allowed[abi.HEADER.offset("action_count") : abi.HEADER.size] = True
     size = int(header["action_size"])
     for slot in range(int(header["num_actions"])):
-        allowed[int(header["actions_offset"]) + slot * size :][: abi.Layout(region.capacity).action_size] = True
+        allowed[int(header["actions_offset"]) + slot * size :][: region.layout.action_size] = True
     assert not ((after != image) & ~allowed).any()
 
 
@@ -485,7 +504,7 @@ def test_the_checks_see_bad_values() -> None:
 
 BAD_HEADERS = {
     "magic": ({"magic": 1}, "begins with"),
-    "major": ({"version_major": 2}, r"version 2\.0 of the binary interface, this is 1"),
+    "major": ({"version_major": 2}, r"version 2\.1 of the binary interface, this is 1"),
     "older major": ({"version_major": 0, "version_minor": 7}, r"version 0\.7"),
     "total size": ({"total_size": LAYOUT.total_size + 64}, "its header says .* bytes, the file has"),
     "no capacity": ({"capacity": 0}, "its capacity is 0"),

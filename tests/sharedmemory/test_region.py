@@ -30,7 +30,7 @@ from lbgym.errors import (
     RegionFormatError,
     RegionNotFoundError,
 )
-from lbgym.features import FEATURE_NAMES
+from lbgym.features import FEATURE_ALIASES, FEATURE_NAMES
 from lbgym.sharedmemory import DEFAULT_LEASE, Publication, ServerState, SharedMemoryRegion, abi, region_names, system
 from lbgym.snapshot import IntervalStatistics, Snapshot
 from tests.sharedmemory import nursery as roles
@@ -161,6 +161,34 @@ def test_the_dictionary_has_every_feature_by_name() -> None:
         seen = agent.read_observation()
         assert seen["applied_sequence_id"] == 41
         assert [row["weight"] for row in seen["server_stats"].values()] == [8.0, 8.0, 16.0]
+
+
+def test_features_are_found_by_their_aliases() -> None:
+    with SharedMemoryRegion.create("lb0", num_servers=1) as region:
+        region.publish(Publication.of(snapshot(1)))
+        row = region.read_observation()["server_stats"][0]
+        for alias, name in FEATURE_ALIASES.items():
+            assert row[alias] == row[name] == FEATURE_NAMES.index(name)
+            assert row["reservoir_features"][alias] == row.get(alias) == row[name] and alias in row
+        assert isinstance(row["flow_duration_avg_decay"], float)
+        assert list(row) == [*FEATURE_NAMES, "weight", "reservoir_features"]
+        for unknown in ("flow_duration", "fct_avg_", "n_flow"):
+            assert unknown not in row and row.get(unknown, 7) == 7
+            with pytest.raises(KeyError, match=unknown):
+                row[unknown]
+        with pytest.raises(KeyError):
+            row["reservoir_features"]["n_flow_on"]
+
+
+def test_actions_are_written_by_position_too() -> None:
+    with SharedMemoryRegion.create("lb0", num_servers=2) as region:
+        region.write_action(5, [1.0, 3.0])
+        assert region.weights_in_force().tolist() == [1.0, 3.0]
+        action = region.read_action()
+        assert action is not None and (action.sequence_id, action.lease) == (5, DEFAULT_LEASE)
+        for lease in (0.0, -1.0, math.nan, True, "1", np.complex64(2 + 1j)):
+            with pytest.raises(InvalidOptionError, match="lease must be a number above 0 seconds, got"):
+                region.write_action(5, [1.0, 3.0], lease)  # type: ignore[arg-type]
 
 
 def test_before_the_first_observation() -> None:
@@ -723,6 +751,7 @@ def test_what_a_region_says_about_itself() -> None:
         ({"publish_interval": 0.0}, "publish_interval must be a finite number from 1e-06 to 86400 seconds, got 0"),
         ({"publish_interval": math.nan}, "publish_interval must be"),
         ({"publish_interval": "1"}, "publish_interval must be"),
+        ({"publish_interval": np.complex64(2 + 1j)}, "publish_interval must be"),
         ({"clock_rate": 0.0}, "clock_rate must be a finite number from 1e-06 to 1e[+]06, got 0"),
         ({"clock_rate": math.inf}, "clock_rate must be"),
         ({"driver": "x" * 25}, "driver must be at most 24 bytes of printable text"),

@@ -29,6 +29,11 @@
 #ifndef LBGYM_FEATURES_H
 #define LBGYM_FEATURES_H
 
+/* Not for this file, but for lbgym_shm.h, should that come later. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
 #include <float.h>
 #include <math.h>
 #include <stdbool.h>
@@ -57,6 +62,7 @@ extern "C" {
 /* n_flow_on, then the five of FCT (fct_mean ...), then the five of durations (duration_mean ...) */
 #define LBGYM_SERVER_FEATURES 11
 
+/** What a full reservoir does with a sample that it takes. */
 typedef enum lbgym_algorithm {
     /* Every sample goes to a random slot: after n further ones it is still there with probability (1 - 1/capacity)^n,
      * so that the reservoir forgets exponentially. */
@@ -65,11 +71,13 @@ typedef enum lbgym_algorithm {
     LBGYM_UNIFORM = 1
 } lbgym_algorithm;
 
+/** A value, and the time at which it was seen. */
 typedef struct lbgym_sample {
     uint64_t value_ns;
     uint64_t time_ns;
 } lbgym_sample;
 
+/** Random samples of a stream of values. */
 typedef struct lbgym_reservoir {
     uint64_t random;    /* state of the random sequence */
     uint64_t accepted;  /* samples taken so far, also those that were overwritten since */
@@ -80,20 +88,20 @@ typedef struct lbgym_reservoir {
     lbgym_sample slots[LBGYM_RESERVOIR_SLOTS];
 } lbgym_reservoir;
 
-/* What a balancer keeps per server. */
+/** What a balancer keeps per server. */
 typedef struct lbgym_server {
     int64_t open_flows;
     lbgym_reservoir fct;      /* flow completion times */
     lbgym_reservoir duration; /* how long open flows have been open, seen at their packets */
 } lbgym_server;
 
-/* An element of the scratch memory of the features. */
+/** An element of the scratch memory of the features. */
 typedef struct lbgym_weighted_sample {
     uint64_t value_ns;
     double weight;
 } lbgym_weighted_sample;
 
-/* The finaliser of SplitMix64: every bit of x flips half of the bits of the result. */
+/** The finaliser of SplitMix64: every bit of x flips half of the bits of the result. */
 static inline uint64_t lbgym_mix64(uint64_t x)
 {
     x = (x ^ (x >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
@@ -101,14 +109,14 @@ static inline uint64_t lbgym_mix64(uint64_t x)
     return x ^ (x >> 31);
 }
 
-/* The next 64 random bits: SplitMix64 (Steele, Lea and Flood, 2014). */
+/** The next 64 random bits: SplitMix64 (Steele, Lea and Flood, 2014). */
 static inline uint64_t lbgym_next(uint64_t *state)
 {
     *state += UINT64_C(0x9E3779B97F4A7C15);
     return lbgym_mix64(*state);
 }
 
-/* Empties the reservoir and begins the random sequence of `seed`. The capacity is from 1 to LBGYM_RESERVOIR_SLOTS, the
+/** Empties the reservoir and begins the random sequence of `seed`. The capacity is from 1 to LBGYM_RESERVOIR_SLOTS, the
  * probability with which an offered sample is taken above 0 and at most 1. Where an argument is outside its range the
  * result is false, and the reservoir is one that takes no sample, as is one of zeroed memory. */
 static inline bool lbgym_reservoir_init(lbgym_reservoir *r, uint64_t seed, size_t capacity, double probability,
@@ -132,7 +140,7 @@ static inline bool lbgym_reservoir_init(lbgym_reservoir *r, uint64_t seed, size_
     return true;
 }
 
-/* Offers a sample. Any numbers will do: a time before that of earlier samples makes an older sample. One that is far in
+/** Offers a sample. Any numbers will do: a time before that of earlier samples makes an older sample. One that is far in
  * the future makes all others old, so that the features with decay are its alone until its slot is overwritten. */
 static inline void lbgym_reservoir_add(lbgym_reservoir *r, uint64_t value_ns, uint64_t time_ns)
 {
@@ -174,7 +182,7 @@ static inline void lbgym_heap_sink(lbgym_weighted_sample *heap, size_t n, size_t
     heap[hole] = moved;
 }
 
-/* The statistics of `n` samples, in seconds: mean, 90th percentile (linear interpolation), population standard
+/** The statistics of `n` samples, in seconds: mean, 90th percentile (linear interpolation), population standard
  * deviation; and mean and 90th percentile (inverted distribution function) under weights decay^(age in seconds) divided
  * by their sum. Ages count from the newest of the samples, so that an idle server keeps its features. Always finite; 0
  * without samples. `decay` is above 0 and at most 1, and is moved there if it is not. `scratch` has room for n. */
@@ -248,14 +256,14 @@ static inline void lbgym_sample_features(const lbgym_sample *samples, size_t n, 
     out[4] = (float)(seconds * (double)p90_decay);
 }
 
-/* The five statistics of a reservoir; `scratch` has room for its capacity. */
+/** The five statistics of a reservoir; `scratch` has room for its capacity. */
 static inline void lbgym_reservoir_features(const lbgym_reservoir *r, double decay, lbgym_weighted_sample *scratch,
                                             float out[LBGYM_RESERVOIR_FEATURES])
 {
     lbgym_sample_features(r->slots, r->filled, decay, scratch, out);
 }
 
-/* Arguments and result as of lbgym_reservoir_init. The seed is mixed before it is split, so that servers may have
+/** Arguments and result as of lbgym_reservoir_init. The seed is mixed before it is split, so that servers may have
  * consecutive seeds and no two of their reservoirs share a random sequence. */
 static inline bool lbgym_server_init(lbgym_server *server, uint64_t seed, size_t capacity, double probability,
                                      lbgym_algorithm algorithm)
@@ -266,24 +274,25 @@ static inline bool lbgym_server_init(lbgym_server *server, uint64_t seed, size_t
     return lbgym_reservoir_init(&server->duration, lbgym_mix64(mixed + 2), capacity, probability, algorithm);
 }
 
+/** The beginning of a flow, which counts as open until lbgym_server_flow_closed. */
 static inline void lbgym_server_flow_opened(lbgym_server *server)
 {
     server->open_flows++;
 }
 
-/* Clocks of several cores may disagree by a little: a flow that ends before it began took no time, not 584 years. */
+/** Clocks of several cores may disagree by a little: a flow that ends before it began took no time, not 584 years. */
 static inline uint64_t lbgym_elapsed(uint64_t from_ns, uint64_t to_ns)
 {
     return to_ns > from_ns ? to_ns - from_ns : 0;
 }
 
-/* A packet, at `now_ns`, of a flow that was opened at `opened_ns` and goes on. */
+/** A packet, at `now_ns`, of a flow that was opened at `opened_ns` and goes on. */
 static inline void lbgym_server_packet(lbgym_server *server, uint64_t opened_ns, uint64_t now_ns)
 {
     lbgym_reservoir_add(&server->duration, lbgym_elapsed(opened_ns, now_ns), now_ns);
 }
 
-/* The end of a flow. Once for every flow that was opened, also for one that timed out (then with the time of its last
+/** The end of a flow. Once for every flow that was opened, also for one that timed out (then with the time of its last
  * packet), or the count of open flows stays too high for ever. */
 static inline void lbgym_server_flow_closed(lbgym_server *server, uint64_t opened_ns, uint64_t now_ns)
 {
@@ -293,7 +302,7 @@ static inline void lbgym_server_flow_closed(lbgym_server *server, uint64_t opene
     }
 }
 
-/* What a balancer observes of a server, in the order of lbgym.features.FEATURE_NAMES: n_flow_on, the statistics of
+/** What a balancer observes of a server, in the order of lbgym.features.FEATURE_NAMES: n_flow_on, the statistics of
  * FCT, the statistics of durations. `scratch` has room for the capacity. */
 static inline void lbgym_server_stats(const lbgym_server *server, double decay, lbgym_weighted_sample *scratch,
                                       float out[LBGYM_SERVER_FEATURES])

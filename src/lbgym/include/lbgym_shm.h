@@ -403,6 +403,7 @@ static inline uint64_t lbgym_shm_total_size(uint32_t capacity)
 /* What lbgym_shm_pick returns if no server is active. */
 #define LBGYM_SHM_NO_SERVER UINT32_MAX
 
+/** What functions return: 0 or more, or one of these. */
 typedef enum lbgym_shm_code {
     LBGYM_SHM_OK = 0,
     LBGYM_SHM_NAME = -1,       /* no name that a region may have */
@@ -418,7 +419,7 @@ typedef enum lbgym_shm_code {
     LBGYM_SHM_SYSTEM = -11     /* the operating system says no; errno has why */
 } lbgym_shm_code;
 
-/* A sentence for a code; region.message says more. */
+/** A sentence for a code; region.message says more. */
 static inline const char *lbgym_shm_strerror(int code)
 {
     switch (code) {
@@ -449,13 +450,14 @@ static inline const char *lbgym_shm_strerror(int code)
     }
 }
 
+/** How a region is attached. */
 typedef enum lbgym_shm_access {
     LBGYM_SHM_ANY = 0,       /* read and write, or read only if the file's permissions forbid to write */
     LBGYM_SHM_READ_WRITE = 1,
     LBGYM_SHM_READ_ONLY = 2
 } lbgym_shm_access;
 
-/* A private frame and its sections. The producer's is what it publishes next, everybody else's what was read last. */
+/** A private frame and its sections. The producer's is what it publishes next, everybody else's what was read last. */
 typedef struct lbgym_shm_observation {
     lbgym_shm_frame *frame;
     uint8_t *active;      /* [capacity] */
@@ -468,7 +470,7 @@ typedef struct lbgym_shm_observation {
     uint64_t *ground_truth_age; /* [capacity], ns at the publication, or LBGYM_SHM_AGE_UNKNOWN */
 } lbgym_shm_observation;
 
-/* A private action and its sections. The producer's is the newest it has seen, the agent's the last it wrote. */
+/** A private action and its sections. The producer's is the newest it has seen, the agent's the last it wrote. */
 typedef struct lbgym_shm_weights {
     lbgym_shm_action *action;
     double *weights;     /* [capacity] */
@@ -505,6 +507,7 @@ typedef struct lbgym_shm_region {
     char message[4608]; /* about the last error */
 } lbgym_shm_region;
 
+/** Of a new region. */
 typedef struct lbgym_shm_options {
     uint32_t num_servers;         /* known at the beginning */
     uint32_t capacity;            /* servers there is room for; 0: 64, or num_servers if that is more */
@@ -518,6 +521,7 @@ typedef struct lbgym_shm_options {
     bool takes_index;             /* the data plane dispatches by index parameters where an action gives them */
 } lbgym_shm_options;
 
+/** The defaults for so many servers; change what is to differ. */
 static inline lbgym_shm_options lbgym_shm_default_options(uint32_t num_servers)
 {
     lbgym_shm_options options;
@@ -534,7 +538,7 @@ static inline lbgym_shm_options lbgym_shm_default_options(uint32_t num_servers)
     return options;
 }
 
-/* ns of CLOCK_MONOTONIC. */
+/** ns of CLOCK_MONOTONIC. */
 static inline uint64_t lbgym_shm_now(void)
 {
     struct timespec now;
@@ -877,7 +881,7 @@ static inline int lbgym_shm_name_owner(const lbgym_shm_region *region)
     return status.st_dev == region->device && status.st_ino == region->inode ? 1 : -1;
 }
 
-/* Whether the name now belongs to another file. */
+/** Whether the name now belongs to another file. */
 static inline bool lbgym_shm_replaced(const lbgym_shm_region *region)
 {
     return lbgym_shm_name_owner(region) < 0;
@@ -890,7 +894,7 @@ static inline void lbgym_shm_retire(lbgym_shm_region *region)
     (void)__atomic_fetch_add(&region->header->observation_event, 1, __ATOMIC_SEQ_CST);
 }
 
-/* Lets the region go and changes nothing in it: for a child after fork, which would else keep the locks of a parent
+/** Lets the region go and changes nothing in it: for a child after fork, which would else keep the locks of a parent
  * that is killed. */
 static inline void lbgym_shm_forget(lbgym_shm_region *region)
 {
@@ -909,8 +913,8 @@ static inline void lbgym_shm_forget(lbgym_shm_region *region)
     region->is_producer = region->is_agent = false;
 }
 
-/* Gives the region up, with its locks; a producer says that it publishes no more. A closed one may be closed again, and
- * so may one that could not be created or attached. */
+/** Gives the region up, with its locks; a producer also announces that it publishes no more. A closed one may be closed
+ * again, and so may one that could not be created or attached. */
 static inline void lbgym_shm_close(lbgym_shm_region *region)
 {
     if (region->header != NULL && region->is_producer) {
@@ -925,7 +929,7 @@ static inline void lbgym_shm_close(lbgym_shm_region *region)
     lbgym_shm_forget(region);
 }
 
-/* Removes the region's name, unless it belongs to another file by now; who is attached stays so. */
+/** Removes the region's name, unless it belongs to another file by now; who is attached stays so. */
 static inline int lbgym_shm_unlink(lbgym_shm_region *region)
 {
     if (lbgym_shm_name_owner(region) != 1 || unlink(region->path) == 0 || errno == ENOENT) {
@@ -934,7 +938,7 @@ static inline int lbgym_shm_unlink(lbgym_shm_region *region)
     return lbgym_shm_fail(region, LBGYM_SHM_SYSTEM, "cannot remove %s: %s", region->path, strerror(errno));
 }
 
-/* Opens a region that exists, as its agent or to look at it. Whether its producer lives is another question. */
+/** Opens a region that exists, as its agent or to look at it. Whether its producer lives is another question. */
 static inline int lbgym_shm_attach(lbgym_shm_region *region, const char *name, lbgym_shm_access access)
 {
     const int flags = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
@@ -987,20 +991,20 @@ static inline int lbgym_shm_attach(lbgym_shm_region *region, const char *name, l
 
 /* Both sides */
 
-/* Sequence id of the newest observation; 0: none yet, or the region is closed. */
+/** Sequence id of the newest observation; 0: none yet, or the region is closed. */
 static inline uint64_t lbgym_shm_latest(const lbgym_shm_region *region)
 {
     return region->header == NULL ? 0 : __atomic_load_n(&region->header->latest, __ATOMIC_ACQUIRE);
 }
 
-/* Whether the producer has said that it will publish no more, or another region has taken the name. */
+/** Whether the producer has said that it will publish no more, or another region has taken the name. */
 static inline bool lbgym_shm_is_retired(const lbgym_shm_region *region)
 {
     return region->header == NULL ||
            __atomic_load_n(&region->header->state, __ATOMIC_ACQUIRE) != LBGYM_SHM_STATE_RUNNING;
 }
 
-/* 1 if the producer's process lives and has not closed the region, 0 if not. */
+/** 1 if the producer's process lives and has not closed the region, 0 if not. */
 static inline int lbgym_shm_producer_alive(lbgym_shm_region *region)
 {
     const int code = lbgym_shm_must_be(region, false);
@@ -1017,7 +1021,7 @@ static inline int lbgym_shm_producer_alive(lbgym_shm_region *region)
     return !lbgym_shm_is_retired(region);
 }
 
-/* 1 if an agent (this one or another) holds the region, 0 if none does. */
+/** 1 if an agent (this one or another) holds the region, 0 if none does. */
 static inline int lbgym_shm_agent_alive(lbgym_shm_region *region)
 {
     const int code = lbgym_shm_must_be(region, false);
@@ -1027,7 +1031,7 @@ static inline int lbgym_shm_agent_alive(lbgym_shm_region *region)
     return region->is_agent ? 1 : lbgym_shm_is_locked(region->descriptor, LBGYM_SHM_AGENT_LOCK);
 }
 
-/* ns since the producer's last sign of life; UINT64_MAX if the region is closed. */
+/** ns since the producer's last sign of life; UINT64_MAX if the region is closed. */
 static inline uint64_t lbgym_shm_heartbeat_age(const lbgym_shm_region *region)
 {
     uint64_t beat, now;
@@ -1039,7 +1043,7 @@ static inline uint64_t lbgym_shm_heartbeat_age(const lbgym_shm_region *region)
     return now > beat ? now - beat : 0;
 }
 
-/* ns since the agent's last sign of life; UINT64_MAX if there never was one. */
+/** ns since the agent's last sign of life; UINT64_MAX if there never was one. */
 static inline uint64_t lbgym_shm_agent_heartbeat_age(const lbgym_shm_region *region)
 {
     const uint64_t beat =
@@ -1279,7 +1283,7 @@ static inline int lbgym_shm_bad_contents(lbgym_shm_region *region, const char *w
     return lbgym_shm_fail(region, LBGYM_SHM_FORMAT, "region '%s' holds %s", region->name, what);
 }
 
-/* Copies the newest observation to region.observation: 1, or 0 if none was published yet. After 0 or an error the copy
+/** Copies the newest observation to region.observation: 1, or 0 if none was published yet. After 0 or an error the copy
  * is of no use. Rows of servers that are not active may hold anything. LBGYM_SHM_FORMAT if no data plane may publish
  * what is there, LBGYM_SHM_BUSY if the producer overwrote it during every one of 1,000 copies. Not for the producer,
  * whose copy is the one it publishes. */
@@ -1318,7 +1322,7 @@ static inline int lbgym_shm_read(lbgym_shm_region *region)
     return lbgym_shm_bad_contents(region, "an observation that no data plane may publish");
 }
 
-/* Copies observation `sequence_id` if the ring still has it, which it does for the last three: 1, else 0. */
+/** Copies observation `sequence_id` if the ring still has it, which it does for the last three: 1, else 0. */
 static inline int lbgym_shm_read_earlier(lbgym_shm_region *region, uint64_t sequence_id)
 {
     const int code = lbgym_shm_must_be(region, false);
@@ -1340,7 +1344,7 @@ static inline int lbgym_shm_read_earlier(lbgym_shm_region *region, uint64_t sequ
     return lbgym_shm_bad_contents(region, "an observation that no data plane may publish");
 }
 
-/* Copies the servers' names to the region if they have changed: 1, or 0 if no server was ever named.
+/** Copies the servers' names to the region if they have changed: 1, or 0 if no server was ever named.
  * lbgym_shm_server_name gives them then. Call it after lbgym_shm_read whenever observation.frame->names_version is
  * another one. LBGYM_SHM_FORMAT and LBGYM_SHM_BUSY as lbgym_shm_read. */
 static inline int lbgym_shm_read_names(lbgym_shm_region *region)
@@ -1354,8 +1358,8 @@ static inline int lbgym_shm_read_names(lbgym_shm_region *region)
     }
     for (int tries = 0; tries < LBGYM_SHM_TRIES; tries++) {
         const uint64_t version = __atomic_load_n(&region->header->names_version, __ATOMIC_ACQUIRE);
-        const unsigned char *from =
-            (unsigned char *)region->header + region->constant.names_offset + (version & 1) * region->constant.names_size;
+        const unsigned char *from = (unsigned char *)region->header + region->constant.names_offset +
+                                    (version & 1) * region->constant.names_size;
         const uint64_t *lock = &((const lbgym_shm_names *)(const void *)from)->lock;
         uint64_t seen;
         bool fits;
@@ -1390,21 +1394,21 @@ static inline int lbgym_shm_read_names(lbgym_shm_region *region)
                           region->name);
 }
 
-/* A server's name as it was read or set last; "" if it has none. Valid until the names are read or set again. Another
+/** A server's name as it was read or set last; "" if it has none. Valid until the names are read or set again. Another
  * process wrote it: it may hold control characters. */
 static inline const char *lbgym_shm_server_name(const lbgym_shm_region *region, uint32_t server)
 {
     return region->names != NULL && server < region->names->num_servers ? lbgym_shm_name_row(region, server) : "";
 }
 
-/* Whether the data plane measures a feature, by enum lbgym_shm_feature, or ground truth i, as
+/** Whether the data plane measures a feature, by enum lbgym_shm_feature, or ground truth i, as
  * LBGYM_SHM_GROUND_TRUTH_BIT + i; the others are 0. True for all in regions of version 1.0, which cannot say. */
 static inline bool lbgym_shm_is_real(const lbgym_shm_region *region, unsigned column)
 {
     return region->constant.version_minor == 0 || (column < 32 && ((region->constant.features >> column) & 1) != 0);
 }
 
-/* Sleeps until there is an observation other than number `after`: 1; 0 after `timeout` ns, at a signal, or when the
+/** Sleeps until there is an observation other than number `after`: 1; 0 after `timeout` ns, at a signal, or when the
  * producer closes the region. */
 static inline int lbgym_shm_wait_observation(lbgym_shm_region *region, uint64_t after, uint64_t timeout)
 {
@@ -1416,7 +1420,7 @@ static inline int lbgym_shm_wait_observation(lbgym_shm_region *region, uint64_t 
                           &region->header->observation_waiters, after, timeout);
 }
 
-/* Become the region's agent. */
+/** Become the region's agent. */
 static inline int lbgym_shm_lock_agent(lbgym_shm_region *region)
 {
     int code = lbgym_shm_must_be(region, false);
@@ -1447,7 +1451,7 @@ static inline int lbgym_shm_lock_agent(lbgym_shm_region *region)
     return LBGYM_SHM_OK;
 }
 
-/* Let another agent have the region. */
+/** Let another agent have the region. */
 static inline void lbgym_shm_unlock_agent(lbgym_shm_region *region)
 {
     if (region->is_agent) {
@@ -1456,7 +1460,7 @@ static inline void lbgym_shm_unlock_agent(lbgym_shm_region *region)
     }
 }
 
-/* Writes the last action again, so that its weights are good for another lease from now on. */
+/** Writes the last action again, so that its weights are good for another lease from now on. */
 static inline int lbgym_shm_renew(lbgym_shm_region *region)
 {
     const int code = lbgym_shm_must_be(region, false);
@@ -1487,7 +1491,7 @@ static inline int lbgym_shm_renew(lbgym_shm_region *region)
     return LBGYM_SHM_OK;
 }
 
-/* Gives the data plane n weights and their alias table; n up to the capacity, further servers have their safe weights.
+/** Gives the data plane n weights and their alias table; n up to the capacity, further servers have their safe weights.
  * The first call makes this process the region's agent. Without another action the data plane goes back to its safe
  * weights after `lease` ns, below 2^63; 0: never. Observations say by `sequence_id`, below 2^63, which action they
  * reflect. `index`, [n][2], gives each server's speed per core (above 0 where the weight is) and background load (flows
@@ -1536,7 +1540,7 @@ static inline int lbgym_shm_write_index(lbgym_shm_region *region, uint64_t seque
     return lbgym_shm_renew(region);
 }
 
-/* The same without index parameters. */
+/** The same as lbgym_shm_write_index without index parameters. */
 static inline int lbgym_shm_write_action(lbgym_shm_region *region, uint64_t sequence_id, const double *weights,
                                          uint32_t n, uint64_t lease)
 {
@@ -1567,7 +1571,7 @@ static inline void lbgym_shm_combine(lbgym_shm_region *region)
     }
 }
 
-/* Servers join or leave, n up to the capacity. Those that join have a safe weight of 1 and zeros otherwise: they are
+/** Servers join or leave, n up to the capacity. Those that join have a safe weight of 1 and zeros otherwise: they are
  * not active until told so. Safe weights that would be all 0 become all 1. */
 static inline int lbgym_shm_set_num_servers(lbgym_shm_region *region, uint32_t n)
 {
@@ -1611,7 +1615,7 @@ static inline int lbgym_shm_set_num_servers(lbgym_shm_region *region, uint32_t n
     return LBGYM_SHM_OK;
 }
 
-/* Changes the weights that are in force without an agent's, one per server. */
+/** Changes the weights that are in force without an agent's, one per server. */
 static inline int lbgym_shm_set_safe_weights(lbgym_shm_region *region, const double *weights, uint32_t n)
 {
     const int code = lbgym_shm_must_be(region, true);
@@ -1829,7 +1833,7 @@ static inline int lbgym_shm_fill_header(lbgym_shm_region *region, const lbgym_sh
     return LBGYM_SHM_OK;
 }
 
-/* A new region, as its producer. A region whose producer is gone is replaced, a live one never. The file appears under
+/** A new region, as its producer. A region whose producer is gone is replaced, a live one never. The file appears under
  * its name when it is complete, and with all its memory reserved. No server is active yet. */
 static inline int lbgym_shm_create(lbgym_shm_region *region, const char *name, const lbgym_shm_options *options)
 {
@@ -1888,7 +1892,7 @@ static inline int lbgym_shm_bad_number(lbgym_shm_region *region, const char *wha
 
 /* What follows is for the next observation, and stays until it is set again. Values that are refused change nothing. */
 
-/* Whether the server takes new flows; lbgym_shm_pick knows at once. */
+/** Whether the server takes new flows; lbgym_shm_pick knows at once. */
 static inline int lbgym_shm_set_active(lbgym_shm_region *region, uint32_t server, bool active)
 {
     const int code = lbgym_shm_must_know(region, server);
@@ -1898,7 +1902,7 @@ static inline int lbgym_shm_set_active(lbgym_shm_region *region, uint32_t server
     return code;
 }
 
-/* The features, by enum lbgym_shm_feature. */
+/** The features, by enum lbgym_shm_feature. */
 static inline int lbgym_shm_set_stats(lbgym_shm_region *region, uint32_t server,
                                       const float stats[LBGYM_SHM_NUM_FEATURES])
 {
@@ -1914,7 +1918,7 @@ static inline int lbgym_shm_set_stats(lbgym_shm_region *region, uint32_t server,
     return LBGYM_SHM_OK;
 }
 
-/* CPU and memory in use, 0 to 1, and flows in service: for data planes that know. */
+/** CPU and memory in use, 0 to 1, and flows in service: for data planes that know. */
 static inline int lbgym_shm_set_ground_truth(lbgym_shm_region *region, uint32_t server, float cpu_usage,
                                              float memory_usage, float busy_workers)
 {
@@ -1932,8 +1936,8 @@ static inline int lbgym_shm_set_ground_truth(lbgym_shm_region *region, uint32_t 
     return LBGYM_SHM_OK;
 }
 
-/* When the ground truth that was set last was measured, ns as lbgym_shm_now gives them: observations say how old it is.
- * Its age is unknown unless this is called, after each lbgym_shm_set_ground_truth. */
+/** When the ground truth that was set last was measured, ns as lbgym_shm_now gives them. Observations say how old it is,
+ * which is unknown unless this is called after each lbgym_shm_set_ground_truth. */
 static inline int lbgym_shm_set_ground_truth_time(lbgym_shm_region *region, uint32_t server, uint64_t measured_at)
 {
     const int code = lbgym_shm_must_know(region, server);
@@ -1943,7 +1947,7 @@ static inline int lbgym_shm_set_ground_truth_time(lbgym_shm_region *region, uint
     return code;
 }
 
-/* How a server is, by enum lbgym_shm_state; LBGYM_SHM_UNKNOWN until it is set, and when the server has left. */
+/** How a server is, by enum lbgym_shm_state; LBGYM_SHM_UNKNOWN until it is set, and when the server has left. */
 static inline int lbgym_shm_set_server_state(lbgym_shm_region *region, uint32_t server, enum lbgym_shm_state state)
 {
     const int code = lbgym_shm_must_know(region, server);
@@ -1951,14 +1955,15 @@ static inline int lbgym_shm_set_server_state(lbgym_shm_region *region, uint32_t 
         return code;
     }
     if ((unsigned)state > LBGYM_SHM_DOWN) {
-        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "the state of server %u for region '%s' must be from 0 to %d, got %u",
-                              (unsigned)server, region->name, LBGYM_SHM_DOWN, (unsigned)state);
+        return lbgym_shm_fail(region, LBGYM_SHM_OPTION,
+                              "the state of server %u for region '%s' must be from 0 to %d, got %u", (unsigned)server,
+                              region->name, LBGYM_SHM_DOWN, (unsigned)state);
     }
     region->observation.states[server] = (uint8_t)state;
     return LBGYM_SHM_OK;
 }
 
-/* A server's address or label, at most 63 printable bytes of UTF-8; "": unnamed, as are all until they are named and
+/** A server's address or label, at most 63 printable bytes of UTF-8; "": unnamed, as are all until they are named and
  * when they have left. */
 static inline int lbgym_shm_set_server_name(lbgym_shm_region *region, uint32_t server, const char *name)
 {
@@ -1967,12 +1972,14 @@ static inline int lbgym_shm_set_server_name(lbgym_shm_region *region, uint32_t s
     if (code < 0) {
         return code;
     }
-    while (name != NULL && length < LBGYM_SHM_NAME_SIZE && (unsigned char)name[length] >= 0x20 && name[length] != 0x7F) {
+    while (name != NULL && length < LBGYM_SHM_NAME_SIZE && (unsigned char)name[length] >= 0x20 &&
+           name[length] != 0x7F) {
         length++;
     }
     if (name == NULL || length >= LBGYM_SHM_NAME_SIZE || name[length] != '\0') {
-        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "the name of server %u for region '%s' must be at most %d bytes of "
-                              "printable text", (unsigned)server, region->name, LBGYM_SHM_NAME_SIZE - 1);
+        return lbgym_shm_fail(region, LBGYM_SHM_OPTION,
+                              "the name of server %u for region '%s' must be at most %d bytes of printable text",
+                              (unsigned)server, region->name, LBGYM_SHM_NAME_SIZE - 1);
     }
     if (strcmp(lbgym_shm_name_row(region, server), name) != 0) {
         memset(lbgym_shm_name_row(region, server), 0, LBGYM_SHM_NAME_SIZE);
@@ -1982,7 +1989,7 @@ static inline int lbgym_shm_set_server_name(lbgym_shm_region *region, uint32_t s
     return LBGYM_SHM_OK;
 }
 
-/* Flows since the producer started, each below 2^63; started = completed + rejected + failed + open. */
+/** Flows since the producer started, each below 2^63; started = completed + rejected + failed + open. */
 static inline int lbgym_shm_set_counters(lbgym_shm_region *region, uint32_t server, uint64_t started,
                                          uint64_t completed, uint64_t rejected, uint64_t failed)
 {
@@ -2002,7 +2009,8 @@ static inline int lbgym_shm_set_counters(lbgym_shm_region *region, uint32_t serv
     return LBGYM_SHM_OK;
 }
 
-/* Since the producer started: flows that found no active server; flows whose FCT is known, and the sum of those, ns. */
+/** Since the producer started: flows that found no active server; flows that ended and whose FCT is known; and the sum
+ * of those FCTs, ns. */
 static inline int lbgym_shm_set_totals(lbgym_shm_region *region, uint64_t unrouted, uint64_t fct_count,
                                        uint64_t fct_sum)
 {
@@ -2036,7 +2044,7 @@ static inline void lbgym_shm_publish_names(lbgym_shm_region *region)
     region->names_changed = false;
 }
 
-/* Publishes what was set, as of `timestamp` (ns on the data plane's clock, below 2^63): 1. Its sequence id is in
+/** Publishes what was set, as of `timestamp` (ns on the data plane's clock, below 2^63): 1. Its sequence id is in
  * region.sequence_id then, one more than the last. Which action is in force, and since when, is what
  * lbgym_shm_poll_action last found. */
 static inline int lbgym_shm_publish(lbgym_shm_region *region, uint64_t timestamp)
@@ -2081,7 +2089,7 @@ static inline int lbgym_shm_publish(lbgym_shm_region *region, uint64_t timestamp
     return 1;
 }
 
-/* Says that the producer lives, though it has nothing to publish. */
+/** Says that the producer lives, though it has nothing to publish. */
 static inline int lbgym_shm_heartbeat(lbgym_shm_region *region)
 {
     const int code = lbgym_shm_must_be(region, true);
@@ -2143,7 +2151,7 @@ static inline int lbgym_shm_read_action(lbgym_shm_region *region, uint64_t known
                           region->name);
 }
 
-/* Puts in force what is to be dispatched by now: the newest action while its lease lasts, else the safe weights; an
+/** Puts in force what is to be dispatched by now: the newest action while its lease lasts, else the safe weights; an
  * action that cannot be read is ignored. region.observation.weights has them, region.safe says which. 1 if they may
  * have changed, else 0. Call it before each publication and whenever lbgym_shm_wait_action says so. */
 static inline int lbgym_shm_poll_action(lbgym_shm_region *region)
@@ -2183,7 +2191,7 @@ static inline int lbgym_shm_poll_action(lbgym_shm_region *region)
     return 1;
 }
 
-/* ns from now until the lease of the action in force ends and lbgym_shm_poll_action has something to do; UINT64_MAX if
+/** ns from now until the lease of the action in force ends and lbgym_shm_poll_action has something to do; UINT64_MAX if
  * it never does, or no action is in force. */
 static inline uint64_t lbgym_shm_lease_left(const lbgym_shm_region *region)
 {
@@ -2194,7 +2202,7 @@ static inline uint64_t lbgym_shm_lease_left(const lbgym_shm_region *region)
     return now < region->lease_end ? region->lease_end - now : 0;
 }
 
-/* Sleeps until the agent has written an action that lbgym_shm_poll_action has not seen: 1; 0 after `timeout` ns, or at
+/** Sleeps until the agent has written an action that lbgym_shm_poll_action has not seen: 1; 0 after `timeout` ns, or at
  * a signal. */
 static inline int lbgym_shm_wait_action(lbgym_shm_region *region, uint64_t timeout)
 {
@@ -2206,7 +2214,7 @@ static inline int lbgym_shm_wait_action(lbgym_shm_region *region, uint64_t timeo
                           &region->header->action_waiters, region->action_seen, timeout);
 }
 
-/* The server for a flow, in proportion to the weights in force, from 64 well-mixed bits of its hash: two table
+/** The server for a flow, in proportion to the weights in force, from 64 well-mixed bits of its hash: two table
  * look-ups. A server that is not active is passed over by drawing again, from bits derived from the first, so that the
  * active ones share its flows in proportion to their weights; flows of the same hash take the same way. Eight draws are
  * not enough only where most of the weight is on servers that are not active; then a walk over all of them finds one.

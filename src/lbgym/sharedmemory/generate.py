@@ -1,12 +1,13 @@
 """Write what follows from the table in abi.py: ``python -m lbgym.sharedmemory.generate [--check]``.
 
-That is ``lbgym/include/lbgym_shm.h``, whose functions are in ``lbgym_shm.h.in``, and the tables of
-``docs/shared-memory.md``, between their markers. With ``--check`` nothing is written, and the exit code is 1 if a file
-is not as it would be.
+That is ``lbgym/include/lbgym_shm.h``, whose functions are in ``lbgym_shm.h.in``, and in ``docs/shared-memory.md``,
+between their markers, the tables and the reference of the C headers: every function and type with a ``/** ... */``
+comment. With ``--check`` nothing is written, and the exit code is 1 if a file is not as it would be.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from . import abi
 _PACKAGE = Path(__file__).parents[1]
 TEMPLATE = Path(__file__).with_name("lbgym_shm.h.in")
 HEADER_FILE = _PACKAGE / "include" / "lbgym_shm.h"
+FEATURES_FILE = _PACKAGE / "include" / "lbgym_features.h"
 #: In a checkout only.
 DOCUMENT = _PACKAGE.parents[1] / "docs" / "shared-memory.md"
 
@@ -242,7 +244,27 @@ def _document_tables() -> dict[str, str]:
             for layout in (abi.Layout(1), few, many, abi.Layout(abi.MAX_CAPACITY))
         ],
     )
+    tables["reference of lbgym_shm.h"] = _reference(TEMPLATE)
+    tables["reference of lbgym_features.h"] = _reference(FEATURES_FILE)
     return tables
+
+
+#: A documentation comment with the function or type that follows it.
+_DOCUMENTED = re.compile(
+    r"^/\*\* (?P<comment>.*?) ?\*/\n"
+    r"(?:static inline (?P<function>[^{;]*?)\n\{|(?P<type>typedef \w+ \w+ \{.*?^\} \w+;))",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def _reference(header: Path) -> str:
+    """Every documented type and function of a C header, in its order, as Markdown."""
+    parts = []
+    for found in _DOCUMENTED.finditer(header.read_text()):
+        comment = " ".join(line.removeprefix(" * ").strip() for line in found["comment"].splitlines())
+        declaration = found["type"] or re.sub(r"\s+", " ", found["function"]) + ";"
+        parts.append(f"```c\n{declaration}\n```\n\n{comment}\n")
+    return "\n".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
