@@ -136,7 +136,7 @@ def test_safe_weights_when_the_lease_is_over(program):
         assert buffer.applied_sequence_id == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_closes_and_removes_the_region(program, shm_dir, number):
     with running(program) as process, SharedMemoryRegion.attach("r", live=True) as agent:
         buffer = agent.new_buffer()
