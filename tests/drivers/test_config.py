@@ -101,7 +101,7 @@ SERVER = '[[servers]]\nname = "a"\naddress = "h"\n'
         ('name = "r"\n' + SERVER + "weight = -1\n", "weight must be"),
         ('name = "r"\n' + SERVER + "weight = nan\n", "weight must be"),
         ('name = "r"\n' + SERVER + "health = true\n", "a health check needs a port"),
-        ('name = "r"\n' + SERVER + 'health = { kind = "icmp" }\n', "(a), health: "),
+        ('name = "r"\n' + SERVER + 'health = { kind = "icmp" }\n', "unknown health check 'icmp' in"),
         ('name = "r"\n' + SERVER + 'port = 1\nhealth = { path = "x" }\n', "path must be a text that begins with '/'"),
         ('name = "r"\n' + SERVER + "port = 1\nhealth = { rise = 0 }\n", "(a), health: rise must be"),
         ('name = "r"\n' + SERVER + "ground_truth = { port = 0 }\n", "(a), ground_truth: port must be"),

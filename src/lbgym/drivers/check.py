@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from .. import checks
 from ..errors import LbgymError, RegionBusyError, RegionFormatError
+from ..features import FEATURE_NAMES
 from ..sharedmemory import ObservationBuffer, ServerState, SharedMemoryRegion, abi
 from .base import TAKES_FLOWS
 
@@ -298,11 +299,11 @@ class _Suite:
     def _features(self, frames: Sequence[_Frame]) -> str:
         # Numbers that are negative or not finite are refused by the reader before.
         real = self._region.real_features
-        unreal = np.array([name not in real for name in abi.FEATURE_NAMES])
+        unreal = np.array([name not in real for name in FEATURE_NAMES])
         for frame in frames:
             if frame.stats[:, unreal].any():
                 column = int(np.argmax(frame.stats.any(axis=0) & unreal))
-                raise _Failed(f"{abi.FEATURE_NAMES[column]} is declared as not real, and is not 0")
+                raise _Failed(f"{FEATURE_NAMES[column]} is declared as not real, and is not 0")
         return f"{int((~unreal).sum())} of {len(unreal)} are real"
 
     def _inactive(self, frames: Sequence[_Frame]) -> str:
@@ -464,7 +465,7 @@ def _blame(buffer: ObservationBuffer, error: RegionFormatError) -> tuple[str, st
             bad = np.argwhere(~(np.isfinite(values) & (values >= 0.0)))
         if len(bad) and (name != "ground truth" or buffer.has_ground_truth):
             server, column = bad[0]
-            label = abi.FEATURE_NAMES[column] if check == "features" else name
+            label = FEATURE_NAMES[column] if check == "features" else name
             return check, f"{label} of server {server} is {values[server, column]:g}"
     if (buffer.counters[:n] >> np.uint64(63)).any():
         return "counters", "a counter is negative or beyond 2**63"
