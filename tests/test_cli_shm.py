@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
-from lbgym.sharedmemory import SharedMemoryRegion, abi
+from lbgym.sharedmemory import Publication, SharedMemoryRegion, abi
 from tests.producers import Producer
 from tests.sharedmemory.conftest import shm_dir
 from tests.test_cli import in_process
@@ -368,7 +368,7 @@ def test_watch_fits_many_servers_and_leaves_the_terminal_clean(columns: int, lin
             stats[:, 0] = np.arange(n) % 7
             stats[250, 0] = 99.0
             more |= {"active": np.arange(n) != 250, "stats": stats, "ground_truth": None, "timestamp": 0.25 + number}
-            region.publish(replace(snapshot, **more))
+            region.publish(Publication.of(replace(snapshot, **more)))
         with Terminal("shm", "watch", "lb0", columns=columns, lines=lines) as terminal:
             terminal.wait_for("299 of 300 serv")
             terminal.wait_for(r"250 +99 █+ +out of service" if columns > 40 else " 250 +99")

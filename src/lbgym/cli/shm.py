@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import stat
 import sys
@@ -20,14 +19,9 @@ import typer
 
 from ..env.rendering import _seconds as seconds
 from ..env.rendering import _short as short
-from ..errors import (
-    LbgymError,
-    RegionBusyError,
-    RegionError,
-    RegionFormatError,
-    RegionNotFoundError,
-)
+from ..errors import LbgymError, RegionError
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
+from ..snapshot import COUNTER_NAMES
 from ._console import results_console
 
 if TYPE_CHECKING:
@@ -35,8 +29,6 @@ if TYPE_CHECKING:
     from ..sharedmemory import Action, ObservationBuffer, SharedMemoryRegion
 
 _NS = 1_000_000_000
-#: Columns of the section counters, as in ``lbgym.sharedmemory.abi.COUNTER_NAMES``.
-COUNTERS = ("started", "completed", "rejected", "failed")
 #: Columns of ``inspect`` that stay together.
 _GROUPS: tuple[dict[str, str], ...] = (
     {"n_flow_on": "open", "weight": "weight", "safe_weight": "safe"}
@@ -51,7 +43,7 @@ _GROUPS: tuple[dict[str, str], ...] = (
         }
         for metric, title in (("fct", "FCT"), ("duration", "duration"))
     ),
-    {name: name for name in COUNTERS},
+    {name: name for name in COUNTER_NAMES},
 )
 _COLORS = {"alive": "green", "dead": "red", "closed": "yellow", "none": "dim"}
 
@@ -172,10 +164,12 @@ def rm(
     ] = False,
 ) -> None:
     """Remove regions whose producer is gone. Never removes a file that is no region."""
+    from ..sharedmemory import remove_region
+
     refused = False
     for name in names:
         try:
-            _remove(name, force)
+            remove_region(name, force=force)
         except LbgymError as error:
             print(f"lbgym: error: {error}", file=sys.stderr)
             refused = True
@@ -375,7 +369,7 @@ def _observation(buffer: ObservationBuffer) -> dict[str, Any]:
         server |= dict(zip(FEATURE_NAMES, buffer.stats[i].tolist(), strict=True))
         if buffer.has_ground_truth:
             server |= dict(zip(GROUND_TRUTH_NAMES, buffer.ground_truth[i].tolist(), strict=True))
-        server |= dict(zip(COUNTERS, buffer.counters[i].tolist(), strict=True))
+        server |= dict(zip(COUNTER_NAMES, buffer.counters[i].tolist(), strict=True))
         server |= {"weight": float(buffer.weights[i]), "safe_weight": float(buffer.safe_weights[i])}
         servers.append(server)
     return {
@@ -500,7 +494,7 @@ def _tables(servers: list[dict[str, Any]], width: int) -> Iterator[Any]:
 
 
 def _cell(name: str, value: Any) -> str:
-    if name in COUNTERS:
+    if name in COUNTER_NAMES:
         return f"{value:,}"
     if name.endswith("_usage"):
         return f"{value:.0%}"
@@ -608,41 +602,3 @@ def _words(summary: Summary) -> str:
     if summary.restarts:
         parts.append(f"{summary.restarts:,} restart{'s' * (summary.restarts != 1)} of the producer")
     return ", ".join(parts)
-
-
-# Removing
-
-
-def _remove(name: str, force: bool) -> None:
-    """Unlink a region whose producer's lock is free, and hold that lock meanwhile, so that nobody replaces it."""
-    from ..sharedmemory import SharedMemoryRegion, abi, system
-
-    path = system.path_of(name)
-    try:
-        if not stat.S_ISREG(path.lstat().st_mode) or not _begins_as_region(path):
-            raise RegionFormatError(f"{path} is no region, and is not removed")
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        raise RegionNotFoundError(f"there is no region {name!r} in {path.parent}") from None
-    except OSError as error:
-        raise RegionError(f"cannot remove region {name!r} from {path.parent}: {error.strerror}") from error
-    try:
-        if not force:
-            try:
-                with SharedMemoryRegion.attach(name, read_only=True) as region:
-                    pid = region.producer_pid
-            except RegionFormatError as error:
-                raise RegionFormatError(f"{error}; whether it is in use cannot be told, --force removes it") from None
-            if not system.try_lock(descriptor, abi.PRODUCER_LOCK):
-                raise RegionBusyError(
-                    f"region {name!r} has a live producer (process {pid}); stop that one, or take the region from it "
-                    "with --force"
-                )
-        if os.path.samestat(os.fstat(descriptor), path.stat()):
-            path.unlink()
-    except OSError as error:
-        if isinstance(error, LbgymError):
-            raise
-        raise RegionError(f"cannot remove region {name!r} from {path.parent}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
