@@ -67,6 +67,8 @@ def publish(say: Say, name: str, defect: str) -> None:
             return
         if defect == "leaves ids out" and count % 5 == 4:
             region._sequence_id += 1
+        if defect == "says an id and has other weights" and not region.safe_weights_in_force:
+            region._in_force[0] = 77.0
         if not (defect == "stops publishing" and count > 3):
             region.publish(observation(region, count, period, defect))
         poke(region, defect)
@@ -132,9 +134,6 @@ def poke(region: SharedMemoryRegion, defect: str) -> None:
     if defect in ("publishes NaN", "publishes negative features"):
         at = (first + layout.frame_sections["stats"]) // 8
         words[at : at + 1].view(np.float32)[1] = np.nan if defect == "publishes NaN" else -1.0
-    elif defect == "says an id and has other weights":
-        at = (first + layout.frame_sections["weights"]) // 8
-        words[at : at + 1].view(np.float64)[0] = 77.0
     elif defect == "has no heartbeat":
         seqlock.store_word(words, seqlock.HEARTBEAT, 1)
 
