@@ -189,6 +189,7 @@ int main(int argc, char **argv)
     const lbgym_driver_calls calls = {read_servers, NULL, run_until, &d};
     lbgym_shm_options options;
     const char *name = "marllb_lb0", *rule = "sed";
+    char label[32];
     double interval = 0.05, duration = 0.0, capacity = 0.0, fct;
     long servers = 4;
     int option, code;
@@ -247,6 +248,9 @@ int main(int argc, char **argv)
         d.servers[i].departs = NEVER;
         capacity += d.servers[i].speed / MEAN_DEMAND;
         (void)lbgym_server_init(&d.servers[i].features, i, LBGYM_RESERVOIR_SLOTS, 1.0, LBGYM_OVERWRITE);
+        (void)snprintf(label, sizeof label, "server-%u", (unsigned)i);
+        (void)lbgym_shm_set_server_name(&d.driver.region, i, label);
+        (void)lbgym_shm_set_server_state(&d.driver.region, i, LBGYM_SHM_UP);
         (void)lbgym_shm_set_active(&d.driver.region, i, true);
     }
     /* Unless told otherwise, as many flows as keep the servers busy for 70 % of the time. */

@@ -361,7 +361,7 @@ def _logging() -> Iterator[None]:
         (("--scenario", "heterogenous"), "unknown scenario 'heterogenous'. Did you mean 'heterogeneous'"),
         (("--speedup", "0"), "speedup must be a finite number from 1e-06 to 1e+06, got 0.0"),
         (("--speedup", "nan"), "speedup must be"),
-        (("--interval", "0.1"), "--interval is --publish-interval"),
+        (("--interval", "0.1"), "--interval is now --publish-interval"),
         (("--publish-interval", "0"), "publish_interval must be a finite number from"),
         (("--duration", "-1"), "duration must be a finite number from"),
         (("--dispatch", "sedd"), "unknown dispatch rule 'sedd'. Did you mean 'sed'"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lbgym.drivers.check import check_driver
 from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion, get_include
 from tests.features.test_c_header import WARNINGS, compiler
 from tests.sharedmemory.native import run_compiler
@@ -146,6 +147,15 @@ def test_a_signal_closes_and_removes_the_region(program, shm_dir, number):
         assert (process.returncode, err) == (0, "")
         assert "flows ended, mean FCT" in out
         assert agent.closed_by_producer and not agent.producer_alive
+        assert not list(shm_dir.iterdir())
+
+
+@pytest.mark.parametrize("options", [("--servers", "8"), ("--servers", "3", "--rule", "alias", "--rate", "500")])
+def test_it_passes_the_check_of_drivers(program, shm_dir, options):
+    with running(program, *options) as process:
+        verdicts = check_driver("r", end=True)
+        assert all(verdict.passed for verdict in verdicts), "\n".join(map(str, verdicts))
+        assert process.wait(LONG) == 0
         assert not list(shm_dir.iterdir())
 
 

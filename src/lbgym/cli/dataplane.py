@@ -54,7 +54,7 @@ def emulate(
     from ..drivers import Emulator
 
     if interval is not None:
-        raise InvalidOptionError("--interval is --publish-interval here: the time between observations")
+        raise InvalidOptionError("--interval is now --publish-interval")
     chosen = fixed_scenario(scenario)
     options: dict[str, Any] = {
         "speedup": speedup,
