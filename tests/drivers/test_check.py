@@ -72,13 +72,15 @@ def test_the_command_prints_a_line_per_check(
 
 
 def test_a_region_that_is_driven_is_only_looked_at(nursery: Nursery) -> None:
-    with nursery.running(publish, name="lb", defect="none"):
-        with SharedMemoryRegion.attach("lb", timeout=20.0, live=True) as agent:
-            agent.lock_agent()
-            verdicts = {verdict.check: verdict for verdict in check_driver("lb")}
-            assert verdicts["action"].passed is None
-            assert f"driven by another agent (process {os.getpid()})" in verdicts["action"].detail
-            assert verdicts["flows"].passed
+    with (
+        nursery.running(publish, name="lb", defect="none"),
+        SharedMemoryRegion.attach("lb", timeout=20.0, live=True) as agent,
+    ):
+        agent.lock_agent()
+        verdicts = {verdict.check: verdict for verdict in check_driver("lb")}
+        assert verdicts["action"].passed is None
+        assert f"driven by another agent (process {os.getpid()})" in verdicts["action"].detail
+        assert verdicts["flows"].passed
 
 
 def test_bad_arguments_are_refused() -> None:

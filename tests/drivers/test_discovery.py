@@ -30,7 +30,9 @@ def test_a_row_is_reused_only_when_it_is_empty() -> None:
     slots.update([server("a"), server("b"), server("c")])
     slots.remove("b")
     assert states(slots) == ["a:up", "b:draining", "c:up"]
-    with pytest.raises(DriverError, match=r"no room for server 'd': all 3 rows are taken, 1 of them by servers that are"):
+    with pytest.raises(
+        DriverError, match=r"no room for server 'd': all 3 rows are taken, 1 of them by servers that are"
+    ):
         slots.add(server("d"))
     assert slots.release([5, 2, 7]) == []
     assert [slot.server.name for slot in slots.release([5, 0, 7])] == ["b"]
@@ -79,7 +81,9 @@ def test_states_follow_health() -> None:
 def test_a_list_that_does_not_fit_changes_nothing() -> None:
     slots = Slots(2)
     slots.update([server("a")])
-    with pytest.raises(DriverError, match="no room for 2 new servers: 1 of 2 rows are free, 1 are of servers that leave"):
+    with pytest.raises(
+        DriverError, match="no room for 2 new servers: 1 of 2 rows are free, 1 are of servers that leave"
+    ):
         slots.update([server("b"), server("c")])
     with pytest.raises(DriverError, match="two servers of the name 'b'"):
         slots.update([server("b"), server("b")])

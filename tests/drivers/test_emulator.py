@@ -139,7 +139,9 @@ def test_actions_cut_an_interval_and_change_nothing_but_weights() -> None:
 
 
 def test_the_clock_is_paced_and_its_grid_exact(shm_dir: Path) -> None:
-    with emulator("--name", "lb", "--speedup", 10, "--publish-interval", INTERVAL, "--duration", 10, "--seed", 5) as process:
+    with emulator(
+        "--name", "lb", "--speedup", 10, "--publish-interval", INTERVAL, "--duration", 10, "--seed", 5
+    ) as process:
         assert process.ready.startswith("region lb: 8 servers, scenario heterogeneous,")
         assert process.ready.endswith("10 times real time, seed 5\n")
         region = SharedMemoryRegion.attach("lb")

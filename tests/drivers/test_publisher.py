@@ -116,9 +116,12 @@ def running(publisher: Publisher) -> Iterator[None]:
 @contextmanager
 def published(source: Source, **options: object) -> Iterator[tuple[Publisher, Iterator[ObservationBuffer]]]:
     keys = {"publish_interval": INTERVAL, **options}
-    with Publisher({"lb": source}, **keys) as publisher:  # type: ignore[arg-type]
-        with SharedMemoryRegion.attach("lb") as reader, running(publisher):
-            yield publisher, following(reader)
+    with (
+        Publisher({"lb": source}, **keys) as publisher,  # type: ignore[arg-type]
+        SharedMemoryRegion.attach("lb") as reader,
+        running(publisher),
+    ):
+        yield publisher, following(reader)
 
 
 def test_a_driver_passes_the_check() -> None:
@@ -382,31 +385,34 @@ def lbgym(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_emulator_drains_and_undrains_by_the_command_line() -> None:
-    with emulator("--name", "lb", "--scenario", "uniform", "--publish-interval", INTERVAL):
-        with SharedMemoryRegion.attach("lb") as reader:
-            source = following(reader)
-            assert reader.server_names[:2] == ("server-0", "server-1")
-            done = lbgym("dataplane", "ctl", "lb", "drain", "server-1")
-            assert (done.returncode, done.stdout) == (0, "lb: drain server-1\n"), done.stderr
-            seen = next(s for s in source if not s.active[1])
-            assert seen.states[1] == ServerState.DRAINING and not seen.stats[1].any()
-            started = int(seen.counters[1, 0])
-            seen = next(s for s in source if s.sequence_id > seen.sequence_id + 10)
-            assert seen.counters[1, 0] == started and seen.counters[0, 0] > 0
-            control("lb", {"op": "undrain", "server": "server-1"})
-            seen = next(s for s in source if s.active[1] and s.counters[1, 0] > started)
-            assert seen.states[1] == ServerState.UP
-            for request, message in (
-                (("remove", "server-1"), "the emulator cannot remove 'server-1': a scenario has a fixed cluster"),
-                (("add", "x", "--address", "h"), "the emulator cannot add 'x'"),
-                (("undrain", "server-0"), "server 'server-0' is up, not draining"),
-                (("drain", "nobody"), "there is no server 'nobody'"),
-                (("drain",), "drain needs the name of a server"),
-            ):
-                done = lbgym("dataplane", "ctl", "lb", *request)
-                assert done.returncode == 2 and done.stderr.startswith("lbgym: error: ") and message in done.stderr
-                assert len(done.stderr.splitlines()) == 1
-            done = lbgym("dataplane", "ctl", "lb", "list")
-            assert done.stdout.splitlines()[0].split() == ["0", "server-0", "up", "weight", "1"]
-            done = lbgym("dataplane", "check", "lb")
-            assert done.returncode == 0, done.stdout
+    with (
+        emulator("--name", "lb", "--scenario", "uniform", "--publish-interval", INTERVAL),
+        SharedMemoryRegion.attach("lb") as reader,
+    ):
+        source = following(reader, timeout=40.0)
+        assert reader.server_names[:2] == ("server-0", "server-1")
+        done = lbgym("dataplane", "ctl", "lb", "drain", "server-1")
+        assert (done.returncode, done.stdout) == (0, "lb: drain server-1\n"), done.stderr
+        seen = next(s for s in source if not s.active[1])
+        assert seen.states[1] == ServerState.DRAINING and not seen.stats[1].any()
+        started = int(seen.counters[1, 0])
+        later = seen.sequence_id + 10
+        seen = next(s for s in source if s.sequence_id > later)
+        assert seen.counters[1, 0] == started and seen.counters[0, 0] > 0
+        control("lb", {"op": "undrain", "server": "server-1"})
+        seen = next(s for s in source if s.active[1] and s.counters[1, 0] > started)
+        assert seen.states[1] == ServerState.UP
+        for request, message in (
+            (("remove", "server-1"), "the emulator cannot remove 'server-1': a scenario has a fixed cluster"),
+            (("add", "x", "--address", "h"), "the emulator cannot add 'x'"),
+            (("undrain", "server-0"), "server 'server-0' is up, not draining"),
+            (("drain", "nobody"), "there is no server 'nobody'"),
+            (("drain",), "drain needs the name of a server"),
+        ):
+            done = lbgym("dataplane", "ctl", "lb", *request)
+            assert done.returncode == 2 and done.stderr.startswith("lbgym: error: ") and message in done.stderr
+            assert len(done.stderr.splitlines()) == 1
+        done = lbgym("dataplane", "ctl", "lb", "list")
+        assert done.stdout.splitlines()[0].split() == ["0", "server-0", "up", "weight", "1"]
+        done = lbgym("dataplane", "check", "lb")
+        assert done.returncode == 0, done.stdout

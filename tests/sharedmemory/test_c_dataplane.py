@@ -16,13 +16,19 @@ import numpy as np
 import pytest
 
 from lbgym.drivers.check import check_driver
-from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion, get_include
+from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion, get_include, seqlock
 from tests.features.test_c_header import WARNINGS, compiler
 from tests.sharedmemory.native import run_compiler
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "c_dataplane"
 INTERVAL = 0.02
 LONG = 20.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """Its queues fill while the reader is compiled."""
+    seqlock.warm_up()
 
 
 @pytest.fixture(scope="session")

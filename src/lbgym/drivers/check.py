@@ -7,6 +7,7 @@ with spoilt actions. Each check is one line with its verdict.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import mmap
 import os
@@ -16,9 +17,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from .. import checks
 from ..errors import LbgymError, RegionBusyError, RegionFormatError
@@ -257,7 +259,7 @@ class _Suite:
         passed = (frames[-1].published_at - frames[0].published_at) / _NS * self._region.clock_rate
         if passed > 0 and not 0.2 < (times[-1] - times[0]) / passed < 1.5:
             raise _Failed(
-                f"{times[-1] - times[0]:.4g} s went by on the data plane's clock while it should have been {passed:.4g} s"
+                f"{times[-1] - times[0]:.4g} s went by on the data plane's clock, it should have been {passed:.4g} s"
             )
         return f"steps of {interval:g} s, {100 * off:.2g} % off in the median, drift {100 * drift:+.2g} %"
 
@@ -350,13 +352,11 @@ class _Suite:
         region.lock_agent()
         applied = self._buffer.applied_sequence_id or 0
         newest = None
-        try:
+        with contextlib.suppress(LbgymError):
             newest = region.read_action()
-        except LbgymError:
-            pass
         return max(applied, newest.sequence_id if newest is not None else 0) + 1
 
-    def _act(self, weights: NDArray[np.float64], lease: float) -> tuple[int, int]:
+    def _act(self, weights: ArrayLike, lease: float) -> tuple[int, int]:
         """Write an action; returns its id and when it was written."""
         number = self._new_id()
         return number, self._region.write_action(sequence_id=number, weights=weights, lease=lease)
@@ -386,7 +386,9 @@ class _Suite:
                     f"{' and the safe weights are' if seen.safe else ''}"
                 )
             if not np.array_equal(seen.weights[:n], weights):
-                raise _Failed(f"the weights {_shown(weights)} were given, {_shown(seen.weights)} are said to be in force")
+                raise _Failed(
+                    f"the weights {_shown(weights)} were given, {_shown(seen.weights)} are said to be in force"
+                )
         return f"3 actions, in force after at most {longest / _NS:.3g} s"
 
     def _bad_actions(self, frames: Sequence[_Frame]) -> str:
@@ -472,7 +474,7 @@ def _blame(buffer: ObservationBuffer, error: RegionFormatError) -> tuple[str, st
     return "region", str(error)
 
 
-def _shown(weights: NDArray[np.float64]) -> str:
+def _shown(weights: NDArray[np.floating[Any]]) -> str:
     return "[" + ", ".join(f"{w:g}" for w in weights[:8]) + (", ...]" if len(weights) > 8 else "]")
 
 
@@ -493,7 +495,7 @@ class _Vandal:
 
     def write(self, what: str, number: int, num_servers: int) -> int:
         """Write one and return when, ns of the monotonic clock."""
-        region, layout = self._region, self._region.layout
+        _region, layout = self._region, self._region.layout
         count = int(self._header["action_count"][0]) + 1
         first = layout.actions_offset + count % abi.NUM_ACTIONS * layout.action_size
         slot = self._bytes[first : first + layout.action_size]

@@ -211,8 +211,10 @@ def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
         if key not in known:
             raise UnknownNameError("key", key, known, where=here)
     for key in ("name", "group"):
-        if key in values:
-            _in(here, lambda key=key: _text(key, values[key]))
+        try:
+            _text(key, values.get(key, "-"))
+        except InvalidOptionError as error:
+            raise InvalidOptionError(f"{here}: {error}") from None
     if "name" not in values:
         raise InvalidOptionError(f"{here}: the key 'name' is missing: the name of the region")
     return _in(here, lambda: DataPlaneConfig(servers=servers, driver=driver, discovery=discovery, **values))
@@ -258,7 +260,7 @@ def _servers(
 
 
 def _optional(kind: type, value: Any, where: str, common: dict[str, Any] | None) -> dict[str, Any] | None:
-    """An optional table over the keys that all servers share; None: there is none. ``true``: the shared, or defaults."""
+    """An optional table over the keys that all servers share; ``true`` stands for those, None for no table."""
     if value is None:
         return common
     if value is False:

@@ -59,7 +59,9 @@ class ControlServer:
         self._handler = handler
         self._clients: dict[socket.socket, bytearray] = {}
         if len(os.fsencode(self.path)) > _PATH:
-            raise DriverError(f"no control socket for region {name!r}: the path {self.path} has more than {_PATH} bytes")
+            raise DriverError(
+                f"no control socket for region {name!r}: the path {self.path} has more than {_PATH} bytes"
+            )
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # The mode is that of the socket's inode, so that the file never shows with another one.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,7 +92,7 @@ class Slots:
         """Rows in use so far; never shrinks."""
         return len(self._rows)
 
-    def __iter__(self) -> Iterable[Slot]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Slot]:
         """The servers that are known, tombstones included, by row."""
         return iter([slot for slot in self._rows if slot is not None])
 
@@ -179,7 +179,7 @@ class Slots:
 
     def release(self, open_flows: Sequence[int]) -> list[Slot]:
         """Free the rows of removed servers without open flows and return them. ``open_flows``: by row."""
-        freed = [slot for slot in self if slot.removed and open_flows[slot.index] == 0]  # type: ignore[attr-defined]
+        freed = [slot for slot in self if slot.removed and open_flows[slot.index] == 0]
         for slot in freed:
             self._rows[slot.index] = None
             del self._by_name[slot.server.name]
@@ -201,8 +201,8 @@ class Slots:
         if len(new) > free:
             leaving = sum(slot.removed or slot.server.name not in wanted for slot in self._by_name.values())
             raise DriverError(
-                f"no room for {len(new)} new servers: {free} of {self.capacity} rows are free, {leaving} are of servers "
-                "that leave when their flows have ended; start the driver with a larger capacity"
+                f"no room for {len(new)} new servers: {free} of {self.capacity} rows are free, {leaving} are of "
+                "servers that leave when their flows have ended; start the driver with a larger capacity"
             )
         removed = [name for name, slot in self._by_name.items() if name not in wanted and not slot.removed]
         added, changed = [], []

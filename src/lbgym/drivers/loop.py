@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .. import checks
 from ..errors import InvalidOptionError, LbgymError
 from ..features import FEATURE_NAMES, GROUND_TRUTH_NAMES
-from ..sharedmemory import Publication, SharedMemoryRegion, seqlock, system
+from ..sharedmemory import SharedMemoryRegion, seqlock, system
 from .base import DriverError, ServerRow, Source
 from .control import ControlServer
 
@@ -44,8 +44,8 @@ class Publisher:
 
     * Publications are due at whole multiples of the interval, so that a late one does not delay the next.
     * An agent's weights are applied when it writes them: it wakes the publisher (with several regions, actions are
-      looked up every millisecond, or four times per interval if that is more often). They stay in force for their lease;
-      then the rows' own weights, the safe ones, are applied within 0.1 s.
+      looked up every millisecond, or four times per interval if that is more often). They stay in force for their
+      lease; then the rows' own weights, the safe ones, are applied within 0.1 s.
     * A data plane that does not answer is not published, since no observation may be made up; weights that it did not
       take are offered again, and no observation claims them before.
     * ``lbgym dataplane ctl`` lists, adds, drains and removes servers through a socket beside each region.
@@ -109,10 +109,16 @@ class Publisher:
             self._planes = [
                 made.enter_context(
                     _Plane(
-                        name, source, publish_interval=seconds, clock_rate=self._rate, lease=self._lease,
-                        capacity=capacity, mode=mode, group=group,
+                        name,
+                        source,
+                        publish_interval=seconds,
+                        clock_rate=self._rate,
+                        lease=self._lease,
+                        capacity=capacity,
+                        mode=mode,
+                        group=group,
                     )
-                )  # fmt: skip
+                )
                 for name, source in sources.items()
             ]
             self.regions: tuple[SharedMemoryRegion, ...] = tuple(plane.region for plane in self._planes)
@@ -247,8 +253,8 @@ class Publisher:
         consequence = "publications were left out for" if self._skip_late else "its clock has stood still for"
         self._warn(
             "slip",
-            "the %s driver does not keep up with an observation every %g s at %g times real time: the last one was %.3g "
-            "ms late (%d such so far); %s %.3g s in all",
+            "the %s driver does not keep up with an observation every %g s at %g times real time: the last one was "
+            "%.3g ms late (%d such so far); %s %.3g s in all",
             self._planes[0].source.driver, self.publish_interval, self._rate, late / 1e6, self.slips, consequence,
             self.lost,
         )  # fmt: skip
@@ -275,7 +281,7 @@ class Publisher:
         """Apply the safe weights, close and remove the regions, and close the sources. Idempotent."""
         self._made.close()
 
-    def __enter__(self) -> Publisher:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -369,7 +375,9 @@ class _Plane:
                     f"{name} of an observation of the {self.source.driver!r} driver must have shape ({n},), one value "
                     f"per server, got {np.shape(array)}"
                 )
-        counters = self._monotone([np.asarray(getattr(reading, name), np.int64) for name in _COUNTERS])
+        started, completed, rejected, failed = self._monotone(
+            [np.asarray(getattr(reading, name), np.int64) for name in _COUNTERS]
+        )
         totals = np.array([reading.unrouted, reading.fct_count, reading.fct_sum])
         if (totals < self._last_totals).any():
             self._total_offsets = self._total_offsets + self._last_totals
@@ -378,7 +386,7 @@ class _Plane:
         truth, age = reading.ground_truth, reading.ground_truth_age
         if truth is not None:
             # A row of which something is unknown has no age, and so does not count.
-            unknown = ~np.isfinite(truth).all(axis=1)
+            unknown = np.asarray(np.logical_not(np.isfinite(truth).all(axis=1)))
             age = np.full(n, np.nan) if age is None else np.where(np.isfinite(age), age, np.nan)
             age = np.where(unknown, np.nan, age)
             truth = np.where(unknown[:, None], np.float32(0.0), truth)
@@ -390,7 +398,10 @@ class _Plane:
                 reading,
                 timestamp=now,
                 stats=stats,
-                **dict(zip(_COUNTERS, counters, strict=True)),
+                started=started,
+                completed=completed,
+                rejected=rejected,
+                failed=failed,
                 unrouted=int(unrouted),
                 fct_count=int(fct_count),
                 fct_sum=float(fct_sum),
@@ -407,7 +418,7 @@ class _Plane:
             for now, before in zip(counters, self._last, strict=True):
                 restarted[:n] |= now[:n] < before
             if restarted.any():
-                started, completed, rejected, failed = (
+                started, completed, rejected, _failed = (
                     np.concatenate([array, np.zeros(len(restarted) - n, np.int64)]) for array in self._last
                 )
                 # What was open then has gone with the counters.

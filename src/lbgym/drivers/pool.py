@@ -72,9 +72,7 @@ class ServerPool:
         """Add a server, checked as the first one of the configuration is; raises DriverError if there is no room."""
         like = self.config.servers[0] if self.config.servers else None
         health = like.health if like is not None and port is not None else None
-        self.slots.add(
-            ServerConfig(name=server, address=address, port=port, weight=weight, cores=cores, health=health)
-        )
+        self.slots.add(ServerConfig(name=server, address=address, port=port, weight=weight, cores=cores, health=health))
         self._watch()
 
     def drain(self, server: str) -> None:
