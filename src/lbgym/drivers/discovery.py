@@ -85,11 +85,12 @@ class Slots:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = checks.whole("capacity", capacity)
-        self._rows: list[Slot | None] = []
+        # A region has one row at least, also before the first server is found.
+        self._rows: list[Slot | None] = [None]
         self._by_name: dict[str, Slot] = {}
 
     def __len__(self) -> int:
-        """Rows in use so far; never shrinks."""
+        """Rows in use so far, at least 1; never shrinks."""
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Slot]:

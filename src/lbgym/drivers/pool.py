@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..sharedmemory import abi
-from .base import ServerRow
+from .base import DriverError, ServerRow
 from .config import DataPlaneConfig, DiscoverySource, ServerConfig, load_config
-from .discovery import Discovery, Slot, Slots, in_dns, in_file
+from .discovery import Changes, Discovery, Slot, Slots, in_dns, in_file
 from .ground_truth import GroundTruth
 from .health import HealthChecks
 
@@ -94,18 +94,15 @@ class ServerPool:
             DriverError: if there is no file, or no room for all servers; nothing has changed then.
             InvalidOptionError: if the file is not good; nothing has changed then.
         """
-        from .base import DriverError
-
         if self._path is None:
             raise DriverError("there is no configuration file to reload")
         config = load_config(self._path)
         fixed = ("name", "publish_interval", "lease", "capacity", "mode", "group", "discovery", "driver")
         different = [key for key in fixed if getattr(config, key) != getattr(self.config, key)]
-        changes = self.slots.update(config.servers) if self._discovery is None else ""
-        self.config = config
+        changes = self.slots.update(config.servers) if self._discovery is None else Changes()
         self._watch()
         later = f"; restart the driver for {', '.join(different)}" if different else ""
-        return f"{changes}{later}" or "nothing has changed"
+        return f"{changes}{later}"
 
     def close(self) -> None:
         """End checks, polls and discovery. Idempotent."""
