@@ -49,7 +49,7 @@ class GroundTruth:
         self._probes.set_targets({poll: (poll.ask, poll.agent.interval) for poll in polls.values()})
 
     def values(self, names: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Ground truth of servers by name, float32[n, 3] (NaN: unknown), and its age, float64[n] seconds (inf: unknown)."""
+        """Ground truth by name, float32[n, 3] (NaN: unknown), and its age, float64[n] in seconds (inf: unknown)."""
         truth = np.full((len(names), NUM_GROUND_TRUTH), np.nan, np.float32)
         age = np.full(len(names), np.inf)
         now = time.monotonic()
