@@ -8,6 +8,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
+from hypothesis import HealthCheck as Slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,7 +91,7 @@ def test_a_list_that_does_not_fit_changes_nothing() -> None:
     assert states(slots) == ["a:up"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[Slow.too_slow])
 @given(
     st.lists(
         st.tuples(st.sets(st.sampled_from("abcdefgh"), max_size=4), st.sets(st.integers(0, 5))), min_size=1, max_size=12
