@@ -104,7 +104,7 @@ def observation(region: SharedMemoryRegion, count: int, period: float, defect: s
         stats[2, 1] = 0.25
     number = count % 10 if defect == "begins its counters again" else count
     completed = np.array([3 * number, 2 * number, 5], np.int64)
-    started = [*completed, 2, 2, 1]
+    started = completed + np.array([2, 2, 1])
     if defect == "loses flows":
         started[1] += 1
     if defect == "ends flows that never began":
