@@ -53,7 +53,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Episode:
-    """Means of one run, and what a live one tells of its pace."""
+    """Means of one run, and the pace of a live one."""
 
     means: np.ndarray
     steps: int
@@ -103,7 +103,7 @@ def simulated(policy: str, seed: int, setting: Setting) -> Episode:
 
 
 def flow_seed(seed: int) -> int:
-    """What the environment's first reset draws for its flows from ``seed``."""
+    """The seed that the environment's first reset draws for its flows from ``seed``."""
     return int(seeding.np_random(seed)[0].integers(1 << 63))
 
 

@@ -81,7 +81,7 @@ def costs(servers: int, repeat: int) -> dict[str, float]:
 def emulator(name: str, interval: float) -> Iterator[None]:
     """The emulator in a process of its own, in real time, publishing every ``interval`` seconds."""
     command = [sys.executable, "-m", "lbgym", "dataplane", "emulate", "--name", name, "--scenario", "heterogeneous"]
-    process = subprocess.Popen([*command, "--interval", str(interval)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, "--publish-interval", str(interval)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline()
         yield

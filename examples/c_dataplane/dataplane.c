@@ -1,18 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A data plane in C that an agent can drive, with nothing but lbgym's two headers.
+/* A data plane in C that an agent can drive, with nothing but lbgym's three headers.
  *
  * Flows arrive at random (Poisson) and are placed on servers of different speeds by the weights in force. The servers
  * are simulated, each a queue served first come, first served, in real time. Everything else is what a driver of a real
- * balancer does: features from the flows it sees, an observation per interval, weights from the agent at once, safe
- * weights when its lease is over. Replace `arrive` and `depart` by hooks in a packet path.
+ * balancer does: features from the flows it sees (lbgym_features.h), an observation per interval, weights from the agent
+ * at once, safe weights when its lease is over (lbgym_driver.h). Replace `arrive` and `depart` by hooks in a packet path.
  */
-#include "lbgym_shm.h"
-/* First lbgym_shm.h, which must come before other headers. */
+#include "lbgym_driver.h"
+/* First lbgym_driver.h, which must come before other headers. */
 #include "lbgym_features.h"
 
 #include <getopt.h>
 #include <math.h>
-#include <signal.h>
 
 #define QUEUE 1024       /* flows a server holds; a power of two */
 #define MEAN_DEMAND 0.05 /* seconds of work per flow on a server of speed 1 */
@@ -36,7 +35,7 @@ typedef struct server {
 } server;
 
 typedef struct dataplane {
-    lbgym_shm_region region;
+    lbgym_driver driver;
     server *servers;
     uint32_t num_servers;
     bool sed; /* shortest expected delay by the weights; else the alias table */
@@ -45,14 +44,6 @@ typedef struct dataplane {
     uint64_t next_arrival;
     uint64_t unrouted, fct_count, fct_sum;
 } dataplane;
-
-static volatile sig_atomic_t stopping;
-
-static void stop(int number)
-{
-    (void)number;
-    stopping = 1;
-}
 
 /* An exponential time with this mean, ns. */
 static uint64_t exponential(uint64_t *random, double mean_seconds)
@@ -64,12 +55,12 @@ static uint64_t exponential(uint64_t *random, double mean_seconds)
 /* Shortest expected delay: argmin (open flows + 1) / weight. */
 static uint32_t shortest_expected_delay(const dataplane *d)
 {
-    const double *weights = d->region.observation.weights;
+    const double *weights = d->driver.region.observation.weights;
     uint32_t best = LBGYM_SHM_NO_SERVER;
     double least = INFINITY;
     for (uint32_t i = 0; i < d->num_servers; i++) {
         const double delay = (double)(d->servers[i].features.open_flows + 1) / weights[i];
-        if (d->region.observation.active[i] && delay < least) {
+        if (d->driver.region.observation.active[i] && delay < least) {
             least = delay;
             best = i;
         }
@@ -88,7 +79,7 @@ static void serve(server *s, uint64_t now)
 static void arrive(dataplane *d, uint64_t now)
 {
     const uint64_t hash = lbgym_next(&d->random);
-    const uint32_t to = d->sed ? shortest_expected_delay(d) : lbgym_shm_pick(&d->region, hash);
+    const uint32_t to = d->sed ? shortest_expected_delay(d) : lbgym_shm_pick(&d->driver.region, hash);
     server *s;
     flow *placed;
     if (to == LBGYM_SHM_NO_SERVER) {
@@ -143,10 +134,12 @@ static uint64_t next_event(const dataplane *d, server **who)
 }
 
 /* Everything that happens up to an instant, in order; returns when the next thing does. */
-static uint64_t run_until(dataplane *d, uint64_t now)
+static uint64_t run_until(lbgym_shm_region *region, uint64_t now, void *context)
 {
+    dataplane *const d = (dataplane *)context;
     server *who;
     uint64_t next;
+    (void)region;
     while ((next = next_event(d, &who)) <= now) {
         if (who != NULL) {
             depart(d, who, next);
@@ -158,46 +151,20 @@ static uint64_t run_until(dataplane *d, uint64_t now)
     return next;
 }
 
-static int publish(dataplane *d, uint64_t now)
+static int read_servers(lbgym_shm_region *region, uint64_t now, void *context)
 {
+    const dataplane *const d = (const dataplane *)context;
     lbgym_weighted_sample scratch[LBGYM_RESERVOIR_SLOTS];
     float stats[LBGYM_SERVER_FEATURES];
-    int code = lbgym_shm_set_totals(&d->region, d->unrouted, d->fct_count, d->fct_sum);
+    int code = lbgym_shm_set_totals(region, d->unrouted, d->fct_count, d->fct_sum);
+    (void)now;
     for (uint32_t i = 0; i < d->num_servers && code >= 0; i++) {
         const server *s = &d->servers[i];
         lbgym_server_stats(&s->features, LBGYM_DECAY, scratch, stats);
-        code = lbgym_shm_set_stats(&d->region, i, stats);
+        code = lbgym_shm_set_stats(region, i, stats);
         if (code >= 0) {
-            code = lbgym_shm_set_counters(&d->region, i, s->started, s->completed, s->rejected, 0);
+            code = lbgym_shm_set_counters(region, i, s->started, s->completed, s->rejected, 0);
         }
-    }
-    return code < 0 ? code : lbgym_shm_publish(&d->region, now);
-}
-
-/* In real time, an observation at every multiple of the interval, but for those that have passed when we come to it;
- * negative if publishing fails. */
-static int run(dataplane *d, uint64_t interval, uint64_t duration)
-{
-    const uint64_t start = lbgym_shm_now();
-    uint64_t now = 0, published = 0;
-    int code = publish(d, 0);
-    while (!stopping && now < duration && code >= 0) {
-        uint64_t next, lease;
-        now = lbgym_shm_now() - start;
-        if (now / interval > published / interval) {
-            /* As of that instant, however late we are. */
-            published = now / interval * interval;
-            (void)run_until(d, published);
-            (void)lbgym_shm_poll_action(&d->region);
-            code = publish(d, published);
-            continue;
-        }
-        next = run_until(d, now);
-        next = next < published + interval ? next : published + interval;
-        lease = lbgym_shm_lease_left(&d->region);
-        /* Woken by the agent, by the clock, or by a signal. */
-        (void)lbgym_shm_wait_action(&d->region, next - now < lease ? next - now : lease);
-        (void)lbgym_shm_poll_action(&d->region);
     }
     return code;
 }
@@ -219,9 +186,10 @@ int main(int argc, char **argv)
         {"seed", required_argument, NULL, 'e'},     {NULL, 0, NULL, 0},
     };
     static dataplane d;
-    struct sigaction action;
+    const lbgym_driver_calls calls = {read_servers, NULL, run_until, &d};
     lbgym_shm_options options;
     const char *name = "marllb_lb0", *rule = "sed";
+    char label[32];
     double interval = 0.05, duration = 0.0, capacity = 0.0, fct;
     long servers = 4;
     int option, code;
@@ -270,8 +238,8 @@ int main(int argc, char **argv)
     options = lbgym_shm_default_options(d.num_servers);
     options.publish_interval_ns = (uint64_t)(interval * 1e9);
     options.driver = "c_dataplane";
-    if (lbgym_shm_create(&d.region, name, &options) < 0) {
-        fprintf(stderr, "%s\n", d.region.message);
+    if (lbgym_driver_create(&d.driver, name, &options) < 0) {
+        fprintf(stderr, "%s\n", d.driver.region.message);
         free(d.servers);
         return 1;
     }
@@ -280,28 +248,27 @@ int main(int argc, char **argv)
         d.servers[i].departs = NEVER;
         capacity += d.servers[i].speed / MEAN_DEMAND;
         (void)lbgym_server_init(&d.servers[i].features, i, LBGYM_RESERVOIR_SLOTS, 1.0, LBGYM_OVERWRITE);
-        (void)lbgym_shm_set_active(&d.region, i, true);
+        (void)snprintf(label, sizeof label, "server-%u", (unsigned)i);
+        (void)lbgym_shm_set_server_name(&d.driver.region, i, label);
+        (void)lbgym_shm_set_server_state(&d.driver.region, i, LBGYM_SHM_UP);
+        (void)lbgym_shm_set_active(&d.driver.region, i, true);
     }
     /* Unless told otherwise, as many flows as keep the servers busy for 70 % of the time. */
     d.rate = d.rate > 0.0 ? d.rate : 0.7 * capacity;
     d.next_arrival = exponential(&d.random, 1.0 / d.rate);
 
-    memset(&action, 0, sizeof action);
-    action.sa_handler = stop;
-    (void)sigaction(SIGTERM, &action, NULL);
-    (void)sigaction(SIGINT, &action, NULL);
+    lbgym_driver_catch_signals();
     printf("%s: %u servers, %g flows/s of %g, an observation every %g s\n", name, (unsigned)d.num_servers, d.rate,
            capacity, interval);
     (void)fflush(stdout);
-    code = run(&d, options.publish_interval_ns, duration > 0.0 ? (uint64_t)(duration * 1e9) : NEVER);
+    code = lbgym_driver_run(&d.driver, &calls, duration > 0.0 ? (uint64_t)(duration * 1e9) : LBGYM_DRIVER_FOREVER);
     if (code < 0) {
-        fprintf(stderr, "%s\n", d.region.message);
+        fprintf(stderr, "%s\n", d.driver.region.message);
     }
     fct = d.fct_count > 0 ? 1e-9 * (double)d.fct_sum / (double)d.fct_count : 0.0;
-    printf("%llu observations, %llu flows ended, mean FCT %.4g s\n", (unsigned long long)d.region.sequence_id,
+    printf("%llu observations, %llu flows ended, mean FCT %.4g s\n", (unsigned long long)d.driver.region.sequence_id,
            (unsigned long long)d.fct_count, fct);
-    (void)lbgym_shm_unlink(&d.region);
-    lbgym_shm_close(&d.region);
+    lbgym_driver_close(&d.driver, &calls);
     free(d.servers);
     return code < 0 ? 1 : 0;
 }

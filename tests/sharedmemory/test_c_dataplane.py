@@ -15,13 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion, get_include
+from lbgym.drivers.check import check_driver
+from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion, get_include, seqlock
 from tests.features.test_c_header import WARNINGS, compiler
 from tests.sharedmemory.native import run_compiler
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "c_dataplane"
 INTERVAL = 0.02
 LONG = 20.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """Its queues fill while the reader is compiled."""
+    seqlock.warm_up()
 
 
 @pytest.fixture(scope="session")
@@ -136,7 +143,7 @@ def test_safe_weights_when_the_lease_is_over(program):
         assert buffer.applied_sequence_id == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_closes_and_removes_the_region(program, shm_dir, number):
     with running(program) as process, SharedMemoryRegion.attach("r", live=True) as agent:
         buffer = agent.new_buffer()
@@ -146,6 +153,15 @@ def test_a_signal_closes_and_removes_the_region(program, shm_dir, number):
         assert (process.returncode, err) == (0, "")
         assert "flows ended, mean FCT" in out
         assert agent.closed_by_producer and not agent.producer_alive
+        assert not list(shm_dir.iterdir())
+
+
+@pytest.mark.parametrize("options", [("--servers", "8"), ("--servers", "3", "--rule", "alias", "--rate", "500")])
+def test_it_passes_the_check_of_drivers(program, shm_dir, options):
+    with running(program, *options) as process:
+        verdicts = check_driver("r", end=True)
+        assert all(verdict.passed for verdict in verdicts), "\n".join(map(str, verdicts))
+        assert process.wait(LONG) == 0
         assert not list(shm_dir.iterdir())
 
 

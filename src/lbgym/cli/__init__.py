@@ -32,7 +32,7 @@ def _app() -> typer.Typer:
     from . import shm
     from ._options import options
     from .compare import compare
-    from .dataplane import emulate
+    from .dataplane import check, ctl, emulate
     from .run import run
     from .scenarios import describe, scenarios
     from .train import train
@@ -50,8 +50,9 @@ def _app() -> typer.Typer:
     app.callback()(options)
     for command in (compare, train, tune, run, scenarios, describe):
         app.command()(command)
-    dataplane = typer.Typer(help="Publish a data plane in shared memory.", no_args_is_help=True)
-    dataplane.command()(emulate)
+    dataplane = typer.Typer(help="Publish a data plane in shared memory, check and change it.", no_args_is_help=True)
+    for work in (emulate, check, ctl):
+        dataplane.command()(work)
     app.add_typer(dataplane, name="dataplane")
     regions = typer.Typer(help="Look at regions of shared memory, record them, remove them.", no_args_is_help=True)
     for look in (shm.ls, shm.inspect, shm.watch, shm.record, shm.rm, shm.include):

@@ -1,5 +1,7 @@
-"""What connects a data plane to shared memory: so far the emulator, a simulated one in real time."""
+"""Drivers connect data planes to shared memory: the loop and the parts they share, and the emulator."""
 
+from .base import DriverError, ServerRow, Source
 from .emulator import Emulator
+from .loop import Publisher
 
-__all__ = ["Emulator"]
+__all__ = ["DriverError", "Emulator", "Publisher", "ServerRow", "Source"]

@@ -22,5 +22,5 @@ __all__ = [
 
 
 def get_include() -> str:
-    """Return the folder of ``lbgym_shm.h`` and ``lbgym_features.h``, for a C compiler's ``-I``."""
+    """Return the folder of ``lbgym_shm.h``, ``lbgym_features.h`` and ``lbgym_driver.h``, for a C compiler's ``-I``."""
     return str(Path(__file__).parents[1] / "include")

@@ -29,6 +29,8 @@ class ProducerSide(Region):
         self._safe = True
         self._safe_weights = np.ones(0)
         self._lease_end: float = 0
+        #: Seconds for which an agent's weights are good at most, whatever lease it asks for.
+        self.longest_lease = math.inf
         self._in_force = np.ones(0)
         self._names_changed = False
         if self.is_producer:
@@ -133,6 +135,15 @@ class ProducerSide(Region):
         """Say that the producer lives, though it has nothing to publish."""
         seqlock.store_word(self._require_producer(), seqlock.HEARTBEAT, time.monotonic_ns())
 
+    def set_num_servers(self, num_servers: int) -> None:
+        """Servers join or leave, before the observation that shows it; those that join have the safe weight 1.
+
+        Raises:
+            InvalidOptionError: if there is no room for them.
+        """
+        self._require_producer()
+        self._resize(checks.whole("num_servers", num_servers, high=self.capacity))
+
     def set_safe_weights(self, weights: ArrayLike) -> None:
         """Change the weights that are in force without an agent's, float[number of servers]."""
         self._require_producer()
@@ -163,7 +174,8 @@ class ProducerSide(Region):
         if found:
             self._action_known = found
             # From now on if it says that it was written later, as on the clock of another namespace.
-            self._lease_end = min(action.written_at, time.monotonic_ns()) + (action.lease_ns or math.inf)
+            lease = min(action.lease_ns or math.inf, self.longest_lease * 1e9)
+            self._lease_end = min(action.written_at, time.monotonic_ns()) + lease
             if now < self._lease_end:
                 self._applied = action.sequence_id, now
         good = self._action_known > 0 and now < self._lease_end

@@ -526,6 +526,29 @@ class Simulation:
             ),
         }
 
+    def server_status(self, replica: int = 0) -> NDArray[np.int64]:
+        """Status of a replica's servers, int64[N]: ``layout.UP``, ``DRAINING`` or ``DOWN``."""
+        return self._state.si[replica, :, at.S_STATUS].astype(np.int64)
+
+    def drain(self, server: int, replica: int = 0) -> None:
+        """Send a server of a replica no new flows from now on; it finishes those it has."""
+        self._happens(replica, at.EVENT_DRAIN, server)
+
+    def undrain(self, server: int, replica: int = 0) -> None:
+        """Send a server of a replica flows again from now on."""
+        self._happens(replica, at.EVENT_UP, server)
+
+    def _happens(self, replica: int, kind: int, server: int) -> None:
+        """Insert an event before those of the scenario that are still to come."""
+        events = self._parameters.events
+        following = int(self._state.ri[replica, at.R_EVENT])
+        now = self._state.rf[replica, at.R_TARGET]
+        row = np.insert(events[replica], following, [now, kind, server, 0.0], axis=0)
+        wider = np.full((len(events), len(row), events.shape[2]), math.inf)
+        wider[:, :-1] = events
+        wider[replica] = row
+        self._parameters = self._parameters._replace(events=wider)
+
     def integrals(self) -> dict[str, NDArray[Any]]:
         """Exact integrals since reset, per replica and server [R, N], and the clocks [R].
 

@@ -1,0 +1,120 @@
+"""The servers of a driver that is configured by a file: :class:`ServerPool`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..sharedmemory import abi
+from .base import DriverError, ServerRow
+from .config import DataPlaneConfig, DiscoverySource, ServerConfig, load_config
+from .discovery import Changes, Discovery, Slot, Slots, in_dns, in_file
+from .ground_truth import GroundTruth
+from .health import HealthChecks
+
+
+class ServerPool:
+    """Slots, health checks, ground truth and discovery together, for the :class:`Source` of a real data plane.
+
+    A source delegates to it: ``servers``, ``add``, ``drain``, ``undrain``, ``remove`` and ``reload`` are those of a
+    source, and :meth:`refresh` belongs at the beginning of every ``read``.
+
+    Args:
+        config: the content of dataplane.toml.
+        path: its file, for :meth:`reload`; None: there is none.
+    """
+
+    def __init__(self, config: DataPlaneConfig, path: str | os.PathLike[str] | None = None) -> None:
+        self.config, self._path = config, path
+        capacity = config.capacity or max(abi.DEFAULT_CAPACITY, len(config.servers))
+        self.slots = Slots(capacity)
+        self.slots.update(config.servers)
+        self._health, self._truth = HealthChecks(), GroundTruth()
+        self._discovery: Discovery | None = None
+        if config.discovery is not None:
+            self._discovery = _discovery(config.discovery)
+        self._watch()
+
+    def _watch(self) -> None:
+        servers = [slot.server for slot in self.slots]
+        self._health.watch(servers)
+        self._truth.watch(servers)
+
+    def servers(self) -> list[ServerRow]:
+        """The rows, for ``Source.servers``."""
+        return self.slots.rows
+
+    def refresh(self, open_flows: Sequence[int]) -> list[Slot]:
+        """Take in what was found out since the last call; returns the slots of servers that have left for good.
+
+        Args:
+            open_flows: by row, of the data plane; missing rows count 0.
+        """
+        found = self._discovery.poll() if self._discovery is not None else None
+        changed = bool(found is not None and self.slots.update(found))
+        flows = [*open_flows, *[0] * (len(self.slots) - len(open_flows))]
+        freed = self.slots.release(flows)
+        if changed or freed:
+            self._watch()
+        healthy = self._health.healthy
+        for slot in self.slots:
+            slot.healthy = healthy.get(slot.server.name)
+        return freed
+
+    def ground_truth(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """By row: float32[N, 3], NaN where unknown, and age float[N], seconds, inf where unknown."""
+        return self._truth.values([row.name for row in self.slots.rows])
+
+    def add(self, server: str, *, address: str, port: int | None, weight: float, cores: int | None) -> None:
+        """Add a server, checked as the first one of the configuration is; raises DriverError if there is no room."""
+        like = self.config.servers[0] if self.config.servers else None
+        health = like.health if like is not None and port is not None else None
+        self.slots.add(ServerConfig(name=server, address=address, port=port, weight=weight, cores=cores, health=health))
+        self._watch()
+
+    def drain(self, server: str) -> None:
+        """Send a server no new flows."""
+        self.slots.drain(server)
+
+    def undrain(self, server: str) -> None:
+        """Send a drained server flows again."""
+        self.slots.undrain(server)
+
+    def remove(self, server: str) -> None:
+        """Drain a server and forget it when its flows have ended."""
+        self.slots.remove(server)
+
+    def reload(self) -> str:
+        """Read the file again and add, change and remove servers; a line on what changed.
+
+        Raises:
+            DriverError: if there is no file, or no room for all servers; nothing has changed then.
+            InvalidOptionError: if the file is not good; nothing has changed then.
+        """
+        if self._path is None:
+            raise DriverError("there is no configuration file to reload")
+        config = load_config(self._path)
+        fixed = ("name", "publish_interval", "lease", "capacity", "mode", "group", "discovery", "driver")
+        different = [key for key in fixed if getattr(config, key) != getattr(self.config, key)]
+        changes = self.slots.update(config.servers) if self._discovery is None else Changes()
+        self._watch()
+        later = f"; restart the driver for {', '.join(different)}" if different else ""
+        return f"{changes}{later}"
+
+    def close(self) -> None:
+        """End checks, polls and discovery. Idempotent."""
+        self._health.close()
+        self._truth.close()
+        if self._discovery is not None:
+            self._discovery.close()
+
+
+def _discovery(source: DiscoverySource) -> Discovery:
+    if source.kind == "file":
+        assert source.path is not None
+        return Discovery(in_file(source.path), source.interval)
+    assert source.host is not None and source.port is not None
+    return Discovery(in_dns(source.host, source.port), source.interval)
