@@ -107,7 +107,7 @@ def test_ls_of_every_kind_of_region(capsys: Capture, shm_dir: Path, monkeypatch:
         assert set(rows) == {"alive", "dead", "closed", "later", "newer", "corrupt", "short"}
         alive = rows["alive"]
         assert {key: alive[key] for key in ("driver", "active", "servers", "capacity", "observations", "version")} == {
-            "driver": "test", "active": 5, "servers": 5, "capacity": 64, "observations": 7, "version": "1.0",
+            "driver": "test", "active": 5, "servers": 5, "capacity": 64, "observations": 7, "version": "1.1",
         }  # fmt: skip
         assert (alive["producer"], alive["agent"], alive["problem"]) == ("alive", "alive", None)
         assert 0.0 <= alive["age"] < 60.0 and alive["size"] == agent.layout.total_size
@@ -118,7 +118,7 @@ def test_ls_of_every_kind_of_region(capsys: Capture, shm_dir: Path, monkeypatch:
             None,
         )
         assert rows["newer"]["version"] == "1.7" and rows["newer"]["observations"] == 1
-        assert "version 2.0 of the binary interface" in rows["later"]["problem"]
+        assert "version 2.1 of the binary interface" in rows["later"]["problem"]
         assert "capacity is 0" in rows["corrupt"]["problem"] and "the file has 5,000" in rows["short"]["problem"]
         assert "it begins with b'somethin'" in listed(capsys, "--all")["foreign"]["problem"]
         agent.close()
@@ -131,7 +131,7 @@ def test_ls_of_every_kind_of_region(capsys: Capture, shm_dir: Path, monkeypatch:
             lines = {line.split()[0]: line for line in body if not line.startswith(" ")}
             assert list(lines) == sorted(rows) and len(body) == 7
             assert len(head) <= columns and len(lines["alive"]) <= columns
-            assert "version 2.0 of the binary interface" in lines["later"]
+            assert "version 2.1 of the binary interface" in lines["later"]
             words = dict(zip(head.split(), re.sub(r" (m?s|KiB)\b", r"\1", lines["alive"]).split(), strict=True))
             assert words["observed"] == "7" and words["agent"] == "dead" and words["servers"] == "5/5"
             assert ("room" in words) == (columns == 120)
@@ -529,7 +529,7 @@ def test_rm_keeps_what_is_no_region(capsys: Capture, shm_dir: Path) -> None:
     assert "letters, digits" in refused(capsys, "rm", "--force", "../text")
     damaged(shm_dir, "later", "dead", "version_major", 9)
     message = refused(capsys, "rm", "later")
-    assert "version 9.0" in message and "whether it is in use cannot be told, --force removes it" in message
+    assert "version 9.1" in message and "whether it is in use cannot be told, --force removes it" in message
     assert shm(capsys, "rm", "later", "--force") == (0, "removed later\n", "")
     assert len(list(shm_dir.iterdir())) == 6
 
