@@ -22,10 +22,10 @@ from ray.rllib.core.rl_module.rl_module import RLModule
 from lbgym.errors import CheckpointError, InvalidOptionError, LbgymError, UnknownNameError, UnsupportedSpaceError
 from lbgym.evaluation import compare
 from lbgym.training import load_policy
-from lbgym.training import rllib as recipe
 from lbgym.training.exported import read_checkpoint, with_weights
 from lbgym.training.recipes import algo_of, make_config
 from lbgym.training.rllib import ALGORITHMS, RLlibConfig, RLlibResult, config_of, train_rllib
+from lbgym.training.rllib import train as recipe
 from lbgym.training.rllib.environment import RLlibMultiAgentEnv, RLlibVectorEnv, observation_space
 from lbgym.training.rllib.modules import SACModule
 from lbgym.training.runs import Progress

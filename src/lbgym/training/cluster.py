@@ -250,9 +250,10 @@ class _Run:
         try:
             worker.stop.remote()
             # A worker that has not started, for want of a free CPU, does not answer: then there is nothing to wait for.
-            self._take(*ray.get(worker.news.remote(), timeout=PATIENCE), lambda progress: False, worker)
-            ray.wait([done], timeout=60.0)
-            self._take(*ray.get(worker.news.remote(), timeout=PATIENCE), lambda progress: False, worker)
+            for patience in (60.0, 0.0):
+                news, saved = ray.get(worker.news.remote(), timeout=PATIENCE)
+                self._take(news, saved, lambda progress: False, worker)
+                ray.wait([done], timeout=patience)
         except RayError as error:
             logger.warning(
                 "the training did not answer; kept is %s: %s",

@@ -717,7 +717,7 @@ class _Trainer:
             action = self.agent.get_action(before, self.info)
             self.observation, rewards, _, truncated, self.info = self.env.step(action)
             self.agent.store_transition(before, action, rewards, self.observation, truncated, self.info)
-            reward_sum += float(rewards.mean())
+            reward_sum += float(torch.from_numpy(rewards.astype(np.float32)).mean())
             flows = self.info["completed"] + self.info["rejected"]
             fct_sum += float((self.info["fct_mean"] * flows).sum())
             ended_flows += float(flows.sum())

@@ -151,8 +151,8 @@ def tune_recipe(
         early_stopping: stop trials that are worse than most at a fifth, three fifths of the budget (ASHA: Li et al.,
             "A System for Massively Parallel Hyperparameter Tuning", 2020).
         seed: of the draws.
-        callback: receives the last report of every trial, now and then: ``percent`` of its budget, ``step``, ``seconds``,
-            the metrics, and whether it is ``over``.
+        callback: receives the last report of every trial, now and then: ``percent`` of its budget, ``step``,
+            ``seconds``, the metrics, and whether it is ``over``.
 
     Raises:
         UnknownNameError: for an unknown recipe, metric or setting.
