@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ pytest.importorskip("typer")
 
 from lbgym.policies import load_policy
 from lbgym.training import read_checkpoint
+
+#: All end a training in order once the command line catches them.
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if find_spec("lbgym.cli._signals") else [signal.SIGINT]
 
 SHORT = ("--num-envs", "6", "--scenario", "uniform", "--no-tensorboard")
 
@@ -127,7 +131,8 @@ def test_what_the_user_can_put_right(
     assert message in err.replace("\n", " ")
 
 
-def test_ctrl_c_saves_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_an_interrupt_saves_the_checkpoint_and_exits_with_its_number(signum: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lbgym", "train", *SHORT, "--seconds", "1000", "--out", str(tmp_path)]
     # the bar moves only on a terminal
     here, there = pty.openpty()
@@ -141,7 +146,7 @@ def test_ctrl_c_saves_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
             if select.select([here], [], [], 1.0)[0]:
                 seen += os.read(here, 4096).decode(errors="replace")
         assert "steps/s" in seen, seen
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signum)
         # what the bar still writes must not fill the terminal's buffer
         while process.poll() is None and time.monotonic() < deadline:
             if select.select([here], [], [], 0.1)[0]:
@@ -151,7 +156,7 @@ def test_ctrl_c_saves_the_checkpoint_and_exits_with_130(tmp_path: Path) -> None:
     finally:
         process.kill()
         os.close(here)
-    assert process.returncode == 130, seen
+    assert process.returncode == 128 + signum, seen
     assert [p.name for p in tmp_path.iterdir()] == ["ppo.pt"]
     assert read_checkpoint(tmp_path / "ppo.pt")["step"] > 0
     assert str(tmp_path / "ppo.pt") in out.replace("\n", "")

@@ -136,7 +136,7 @@ def test_it_learns_which_server_is_fast() -> None:
         chosen.append(action.mean())
         observation = env.reset()[0] if truncated.all() else following
     env.close()
-    assert np.mean(chosen[:16]) < 0.65
+    assert np.mean(chosen[:8]) < 0.65
     assert np.mean(chosen[-16:]) > 0.8
 
 
@@ -150,8 +150,8 @@ def test_environments_that_it_cannot_act_in(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedSpaceError, match="a wrapper changes the observations"):
         SACGRUAgent(gymnasium.wrappers.FlattenObservation(LoadBalanceEnv()))
     SACGRUAgent(LoadBalanceEnv(), **SMALL).save(tmp_path / "agent.pt")
-    with pytest.raises(CheckpointError, match="trained with normalize=False, but the environment has True"):
+    with pytest.raises(CheckpointError, match=r"trained with normalize=False, but the environment has True"):
         SACGRUAgent.load(tmp_path / "agent.pt", LoadBalanceEnv(normalize=True))
     config = replace(SACGRUConfig(), hidden=16)
-    with pytest.raises(CheckpointError, match="hidden=8.* needs hidden=16"):
+    with pytest.raises(CheckpointError, match=r"(?s)hidden=8 .* needs hidden=16"):
         SACGRUAgent(LoadBalanceEnv(), config).restore(torch.load(tmp_path / "agent.pt"), "agent.pt")

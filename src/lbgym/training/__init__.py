@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .recipes import RECIPES, TrainingResult, algo_of, make_config, read_config, to_toml, train
     from .rllib import RLlibConfig, RLlibResult, train_rllib
     from .runs import Progress, load_policy, read_checkpoint
-    from .sac_gru import SACGRUConfig, SACGRUPolicy, SACGRUResult, train_sac_gru
+    from .sac_gru import SACGRUAgent, SACGRUConfig, SACGRUPolicy, SACGRUResult, train_sac_gru
     from .sb3 import SB3Config, SB3Result, SB3VecEnv, train_sb3
     from .sb3_policies import EquivariantExtractor, EquivariantPolicy, EquivariantQPolicy, EquivariantSACPolicy
     from .torchrl_env import MultiTorchRLEnv, TorchRLEnv
@@ -54,6 +54,7 @@ _HOMES = {
     "Progress": "runs",
     "load_policy": "runs",
     "read_checkpoint": "runs",
+    "SACGRUAgent": "sac_gru",
     "SACGRUConfig": "sac_gru",
     "SACGRUPolicy": "sac_gru",
     "SACGRUResult": "sac_gru",
@@ -93,6 +94,7 @@ __all__ = [
     "Progress",
     "RLlibConfig",
     "RLlibResult",
+    "SACGRUAgent",
     "SACGRUConfig",
     "SACGRUPolicy",
     "SACGRUResult",

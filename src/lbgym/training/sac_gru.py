@@ -33,6 +33,7 @@ from gymnasium import Env, Space
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
+from ..atomic import check_writable
 from ..env.observations import ObservationLayout
 from ..errors import CheckpointError, LbgymError, MissingExtraError
 
@@ -586,6 +587,7 @@ class SACGRUAgent:
         Raises:
             FileWriteError: if the file cannot be written.
         """
+        check_writable(Path(path))
         write_torch(Path(path), self.state())
 
     @classmethod
