@@ -24,7 +24,7 @@ import torch
 from lbgym.training.sb3 import ALGORITHMS, SB3Config, SB3Result, config_of, replay_file, train_sb3
 
 OFF_POLICY = ("dqn", "sac", "td3")
-FORMS = [(name, policy) for name, kind in ALGORITHMS.items() for policy in kind.policies]
+FORMS = [(name, policy) for name, kind in ALGORITHMS.items() for policy in kind.networks]
 
 
 def small(algorithm: str, policy: str = "mlp", **changes: Any) -> SB3Config:
@@ -222,9 +222,9 @@ def test_the_command_line_trains_resumes_and_refuses(capsys: pytest.CaptureFixtu
 
     for arguments, message in (
         ((*again, "--algo", "sb3-td3"), "algorithm 'sac', not 'td3'"),
-        ((*again, "--algo", "sb3-sac", "--policy", "equivariant"), "network 'mlp', but the configuration has"),
+        ((*again, "--algo", "sb3-sac", "--network", "equivariant"), "network 'mlp', but the configuration has"),
         ((*common, "--algo", "sb3-dqn", "--action-type", "discrete"), "use action_type 'joint'"),
-        ((*common, "--algo", "ppo", "--policy", "mlp"), "only the sb3-, rllib- and benchmarl- recipes"),
+        ((*common, "--algo", "ppo", "--network", "mlp"), "only the sb3-, rllib- and benchmarl- recipes"),
     ):
         code, _, err = lbgym(capsys, *arguments)
         assert code == 2
