@@ -6,6 +6,9 @@ VENV ?= .venv
 # RLlib and BenchMARL ask for other versions of Gymnasium and TorchRL than the rest.
 FRAMEWORKS ?= $(VENV)-frameworks
 PYTHON ?= python3
+# The newest Python that is promised, for a part of the tests; empty where there is none.
+NEXT := python3.13
+PYTHON_NEXT ?= $(firstword $(foreach path,$(shell command -v $(NEXT)) $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/$(NEXT)),$(shell $(path) -c 'print("$(path)")' 2>/dev/null)))
 # An index to take torch from first, such as PyTorch's own of CPU wheels, which saves gigabytes of CUDA libraries.
 TORCH_INDEX ?=
 SCENARIO ?= heterogeneous
@@ -80,7 +83,33 @@ warm: $(VENV)/.dev # or else every process of the tests compiles the simulator a
 test: cc ## lint, then the tests with coverage, also those of the frameworks
 	$(MAKE) -j 2 lint warm $(FRAMEWORKS)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
+	$(MAKE) test-young-clock test-next
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
+
+# What talks through shared memory, whose clocks begin at the machine's start. They need no more than the core and pytest.
+LIVE_TESTS := tests/sharedmemory tests/dataplanes tests/drivers tests/controller tests/test_recording.py tests/test_cli_shm.py
+UPTIME := $$(cut -d. -f1 /proc/uptime)
+
+.PHONY: test-young-clock
+test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been up for a minute
+	@unshare --map-root-user --time --monotonic 0 true 2>/dev/null || { \
+		echo "no time namespace to be had here (unshare --time): live tests with a young clock are skipped"; \
+		test -z "$(CI)"; }
+	@! unshare --map-root-user --time --monotonic 0 true 2>/dev/null || \
+		unshare --map-root-user --time --monotonic $$((60 - $(UPTIME))) --boottime $$((60 - $(UPTIME))) \
+		$(BIN)/python -m pytest -q -n 2 -m "not slow" $(LIVE_TESTS)
+
+.PHONY: test-next
+test-next: pyproject.toml constraints.txt ## a part of the tests on the newest Python that is promised, where it is installed
+	@test -n "$(PYTHON_NEXT)" || echo "no $(NEXT) here: the tests on it are skipped"
+	@test -z "$(PYTHON_NEXT)" || $(MAKE) $(VENV)-next/.dev
+	@test -z "$(PYTHON_NEXT)" || $(VENV)-next/bin/python -m pytest -q -n 2 -m "not slow" \
+		tests/features tests/simulator tests/scenarios tests/test_env_contract.py tests/policies tests/dataplanes
+
+$(VENV)-next/.dev: pyproject.toml constraints.txt
+	$(PYTHON_NEXT) -m venv $(VENV)-next
+	$(VENV)-next/bin/python $(INSTALL) -c constraints.txt -e '.[eval,marl,offline,run,test]'
+	@touch $@
 
 .PHONY: test-frameworks
 test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray, and of the contract on the Gymnasium they pin
@@ -111,5 +140,5 @@ curves: $(VENV)/.dev $(FRAMEWORKS)/.dev ## every algorithm, five seeds: out/curv
 
 .PHONY: clean
 clean: ## remove what was made, also the virtual environment
-	rm -rf $(VENV) $(FRAMEWORKS) out site dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-next $(FRAMEWORKS) out site dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests examples benchmarks -name __pycache__ -type d -exec rm -rf {} +

@@ -22,7 +22,7 @@ import numpy as np
 
 import lbgym
 from benchmarks.common import markdown, parser, report
-from lbgym.sharedmemory import SharedMemoryRegion, get_include
+from lbgym.sharedmemory import Publication, SharedMemoryRegion, get_include
 from lbgym.snapshot import Snapshot
 
 SERVERS = 64
@@ -61,7 +61,7 @@ def costs(servers: int, repeat: int) -> dict[str, float]:
     """Microseconds per call, and those of a bare copy of as many bytes as an observation has."""
     shown, weights = snapshot(servers), np.random.default_rng(1).uniform(0.1, 10.0, servers)
     with SharedMemoryRegion.create(f"bench-{os.getpid()}", num_servers=servers) as producer:
-        producer.publish(shown)
+        producer.publish(Publication.of(shown))
         agent = SharedMemoryRegion.attach(producer.name)
         buffer = agent.new_buffer()
         agent.write_action(sequence_id=1, weights=weights)
@@ -71,7 +71,7 @@ def costs(servers: int, repeat: int) -> dict[str, float]:
             "read_into": microseconds(lambda: agent.read_into(buffer), repeat),
             "read_observation": microseconds(agent.read_observation, repeat),
             "write_action": microseconds(lambda: agent.write_action(sequence_id=1, weights=weights), repeat),
-            "publish": microseconds(lambda: producer.publish(shown), repeat),
+            "publish": microseconds(lambda: producer.publish(Publication.of(shown)), repeat),
             "weights_in_force": microseconds(producer.weights_in_force, repeat),
         }
         agent.close()

@@ -35,8 +35,8 @@ def main() -> None:
 
     # both balancers run a copy of the policy, each on what it sees itself
     comparison = compare("marllb-moderate", f"sed+random,lsq,sed,{result.checkpoint}", seeds=args.seeds)
-    print(comparison.table(stacked=True))
-    print(comparison.versus_table(f"benchmarl-{args.algorithm}", stacked=True))
+    print(comparison.table())
+    print(comparison.versus_table(f"benchmarl-{args.algorithm}"))
 
 
 if __name__ == "__main__":

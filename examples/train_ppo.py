@@ -32,8 +32,8 @@ def main() -> None:
     print(f"\ncheckpoint: {result.checkpoint}")
 
     comparison = compare("heterogeneous", f"lsq,ecmp,wcmp-uniform,sed,{result.checkpoint}", seeds=args.seeds)
-    print(comparison.table(stacked=True))
-    print(comparison.versus_table("ppo", stacked=True))
+    print(comparison.table())
+    print(comparison.versus_table("ppo"))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def main() -> None:
     print(f"\ncheckpoint: {result.checkpoint}")
 
     comparison = compare("heterogeneous", f"sed+random,lsq,sed,{result.checkpoint}", seeds=args.seeds)
-    print(comparison.table(stacked=True))
-    print(comparison.versus_table("sac-gru", stacked=True))
+    print(comparison.table())
+    print(comparison.versus_table("sac-gru"))
 
 
 if __name__ == "__main__":

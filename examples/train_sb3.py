@@ -37,8 +37,8 @@ def main() -> None:
     print(f"\ncheckpoint: {result.checkpoint}")
 
     comparison = compare("heterogeneous", f"lsq,sed,{result.checkpoint}", seeds=args.seeds)
-    print(comparison.table(stacked=True))
-    print(comparison.versus_table(f"sb3-{args.algo}", stacked=True))
+    print(comparison.table())
+    print(comparison.versus_table(f"sb3-{args.algo}"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 
 from lbgym.dataplanes import SimulatedDataPlane
 from lbgym.scenarios import load_scenario
-from lbgym.sharedmemory import SharedMemoryRegion, seqlock
+from lbgym.sharedmemory import Publication, SharedMemoryRegion, seqlock
 from lbgym.sharedmemory.system import DIRECTORY_VARIABLE
 from lbgym.snapshot import Snapshot
 
@@ -115,7 +115,7 @@ def _produce(
         count += 1
         shown = _first(snapshot, servers, jumped)
         fct = count, count * 0.5
-        number = region.publish(shown, fct_count=fct[0], fct_sum=fct[1])
+        number = region.publish(Publication.of(shown, fct_count=fct[0], fct_sum=fct[1]))
         return Published(region, shown, number, fct)
 
     connection.send(region.instance)

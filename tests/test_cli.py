@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 
 import lbgym
+from lbgym.cli._outcome import exit_code_of
+from lbgym.cli._signals import Interrupted
 from lbgym.scenarios import (
     Trace,
     distribution_names,
@@ -27,6 +30,7 @@ from lbgym.scenarios import (
     scenario_names,
     write_trace,
 )
+from lbgym.sharedmemory import SharedMemoryRegion
 from lbgym.simulator import Simulation
 
 SMALL = """
@@ -92,11 +96,67 @@ def test_the_command_line_starts_without_what_it_may_not_need() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_without_typer_it_says_what_to_install() -> None:
-    script = "import sys\nsys.modules['typer'] = None\nfrom lbgym.cli import main\nmain([])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "'typer'" in done.stderr and "pip install 'lbgym[eval]'" in done.stderr
+#: Modules of the extras; the command line does without them where it does nothing with them.
+OPTIONAL = (
+    "matplotlib", "PIL", "pyarrow", "scipy", "torch", "tensorboard", "tomli_w", "stable_baselines3", "sb3_contrib",
+    "ray", "benchmarl", "torchrl", "tensordict", "h5py", "minari", "prometheus_client", "pettingzoo", "pandas",
+)  # fmt: skip
+
+
+def core_command(*arguments: object, expect: int = 0, env: dict[str, str] | None = None) -> tuple[str, str]:
+    """Standard output and error of a command where nothing but the core dependencies can be imported."""
+    script = (
+        "import sys\nfrom importlib.abc import MetaPathFinder\n"
+        "class Missing(MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {OPTIONAL!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from lbgym.cli import main\nmain(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}))
+    assert done.returncode == expect, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_with_the_core_alone(small: Path, tmp_path: Path) -> None:
+    """What `pip install lbgym` gives."""
+    env = {"LBGYM_SHM_DIR": str(tmp_path), "COLUMNS": "120"}
+    assert core_command("--version")[0].startswith("lbgym ")
+    assert "compare" in core_command("--help")[0]
+    assert "heterogeneous" in core_command("scenarios")[0]
+    for arguments in (("failure",), ("random-clusters", "--draws", 5), (small, "--toml")):
+        assert core_command("describe", *arguments)[1] == ""
+    core_command("dataplane", "emulate", "--name", "lb0", "--duration", 1, "--speedup", 10, env=env)
+    name = f"lbgym-core-{os.getpid()}"
+    region = SharedMemoryRegion.create(name, num_servers=2, driver="test")
+    try:
+        assert name in core_command("shm", "ls")[0]
+        assert "binary interface" in core_command("shm", "inspect", name)[0]
+        assert "nothing yet" in core_command("shm", "watch", name, "--once")[0]
+        assert core_command("shm", "include")[0].strip()
+    finally:
+        region.close()
+    assert core_command("shm", "rm", name)[0] == f"removed {name}\n"
+    one = core_command("compare", "-s", small, "-p", "ecmp,sed", "-n", 1, "--processes", 1)[0]
+    assert "Difference from ecmp" in one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (("compare", "-n", "2"), "eval"),
+        (("compare", "-n", "1", "--out", "out"), "eval"),
+        (("train", "--steps", "100"), "train"),
+        (("shm", "record", "lb0", "out.parquet"), "offline"),
+        (("describe", "random-clusters", "--plot", "draws.png"), "eval"),
+        (("tune", "-p", "gamma=uniform(0.9,0.99)"), "rllib"),
+    ],
+)
+def test_what_needs_more_names_the_extra(arguments: tuple[str, ...], extra: str, tmp_path: Path) -> None:
+    out, err = core_command(*arguments, expect=2)
+    assert out == "" and len(err.splitlines()) == 1 and f"pip install 'lbgym[{extra}]'" in err
 
 
 def test_scenarios(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,14 +246,49 @@ def test_errors_are_one_line_and_exit_code_2(
     assert err.startswith("lbgym: error: ") and message in err and len(err.splitlines()) == 1
 
 
-def test_faults_of_our_own_keep_their_traceback(capsys: pytest.CaptureFixture[str], small: Path) -> None:
-    from lbgym.cli import _guarded
+@pytest.mark.parametrize(
+    ("arguments", "renamed"),
+    [
+        (("compare", "--interval", "1"), "--interval is now --step-interval"),
+        (("run", "--interval=1"), "--interval is now --step-interval"),
+        (("train", "--policy", "mlp"), "--policy is now --network"),
+        (("shm", "record", "lb0", "--interval", "1", "out"), "--interval is now --sample-interval"),
+    ],
+)
+def test_an_old_option_is_refused_with_the_new_one(
+    arguments: tuple[str, ...], renamed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert in_process(capsys, *arguments) == (2, "", f"lbgym: error: {renamed}\n")
 
-    def broken() -> None:
-        raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        _guarded(broken)()
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (EOFError("Ran out of input"), 1, "fault: EOFError: Ran out of input (test_cli.py:"),
+        (ZeroDivisionError(), 1, "fault: ZeroDivisionError (test_cli.py:"),
+        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), 2, "error: '/tmp/x': No space left on device\n"),
+        (OSError(errno.EMFILE, "Too many open files"), 2, "error: Too many open files (test_cli.py:"),
+        (MemoryError(), 2, "error: out of memory\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (BrokenPipeError(), 141, ""),
+        (Interrupted(signal.SIGHUP), 129, "ended by SIGHUP\n"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_every_exception_is_one_line(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command() -> None:
+        raise error
+
+    monkeypatch.delenv("LBGYM_DEBUG", raising=False)
+    assert exit_code_of(command) == code
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"lbgym: {message}" if message else "") and len(shown.splitlines()) == bool(message)
+    assert "Aborted" not in shown and ("LBGYM_DEBUG=1" in shown) == (code == 1)
+    monkeypatch.setenv("LBGYM_DEBUG", "1")
+    exit_code_of(command)
+    assert ("Traceback" in capsys.readouterr().err) == (not isinstance(error, KeyboardInterrupt))
 
 
 def test_compare_prints_tables_and_writes_files(small: Path, tmp_path: Path) -> None:
@@ -254,10 +349,55 @@ def test_compare_reads_a_trace_with_options(small: Path, tmp_path: Path) -> None
     assert good.returncode == 0 and "1" in good.stderr and json.loads(good.stdout)["scenario"]["rate"] > 0
 
 
-def test_a_closed_pipe_is_no_fault() -> None:
-    command = f"{sys.executable} -m lbgym describe failure --toml | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("name") and done.stderr == ""
+COMMANDS = (
+    "scenarios",
+    "scenarios --json",
+    "describe failure --toml",
+    "describe random-clusters --draws 20",
+    "--version",
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("where", "code", "message"),
+    [
+        ("| true", 141, ""),
+        ("> /dev/full", 2, "lbgym: error: cannot write to standard output: No space left on device\n"),
+        (">&-", 2, "lbgym: error: cannot write to standard output: Bad file descriptor\n"),
+        ("2>&-", 0, ""),
+        ("<&- >/dev/null", 0, ""),
+    ],
+)
+def test_standard_output_that_cannot_be_written(command: str, where: str, code: int, message: str) -> None:
+    # The reader is gone before there is anything to read.
+    where = "> >(exec true)" if where == "| true" else where
+    line = (
+        f"exec {sys.executable} -c 'import time; time.sleep(0.2); from lbgym.cli import main; main()' {command} {where}"
+    )
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_what_the_encoding_lacks_is_no_reason_to_lose_a_comparison(small: Path) -> None:
+    arguments = ("compare", "-s", small, "-p", "größe=ecmp,lsq,日本=sed", "-n", 2)
+    plain = lbgym_command(*arguments, env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "120"})
+    assert plain.returncode == 0 and plain.stderr == "" and plain.stdout.isascii()
+    full = lbgym_command(*arguments, env=os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "120"})
+    assert "größe" in full.stdout and "日本" in full.stdout and "±" in full.stdout
+    # The same numbers, and a sign for plus-minus that can be read.
+    numbers = re.compile(r"[+-]?\d+\.\d+")
+    assert numbers.findall(plain.stdout.replace("+/-", " ")) == numbers.findall(full.stdout.replace("±", " "))
+    assert "+/-" in plain.stdout and "gro?e" in plain.stdout
+
+
+@pytest.mark.parametrize("where", ["full", "folder"])
+def test_results_that_cannot_be_saved_are_said_before_the_work(where: str, small: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "out" if where == "folder" else Path("/dev/full/out")
+    done = lbgym_command("compare", "-s", small, "-p", "ecmp", "-n", "100000", "--out", target)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("lbgym: error: cannot write ") and "Not a directory" in done.stderr
 
 
 def children_of(pid: int) -> list[int]:
@@ -273,10 +413,19 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("whole_group", [False, True])
-def test_ctrl_c_leaves_whole_files_and_exit_code_130(
-    processes: int, whole_group: bool, small: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "processes", "whole_group"),
+    [
+        (signal.SIGINT, 1, False),
+        (signal.SIGINT, 2, True),
+        (signal.SIGTERM, 1, True),
+        (signal.SIGTERM, 2, False),
+        (signal.SIGTERM, 2, True),
+        (signal.SIGHUP, 2, True),
+    ],
+)
+def test_a_signal_ends_a_comparison_in_order(
+    number: signal.Signals, processes: int, whole_group: bool, small: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -300,7 +449,7 @@ def test_ctrl_c_leaves_whole_files_and_exit_code_130(
             shown += os.read(leader, 65536)
     children = children_of(process.pid)
     assert len(children) >= (2 if processes == 2 else 0)
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
     while time.monotonic() < deadline:
         try:
             chunk = os.read(leader, 65536)
@@ -311,10 +460,44 @@ def test_ctrl_c_leaves_whole_files_and_exit_code_130(
         shown += chunk
     os.close(leader)
     stdout, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, shown
-    assert b"interrupted" in shown and b"Traceback" not in shown
+    assert process.returncode == 128 + number, shown
+    said = b"interrupted" if number == signal.SIGINT else f"ended by {number.name}".encode()
+    assert said in shown and b"Traceback" not in shown
     assert stdout == b""
     assert [p.name for p in out.iterdir()] == ["summary.json"] and (out / "summary.json").read_text() == "{}"
     while any(running(child) for child in children):
         assert time.monotonic() < deadline, "a process outlived the command"
         time.sleep(0.05)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_killed_process_of_a_comparison(victim: str, small: Path) -> None:
+    arguments = ["compare", "-s", str(small), "-p", "sed,lsq", "-n", "100000", "--processes", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lbgym", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(workers := [c for c in children_of(process.pid) if b"spawn_main" in cmdline(c)]) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    # A worker that is still starting has words of its own for a parent that is gone.
+    while not all("llvmlite" in Path(f"/proc/{worker}/maps").read_text() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)
+    os.kill(workers[0] if victim == "worker" else process.pid, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    if victim == "worker":
+        assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
+        assert "one of the 2 processes of the comparison was killed" in err
+    while any(running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlived the command"
+        time.sleep(0.05)
+
+
+def cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
-from lbgym.sharedmemory import SharedMemoryRegion, abi
+from lbgym.sharedmemory import Publication, SharedMemoryRegion, abi
 from tests.producers import Producer
 from tests.sharedmemory.conftest import shm_dir
 from tests.test_cli import in_process
@@ -352,7 +352,8 @@ def test_watch_follows_death_and_restart(shm_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "lines", "how", "code"), [(80, 24, "q", 0), (160, 50, "SIGINT", 0), (40, 10, "SIGTERM", 143)]
+    ("columns", "lines", "how", "code"),
+    [(80, 24, "q", 0), (160, 50, "SIGINT", 0), (40, 10, "SIGTERM", 143), (80, 24, "SIGHUP", 129)],
 )
 def test_watch_fits_many_servers_and_leaves_the_terminal_clean(columns: int, lines: int, how: str, code: int) -> None:
     n = 300
@@ -368,7 +369,7 @@ def test_watch_fits_many_servers_and_leaves_the_terminal_clean(columns: int, lin
             stats[:, 0] = np.arange(n) % 7
             stats[250, 0] = 99.0
             more |= {"active": np.arange(n) != 250, "stats": stats, "ground_truth": None, "timestamp": 0.25 + number}
-            region.publish(replace(snapshot, **more))
+            region.publish(Publication.of(replace(snapshot, **more)))
         with Terminal("shm", "watch", "lb0", columns=columns, lines=lines) as terminal:
             terminal.wait_for("299 of 300 serv")
             terminal.wait_for(r"250 +99 █+ +out of service" if columns > 40 else " 250 +99")
@@ -455,7 +456,7 @@ def test_record_a_number_of_observations(capsys: Capture, tmp_path: Path, monkey
         assert "there is a Minari dataset" in refused(capsys, "record", "lb0", more, "--minari", "tests/lb0-v0")
         assert "a Minari dataset is named like" in refused(capsys, "record", "lb0", more, "--minari", "lb0")
         assert "No such file or directory" in refused(capsys, "record", "lb0", tmp_path / "no" / "out.parquet")
-        assert "interval must be" in refused(capsys, "record", "lb0", more, "--interval", "0")
+        assert "interval must be" in refused(capsys, "record", "lb0", more, "--sample-interval", "0")
         assert not more.exists()
         producer.run(0.01)
         code, text, _ = shm(capsys, "record", "lb0", out, "--steps", 1, "--overwrite")
@@ -463,7 +464,7 @@ def test_record_a_number_of_observations(capsys: Capture, tmp_path: Path, monkey
     assert "there is no region 'none'" in refused(capsys, "record", "none", tmp_path / "none.parquet")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_record_until_it_is_stopped(number: signal.Signals, tmp_path: Path) -> None:
     from lbgym.recording import load_recording
 

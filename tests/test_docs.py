@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import lbgym
-from lbgym.env.rewards import REWARDS
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
+from lbgym.rewards import REWARDS
+from lbgym.sharedmemory import region_names
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FRAMEWORKS = sorted(f"frameworks/{page.stem}" for page in DOCS.glob("frameworks/*.md"))
-PAGES = ["index", "quickstart", "multi-agent", "training", "clusters", *FRAMEWORKS]
+PAGES = ["../README", *sorted(page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md"))]
 #: What makes a training of the pages short.
 SHORTER = {
     "total_steps=1_500_000": "total_steps=4_096",
@@ -29,11 +34,13 @@ SHORTER = {
     "total_steps=500_000": "total_steps=1_024, num_envs=8, max_steps=32",
     "total_timesteps=100_000": "total_timesteps=1_024",
     "seeds=10": "seeds=2, duration=5.0",
+    "range(40):  # ten seconds": "range(4):",
 }
 #: Modules a page's Python needs beyond the core.
 NEEDS = {
     "quickstart": ("torch", "rich", "scipy"),
     "multi-agent": ("pettingzoo",),
+    "live": ("h5py", "minari", "pyarrow", "typer"),
     "training": ("torch", "tomli_w"),
     "clusters": ("torch", "ray"),
     "frameworks/rllib": ("ray", "pettingzoo"),
@@ -133,15 +140,61 @@ def test_reference_names_what_the_code_has(site: Path) -> None:
         assert not [key for key in info if f"<code>{key}</code>" not in page]
 
 
+#: Pages that drive a live data plane, and the region they name.
+LIVE = {"live": "marllb_lb0"}
+#: What shows that something was printed that nobody can read: <object at 0x7f...>.
+NOT_TEXT = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(folder / "minari")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def region() -> Iterator[str]:
+    """The name of a region in which an emulator publishes."""
+    name = f"docs_{os.getpid()}"
+    options = ["--name", name, "--scenario", "heterogeneous", "--seed", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lbgym", "dataplane", "emulate", *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120.0
+    while name not in region_names() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    yield name
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM), errors
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_of_python_runs_as_a_file(page: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     for module in NEEDS.get(page, ()):
         pytest.importorskip(module)
-    monkeypatch.chdir(tmp_path)
-    for code in blocks(page, "python"):
+    name = request.getfixturevalue("region") if page in LIVE else None
+    if name is not None:
+        record = ["-m", "lbgym", "shm", "record", name, "out.parquet", "--duration", "3"]
+        done = run(record, tmp_path)
+        assert done.returncode == 0, done.stderr
+    for number, code in enumerate(blocks(page, "python")):
         for long, short in SHORTER.items():
             code = code.replace(long, short)
-        exec(compile(code, f"docs/{page}.md", "exec"), {"__name__": "docs"})
+        if name is not None:
+            code = code.replace(LIVE[page], name)
+        (tmp_path / f"block_{number}.py").write_text(code)
+        done = run([f"block_{number}.py"], tmp_path)
+        assert done.returncode == 0, f"docs/{page}.md, block {number}:\n{code}\n{done.stderr}"
+        assert not NOT_TEXT.search(done.stdout), f"docs/{page}.md, block {number} prints {done.stdout}"
 
 
 def test_files_of_settings_are_files_of_settings(tmp_path: Path) -> None:
@@ -167,8 +220,10 @@ def test_commands_of_a_page_exist(page: str) -> None:
     typer = pytest.importorskip("typer")
     from lbgym.cli import _app
 
-    lines = "".join(blocks(page, "sh")).splitlines()
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("lbgym ")]
+    lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if line.startswith("lbgym ")]
+    # What the shell itself would take: into the background, into a pipe.
+    commands = [list(itertools.takewhile(lambda word: word not in ("&", "|", ">"), line[1:])) for line in words]
     for words in commands:
         command = typer.main.get_command(_app())
         # Down to the command itself, whose parser refuses options it does not know.

@@ -45,10 +45,10 @@ HEAVY = (
 #: Every module or package of lbgym by level; a module imports its own level's own package and lower levels.
 LEVELS = (
     ("errors",),
-    ("atomic", "checks"),
+    ("atomic", "checks", "formatting"),
     ("scenarios", "features", "snapshot", "toml_files"),
     ("simulator", "sharedmemory"),
-    ("dataplanes", "drivers"),
+    ("dataplanes", "drivers", "monitor"),
     ("env", "rewards", "wrappers"),
     ("policies",),
     ("evaluation", "training", "controller", "recording"),
@@ -71,33 +71,68 @@ def test_exported_names_exist_and_are_documented() -> None:
             assert inspect.getdoc(value), f"lbgym.{name} has no docstring"
 
 
-@pytest.mark.parametrize(
-    "package",
-    [
-        "features",
-        "simulator",
-        "sharedmemory",
-        "dataplanes",
-        "drivers",
-        "scenarios",
-        "policies",
-        "evaluation",
-        "training",
-        "controller",
-    ],
-)
-def test_exported_names_of_packages_exist(package: str) -> None:
-    module = importlib.import_module(f"lbgym.{package}")
+def packages() -> list[str]:
+    """The package and its rooms, as dotted names; a room is a folder without an underscore."""
+    found = {path.parent.relative_to(SOURCE.parent) for path in SOURCE.rglob("__init__.py")}
+    return sorted(".".join(path.parts) for path in found if not any(part.startswith("_") for part in path.parts))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def shown(path: Path, *, imports: bool = True) -> set[str]:
+    """Names without an underscore that a module binds: what it defines and, with ``imports``, imports from lbgym."""
+    found: set[str] = set()
+    statements = list(ast.parse(path.read_text()).body)
+    for node in statements:
+        if is_type_checking(node):
+            assert isinstance(node, ast.If)
+            statements.extend(node.body)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = (name for target in targets for name in ast.walk(target))
+            found.update(name.id for name in names if isinstance(name, ast.Name))
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "lbgym"):
+            found.update(alias.asname or alias.name for alias in node.names if imports)
+    return {name for name in found if not name.startswith("_")}
+
+
+#: Public modules that are no folders, and whether what they import is theirs to show.
+PUBLIC = {"checks": False, "errors": False, "rewards": True, "snapshot": False, "wrappers": True}
+
+
+@pytest.mark.parametrize("package", packages())
+def test_packages_show_exactly_what_they_export(package: str) -> None:
+    module = importlib.import_module(package)
     assert module.__doc__
+    path = SOURCE.parent.joinpath(*package.split("."), "__init__.py")
+    exported = set(getattr(module, "__all__", ())) - {"__version__"}
+    assert exported == shown(path)
     missing = set()
-    for name in module.__all__:
+    for name in exported:
         try:
-            assert hasattr(module, name), f"lbgym.{package}.{name} is exported and does not exist"
+            assert hasattr(module, name), f"{package}.{name} is exported and does not exist"
         except MissingExtraError as error:
             # no environment has all frameworks; between them the tests' environments do
             missing.add(error.name)
     frameworks = {"torch", "stable_baselines3", "ray", "benchmarl", "torchrl"}
-    assert missing <= (frameworks if package == "training" else set())
+    assert missing <= (frameworks if package.startswith("lbgym.training") else set())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_modules_show_exactly_what_they_export(name: str) -> None:
+    module = importlib.import_module(f"lbgym.{name}")
+    assert set(module.__all__) == shown(SOURCE / f"{name}.py", imports=PUBLIC[name])
+
+
+def test_import_of_what_a_package_shows_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "__init__.py"
+    path.write_text("from .a import b as c\nimport os\nfrom os import path\nD: int = 1\n_e = 2\nclass F: ...\n")
+    assert shown(path) == {"c", "D", "F"}
+    assert shown(path, imports=False) == {"D", "F"}
 
 
 def test_import_brings_nothing_heavy() -> None:
@@ -122,7 +157,7 @@ def imported(name: str, path: Path) -> set[str]:
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if is_type_checking(node):
             return
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
@@ -161,6 +196,64 @@ def test_layer_check_sees_an_upward_import(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text("def f():\n    from ..evaluation.runner import run\n    from .. import training\n")
     assert imported("lbgym.simulator.module", path) == {"lbgym.evaluation.runner.run", "lbgym.training"}
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that import each other, directly or not (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            at = stack.index(node)
+            found.append(set(stack[at:]))
+            del stack[at:]
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return [group for group in found if len(group) > 1]
+
+
+def test_no_modules_import_each_other() -> None:
+    paths = dict(modules())
+    known = {name.removesuffix(".__init__") for name in paths}
+
+    def target(dotted: str) -> str | None:
+        pieces = dotted.split(".")
+        names = (".".join(pieces[:end]) for end in range(len(pieces), 1, -1))
+        return next((name for name in names if name in known), None)
+
+    graph = {
+        name.removesuffix(".__init__"): {to for to in map(target, imported(name, path)) if to is not None}
+        for name, path in paths.items()
+    }
+    for name, others in graph.items():
+        others.discard(name)
+    assert circles(graph) == []
+
+
+def test_circle_of_imports_is_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [{"b", "c"}]
+    assert circles({"a": {"b"}, "b": set()}) == []
+
+
+def test_long_files_have_a_reason() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    for path in sorted(SOURCE.rglob("*")):
+        name = path.relative_to(SOURCE).as_posix()
+        if path.suffix in (".py", ".h", ".c", ".in") and f"`{name}`" not in contributing:
+            assert len(path.read_text().splitlines()) <= 700, f"{name} is long; split it, or say why in CONTRIBUTING.md"
 
 
 def test_package_is_typed() -> None:

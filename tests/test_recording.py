@@ -35,7 +35,7 @@ from lbgym.recording import (
     recording_schema,
     to_minari,
 )
-from lbgym.sharedmemory import SharedMemoryRegion
+from lbgym.sharedmemory import Publication, SharedMemoryRegion
 from tests.producers import INTERVAL, Producer, Published
 from tests.sharedmemory.conftest import shm_dir
 
@@ -525,7 +525,9 @@ def test_inactive_servers_are_zero_whatever_was_published(tmp_path: Path) -> Non
             for k in range(3):
                 region.weights_in_force()
                 stats = snapshot.stats + np.float32(1)
-                region.publish(replace(snapshot, active=active, stats=stats, ground_truth=None, timestamp=0.25 * k))
+                region.publish(
+                    Publication.of(replace(snapshot, active=active, stats=stats, ground_truth=None, timestamp=0.25 * k))
+                )
                 yield from until(summary, k + 1)
 
         recorded(tmp_path / "out.parquet", script)

@@ -13,6 +13,7 @@ import pytest
 
 from lbgym.env.rendering import HISTORY, Frame, Viewer, render_ansi, render_rgb, show
 from lbgym.errors import MissingExtraError, UnknownNameError
+from lbgym.formatting import seconds, short
 from lbgym.scenarios.model import Scenario, Server, Workload
 from lbgym.snapshot import Snapshot
 
@@ -91,10 +92,10 @@ def test_columns_are_aligned() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1e-9, 0.00123, 0.9999, 0.99951, 59.97, 999.96, 1e4, 1e12, 1e30])
 def test_numbers_keep_to_their_columns(value: float) -> None:
-    from lbgym.env.rendering import _seconds, _short, _short_signed
+    from lbgym.env.rendering import _short_signed
 
-    assert len(_seconds(value)) <= 9
-    assert len(_short(value)) <= 7
+    assert len(seconds(value)) <= 9
+    assert len(short(value)) <= 7
     assert len(_short_signed(-value)) <= 9
 
 

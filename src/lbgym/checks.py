@@ -14,6 +14,8 @@ import numpy as np
 
 from .errors import InvalidOptionError, UnknownNameError
 
+__all__ = ["choice", "number", "seconds", "whole"]
+
 
 def _limits(low: float | None, high: float | None, above: float | None, unit: str) -> str:
     unit = f" {unit}" if unit else ""
@@ -54,9 +56,10 @@ def number(
     high: float | None = None,
     above: float | None = None,
     unit: str = "",
+    finite: bool = True,
     error: type[Exception] = InvalidOptionError,
 ) -> float:
-    """A finite real number within ``low`` and ``high``, both included, or greater than ``above``.
+    """A real number, finite unless said otherwise, within ``low`` and ``high``, both included, or above ``above``.
 
     Raises:
         InvalidOptionError: or ``error``, with the name, the bounds, the unit and the value.
@@ -64,12 +67,14 @@ def number(
     if (
         isinstance(value, (bool, np.bool_))
         or not isinstance(value, (int, float, np.integer, np.floating))
-        or not math.isfinite(value)
+        or math.isnan(value)
+        or (finite and math.isinf(value))
         or (low is not None and value < low)
         or (high is not None and value > high)
         or (above is not None and value <= above)
     ):
-        raise error(f"{name} must be a finite number{_limits(low, high, above, unit)}, got {value!r}")
+        kind = "finite number" if finite else "number"
+        raise error(f"{name} must be a {kind}{_limits(low, high, above, unit)}, got {value!r}")
     return float(value)
 
 

@@ -11,6 +11,29 @@ from typing import Any
 
 import gymnasium
 
+__all__ = [
+    "CheckpointError",
+    "DataPlaneTimeout",
+    "InvalidActionError",
+    "InvalidOptionError",
+    "InvalidRewardError",
+    "InvalidWeightsError",
+    "LbgymError",
+    "MissingExtraError",
+    "PolicyError",
+    "RecordingError",
+    "RegionBusyError",
+    "RegionError",
+    "RegionExistsError",
+    "RegionFormatError",
+    "RegionNotFoundError",
+    "ResetNeeded",
+    "ScenarioError",
+    "TraceError",
+    "UnknownNameError",
+    "UnsupportedSpaceError",
+]
+
 
 class LbgymError(Exception):
     """Base class of every exception lbgym raises on purpose."""
@@ -84,6 +107,10 @@ class MissingExtraError(LbgymError, ImportError):
         super().__init__(
             f"{purpose} needs {module!r}, which is not installed: pip install 'lbgym[{extra}]'", name=module
         )
+
+
+class WorkerLostError(LbgymError, RuntimeError):
+    """A process that did a part of the work was killed."""
 
 
 class RegionError(LbgymError):

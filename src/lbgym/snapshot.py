@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+#: Counters of flows per server, in column order where they form an array.
+COUNTER_NAMES = ("started", "completed", "rejected", "failed")
+
 
 @dataclass(slots=True)
 class Snapshot:

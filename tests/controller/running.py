@@ -190,7 +190,7 @@ def controlling(own: WeightPolicy | None = None, **keys: Any) -> Iterator[Runnin
         keys: of the configuration.
     """
     free: dict[str, Any] = {
-        "policy": "policy", "shm": "lb0", "interval": INTERVAL, "timeout": 0.3, "lease": 0.5, "floor": 0.01,
+        "policy": "policy", "shm": "lb0", "step_interval": INTERVAL, "timeout": 0.3, "lease": 0.5, "floor": 0.01,
         "rate_limit": float("inf"),
     }  # fmt: skip
     running = Running(Controller(ControllerConfig(**(free | keys)), policy=own))
@@ -203,7 +203,7 @@ def controlling(own: WeightPolicy | None = None, **keys: Any) -> Iterator[Runnin
 
 def play_deaf(say: Callable[[Any], None], name: str) -> None:
     """What ``lbgym run`` does, with a policy that hears of signals and goes on nevertheless."""
-    from lbgym.cli.run import _Signals
+    from lbgym.cli._signals import stop_on_signal
 
     class Deaf(Fickle):
         def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -212,9 +212,10 @@ def play_deaf(say: Callable[[Any], None], name: str) -> None:
                     say("busy")
                     time.sleep(PATIENCE)
 
-    with _Signals() as signals:
-        signals.controller = Controller(ControllerConfig(policy="deaf", shm=name), policy=Deaf([]))
-        signals.controller.run(signals.stop)
+    with stop_on_signal(expected=True, patience=False) as stop:
+        controller = Controller(ControllerConfig(policy="deaf", shm=name), policy=Deaf([]))
+        stop.then = controller.interrupt
+        controller.run(stop)
 
 
 # The command

@@ -25,8 +25,8 @@ def test_options_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) ->
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"interval": 0}, "interval must be a number above 0 and at most 3600, got 0"),
-    ({"interval": "0.25"}, "interval must be a number above 0"),
+    ({"step_interval": 0}, "step_interval must be a number above 0 and at most 3600, got 0"),
+    ({"step_interval": "0.25"}, "step_interval must be a number above 0"),
     ({"lease": math.nan}, "lease must be a number above 0, got nan"),
     ({"timeout": True}, "timeout must be a number above 0"),
     ({"max_timeouts": -1}, "max_timeouts must be a whole number of at least 0"),

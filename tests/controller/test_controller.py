@@ -254,7 +254,10 @@ def test_nothing_is_written_for_a_producer_of_whom_nothing_was_seen(nursery: Nur
 
 def test_nonsense_is_counted_and_outlived(nursery: Nursery) -> None:
     # Long enough that it is looked at before the next observation; the puppet wakes nobody for it.
-    with data_plane(nursery, period=0.25) as strings, controlling(Fickle(WANTED), interval=0.25, lease=1) as running:
+    with (
+        data_plane(nursery, period=0.25) as strings,
+        controlling(Fickle(WANTED), step_interval=0.25, lease=1) as running,
+    ):
         running.steps(1)
         strings.tell(poison=True)
         running.until(lambda: running.counts.invalid >= 1)
@@ -430,7 +433,10 @@ def test_trained_models_drive(nursery: Nursery, kind: str, tmp_path: Path) -> No
         config = PPOConfig(scenario="uniform", total_steps=64, num_envs=4, num_steps=16, replicas_per_seed=2)
         saved = train_ppo(config, out=path).checkpoint
         assert saved == path
-    with data_plane(nursery, servers=4) as strings, controlling(policy=str(path), interval=None, lease=None) as running:
+    with (
+        data_plane(nursery, servers=4) as strings,
+        controlling(policy=str(path), step_interval=None, lease=None) as running,
+    ):
         running.steps(3)
         step = running.state.step
         assert step is not None and step.proposed is not None and running.counts.errors == 0

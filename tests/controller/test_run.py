@@ -21,7 +21,7 @@ from tests.sharedmemory.nursery import Nursery
 SAFE = [1.0, 2.0, 3.0, 4.0]
 EQUAL = [1.0, 1.0, 1.0, 1.0]
 #: Equal weights, so that they differ from the safe ones.
-BASIC = ("--policy", "uniform", "--shm", "lb0", "--interval", INTERVAL, "--timeout", 0.3, "--rate-limit", "inf")
+BASIC = ("--policy", "uniform", "--shm", "lb0", "--step-interval", INTERVAL, "--timeout", 0.3, "--rate-limit", "inf")
 
 
 def test_sigterm_gives_the_weights_up_and_the_service_manager_is_told(nursery: Nursery) -> None:
@@ -102,12 +102,13 @@ def test_silence_and_its_exit_code(nursery: Nursery) -> None:
         assert strings.weights == SAFE
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("waiting_for", ["region", "observation"])
-def test_sigterm_cuts_every_wait_short(nursery: Nursery, waiting_for: str) -> None:
+def test_a_signal_cuts_every_wait_short(nursery: Nursery, waiting_for: str, number: signal.Signals) -> None:
     with command(nursery, *BASIC, "--timeout", 600, "--log-level", "debug") as run:
         assert "no region 'lb0'" in run.wait_for("waiting")["message"]
         if waiting_for == "region":
-            run.signal(signal.SIGTERM)
+            run.signal(number)
             assert run.end() == 0
             return
         with data_plane(nursery) as strings:
@@ -115,7 +116,7 @@ def test_sigterm_cuts_every_wait_short(nursery: Nursery, waiting_for: str) -> No
             strings.tell(silence=600.0)
             time.sleep(2 * INTERVAL)
             assert strings.weights == EQUAL
-            run.signal(signal.SIGTERM)
+            run.signal(number)
             assert run.end() == 0
             assert strings.weights == SAFE
 
@@ -179,7 +180,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_errors_are_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "'policy' is missing: give --policy" in refused(capsys, "--shm", "lb0")
-    assert "interval must be a number above 0" in refused(capsys, "-p", "uniform", "--shm", "lb0", "--interval", 0)
+    assert "step_interval must be a number above 0" in refused(
+        capsys, "-p", "uniform", "--shm", "lb0", "--step-interval", 0
+    )
     assert "Did you mean 'latency'" in refused(capsys, "-p", "latncy", "--shm", "lb0")
     assert "no trained model at 'model.zip'" in refused(capsys, "-p", "model.zip", "--shm", "lb0")
     assert "no region 'lb0'" in refused(capsys, "-p", "uniform", "--shm", "lb0", "--attach-timeout", 0)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lbgym.sharedmemory import SharedMemoryRegion, seqlock
+from lbgym.sharedmemory import Publication, SharedMemoryRegion, seqlock
 from lbgym.snapshot import Snapshot
 
 #: The data plane's clock at tick 0, seconds.
@@ -59,7 +59,7 @@ class _Puppet:
         self.region.weights_in_force()
         timestamp = self.tick * self.period + self.offset
         shown = snapshot(self.tick, timestamp, self.active, self.ground_truth)
-        self.region.publish(shown, fct_count=2 * self.tick, fct_sum=0.5 * self.tick)
+        self.region.publish(Publication.of(shown, fct_count=2 * self.tick, fct_sum=0.5 * self.tick))
 
     def command(self, words: dict[str, Any]) -> Any:
         match words:

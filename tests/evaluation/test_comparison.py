@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import replace
@@ -10,8 +9,22 @@ import pytest
 from scipy import stats
 
 from lbgym.errors import PolicyError, ScenarioError, UnknownNameError
-from lbgym.evaluation import METRICS, WEIGHTED_RULES, Comparison, RunSettings, compare, parse_contender, simulate
+from lbgym.evaluation import (
+    COUNTS,
+    METRICS,
+    WEIGHTED_RULES,
+    Comparison,
+    Conditions,
+    Contender,
+    Run,
+    RunSettings,
+    Verdict,
+    compare,
+    parse_contender,
+    simulate,
+)
 from lbgym.evaluation.runner import Controller
+from lbgym.evaluation.statistics import fct_histogram
 from lbgym.policies import weight_policy_names
 from lbgym.scenarios import DISPATCH_RULES, Event, Exponential, Scenario, Server, Trace, Workload
 from lbgym.simulator import Simulation
@@ -197,7 +210,7 @@ def test_one_seed_has_no_intervals() -> None:
     single = compare(SMALL, "sed,lsq", 1, processes=1)
     assert math.isnan(single.interval("sed", "fct_mean").half_width)
     json.dumps(single.to_dict(), allow_nan=False)
-    assert single.table().row_count == 2 and single.difference_table().row_count == 1
+    assert len(single.table().rows) == 2 and len(single.difference_table().rows) == 1
 
 
 def test_a_trace_is_replayed_as_it_is() -> None:
@@ -250,39 +263,91 @@ def test_overload_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "offers 1.30 times the capacity" in caplog.text
 
 
-def rendered(table: object, width: int) -> str:
-    from rich.console import Console
-
-    console = Console(width=width, file=io.StringIO())
-    console.print(table)
-    return console.file.getvalue()
-
-
-def test_tables_show_every_number_in_120_columns(comparison: Comparison) -> None:
-    text = rendered(comparison.table(), 120)
-    assert "…" not in text and all(label in text for label in comparison.labels)
+def test_tables_show_every_number(comparison: Comparison) -> None:
+    text = comparison.table().text()
+    assert max(map(len, text.splitlines())) <= 120 and all(label in text for label in comparison.labels)
     header = next(line for line in text.splitlines() if "contender" in line)
     assert header.split()[:9] == ["contender", "mean", "p50", "p90", "p99", "p99.9", "Jain", "rejected,", "%"]
     row = next(line for line in text.splitlines() if line.split()[:1] == ["sed"]).split()
     interval = comparison.interval("sed", "fct_mean")
     assert float(row[1]) == pytest.approx(1e3 * interval.mean, rel=0.01)
     assert float(row[2].removeprefix("±")) == pytest.approx(1e3 * interval.half_width, rel=0.2)
-    differences = rendered(comparison.difference_table(), 120)
-    assert "…" not in differences and "Difference from ecmp" in differences
+    differences = comparison.difference_table().text()
+    assert "Difference from ecmp" in differences
     row = next(line for line in differences.splitlines() if line.split()[:1] == ["sed"]).split()
     assert float(row[1]) == pytest.approx(comparison.difference("sed", "fct_mean").relative.mean, abs=0.1)
 
 
-def test_stacked_tables_fit_80_columns(comparison: Comparison) -> None:
-    for table in (comparison.table(stacked=True), comparison.difference_table(stacked=True)):
-        assert "…" not in rendered(table, 80)
+def test_cells_say_what_is_better(comparison: Comparison) -> None:
+    columns = comparison.table().columns
+    mean, jain = columns.index("mean"), columns.index("Jain")
+    cells = {row[0].text: row for row in comparison.table().rows}
+    least = min(comparison.labels, key=lambda label: comparison.interval(label, "fct_mean").mean)
+    assert [label for label, row in cells.items() if row[mean].verdict is Verdict.BEST] == [least]
+    fairest = max(comparison.labels, key=lambda label: comparison.interval(label, "jain").mean)
+    assert cells[fairest][jain].verdict is Verdict.BEST
+    for label, *row in comparison.difference_table().rows:
+        interval = comparison.difference(label.text, "fct_mean").relative
+        expected = Verdict.BETTER if interval.high < 0 else Verdict.WORSE if interval.low > 0 else Verdict.UNCLEAR
+        assert row[mean - 1].verdict is expected
+
+
+def test_a_narrow_table_puts_half_widths_below(comparison: Comparison) -> None:
+    for table in (comparison.table(), comparison.difference_table()):
+        wide, narrow = table.text(), table.text(80)
+        assert max(map(len, narrow.splitlines()[1:])) <= 80 < max(map(len, wide.splitlines()[1:]))
+        assert set(narrow.split()) == set(wide.split()) - {"-" * n for n in range(1, 200)} | {
+            word for word in narrow.split() if set(word) == {"-"}
+        }
+
+
+def test_printed_it_is_readable_text(
+    comparison: Comparison, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    print(comparison)
+    out = capsys.readouterr().out
+    assert out == f"{comparison.table()}\n\n{comparison.difference_table()}\n"
+    assert out.startswith("FCT in ms: mean ±") and "object at" not in out
+    assert comparison.table()._repr_html_().count("<tr>") == 4
+
+
+def test_a_comparison_is_filled_without_a_simulator() -> None:
+    """As from a testbed, where capacity and load are not known."""
+    rng = np.random.default_rng(0)
+    labels, seeds = ("a", "b"), (0, 1, 2)
+    runs = []
+    for label in labels:
+        for seed in seeds:
+            fct = rng.exponential(0.1 if label == "a" else 0.2, 1000)
+            metrics = {name: math.nan for name in METRICS} | dict.fromkeys(COUNTS, 0)
+            metrics |= {"fct_mean": float(fct.mean()), "flows": len(fct), "completed": len(fct)}
+            runs.append(Run(label, seed, "lsq", metrics, np.full(4, math.nan), fct_histogram(fct)))
+    measured = Comparison(
+        scenario="rack-3",
+        balancers=1,
+        conditions=(Conditions(servers=4),) * 3,
+        contenders=tuple(Contender(label, "lsq", "cores") for label in labels),
+        seeds=seeds,
+        baseline="a",
+        settings=RunSettings(60.0, 10.0, 0.0),
+        runs=tuple(runs),
+    )
+    data = json.loads(json.dumps(measured.to_dict(), allow_nan=False))
+    assert data["scenario"]["load"] is None and data["scenario"]["servers"] == 4
+    assert data["contenders"][0]["runs"][0]["flows"] == 1000
+    assert str(measured).count("\n") >= 8 and "b is not shown to have a lower mean FCT" in measured.verdict(
+        "b", ["fct_mean"]
+    )
+    edges, longer = measured.fct_ccdf("b")
+    assert longer[np.searchsorted(edges, 0.2)] == pytest.approx(math.exp(-1), abs=0.03)
 
 
 def test_verdict_says_what_the_intervals_say(comparison: Comparison) -> None:
     text = comparison.verdict("sed")
     assert "sed has a lower mean and p99 FCT than ecmp" in text
     assert "ecmp is not shown to have a lower mean and p99 FCT than sed (" in comparison.verdict("ecmp")
-    assert comparison.versus_table("sed").row_count == 2
+    assert len(comparison.versus_table("sed").rows) == 2
 
 
 def test_metrics_have_a_heading_each() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lbgym.atomic import whole_file
-from lbgym.evaluation import METRICS, Comparison, compare
+from lbgym.evaluation import METRICS, Comparison, compare, save
 from lbgym.evaluation.plots import fct_distribution, load_and_weights
 from lbgym.scenarios import load_scenario
 
@@ -21,7 +21,7 @@ def comparison() -> Comparison:
 
 def test_parquet_equals_memory(comparison: Comparison, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
-    files = comparison.save(tmp_path / "new" / "folder")
+    files = save(comparison, tmp_path / "new" / "folder")
     names = ["results.parquet", "flows.parquet", "summary.json", "fct_distribution.png", "load_and_weights.png"]
     assert [file.name for file in files] == names
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == sorted(names)
@@ -45,7 +45,7 @@ def test_csv_without_pyarrow_equals_memory(
     comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    files = comparison.save(tmp_path, plots=False)
+    files = save(comparison, tmp_path, plots=False)
     assert [file.name for file in files] == ["results.csv", "flows.csv", "summary.json"]
     with files[0].open(newline="") as stream:
         rows = list(csv.DictReader(stream))

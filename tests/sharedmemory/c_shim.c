@@ -17,7 +17,7 @@ const char *code_text(int code) { return lbgym_shm_strerror(code); }
 uint64_t total_size(uint32_t capacity) { return lbgym_shm_total_size(capacity); }
 
 /* Offsets of all sections, then the size. */
-void frame_offsets(uint32_t n, uint64_t out[7])
+void frame_offsets(uint32_t n, uint64_t out[9])
 {
     out[0] = lbgym_shm_frame_active(n);
     out[1] = lbgym_shm_frame_stats(n);
@@ -25,19 +25,22 @@ void frame_offsets(uint32_t n, uint64_t out[7])
     out[3] = lbgym_shm_frame_counters(n);
     out[4] = lbgym_shm_frame_weights(n);
     out[5] = lbgym_shm_frame_safe_weights(n);
-    out[6] = lbgym_shm_frame_size(n);
+    out[6] = lbgym_shm_frame_states(n);
+    out[7] = lbgym_shm_frame_ground_truth_age(n);
+    out[8] = lbgym_shm_frame_size(n);
 }
 
-void action_offsets(uint32_t n, uint64_t out[4])
+void action_offsets(uint32_t n, uint64_t out[5])
 {
     out[0] = lbgym_shm_action_weights(n);
     out[1] = lbgym_shm_action_threshold(n);
     out[2] = lbgym_shm_action_alias(n);
-    out[3] = lbgym_shm_action_size(n);
+    out[3] = lbgym_shm_action_index(n);
+    out[4] = lbgym_shm_action_size(n);
 }
 
 int create(R *r, const char *name, uint32_t n, uint32_t capacity, uint64_t interval, double rate, const double *safe,
-           const char *driver, uint32_t mode, int64_t gid)
+           const char *driver, uint32_t mode, int64_t gid, uint32_t features, bool takes_index)
 {
     lbgym_shm_options options = lbgym_shm_default_options(n);
     options.capacity = capacity;
@@ -47,6 +50,8 @@ int create(R *r, const char *name, uint32_t n, uint32_t capacity, uint64_t inter
     options.driver = driver;
     options.mode = (mode_t)mode;
     options.gid = (gid_t)gid;
+    options.features = features;
+    options.takes_index = takes_index;
     return lbgym_shm_create(r, name, &options);
 }
 
@@ -84,6 +89,10 @@ int write_action(R *r, uint64_t id, const double *weights, uint32_t n, uint64_t 
 {
     return lbgym_shm_write_action(r, id, weights, n, lease);
 }
+int write_index(R *r, uint64_t id, const double *weights, const double *index, uint32_t n, uint64_t lease)
+{
+    return lbgym_shm_write_index(r, id, weights, index, n, lease);
+}
 int renew(R *r) { return lbgym_shm_renew(r); }
 
 int set_num_servers(R *r, uint32_t n) { return lbgym_shm_set_num_servers(r, n); }
@@ -94,6 +103,15 @@ int set_ground_truth(R *r, uint32_t server, const float *truth)
 {
     return lbgym_shm_set_ground_truth(r, server, truth[0], truth[1], truth[2]);
 }
+int set_ground_truth_time(R *r, uint32_t server, uint64_t at) { return lbgym_shm_set_ground_truth_time(r, server, at); }
+int set_server_state(R *r, uint32_t server, int state)
+{
+    return lbgym_shm_set_server_state(r, server, (enum lbgym_shm_state)state);
+}
+int set_server_name(R *r, uint32_t server, const char *name) { return lbgym_shm_set_server_name(r, server, name); }
+int read_names(R *r) { return lbgym_shm_read_names(r); }
+const char *server_name(const R *r, uint32_t server) { return lbgym_shm_server_name(r, server); }
+bool is_real(const R *r, unsigned column) { return lbgym_shm_is_real(r, column); }
 int set_counters(R *r, uint32_t server, const uint64_t *counters)
 {
     return lbgym_shm_set_counters(r, server, counters[0], counters[1], counters[2], counters[3]);

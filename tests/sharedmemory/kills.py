@@ -12,7 +12,7 @@ import numpy as np
 
 from lbgym.dataplanes import SharedMemoryDataPlane
 from lbgym.errors import DataPlaneTimeout, RegionNotFoundError
-from lbgym.sharedmemory import Action, SharedMemoryRegion, abi
+from lbgym.sharedmemory import Action, Publication, SharedMemoryRegion, abi
 from lbgym.sharedmemory.system import path_of
 from tests.sharedmemory import nursery as roles
 from tests.sharedmemory.nursery import Child, Nursery, Say, assert_whole, assert_whole_action, payload
@@ -149,7 +149,7 @@ def kill_agents(nursery: Nursery, kills: int, seed: int) -> Counter[str]:
             assert region.safe_weights_in_force
             tally["half_written"] += _locks_left_odd(region, layout.actions_offset, layout.action_size, abi.NUM_ACTIONS)
         # And the producer goes on.
-        region.publish(payload(2))
+        region.publish(Publication.of(payload(2)))
     return tally
 
 

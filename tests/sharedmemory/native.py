@@ -40,7 +40,7 @@ _FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
     "action_offsets": (None, [_U32, _U64S]),
     "create": (
         ctypes.c_int,
-        [_REGION, _TEXT, _U32, _U32, _U64, ctypes.c_double, ctypes.c_void_p, _TEXT, _U32, ctypes.c_int64],
+        [_REGION, _TEXT, _U32, _U32, _U64, ctypes.c_double, ctypes.c_void_p, _TEXT, _U32, ctypes.c_int64, _U32, _BOOL],
     ),
     "attach": (ctypes.c_int, [_REGION, _TEXT, ctypes.c_int]),
     "close_region": (None, [_REGION]),
@@ -67,12 +67,19 @@ _FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
     "lock_agent": (ctypes.c_int, [_REGION]),
     "unlock_agent": (None, [_REGION]),
     "write_action": (ctypes.c_int, [_REGION, _U64, _F64S, _U32, _U64]),
+    "write_index": (ctypes.c_int, [_REGION, _U64, _F64S, ctypes.c_void_p, _U32, _U64]),
     "renew": (ctypes.c_int, [_REGION]),
     "set_num_servers": (ctypes.c_int, [_REGION, _U32]),
     "set_safe_weights": (ctypes.c_int, [_REGION, _F64S, _U32]),
     "set_active": (ctypes.c_int, [_REGION, _U32, _BOOL]),
     "set_stats": (ctypes.c_int, [_REGION, _U32, _F32S]),
     "set_ground_truth": (ctypes.c_int, [_REGION, _U32, _F32S]),
+    "set_ground_truth_time": (ctypes.c_int, [_REGION, _U32, _U64]),
+    "set_server_state": (ctypes.c_int, [_REGION, _U32, ctypes.c_int]),
+    "set_server_name": (ctypes.c_int, [_REGION, _U32, _TEXT]),
+    "read_names": (ctypes.c_int, [_REGION]),
+    "server_name": (_TEXT, [_REGION, _U32]),
+    "is_real": (_BOOL, [_REGION, ctypes.c_uint]),
     "set_counters": (ctypes.c_int, [_REGION, _U32, _U64S]),
     "set_totals": (ctypes.c_int, [_REGION, _U64, _U64, _U64]),
     "publish": (ctypes.c_int, [_REGION, _U64]),
@@ -143,14 +150,17 @@ class NativeRegion:
         driver: str = "test",
         mode: int = 0o600,
         gid: int = -1,
+        features: int = 0x707FF,
+        takes_index: bool = False,
     ) -> NativeRegion:
         region = cls(library)
         region.created = True
         safe = None if safe_weights is None else np.ascontiguousarray(safe_weights, np.float64)
         at = None if safe is None else safe.ctypes.data
         code = library.create(
-            region.at, name.encode(), num_servers, capacity, interval, rate, at, driver.encode(), mode, gid
-        )
+            region.at, name.encode(), num_servers, capacity, interval, rate, at, driver.encode(), mode, gid, features,
+            takes_index,
+        )  # fmt: skip
         return region._checked(code)
 
     @classmethod

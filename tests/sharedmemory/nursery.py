@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from lbgym.errors import LbgymError
-from lbgym.sharedmemory import Action, ObservationBuffer, SharedMemoryRegion, seqlock
+from lbgym.sharedmemory import Action, ObservationBuffer, Publication, SharedMemoryRegion, seqlock
 from lbgym.sharedmemory.system import DIRECTORY_VARIABLE
 from lbgym.snapshot import Snapshot
 
@@ -95,7 +95,7 @@ def publish(say: Say, name: str) -> None:
     while True:
         number += 1
         region.weights_in_force()
-        region.publish(payload(number), fct_count=number * 5)
+        region.publish(Publication.of(payload(number), fct_count=number * 5))
 
 
 def act(say: Say, name: str, lease: float) -> None:
@@ -119,7 +119,7 @@ def serve(say: Say, name: str, period: float) -> None:
     while os.getppid() == parent:
         number += 1
         region.weights_in_force()
-        region.publish(replace(payload(number), timestamp=time.monotonic()), fct_count=number * 5)
+        region.publish(Publication.of(replace(payload(number), timestamp=time.monotonic()), fct_count=number * 5))
         region.wait_action(period)
 
 
@@ -145,7 +145,7 @@ def publish_now_and_then(say: Say, name: str, count: int, pause: float) -> None:
         say("created")
         for number in range(1, count + 1):
             time.sleep(pause)
-            region.publish(payload(number), fct_count=number * 5)
+            region.publish(Publication.of(payload(number), fct_count=number * 5))
         time.sleep(pause)
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lbgym.errors import RegionBusyError, RegionError, RegionExistsError, RegionFormatError
-from lbgym.sharedmemory import Layout, ObservationBuffer, SharedMemoryRegion, abi, seqlock
+from lbgym.sharedmemory import Layout, ObservationBuffer, Publication, SharedMemoryRegion, abi, seqlock
 from lbgym.sharedmemory.system import DIRECTORY_VARIABLE
 from lbgym.snapshot import Snapshot
 
@@ -77,7 +77,16 @@ def snapshot(n: int, seed: int = 0, truth: bool = True) -> Snapshot:
 def assert_same_rows(one: ObservationBuffer, other: ObservationBuffer, *, truth: bool = True) -> None:
     n = one.num_servers
     assert np.array_equal(one.words[1 : abi.FRAME.size // 8], other.words[1 : abi.FRAME.size // 8])
-    for name in ("active", "stats", "counters", "weights", "safe_weights", *(["ground_truth"] if truth else [])):
+    for name in (
+        "active",
+        "stats",
+        "counters",
+        "weights",
+        "safe_weights",
+        "states",
+        "ground_truth_age_ns",
+        *(["ground_truth"] if truth else []),
+    ):
         assert getattr(one, name)[:n].tobytes() == getattr(other, name)[:n].tobytes(), name
 
 
@@ -100,11 +109,12 @@ def test_says_that_it_must_come_first(tmp_path):
 @given(capacity=st.one_of(st.integers(1, 200), st.integers(1, abi.MAX_CAPACITY)), language=BOTH)
 def test_layout(libraries, language, capacity):
     library, layout = libraries[language], Layout(capacity)
-    frame, action = np.zeros(7, np.uint64), np.zeros(4, np.uint64)
+    frame, action = np.zeros(9, np.uint64), np.zeros(5, np.uint64)
     library.frame_offsets(capacity, frame)
     library.action_offsets(capacity, action)
     assert frame.tolist() == [*layout.frame_sections.values(), layout.frame_size]
-    assert action.tolist() == [*layout.action_sections.values(), layout.action_size]
+    private = layout.private
+    assert action.tolist() == [*private.action_sections.values(), private.action_size]
     assert library.total_size(capacity) == layout.total_size
 
 
@@ -133,7 +143,7 @@ def test_c_reads_what_python_publishes(library, capacity):
         for number in range(1, 12):
             n = 1 + number * 7 % capacity
             shown = snapshot(n, number, truth=number % 2 == 0)
-            assert producer.publish(shown, fct_count=number, fct_sum=number / 4) == number
+            assert producer.publish(Publication.of(shown, fct_count=number, fct_sum=number / 4)) == number
             assert reader.read_newest() == 1
             assert other.read_into(buffer)
             assert_same_rows(reader.observation(), buffer, truth=number % 2 == 0)
@@ -271,7 +281,7 @@ def test_counters_and_times_beyond_int64_are_refused(c):
         for k in range(3):
             totals = [bad if i == k else 0 for i in range(3)]
             refused(native.OPTION, lambda totals=totals: producer.set_totals(*totals))
-        assert "below 2^63" in refused(native.OPTION, lambda: producer.publish(bad))
+        assert "below 2^63" in refused(native.OPTION, lambda: producer.publish(Publication.of(bad)))
         assert producer.latest() == 0
         producer.set_counters(0, np.full(4, good, np.uint64))
         producer.set_totals(good, good, good)
@@ -325,7 +335,7 @@ def test_python_puts_cs_weights_in_force(library):
         assert (action.sequence_id, action.lease, action.num_servers) == (11, float("inf"), 3)
         assert before <= action.written_at <= time.monotonic_ns()
         assert producer.weights_in_force().tolist() == [1.0, 2.0, 3.0]
-        producer.publish(snapshot(3))
+        producer.publish(Publication.of(snapshot(3)))
         assert agent.read_newest() == 1
         seen = agent.observation()
         assert (seen.applied_sequence_id, seen.safe) == (11, False)
@@ -552,7 +562,7 @@ def test_picks_without_weight_or_server(c):
 
 def test_a_live_region_is_not_replaced(library):
     with SharedMemoryRegion.create("r", num_servers=1) as producer:
-        producer.publish(snapshot(1))
+        producer.publish(Publication.of(snapshot(1)))
         message = refused(native.EXISTS, lambda: NativeRegion.create(library, "r"))
         assert f"a live region (producer process {os.getpid()}, 1 observations)" in message
         assert producer.producer_alive and not producer.replaced
@@ -616,7 +626,7 @@ def test_python_replaces_a_killed_c_producer(library, nursery):
             waiter.join(LONG / 2)
             assert returned == [0]
             assert waiting.is_retired() and waiting.replaced()
-            producer.publish(snapshot(2))
+            producer.publish(Publication.of(snapshot(2)))
             with NativeRegion.attach(library, "r") as agent:
                 assert agent.read_newest() == 1
             # The old one does not remove the new one's name.
@@ -791,7 +801,7 @@ def test_python_wakes_c(library):
         words = header(agent)
         for _ in range(20):
             wait = lambda: agent.wait_observation(agent.latest(), LONG_NS)  # noqa: E731
-            assert woken(wait, words, "observation_waiters", lambda: producer.publish(snapshot(1))) == 1
+            assert woken(wait, words, "observation_waiters", lambda: producer.publish(Publication.of(snapshot(1)))) == 1
         assert agent.wait_observation(agent.latest(), 1000) == 0
         assert agent.wait_observation(0, 0) == 1
         assert woken(wait, words, "observation_waiters", producer.close) == 0
@@ -878,7 +888,7 @@ def test_who_may_only_read_waits_by_looking(library):
         returned: list[int] = []
         thread = threading.Thread(target=lambda: returned.append(reader.wait_observation(0, LONG_NS)))
         thread.start()
-        producer.publish(snapshot(1))
+        producer.publish(Publication.of(snapshot(1)))
         thread.join(LONG / 2)
         assert returned == [1] and reader.read_newest() == 1
         assert reader.wait_observation(1, 3_000_000) == 0
@@ -1044,7 +1054,7 @@ NUMBERS = st.one_of(
 def test_refuses_the_headers_that_python_refuses(libraries, shm_dir, language, changes, scales, rate, length):
     """And names the same fault."""
     with SharedMemoryRegion.create("r", num_servers=5, capacity=6) as producer:
-        producer.publish(snapshot(5))
+        producer.publish(Publication.of(snapshot(5)))
         data = bytearray(producer.path.read_bytes())
     head = np.frombuffer(data, abi.HEADER.dtype, 1)
     for name, value in changes.items():
@@ -1077,7 +1087,7 @@ def test_refuses_the_headers_that_python_refuses(libraries, shm_dir, language, c
 
 def test_versions(library, shm_dir):
     with SharedMemoryRegion.create("r", num_servers=1) as producer:
-        producer.publish(snapshot(1))
+        producer.publish(Publication.of(snapshot(1)))
         data = bytearray(producer.path.read_bytes())
     data[10:12] = (77).to_bytes(2, "little")
     (shm_dir / "minor").write_bytes(data)
@@ -1093,7 +1103,7 @@ def test_a_later_minor_version_may_have_more_of_everything(library, shm_dir):
     """Larger structs and sections behind those that are known: what is known stays where it is."""
     with SharedMemoryRegion.create("r", num_servers=3, capacity=3) as producer:
         for number in range(1, 4):
-            producer.publish(snapshot(3, number))
+            producer.publish(Publication.of(snapshot(3, number)))
         with SharedMemoryRegion.attach("r") as agent:
             agent.write_action(sequence_id=5, weights=[1.0, 2.0, 3.0])
             buffer = agent.new_buffer()
@@ -1107,7 +1117,11 @@ def test_a_later_minor_version_may_have_more_of_everything(library, shm_dir):
     head["frames_offset"], head["frame_size"] = 384, layout.frame_size + 192
     head["actions_offset"] = 384 + 4 * (layout.frame_size + 192) + 64
     head["action_size"] = layout.action_size + 64
-    wide = head.tobytes() + b"\xaa" * 128 + b"".join(frames) + b"\xaa" * 64 + b"".join(actions)
+    begin = layout.names_offset
+    names = [data[begin + i * layout.names_size :][: layout.names_size] + bytes(64) for i in range(2)]
+    head["names_offset"] = head["actions_offset"] + 2 * head["action_size"]
+    head["names_size"] = layout.names_size + 64
+    wide = head.tobytes() + b"\xaa" * 128 + b"".join(frames) + b"\xaa" * 64 + b"".join(actions) + b"".join(names)
     wide = wide[:16] + len(wide).to_bytes(8, "little") + wide[24:]
     (shm_dir / "wide").write_bytes(wide)
     with NativeRegion.attach(library, "wide") as reader:
@@ -1128,7 +1142,7 @@ def test_reads_the_contents_that_python_reads(libraries, language, places):
     with SharedMemoryRegion.create("r", num_servers=5, capacity=6) as producer:
         layout = producer.layout
         for number in range(3):
-            producer.publish(snapshot(5, number))
+            producer.publish(Publication.of(snapshot(5, number)))
         with SharedMemoryRegion.attach("r") as agent, NativeRegion.attach(libraries[language], "r") as other:
             agent.write_action(sequence_id=1, weights=np.arange(1.0, 6.0))
             words = producer._words

@@ -18,7 +18,7 @@ import pytest
 
 from lbgym.errors import RegionBusyError, RegionError, RegionFormatError
 from lbgym.features import FEATURE_NAMES
-from lbgym.sharedmemory import Action, ObservationBuffer, SharedMemoryRegion, abi
+from lbgym.sharedmemory import Action, ObservationBuffer, Publication, SharedMemoryRegion, abi
 from lbgym.sharedmemory.system import path_of
 from lbgym.snapshot import Snapshot
 from tests.sharedmemory.nursery import Nursery, Say
@@ -62,7 +62,7 @@ def good_image() -> bytes:
         for number in range(1, 7):
             agent.write_action(sequence_id=number, weights=np.arange(1.0, 4.0))
             region.weights_in_force()
-            region.publish(snapshot(CAPACITY - number % 2), fct_count=3, fct_sum=0.5)
+            region.publish(Publication.of(snapshot(CAPACITY - number % 2), fct_count=3, fct_sum=0.5))
         agent.close()
         return region.path.read_bytes()
 
@@ -190,7 +190,7 @@ def assert_sane_action(action: Action) -> None:
     assert np.isfinite(weights).all() and weights.min() >= 0.0 and weights.max() > 0.0
     assert action.alias[:n].max() < n
     assert 0 <= action.sequence_id < INT64_END and 0 <= action.written_at < INT64_END
-    assert action.lease > 0.0 and isinstance(action.is_good(0), bool)
+    assert action.lease == (action.lease_ns / 1e9 if action.lease_ns else math.inf) > 0.0
 
 
 def assert_sane_snapshot(shown: Snapshot, n: int) -> None:
@@ -345,7 +345,7 @@ def test_a_producer_takes_no_mutant_of_an_action() -> None:
                 n = CAPACITY - number % 2
                 weights = region.weights_in_force()
                 assert np.isfinite(weights).all() and weights.min() >= 0.0 and weights.max() > 0.0
-                region.publish(snapshot(n))
+                region.publish(Publication.of(snapshot(n)))
                 weights = region.weights_in_force()
                 assert weights.shape == (n,)
                 assert np.isfinite(weights).all() and weights.min() >= 0.0 and weights.max() > 0.0

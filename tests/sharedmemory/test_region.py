@@ -31,7 +31,7 @@ from lbgym.errors import (
     RegionNotFoundError,
 )
 from lbgym.features import FEATURE_NAMES
-from lbgym.sharedmemory import DEFAULT_LEASE, SharedMemoryRegion, abi, region_names, system
+from lbgym.sharedmemory import DEFAULT_LEASE, Publication, ServerState, SharedMemoryRegion, abi, region_names, system
 from lbgym.snapshot import Snapshot
 from tests.sharedmemory import nursery as roles
 from tests.sharedmemory.nursery import Nursery
@@ -95,10 +95,10 @@ def test_every_snapshot_comes_back_as_it_was(
         SharedMemoryRegion.attach("lb0") as agent,
     ):
         # What was there before leaves no trace.
-        producer.publish(snapshot(capacity))
-        producer.publish(replace(snapshot(n), ground_truth=np.ones((n, 3), np.float32)))
+        producer.publish(Publication.of(snapshot(capacity)))
+        producer.publish(Publication.of(replace(snapshot(n), ground_truth=np.ones((n, 3), np.float32))))
         producer.set_safe_weights(safe_weights)
-        assert producer.publish(given_, fct_count=counts[1], fct_sum=nanoseconds / _NS) == 3
+        assert producer.publish(Publication.of(given_, fct_count=counts[1], fct_sum=nanoseconds / _NS)) == 3
         buffer = agent.new_buffer()
         for read in (agent.read_into(buffer), agent.read_earlier(buffer, 3)):
             assert read
@@ -122,7 +122,7 @@ def test_every_snapshot_comes_back_as_it_was(
 def test_a_snapshot_has_as_many_rows_as_are_asked_for() -> None:
     with SharedMemoryRegion.create("lb0", num_servers=3, capacity=4) as region:
         shown = replace(snapshot(3), ground_truth=np.ones((3, 3), np.float32), active=np.array([True, False, True]))
-        region.publish(shown)
+        region.publish(Publication.of(shown))
         buffer = region.new_buffer()
         assert region.read_into(buffer)
         more = buffer.snapshot(6)
@@ -142,7 +142,7 @@ def test_the_dictionary_has_every_feature_by_name() -> None:
         SharedMemoryRegion.create("lb0", num_servers=3, safe_weights=[1.0, 2.0, 4.0]) as producer,
         SharedMemoryRegion.attach("lb0") as agent,
     ):
-        producer.publish(replace(snapshot(3, 12.5), active=np.array([True, False, True])))
+        producer.publish(Publication.of(replace(snapshot(3, 12.5), active=np.array([True, False, True]))))
         agent.write_action(sequence_id=41, weights=[8.0, 8.0, 16.0])
         seen = agent.read_observation()
         assert seen.pop("age") >= 0.0
@@ -157,7 +157,7 @@ def test_the_dictionary_has_every_feature_by_name() -> None:
             assert list(row)[11:] == ["weight", "reservoir_features"]
         assert [row["weight"] for row in seen["server_stats"].values()] == [1.0, 4.0]
         producer.weights_in_force()
-        producer.publish(snapshot(3))
+        producer.publish(Publication.of(snapshot(3)))
         seen = agent.read_observation()
         assert seen["applied_sequence_id"] == 41
         assert [row["weight"] for row in seen["server_stats"].values()] == [8.0, 8.0, 16.0]
@@ -180,7 +180,7 @@ def test_the_ring_keeps_the_last_ones() -> None:
     with SharedMemoryRegion.create("lb0", num_servers=2) as producer, SharedMemoryRegion.attach("lb0") as agent:
         buffer = agent.new_buffer()
         for number in range(1, 12):
-            assert producer.publish(snapshot(2, float(number))) == number == agent.latest
+            assert producer.publish(Publication.of(snapshot(2, float(number)))) == number == agent.latest
             for earlier in range(1, number + 2):
                 there = number - abi.NUM_FRAMES < earlier <= number
                 assert agent.read_earlier(buffer, earlier) == there
@@ -190,7 +190,7 @@ def test_the_ring_keeps_the_last_ones() -> None:
 
 def test_reading_allocates_nothing() -> None:
     with SharedMemoryRegion.create("lb0", num_servers=64) as region:
-        region.publish(snapshot(64))
+        region.publish(Publication.of(snapshot(64)))
         buffer = region.new_buffer()
         address = buffer.words.ctypes.data
         for _ in range(10):
@@ -212,11 +212,11 @@ def test_reading_allocates_nothing() -> None:
 
 def test_a_buffer_is_private() -> None:
     with SharedMemoryRegion.create("lb0", num_servers=2) as region:
-        region.publish(snapshot(2, 1.0))
+        region.publish(Publication.of(snapshot(2, 1.0)))
         buffer = region.new_buffer()
         region.read_into(buffer)
         for _ in range(8):
-            region.publish(replace(snapshot(2, 2.0), stats=np.zeros((2, 11), np.float32)))
+            region.publish(Publication.of(replace(snapshot(2, 2.0), stats=np.zeros((2, 11), np.float32))))
         assert buffer.timestamp == 1.0 and buffer.stats[1, 10] == 110.0
         assert not np.shares_memory(buffer.words, region._words)
 
@@ -252,12 +252,12 @@ def test_no_bad_observation_is_published(change: dict[str, Any], sentence: str) 
     options = {key: change[key] for key in change if key.startswith("fct")}
     bad = replace(snapshot(2), **{key: change[key] for key in change if key not in options})
     with SharedMemoryRegion.create("lb0", num_servers=2, capacity=4) as region:
-        region.publish(snapshot(2, 1.0))
+        region.publish(Publication.of(snapshot(2, 1.0)))
         with pytest.raises(InvalidOptionError, match=sentence) as failure:
-            region.publish(bad, **options)
+            region.publish(Publication.of(bad, **options))
         assert "region 'lb0'" in str(failure.value)
         assert region.latest == 1
-        assert region.publish(snapshot(2, 2.0)) == 2
+        assert region.publish(Publication.of(snapshot(2, 2.0))) == 2
         assert region.read_observation()["timestamp"] == 2.0
 
 
@@ -276,7 +276,7 @@ def test_a_publication_wakes_all_who_wait(nursery: Nursery) -> None:
                 time.sleep(0.001)
         assert region._header()["observation_waiters"] == 1
         began = time.monotonic()
-        region.publish(snapshot(1))
+        region.publish(Publication.of(snapshot(1)))
         assert region._header()["observation_waiters"] == 0
         assert one.hear() is True and other.hear() is True
         assert region._header()["observation_waiters"] == 0
@@ -302,14 +302,14 @@ def test_who_may_only_read_can_wait() -> None:
         SharedMemoryRegion.attach("lb0", read_only=True) as onlooker,
     ):
         assert not onlooker.wait_observation(0, 0.01)
-        producer.publish(snapshot(1))
+        producer.publish(Publication.of(snapshot(1)))
         assert onlooker.wait_observation(0, _LONG)
         assert not producer._header()["observation_waiters"]
 
 
 def test_waits_without_end_and_without_sense() -> None:
     with SharedMemoryRegion.create("lb0", num_servers=1) as region:
-        region.publish(snapshot(1))
+        region.publish(Publication.of(snapshot(1)))
         assert region.wait_observation(0, math.inf)
         assert not region.wait_observation(1, -1.0)
         for timeout in (math.nan, None, "1", True):
@@ -359,15 +359,13 @@ def test_an_action_is_what_was_written() -> None:
                 assert (action.lease, action.lease_ns) == (DEFAULT_LEASE, DEFAULT_LEASE * _NS)
                 assert action.num_servers == len(weights)
                 assert action.weights[: len(weights)].tolist() == np.asarray(weights, np.float64).tolist()
-                assert action.is_good(written) and action.is_good(written + action.lease_ns - 1)
-                assert not action.is_good(written + action.lease_ns)
             assert action_count(producer) == number
         assert agent.agent_pid == os.getpid() and agent.agent_alive and producer.agent_alive
         assert 0.0 <= producer.agent_heartbeat_age < 3600.0
         agent.write_action(sequence_id=2**63 - 1, weights=[1.0], lease=math.inf)
         action = producer.read_action()
         assert action is not None and action.sequence_id == 2**63 - 1
-        assert action.lease == math.inf and action.is_good(2**63)
+        assert action.lease == math.inf and action.lease_ns == 0
         agent.write_action(sequence_id=np.int32(7), weights=[1.0], lease=1e-30)
         action = producer.read_action()
         assert action is not None and (action.sequence_id, action.lease_ns) == (7, 1)
@@ -525,11 +523,11 @@ def test_a_lease_that_ends_puts_the_safe_weights_in_force() -> None:
         SharedMemoryRegion.attach("lb0") as agent,
     ):
         assert producer.weights_in_force().tolist() == [1.0, 2.0] and producer.safe_weights_in_force
-        producer.publish(snapshot(2))
+        producer.publish(Publication.of(snapshot(2)))
         assert read(agent) == ([1.0, 2.0], True, None)
         written = agent.write_action(sequence_id=5, weights=[3.0, 4.0], lease=0.05)
         found = producer.weights_in_force().tolist()
-        producer.publish(snapshot(2))
+        producer.publish(Publication.of(snapshot(2)))
         if time.monotonic_ns() < written + 0.05 * _NS:
             assert found == [3.0, 4.0] and not producer.safe_weights_in_force
             assert read(agent) == ([3.0, 4.0], False, 5)
@@ -542,14 +540,14 @@ def test_a_lease_that_ends_puts_the_safe_weights_in_force() -> None:
                 break
             assert before < written + 0.05 * _NS and not producer.safe_weights_in_force
         assert after >= written + 0.05 * _NS and producer.safe_weights_in_force
-        producer.publish(snapshot(2))
+        producer.publish(Publication.of(snapshot(2)))
         weights, safe, applied = read(agent)
         assert (weights, safe) == ([1.0, 2.0], True) and applied in (5, None)
         assert agent.read_observation()["applied_sequence_id"] is None
         # The next action is in force again, and an endless lease does not end.
         agent.write_action(sequence_id=6, weights=[5.0, 6.0], lease=math.inf)
         assert producer.weights_in_force().tolist() == [5.0, 6.0]
-        producer.publish(snapshot(2))
+        producer.publish(Publication.of(snapshot(2)))
         assert read(agent) == ([5.0, 6.0], False, 6)
 
 
@@ -557,7 +555,7 @@ def test_an_action_whose_lease_is_over_never_comes_in_force() -> None:
     with SharedMemoryRegion.create("lb0", num_servers=1, safe_weights=[9.0]) as region:
         region.write_action(sequence_id=1, weights=[2.0], lease=1e-9)
         assert region.weights_in_force().tolist() == [9.0]
-        region.publish(snapshot(1))
+        region.publish(Publication.of(snapshot(1)))
         assert read(region) == ([9.0], True, None)
 
 
@@ -576,17 +574,17 @@ def test_a_lease_that_begins_in_the_future_begins_now() -> None:
 def test_applied_says_when() -> None:
     with SharedMemoryRegion.create("lb0", num_servers=1) as region:
         written = region.write_action(sequence_id=3, weights=[2.0])
-        region.publish(snapshot(1))
+        region.publish(Publication.of(snapshot(1)))
         assert read(region) == ([1.0], True, None)  # nobody has looked for an action yet
         region.weights_in_force()
         looked = time.monotonic_ns()
-        region.publish(snapshot(1))
+        region.publish(Publication.of(snapshot(1)))
         buffer = region.new_buffer()
         region.read_into(buffer)
         applied = buffer.applied_at
         assert applied is not None and written <= applied <= looked
         region.weights_in_force()
-        region.publish(snapshot(1))
+        region.publish(Publication.of(snapshot(1)))
         region.read_into(buffer)
         assert buffer.applied_at == applied
 
@@ -601,7 +599,7 @@ def test_safe_weights_can_be_changed() -> None:
         assert region.weights_in_force().tolist() == [7.0, 0.0]
         region.set_safe_weights([3.0, 5.0])
         assert region.weights_in_force().tolist() == [7.0, 5.0]
-        region.publish(snapshot(2))
+        region.publish(Publication.of(snapshot(2)))
         buffer = region.new_buffer()
         region.read_into(buffer)
         assert buffer.safe_weights[:2].tolist() == [3.0, 5.0]
@@ -616,17 +614,17 @@ def test_servers_join_and_leave() -> None:
         SharedMemoryRegion.create("lb0", num_servers=2, capacity=5, safe_weights=[2.0, 3.0]) as producer,
         SharedMemoryRegion.attach("lb0") as agent,
     ):
-        producer.publish(snapshot(4))
+        producer.publish(Publication.of(snapshot(4)))
         assert read(agent) == ([2.0, 3.0, 1.0, 1.0], True, None)
         agent.write_action(sequence_id=1, weights=[5.0, 6.0, 7.0])
         assert producer.weights_in_force().tolist() == [5.0, 6.0, 7.0, 1.0]
-        producer.publish(snapshot(5))
+        producer.publish(Publication.of(snapshot(5)))
         assert read(agent) == ([5.0, 6.0, 7.0, 1.0, 1.0], False, 1)
-        producer.publish(snapshot(1))
+        producer.publish(Publication.of(snapshot(1)))
         assert read(agent) == ([5.0], False, 1)
         agent.write_action(sequence_id=2, weights=[1.0, 2.0, 3.0, 4.0, 5.0])
         assert producer.weights_in_force().tolist() == [1.0]
-        producer.publish(snapshot(3))
+        producer.publish(Publication.of(snapshot(3)))
         assert read(agent) == ([1.0, 2.0, 3.0], False, 2)
         buffer = agent.new_buffer()
         agent.read_into(buffer)
@@ -639,11 +637,11 @@ def test_weights_in_force_are_never_all_0() -> None:
     with SharedMemoryRegion.create("lb0", num_servers=3, safe_weights=[0.0, 4.0, 5.0]) as region:
         region.write_action(sequence_id=1, weights=[0.0, 0.0, 2.0])
         assert region.weights_in_force().tolist() == [0.0, 0.0, 2.0]
-        region.publish(snapshot(2))
+        region.publish(Publication.of(snapshot(2)))
         assert read(region) == ([0.0, 4.0], True, 1)
         for _ in range(2):
             assert region.weights_in_force().tolist() == [0.0, 4.0] and region.safe_weights_in_force
-        region.publish(snapshot(1))
+        region.publish(Publication.of(snapshot(1)))
         assert read(region) == ([1.0], True, 1)
         region.write_action(sequence_id=2, weights=[3.0])
         assert region.weights_in_force().tolist() == [3.0] and not region.safe_weights_in_force
@@ -700,10 +698,16 @@ def test_what_a_region_says_about_itself() -> None:
             agent.lock_agent()
             agent.lock_agent()
             assert repr(agent) == "<SharedMemoryRegion 'lb0', capacity 64, agent>"
-            producer._words[abi.HEADER.offset("heartbeat") // 8] -= 3600 * _NS
-            assert agent.heartbeat_age > 3600.0
+            # Half of the clock's time: also a machine that has just booted was up then.
+            past = time.monotonic_ns() // 2
+            producer._words[abi.HEADER.offset("heartbeat") // 8] = past
+            assert past <= agent.heartbeat_age * _NS + 1.0
+            beat = time.monotonic_ns()
             producer.heartbeat()
-            assert agent.heartbeat_age < 3600.0
+            assert agent.heartbeat_age * _NS <= time.monotonic_ns() - beat + 1.0
+            # A beat that is still to come, by the clock of another time namespace.
+            producer._words[abi.HEADER.offset("heartbeat") // 8] = 2 * time.monotonic_ns()
+            assert agent.heartbeat_age == 0.0
     assert SharedMemoryRegion.create("big", num_servers=100).capacity == 100
 
 
@@ -716,10 +720,10 @@ def test_what_a_region_says_about_itself() -> None:
         ({"num_servers": True}, "num_servers must be a whole number"),
         ({"num_servers": 4, "capacity": 3}, "capacity must be a whole number from 4 to 65536, got 3"),
         ({"capacity": 65_537}, "capacity must be a whole number from 1 to 65536, got 65537"),
-        ({"publish_interval": 0.0}, "publish_interval must be from 1e-06 to 86400, got 0"),
+        ({"publish_interval": 0.0}, "publish_interval must be a finite number from 1e-06 to 86400 seconds, got 0"),
         ({"publish_interval": math.nan}, "publish_interval must be"),
         ({"publish_interval": "1"}, "publish_interval must be"),
-        ({"clock_rate": 0.0}, "clock_rate must be from 1e-06 to 1e[+]06, got 0"),
+        ({"clock_rate": 0.0}, "clock_rate must be a finite number from 1e-06 to 1e[+]06, got 0"),
         ({"clock_rate": math.inf}, "clock_rate must be"),
         ({"driver": "x" * 25}, "driver must be at most 24 bytes of printable text"),
         ({"driver": "ü" * 13}, "driver must be at most 24 bytes"),
@@ -766,7 +770,7 @@ def test_who_may_only_read() -> None:
         SharedMemoryRegion.create("lb0", num_servers=2) as producer,
         SharedMemoryRegion.attach("lb0", read_only=True) as onlooker,
     ):
-        producer.publish(snapshot(2))
+        producer.publish(Publication.of(snapshot(2)))
         producer.write_action(sequence_id=1, weights=[1.0, 2.0])
         assert onlooker.read_only and onlooker.producer_alive and onlooker.agent_alive
         assert onlooker.read_observation()["sequence_id"] == 1
@@ -778,7 +782,7 @@ def test_who_may_only_read() -> None:
 
 
 PRODUCERS_CALLS: dict[str, Callable[[SharedMemoryRegion], Any]] = {
-    "publish": lambda region: region.publish(snapshot(1)),
+    "publish": lambda region: region.publish(Publication.of(snapshot(1))),
     "heartbeat": lambda region: region.heartbeat(),
     "set_safe_weights": lambda region: region.set_safe_weights([1.0]),
     "weights_in_force": lambda region: region.weights_in_force(),
@@ -812,7 +816,7 @@ def test_only_its_creator_is_the_producer(call: str) -> None:
 @pytest.mark.parametrize("call", [*CALLS, *PRODUCERS_CALLS])
 def test_nothing_works_after_close(call: str) -> None:
     producer = SharedMemoryRegion.create("lb0", num_servers=1)
-    producer.publish(snapshot(1))
+    producer.publish(Publication.of(snapshot(1)))
     agent = SharedMemoryRegion.attach("lb0")
     agent.lock_agent()
     buffer = agent.new_buffer()
@@ -868,7 +872,7 @@ def test_no_descriptor_and_no_mapping_is_left(shm_dir: Path) -> None:
         with SharedMemoryRegion.create("lb0", num_servers=1, capacity=1) as producer:
             with SharedMemoryRegion.attach("lb0") as agent:
                 agent.write_action(sequence_id=1, weights=[1.0])
-                producer.publish(snapshot(1))
+                producer.publish(Publication.of(snapshot(1)))
                 agent.read_observation()
             with pytest.raises(RegionError):
                 SharedMemoryRegion.create("garbage", num_servers=1, capacity=1)
@@ -964,6 +968,9 @@ def as_minor(image: bytes, minor: int, extra: int) -> bytes:
     header["actions_offset"] = frames_end + extra
     header["action_size"] = layout.action_size + 3 * extra
     total = int(header["actions_offset"][0]) + abi.NUM_ACTIONS * int(header["action_size"][0]) + extra
+    header["names_offset"] = total
+    header["names_size"] = layout.names_size + 2 * extra
+    total += abi.NUM_NAMES * int(header["names_size"][0]) + extra
     header["total_size"] = total
     result = np.full(total, 0xA5, np.uint8)
     # The gaps of the header's type are what is reserved; they keep their strange bytes.
@@ -976,6 +983,7 @@ def as_minor(image: bytes, minor: int, extra: int) -> bytes:
     for offset, size, count in (
         ("frames_offset", "frame_size", abi.NUM_FRAMES),
         ("actions_offset", "action_size", abi.NUM_ACTIONS),
+        ("names_offset", "names_size", abi.NUM_NAMES),
     ):
         for slot in range(count):
             source = int(old[offset]) + slot * int(old[size])
@@ -984,11 +992,14 @@ def as_minor(image: bytes, minor: int, extra: int) -> bytes:
     return result.tobytes()
 
 
-@pytest.mark.parametrize(("minor", "extra"), [(1, 0), (7, 64), (65_535, 4096)])
+@pytest.mark.parametrize(("minor", "extra"), [(2, 0), (7, 64), (65_535, 4096)])
 def test_other_minor_versions_are_used(minor: int, extra: int, shm_dir: Path) -> None:
     with SharedMemoryRegion.create("old", num_servers=3) as producer:
+        producer.set_server(1, name="10.0.0.7:80", state=ServerState.DRAINING)
         for number in range(1, 7):
-            producer.publish(replace(snapshot(3, float(number)), ground_truth=np.ones((3, 3), np.float32)))
+            producer.publish(
+                Publication.of(replace(snapshot(3, float(number)), ground_truth=np.ones((3, 3), np.float32)))
+            )
         producer.write_action(sequence_id=8, weights=[1.0, 2.0, 3.0])
         image = producer.path.read_bytes()
     changed = as_minor(image, minor, extra)
@@ -998,6 +1009,7 @@ def test_other_minor_versions_are_used(minor: int, extra: int, shm_dir: Path) ->
         buffer = agent.new_buffer()
         assert agent.read_into(buffer) and (buffer.sequence_id, buffer.timestamp) == (6, 6.0)
         assert buffer.stats[:3].tolist() == snapshot(3).stats.tolist()
+        assert agent.server_names == ("", "10.0.0.7:80", "") and buffer.states[:3].tolist() == [0, 2, 0]
         for number in range(3, 7):
             assert agent.read_earlier(buffer, number) and buffer.timestamp == float(number)
         action = agent.read_action()
@@ -1023,7 +1035,9 @@ def test_other_major_versions_are_refused(major: int, shm_dir: Path) -> None:
     at = abi.HEADER.offset("version_major")
     image[at : at + 2] = major.to_bytes(2, "little")
     (shm_dir / "new").write_bytes(image)
-    with pytest.raises(RegionFormatError, match=rf"version {major}\.0 of the binary interface, this is 1"):
+    with pytest.raises(
+        RegionFormatError, match=rf"version {major}\.{abi.VERSION_MINOR} of the binary interface, this is 1"
+    ):
         SharedMemoryRegion.attach("new", timeout=_LONG)
     assert list(region_names()) == ["new"]
 

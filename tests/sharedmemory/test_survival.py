@@ -25,7 +25,7 @@ from lbgym.errors import (
     RegionFormatError,
     RegionNotFoundError,
 )
-from lbgym.sharedmemory import SharedMemoryRegion, region_names
+from lbgym.sharedmemory import Publication, SharedMemoryRegion, region_names
 from lbgym.snapshot import Snapshot
 from tests.sharedmemory import nursery as roles
 from tests.sharedmemory.kills import attach_to, kill_agents, kill_producers, step_through_kills
@@ -263,7 +263,7 @@ def test_a_full_file_system(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -
         agent = SharedMemoryRegion.attach("lb0")
         for number in range(1, 6):
             agent.write_action(sequence_id=number, weights=np.ones(300))
-            region.publish(small_payload(300))
+            region.publish(Publication.of(small_payload(300)))
         assert agent.latest == 5
         agent.close()
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
@@ -389,17 +389,17 @@ def test_sequence_and_time_jump_back() -> None:
         for timestamp in (10.0, 11.0, 12.0):
             shown = small_payload(2)
             shown.timestamp = timestamp
-            producer.publish(shown)
+            producer.publish(Publication.of(shown))
         assert agent.read_into(buffer) and (buffer.sequence_id, buffer.timestamp) == (3, 12.0)
         producer._sequence_id = 0
         shown.timestamp = 1.5
-        producer.publish(shown)
+        producer.publish(Publication.of(shown))
         assert agent.wait_observation(buffer.sequence_id, 0.0)
         assert agent.read_into(buffer) and (buffer.sequence_id, buffer.timestamp) == (1, 1.5)
         # The ring holds number 2 and 3 of before; nobody can tell them from those to come but by their time.
         assert agent.read_earlier(buffer, 3) and buffer.timestamp == 12.0
         producer._sequence_id = 1 << 62
-        producer.publish(shown)
+        producer.publish(Publication.of(shown))
         assert agent.read_into(buffer) and buffer.sequence_id == (1 << 62) + 1
         agent.close()
 
@@ -411,7 +411,7 @@ def test_a_restart_with_another_capacity(nursery: Nursery, first: int, second: i
     buffer = old.new_buffer()
     before.kill()
     with SharedMemoryRegion.create("lb0", num_servers=2, capacity=second, publish_interval=0.5) as producer:
-        producer.publish(small_payload(min(second, 100)))
+        producer.publish(Publication.of(small_payload(min(second, 100))))
         assert old.replaced and old.capacity == first
         new = SharedMemoryRegion.attach("lb0")
         assert new.capacity == second

@@ -1,19 +1,16 @@
 """The command line, ``lbgym``: compare, train, tune, run, scenarios, describe, dataplane, shm.
 
-Exit codes: 0; 1 for a fault of lbgym, with its traceback; 2 for what the user can put right, in one line on
-standard error; 130 after Ctrl-C.
+Exit codes: 0; 1 for a fault of lbgym; 2 for what the user can put right; 128 + n after signal n (130 after Ctrl-C), 141
+if whoever reads standard output has closed it. Errors are one line on standard error; ``LBGYM_DEBUG=1`` adds the
+traceback.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-from ..errors import LbgymError
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import typer
@@ -24,29 +21,6 @@ class _Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"lbgym: {self.format(record)}", file=sys.stderr, flush=True)
-
-
-def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with our exceptions as one line and exit code 2, and Ctrl-C as exit code 130."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        import typer
-
-        try:
-            command(*args, **kwargs)
-        except LbgymError as error:
-            print(f"lbgym: error: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            print("lbgym: interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            # The reader (head, less) has had enough; Python would complain once more when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(141) from None
-
-    return run
 
 
 def _app() -> typer.Typer:
@@ -72,13 +46,13 @@ def _app() -> typer.Typer:
 
     app.callback()(options)
     for command in (compare, train, tune, run, scenarios, describe):
-        app.command()(_guarded(command))
+        app.command()(command)
     dataplane = typer.Typer(help="Publish a data plane in shared memory.", no_args_is_help=True)
-    dataplane.command()(_guarded(emulate))
+    dataplane.command()(emulate)
     app.add_typer(dataplane, name="dataplane")
     regions = typer.Typer(help="Look at regions of shared memory, record them, remove them.", no_args_is_help=True)
     for look in (shm.ls, shm.inspect, shm.watch, shm.record, shm.rm, shm.include):
-        regions.command()(_guarded(look))
+        regions.command()(look)
     app.add_typer(regions, name="shm")
     return app
 
@@ -88,21 +62,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Args:
         arguments: None: those of the process.
+
+    Raises:
+        SystemExit: always, with the exit code.
     """
+    from ._outcome import exit_code_of
+    from ._signals import interruptible
+
     logger = logging.getLogger("lbgym")
     if not logger.handlers:
         logger.addHandler(_Messages())
         logger.propagate = False
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-    try:
-        app = _app()
-    except ImportError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in ("typer", "rich"):
-            raise
-        print(f"lbgym: error: the command line needs {missing!r}: pip install 'lbgym[eval]'", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    app(args=None if arguments is None else list(arguments), prog_name="lbgym")
+
+    def command() -> None:
+        import typer
+
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        group = typer.main.get_command(_app())
+        # Not group.main, which makes "Aborted." of an EOFError and exit code 1 of a closed pipe.
+        with group.make_context("lbgym", given) as context:
+            group.invoke(context)
+
+    with interruptible():
+        code = exit_code_of(command)
+    sys.exit(code)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
+
+
+def installed(module: str) -> bool:
+    """Whether a module of an extra can be imported."""
+    try:
+        return find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def _show_version(wanted: bool) -> None:

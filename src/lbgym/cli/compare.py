@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from ..errors import ScenarioError, UnknownNameError
+from ..atomic import check_writable
+from ..errors import MissingExtraError, ScenarioError, UnknownNameError
 from ..scenarios import (
     TRACE_FORMATS,
     TRACE_OPTIONS,
     Scenario,
-    ScenarioDistribution,
     Workload,
     load_scenario,
     read_trace,
 )
-from ._console import results_console
+from ._console import print_json, results_console
+from ._options import installed
+from ._progress import ProgressBar
 
 if TYPE_CHECKING:
-    from ..evaluation import Comparison, Run
+    from ..evaluation import Comparison
 
 #: A trace is replayed once, but no longer than this unless told otherwise, seconds.
 MAX_TRACE_DURATION = 600.0
@@ -57,7 +58,7 @@ def compare(
         float | None,
         typer.Option(help="Seconds after the duration to wait for flows.", show_default="the reject timeout"),
     ] = None,
-    interval: Annotated[
+    step_interval: Annotated[
         float | None,
         typer.Option(help="Seconds between changes of weights.", show_default="a model's own, else 0.25"),
     ] = None,
@@ -88,27 +89,30 @@ def compare(
     and the differences from a baseline, paired by seed.
     """
     from ..evaluation import compare as run
-    from ..evaluation import parse_contenders
+    from ..evaluation import parse_contenders, save
 
     if load is not None and rate is not None:
         raise ScenarioError(f"give --load or --rate, not both; got {load!r} and {rate!r}")
     if flows and out is None:
         raise ScenarioError("--flows saves to the folder of --out, which is missing")
+    _require(seeds, plots and out is not None)
     contenders = parse_contenders(policies)
     chosen = load_scenario(scenario)
     if trace is not None:
         options = _trace_options(trace_option or [])
         options |= {"format": trace_format, "speedup": speedup, "scale": scale}
         options |= {"on_error": "skip" if skip_malformed else "raise"}
-        if isinstance(chosen, ScenarioDistribution):
+        if not isinstance(chosen, Scenario):
             raise ScenarioError(f"--trace needs a scenario, and {chosen.name!r} is a distribution of them")
         chosen = _with_trace(chosen, trace, options, load, rate)
     elif speedup != 1 or scale != 1 or trace_option or trace_format != "auto" or skip_malformed:
         raise ScenarioError("--speedup, --scale and the options of a trace need --trace")
     elif load is not None or rate is not None:
         chosen = chosen.with_changes(**({"load": load} if load is not None else {"rate": rate}))
+    if out is not None:
+        check_writable(out / "summary.json")
     numbers = range(first_seed, first_seed + seeds)
-    with _Progress(len(contenders) * seeds, quiet=quiet or as_json) as progress:
+    with ProgressBar("comparing", total=len(contenders) * seeds, quiet=quiet or as_json) as bar:
         comparison = run(
             chosen,
             contenders,
@@ -116,17 +120,28 @@ def compare(
             duration=duration,
             warmup=warmup,
             drain=drain,
-            interval=interval,
+            interval=step_interval,
             baseline=baseline,
             processes=processes,
             keep_flows=flows,
-            progress=progress,
+            progress=lambda done, _, result: bar.show(done, f"{result.label}, seed {result.seed}"),
         )
-    files = comparison.save(out, plots=plots) if out is not None else []
     if as_json:
-        typer.echo(json.dumps(comparison.to_dict(), indent=1, allow_nan=False))
+        print_json(comparison.to_dict())
     else:
-        _report(comparison, files)
+        # First: a full disk or a lack of permission is no reason to lose the result.
+        _report(comparison)
+    for file in save(comparison, out, plots=plots) if out is not None else []:
+        if not as_json:
+            typer.echo(f"wrote {file}")
+
+
+def _require(seeds: int, plots: bool) -> None:
+    """Refuse before the work starts what would fail for want of a package when it is done."""
+    if seeds > 1 and not installed("scipy"):
+        raise MissingExtraError("scipy", "eval", "a confidence interval (with --seeds above 1)")
+    if plots and not installed("matplotlib"):
+        raise MissingExtraError("matplotlib", "eval", "a plot (--no-plots does without)")
 
 
 def _trace_options(items: list[str]) -> dict[str, Any]:
@@ -158,77 +173,46 @@ def _with_trace(
     return replace(changed, duration=min(trace.period * trace.rate / changed.rate, MAX_TRACE_DURATION))
 
 
-class _Progress:
-    """A progress bar on standard error; call it after every run."""
+def _report(comparison: Comparison) -> None:
+    from ._tables import drawn_table, plain
 
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("comparing"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[run]}", style="dim"),
-            console=Console(stderr=True),
-            transient=True,
-            disable=quiet or not sys.stderr.isatty(),
-        )
-        self._task = self._bar.add_task("comparing", total=total, run="starting")
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int, total: int, run: Run) -> None:
-        self._bar.update(self._task, completed=done, run=f"{run.label}, seed {run.seed}")
-
-
-def _report(comparison: Comparison, files: list[Path]) -> None:
     console = results_console()
-    scenario, settings = comparison.scenario, comparison.settings
-    trace = comparison.scenarios[0].workload.trace
-    source = "" if trace is None else f", trace {Path(trace.source).name}"
-    drawn = ", drawn for each seed" if isinstance(scenario, ScenarioDistribution) else ""
+    settings = comparison.settings
+    source = "" if comparison.trace is None else f", trace {Path(comparison.trace).name}"
+    drawn = ", drawn for each seed" if comparison.drawn else ""
     flows = comparison.values(comparison.baseline, "flows").mean()
+    count = comparison.balancers
+    name = f"[bold]{escape(comparison.scenario)}[/bold]{escape(source)}{drawn}"
     console.print(
-        f"[bold]{scenario.name}[/bold]{source}{drawn}: {_span(comparison, 'num_servers', 'd')} servers, "
-        f"{scenario.balancers} balancer{'s' * (scenario.balancers > 1)}, load {_span(comparison, 'load', '.2f')}, "
-        f"{_span(comparison, 'rate', '.4g')} flows/s\n{flows:,.0f} flows per seed count, those that arrive from "
-        f"{settings.warmup:.4g} to {settings.duration:.4g} s"
+        f"{name}: {_span(comparison, 'servers', 'd')} servers, {count} balancer{'s' * (count > 1)}, "
+        f"load {_span(comparison, 'load', '.2f')}, {_span(comparison, 'rate', '.4g')} flows/s\n"
+        f"{flows:,.0f} flows per seed count: those that arrive from {settings.warmup:.4g} to {settings.duration:.4g} s"
     )
     console.print()
-    trained = [contender.label for contender in comparison.contenders if contender.path is not None]
-    for make in (comparison.table, comparison.difference_table):
-        console.print(_fitting(console, make))
-    for label in trained:
+    tables = [comparison.table()]
+    if len(comparison.labels) > 1:
+        tables.append(comparison.difference_table())
+    verdicts = []
+    for label in [contender.label for contender in comparison.contenders if contender.path is not None]:
         if len(comparison.labels) > 2 or label == comparison.baseline:
-            console.print(_fitting(console, lambda label=label, **options: comparison.versus_table(label, **options)))
+            tables.append(comparison.versus_table(label))
         if len(comparison.labels) > 1:
-            console.print(comparison.verdict(label))
+            verdicts.append(comparison.verdict(label))
+    for table in tables:
+        if table.rows:
+            console.print(drawn_table(table, console))
+    for verdict in verdicts:
+        console.print(plain(verdict, console), markup=False)
     still = {label: comparison.values(label, "open").mean() for label in comparison.labels}
     if max(still.values()) >= 0.5:
         counts = ", ".join(f"{label} {count:,.0f}" for label, count in still.items() if count >= 0.5)
         console.print(
-            f"Flows per seed still open {settings.drain:g} s after the end, which count with their age: {counts}."
+            f"Flows per seed still open {settings.drain:g} s after the end, counted with their age: {counts}.",
+            markup=False,
         )
-    for file in files:
-        typer.echo(f"wrote {file}")
 
 
 def _span(comparison: Comparison, name: str, form: str) -> str:
-    """A value of the scenario, or from the least to the largest of the seeds' scenarios."""
-    values = [getattr(scenario, name) for scenario in comparison.scenarios]
+    """A condition of the runs, or the range of those of the seeds."""
+    values = [getattr(conditions, name) for conditions in comparison.conditions]
     return " to ".join(dict.fromkeys(f"{x:{form}}" for x in (min(values), max(values))))
-
-
-def _fitting(console: Any, make: Any) -> Any:
-    """The table, with cells of two lines where the terminal is too narrow for one."""
-    table = make()
-    if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
-        return table
-    return make(stacked=True)

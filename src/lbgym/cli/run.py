@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import signal
-import threading
-import time
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..controller.config import KEYS, config_from, help_of
 from ..controller.logs import logging_to_stderr
 from ..errors import LbgymError
-
-if TYPE_CHECKING:
-    from ..controller.control import Controller
+from ._signals import stop_on_signal
 
 logger = logging.getLogger("lbgym.controller")
 
@@ -38,7 +31,7 @@ def run(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="TOML file with the same keys as these options, _ for -.")
     ] = None,
-    interval: Annotated[float | None, _option("interval")] = None,
+    step_interval: Annotated[float | None, _option("step_interval")] = None,
     scenario: Annotated[str | None, _option("scenario", "--scenario", "-s")] = None,
     lease: Annotated[float | None, _option("lease")] = None,
     timeout: Annotated[float | None, _option("timeout")] = None,
@@ -66,64 +59,28 @@ def run(
     It renews the lease of its weights with every step and keeps them within a safety envelope; where the policy fails,
     a fallback decides. Logs go to standard error.
 
-    SIGTERM and Ctrl-C give the weights up, so that the data plane's safe ones are in force at once, and exit with code
-    0; a second one exits at once. Exit code 3: no observation for --max-timeouts in a row.
+    SIGTERM, SIGHUP and Ctrl-C give the weights up, so that the data plane's safe ones are in force at once, and exit
+    with code 0; a second one exits at once. Exit code 3: no observation for --max-timeouts in a row.
     """
     given = locals()
-    told = config_from({key: given[key] for key in KEYS}, config)
+    chosen = config_from({key: given[key] for key in KEYS}, config)
     # The networks are small: a second thread would only take the data plane's cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with logging_to_stderr(told.log_format, told.log_level), _Signals() as signals:
+    with (
+        logging_to_stderr(chosen.log_format, chosen.log_level),
+        stop_on_signal(expected=True, patience=False) as stop,
+    ):
         try:
+            stop.raises = True
             from ..controller.control import Controller, Outcome
 
-            signals.controller = Controller(told)
-            outcome = signals.controller.run(signals.stop)
+            controller = Controller(chosen)
+            stop.raises, stop.then = False, controller.interrupt
+            outcome = controller.run(stop)
         except LbgymError as error:
-            logger.error("%s", error, extra={"event": "error", "region": told.shm})
+            logger.error("%s", error, extra={"event": "error", "region": chosen.shm})
             raise typer.Exit(2) from None
         except Exception:
-            logger.critical("a fault of lbgym", exc_info=True, extra={"event": "crash", "region": told.shm})
+            logger.critical("a fault of lbgym", exc_info=True, extra={"event": "crash", "region": chosen.shm})
             raise typer.Exit(1) from None
     raise typer.Exit(SILENT if outcome is Outcome.SILENT else 0)
-
-
-#: Seconds within which a second signal means the same as the first.
-_SAME_SIGNAL = 1.0
-
-
-class _Signals:
-    """The first SIGTERM or SIGINT asks the controller to stop, the second one ends the process; SIGHUP does nothing.
-
-    One that follows within a second is the first once more: who signals a wrapper (timeout, make) and its whole process
-    group sends two at once, and the weights must be given up all the same.
-
-    Attributes:
-        stop: set by the first.
-        controller: None while there is none yet; a signal ends the process then (code 0).
-    """
-
-    def __init__(self) -> None:
-        self.stop = threading.Event()
-        self.controller: Controller | None = None
-        self._first = math.nan
-
-    def __enter__(self) -> _Signals:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.stop.is_set():
-            if time.monotonic() - self._first > _SAME_SIGNAL:
-                os._exit(128 + number)
-            return
-        self._first = time.monotonic()
-        self.stop.set()
-        if self.controller is None:
-            raise SystemExit(0)
-        self.controller.interrupt()

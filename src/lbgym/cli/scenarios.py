@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ScenarioError
+from ..errors import MissingExtraError, ScenarioError
 from ..scenarios import (
     Choice,
     LogUniform,
@@ -29,6 +29,7 @@ from ..scenarios import (
     to_toml,
 )
 from ._console import results_console
+from ._options import installed
 
 #: Seconds per control step that the mean number of flows is given for: the environment's default.
 STEP_INTERVAL = 0.25
@@ -162,6 +163,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _check_plot(file: Path) -> None:
     if file.suffix.lower() not in PLOT_FORMATS:
         raise ScenarioError(f"--plot writes {', '.join(PLOT_FORMATS)}, got {str(file)!r}")
+    if not installed("matplotlib"):
+        raise MissingExtraError("matplotlib", "eval", "--plot")
 
 
 def _plot(distribution: ScenarioDistribution, draws: int, file: Path, *, quiet: bool) -> None:

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +14,9 @@ import typer
 from ..errors import InvalidOptionError
 from ..training.recipes import RECIPES, algo_of, make_config, read_config, recipe_of, to_toml
 from ..training.recipes import train as run_recipe
+from ._options import installed
+from ._progress import ProgressBar
+from ._signals import Interrupted, stop_on_signal
 
 if TYPE_CHECKING:
     from ..training import Progress
@@ -105,17 +102,12 @@ def train(
         bool, typer.Option("--print-config", help="Print the configuration as TOML, and do not train.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
-    policy: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train a policy; it is saved now and then, at the end, and when interrupted.
 
     What is not given comes from --config, then from the checkpoint of --resume, then from the recipe's defaults.
     Ctrl-C ends the training after the update in progress, saves the checkpoint and exits with code 130.
     """
-    if policy is not None:
-        raise InvalidOptionError(
-            f"--policy names a policy that acts; for the network of a recipe use --network {policy}"
-        )
     options: dict[str, Any] = {
         "scenario": scenario,
         "num_envs": num_envs,
@@ -138,12 +130,12 @@ def train(
         return
     out = out or resume or Path("out/train")
     if tensorboard is None:
-        tensorboard = find_spec("tensorboard") is not None
-    with _interruptible() as interrupted, _Display(quiet=as_json) as display:
+        tensorboard = installed("tensorboard")
+    with stop_on_signal() as stop, ProgressBar("training", quiet=as_json, status="preparing the simulator") as bar:
 
         def callback(progress: Progress) -> bool:
-            display.show(progress)
-            return interrupted.is_set()
+            bar.show(progress.fraction, _status(progress))
+            return stop.is_set()
 
         keywords: dict[str, Any] = {"out": out, "resume_from": resume, "callback": callback, "tensorboard": tensorboard}
         if backend is Backend.RAY:
@@ -153,9 +145,9 @@ def train(
         else:
             result = run_recipe(algo, chosen, **keywords)
     assert result.checkpoint is not None
-    _report(str(chosen.scenario), result.checkpoint, result.history, interrupted.is_set(), as_json)
-    if interrupted.is_set():
-        raise typer.Exit(130)
+    _report(str(chosen.scenario), result.checkpoint, result.history, stop.is_set(), as_json)
+    if stop.signum is not None:
+        raise Interrupted(stop.signum)
     if evaluate:
         from .compare import compare
 
@@ -203,57 +195,11 @@ def parse_settings(items: list[str]) -> dict[str, Any]:
     return settings
 
 
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts at once."""
-    interrupted = threading.Event()
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class _Display:
-    """A progress bar on standard error."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=Console(stderr=True),
-            disable=quiet,
-        )
-        self.task = self.bar.add_task("training", total=1.0, status="preparing the simulator")
-
-    def __enter__(self) -> _Display:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def show(self, progress: Progress) -> None:
-        parts = [
-            f"{progress.step:,} steps",
-            f"{progress.steps_per_second:,.0f} steps/s",
-            f"reward {progress.reward:.3f}",
-        ]
-        if math.isfinite(progress.fct_mean):
-            parts.append(f"mean FCT {progress.fct_mean:.3f} s")
-        self.bar.update(self.task, completed=progress.fraction, status="  ".join(parts))
+def _status(progress: Progress) -> str:
+    parts = [f"{progress.step:,} steps", f"{progress.steps_per_second:,.0f} steps/s", f"reward {progress.reward:.3f}"]
+    if math.isfinite(progress.fct_mean):
+        parts.append(f"mean FCT {progress.fct_mean:.3f} s")
+    return "  ".join(parts)
 
 
 def _report(scenario: str, checkpoint: Path, history: list[Progress], interrupted: bool, as_json: bool) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import InvalidOptionError
 from ._console import results_console
+from ._progress import ProgressBar
 from .train import ALGO_HELP, SET_HELP, chosen_config, parse_settings
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def tune(
     if steps is not None or seconds is not None:
         options |= {"total_steps": steps, "seconds": seconds}
     algo, chosen = chosen_config(algo, config, options, None)
-    with _Display(trials, quiet=as_json) as display:
+    with ProgressBar("tuning", quiet=as_json, status="starting Ray") as bar:
         result = tune_recipe(
             algo,
             chosen,
@@ -90,44 +91,21 @@ def tune(
             max_failures=max_failures,
             early_stopping=early_stopping,
             seed=seed,
-            callback=display.show,
+            callback=lambda last: bar.show(_share(last, trials), _status(last)),
         )
     _report(result, metric, as_json)
 
 
-class _Display:
-    """A progress bar on standard error."""
+def _share(last: list[Mapping[str, Any]], trials: int) -> float:
+    """How much of all trials is done."""
+    return float(sum(result.get("percent", 0) for result in last)) / (100 * max(trials, len(last)))
 
-    def __init__(self, trials: int, *, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        self.trials = trials
-        self.bar = Progress(
-            TextColumn("tuning"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=Console(stderr=True),
-            disable=quiet,
-        )
-        self.task = self.bar.add_task("tuning", total=1.0, status="starting Ray")
-
-    def __enter__(self) -> _Display:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def show(self, last: list[Mapping[str, Any]]) -> None:
-        percents = [result.get("percent", 0) for result in last]
-        running = sum(1 for percent in percents if 0 < percent < 100)
-        share = sum(percents) / (100 * max(self.trials, len(last)))
-        done = len([percent for percent in percents if percent == 100])
-        self.bar.update(
-            self.task, completed=share, status=f"{len(last)} trials started, {running} running, {done} finished"
-        )
+def _status(last: list[Mapping[str, Any]]) -> str:
+    percents = [result.get("percent", 0) for result in last]
+    running = sum(1 for percent in percents if 0 < percent < 100)
+    finished = sum(1 for percent in percents if percent == 100)
+    return f"{len(last)} trials started, {running} running, {finished} finished"
 
 
 def _report(result: TuningResult, metric: str, as_json: bool) -> None:

@@ -38,8 +38,8 @@ def _key(
 class ControllerConfig:
     """Everything a controller is told. The keys of the TOML file are these, and the options of ``lbgym run``, too.
 
-    Times are seconds of real time, but for ``interval``, ``rate_limit`` and ``smoothing``, which go by the data plane's
-    clock; the two differ only where time is scaled. ``help_of`` says what a key means.
+    Times are seconds of real time, except ``step_interval``, ``rate_limit`` and ``smoothing``, which are on the data
+    plane's clock; the two differ only where time is scaled. ``help_of`` says what a key means.
 
     Raises:
         InvalidOptionError: for a value that a key cannot have.
@@ -47,7 +47,7 @@ class ControllerConfig:
 
     policy: str = _key("Trained model (.pt, .zip) or name of a heuristic.", str)
     shm: str = _key("Name of the region.", str)
-    interval: float | None = _key(
+    step_interval: float | None = _key(
         "Seconds of the data plane's clock per step; default: what the policy was trained with, or else 0.25.",
         float, None, low=0.0, high=3600.0, above=True,
     )  # fmt: skip
@@ -164,6 +164,8 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
     file, values = read_toml(path)
     checked = {}
     for name, value in values.items():
+        if name == "interval":
+            raise InvalidOptionError(f"{file}: the key 'interval' is now 'step_interval'")
         if name not in KEYS:
             raise UnknownNameError("key", name, KEYS, where=str(file))
         try:

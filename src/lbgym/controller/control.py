@@ -104,7 +104,7 @@ class Controller:
         else:
             self._policy = Decider(policy, config.policy, scenario)
         self._fallback = Decider.heuristic(config.fallback, scenario)
-        self._interval = config.interval or self._policy.step_interval or DEFAULT_INTERVAL
+        self._interval = config.step_interval or self._policy.step_interval or DEFAULT_INTERVAL
         self._envelope = config.envelope
         self.state = State(__version__, self._policy.name, config.shm)
         self.metrics: Metrics | None = None

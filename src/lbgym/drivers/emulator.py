@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import InvalidOptionError
 from ..scenarios import Scenario
-from ..sharedmemory import SharedMemoryRegion, seqlock, system
+from ..sharedmemory import Publication, SharedMemoryRegion, seqlock, system
 from ..simulator import Simulation
 from ..simulator import layout as at
 from ..snapshot import Snapshot
@@ -301,7 +301,7 @@ class Emulator:
                 unrouted=int(unrouted[b]),
                 service=None,
             )
-            region.publish(snapshot, fct_count=int(self._fct_count[b]), fct_sum=float(self._fct_sum[b]))
+            region.publish(Publication.of(snapshot, fct_count=int(self._fct_count[b]), fct_sum=float(self._fct_sum[b])))
 
     def _open(self) -> NDArray[np.int64]:
         """Open flows of each balancer at each server, int64[m, N]."""

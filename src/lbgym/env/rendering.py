@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ..errors import MissingExtraError, UnknownNameError
 from ..features.columns import GROUND_TRUTH_NAMES, SERVICE_NAMES, column_index
+from ..formatting import BLOCKS, bar, seconds, short
 from ..scenarios.model import Scenario
 from ..snapshot import Snapshot
 
@@ -200,7 +201,6 @@ class Viewer:
 
 # Terminal
 
-_EIGHTHS = " ▏▎▍▌▋▊▉█"
 _RESET, _BOLD, _DIM = "\x1b[0m", "\x1b[1m", "\x1b[2m"
 _GREEN, _YELLOW, _RED, _CYAN = "\x1b[32m", "\x1b[33m", "\x1b[31m", "\x1b[36m"
 #: CPU use from which a server is drawn as busy and as saturated.
@@ -223,14 +223,11 @@ def render_ansi(frame: Frame, *, color: bool = False, unicode: bool = True, max_
     def paint(text: str, *codes: str) -> str:
         return "".join(codes) + text + _RESET if color and codes else text
 
-    def bar(share: float, width: int) -> str:
-        return _bar(share, width, unicode)
-
     reward = "-" if frame.reward is None else f"{frame.reward:+.4f}"
     heading = [paint(frame.scenario, _BOLD), frame.dispatch, f"step {frame.step}", f"t {frame.time:.2f} s"]
     totals = [f"completed {frame.completed:,}", paint(f"rejected {frame.rejected:,}", *([_RED] * bool(frame.rejected)))]
     if frame.fct_mean is not None and frame.fct_p99 is not None:
-        totals.append(f"FCT of the step: mean {_seconds(frame.fct_mean)}, p99 {_seconds(frame.fct_p99)}")
+        totals.append(f"FCT of the step: mean {seconds(frame.fct_mean)}, p99 {seconds(frame.fct_p99)}")
     lines = [
         "  ".join(part for part in [*heading, f"reward {reward}"] if part),
         "  ".join(totals),
@@ -253,15 +250,17 @@ def render_ansi(frame: Frame, *, color: bool = False, unicode: bool = True, max_
             note = f"out of service{f', {frame.open_flows[j]:.0f} open flows' if frame.open_flows[j] else ''}"
             lines.append(paint("  ".join([*cells, note]), _DIM))
             continue
-        cells.append(f"{_short(frame.weights[j]):>7} " + paint(bar(frame.weights[j] / largest_weight, 10), _CYAN))
-        cells.append(f"{_short(frame.open_flows[j]):>7} " + bar(frame.open_flows[j] / largest_queue, 10))
-        cells.append(f"{share[j]:>6.1%} " + bar(share[j], 10))
-        cells.append(f"{_seconds(frame.fct[j]):>9}")
-        cells.append(f"{_seconds(frame.duration[j]):>9}")
+        cells.append(
+            f"{short(frame.weights[j]):>7} " + paint(bar(frame.weights[j] / largest_weight, 10, unicode), _CYAN)
+        )
+        cells.append(f"{short(frame.open_flows[j]):>7} " + bar(frame.open_flows[j] / largest_queue, 10, unicode))
+        cells.append(f"{share[j]:>6.1%} " + bar(share[j], 10, unicode))
+        cells.append(f"{seconds(frame.fct[j]):>9}")
+        cells.append(f"{seconds(frame.duration[j]):>9}")
         if frame.cpu is not None:
             cpu = float(frame.cpu[j])
             tone = _RED if cpu >= _HOT else _YELLOW if cpu >= _WARM else _GREEN
-            cells.append(f"{cpu:>5.0%} " + paint(bar(cpu, 10), tone))
+            cells.append(f"{cpu:>5.0%} " + paint(bar(cpu, 10, unicode), tone))
         lines.append("  ".join(cells).rstrip())
     if shown < frame.num_servers:
         rest = slice(shown, None)
@@ -276,7 +275,7 @@ def show(frame: Frame, stream: TextIO | None = None) -> None:
     """Write the frame to a stream (standard output); on a terminal each frame replaces the one before."""
     out = sys.stdout if stream is None else stream
     terminal = out.isatty()
-    text = render_ansi(frame, color=terminal and "NO_COLOR" not in os.environ, unicode=_can_encode(out, _EIGHTHS))
+    text = render_ansi(frame, color=terminal and "NO_COLOR" not in os.environ, unicode=_can_encode(out, BLOCKS))
     if terminal:
         # Home, then clear to the end of each line and of the screen: no flicker, as clearing everything first would.
         text = "\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[J"
@@ -296,36 +295,9 @@ def _can_encode(stream: TextIO, text: str) -> bool:
     return True
 
 
-def _bar(share: float, width: int, unicode: bool = True) -> str:
-    """``width`` characters, filled from the left to ``share`` (0..1)."""
-    share = min(max(share, 0.0), 1.0)
-    if not unicode:
-        return ("#" * round(share * width)).ljust(width)
-    full, part = divmod(round(share * width * 8), 8)
-    return ("█" * full + (_EIGHTHS[part] if part else "")).ljust(width)
-
-
 def _largest(values: NDArray[Any], mask: NDArray[np.bool_]) -> float:
     """The largest masked value, or 1 where that would be 0: a scale for bars."""
     return float(np.max(values, where=mask, initial=0.0)) or 1.0
-
-
-def _short(value: float) -> str:
-    """A non-negative number in at most 7 characters."""
-    if value == 0 or 1e-3 <= value < 1e5:
-        return f"{value:.0f}" if float(value).is_integer() else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-    return f"{value:.1e}"
-
-
-def _seconds(value: float) -> str:
-    """A duration in at most 9 characters."""
-    if value <= 0:
-        return "-"
-    if value < 0.9995:
-        return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
-    if value < 999.5:
-        return f"{value:.3g} s"
-    return f"{value:.0f} s" if value < 999_999 else f"{value:.1e} s"
 
 
 # Dashboard
@@ -456,8 +428,8 @@ def _draw_heading(canvas: _Canvas, frame: Frame) -> None:
 
     cards = [
         ("reward", "-" if frame.reward is None else _short_signed(frame.reward), _TEAL),
-        ("mean FCT", "-" if frame.fct_mean is None else _seconds(frame.fct_mean), _BLUE),
-        ("p99 FCT", "-" if frame.fct_p99 is None else _seconds(frame.fct_p99), _AMBER),
+        ("mean FCT", "-" if frame.fct_mean is None else seconds(frame.fct_mean), _BLUE),
+        ("p99 FCT", "-" if frame.fct_p99 is None else seconds(frame.fct_p99), _AMBER),
         ("open flows", f"{frame.open_flows.sum():,.0f}", _VIOLET),
         ("completed", f"{frame.completed:,}", _TEXT),
         ("rejected", f"{frame.rejected:,}", _ROSE if frame.rejected else _TEXT),
@@ -510,17 +482,17 @@ def _draw_rows(canvas: _Canvas, panel: _Box, frame: Frame, past: Sequence[Frame]
             canvas.bar((left + value_width, y - thickness / 2, left + widths[column], y + thickness / 2), part, tone)
 
         if active:
-            cell("weight", _short(frame.weights[j]), frame.weights[j] / largest_weight, _BLUE)
+            cell("weight", short(frame.weights[j]), frame.weights[j] / largest_weight, _BLUE)
             cell("new flows", f"{share[j]:.0%}", share[j], _TEAL)
         else:
             canvas.text((lefts["weight"], y), "out of service", size, _ROSE)
         if active or frame.open_flows[j]:
-            cell("open flows", _short(frame.open_flows[j]), frame.open_flows[j] / largest_queue, _VIOLET)
+            cell("open flows", short(frame.open_flows[j]), frame.open_flows[j] / largest_queue, _VIOLET)
         if frame.cpu is not None and active:
             cpu = float(frame.cpu[j])
             cell("CPU", f"{cpu:.0%}", cpu, _ROSE if cpu >= _HOT else _AMBER if cpu >= _WARM else _TEAL)
         if active:
-            canvas.text((lefts["FCT"], y), _seconds(frame.fct[j]), size)
+            canvas.text((lefts["FCT"], y), seconds(frame.fct[j]), size)
         low, high = y + row * 0.36, y - row * 0.36
         values = [float(f.open_flows[j]) / largest_queue for f in past]
         left, right = lefts["open flows of late"], x1 - 14
@@ -551,7 +523,7 @@ def _draw_strips(canvas: _Canvas, panel: _Box, frame: Frame) -> None:
             continue
         canvas.box((left, top, right, bottom), _TRACK)
         canvas.text((x0 + 14, (top + bottom) / 2 - 7), name, 11.5)
-        peak = f"max {largest:.0%}" if name in ("new flows", "CPU") else f"max {_short(largest)}"
+        peak = f"max {largest:.0%}" if name in ("new flows", "CPU") else f"max {short(largest)}"
         canvas.text((x0 + 14, (top + bottom) / 2 + 7), peak, 10, _MUTED)
         for j in range(n):
             height = (bottom - top) * min(float(values[j]) / largest, 1.0)
@@ -596,7 +568,7 @@ def _draw_curves(
         y = plot[3] + (plot[1] - plot[3]) * part
         canvas.line([(plot[0], y), (plot[2], y)], _GRID, 1)
         value = low + (high - low) * part
-        text = ("0" if value == 0 else _seconds(value)) if from_zero else _short_signed(value)
+        text = ("0" if value == 0 else seconds(value)) if from_zero else _short_signed(value)
         canvas.text((plot[0] - 8, y), text, 10, _MUTED, anchor="rm")
     for tone, _, values in series:
         scaled = [None if v is None else (v - low) / (high - low) for v in values]

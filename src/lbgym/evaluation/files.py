@@ -1,4 +1,4 @@
-"""What a comparison leaves on disk; each file is whole or not there."""
+"""Files of a comparison; each is whole or not there."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..atomic import whole_file
-from .runner import COUNTS, METRICS
-
-if TYPE_CHECKING:
-    from .comparison import Comparison
+from .results import COUNTS, METRICS, Comparison
 
 
-def save(comparison: Comparison, folder: Path, plots: bool = True) -> list[Path]:
-    """Write a comparison into a folder; see :meth:`Comparison.save`."""
+def save(comparison: Comparison, folder: str | Path, *, plots: bool = True) -> list[Path]:
+    """Write a comparison into a folder, made if need be; each file is whole or not there.
+
+    ``results.parquet`` (``results.csv`` without pyarrow): one row per run; ``flows.parquet``: one row per flow, if
+    flows were kept; ``summary.json``; ``fct_distribution.png`` and ``load_and_weights.png``.
+
+    Returns:
+        The files, in the order they were written.
+
+    Raises:
+        FileWriteError: if a file cannot be written.
+        MissingExtraError: if plots are wanted and Matplotlib is not installed.
+    """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [_save_rows(results_columns(comparison), folder / "results")]
     if comparison.settings.keep_flows:
@@ -49,7 +58,7 @@ def results_columns(comparison: Comparison) -> dict[str, list[Any]]:
         "dispatch": [run.dispatch for run in runs],
     }
     columns |= {name: [run.metrics[name] for run in runs] for name in METRICS}
-    columns |= {name: [int(run.metrics[name]) for run in runs] for name in COUNTS}
+    columns |= {name: [run.metrics[name] for run in runs] for name in COUNTS}
     for j in range(len(runs[0].utilization)):
         columns[f"utilization_{j}"] = [float(run.utilization[j]) for run in runs]
     return columns

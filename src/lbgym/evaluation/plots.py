@@ -1,4 +1,4 @@
-"""A comparison as pictures."""
+"""Figures of a comparison."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import MissingExtraError, ScenarioError
 from .contenders import WEIGHTED_RULES
+from .results import Comparison, Run, Series
 
 try:
     from matplotlib.figure import Figure
@@ -19,8 +20,6 @@ except ImportError as error:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from .comparison import Comparison
-    from .runner import Run, Series
 
 # Distinct in hue and in lightness, so that they stay apart in grey and for the colour-blind (after Okabe and Ito).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#8c8c8c")
@@ -131,7 +130,7 @@ def load_and_weights(comparison: Comparison, labels: Sequence[str] | None = None
                 color="#777777",
             )
     figure.suptitle(
-        f"Open flows and weights by server: {comparison.scenario.name}, seed {comparison.seeds[0]}",
+        f"Open flows and weights by server: {comparison.scenario}, seed {comparison.seeds[0]}",
         x=0.01,
         ha="left",
         fontsize=11,
@@ -248,7 +247,7 @@ def _seconds(x: float) -> str:
 
 
 def _subject(comparison: Comparison) -> str:
-    loads = [scenario.load for scenario in comparison.scenarios]
+    loads = [condition.load for condition in comparison.conditions if condition.load is not None]
     count = len(comparison.seeds)
-    load = " to ".join(dict.fromkeys(f"{x:.2f}" for x in (min(loads), max(loads))))
-    return f"{comparison.scenario.name} at load {load}, {count} seed{'s' * (count > 1)}"
+    load = " to ".join(dict.fromkeys(f"{x:.2f}" for x in (min(loads), max(loads)))) if loads else ""
+    return f"{comparison.scenario}{f' at load {load}' if load else ''}, {count} seed{'s' * (count > 1)}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -16,77 +15,12 @@ from ..policies import TrainedPolicy, WeightPolicy, load_policy, make_weight_pol
 from ..scenarios import Scenario, ScenarioDistribution
 from ..simulator import Simulation
 from .contenders import Contender
+from .results import COUNTS, Run, RunSettings, Series
 from .statistics import fct_histogram, jain_index
 
-#: What is measured of every run: name and unit. Less is better for all but ``jain`` and the counts.
-METRICS = {
-    "fct_mean": "s",
-    "fct_p50": "s",
-    "fct_p90": "s",
-    "fct_p99": "s",
-    "fct_p999": "s",
-    "jain": "",
-    "rejected_share": "",
-}
-#: Counts of the same runs.
-COUNTS = ("flows", "completed", "rejected", "failed", "unrouted", "open")
 QUANTILES = {"fct_p50": 0.5, "fct_p90": 0.9, "fct_p99": 0.99, "fct_p999": 0.999}
 
 DEFAULT_INTERVAL = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class RunSettings:
-    """How every run of a comparison goes; see :func:`lbgym.evaluation.compare`."""
-
-    duration: float
-    warmup: float
-    drain: float
-    interval: float | None = None
-    keep_flows: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """A run over time, at every control step from 0 to ``duration``.
-
-    Attributes:
-        time: float64[T], seconds.
-        open_flows: float32[T, N], flows in each server.
-        weights: float32[T, N], balancer 0's weights from that instant on; the mean over active servers is 1.
-        active: bool[T, N].
-    """
-
-    time: NDArray[np.float64]
-    open_flows: NDArray[np.float32]
-    weights: NDArray[np.float32]
-    active: NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The result of one contender on one seed.
-
-    Attributes:
-        label, seed: whose.
-        dispatch: the dispatch rule that placed the flows.
-        metrics: ``METRICS`` and ``COUNTS``.
-        utilization: float64[N], busy time of each server's usable cores from the warm-up to the end; NaN for a server
-            that the seed's scenario does not have.
-        histogram: counts of FCTs; see :func:`lbgym.evaluation.statistics.fct_histogram`.
-        series: for runs that were asked for it.
-        flows: every flow that counts, in order of arrival, if kept: ``flow_id``, ``arrival``, ``fct``, ``demand``,
-            ``server``, ``balancer``, ``status`` (0 completed, 1 rejected, 2 failed, 3 unrouted, 4 open at the end).
-    """
-
-    label: str
-    seed: int
-    dispatch: str
-    metrics: dict[str, float]
-    utilization: NDArray[np.float64]
-    histogram: NDArray[np.int64]
-    series: Series | None = None
-    flows: dict[str, NDArray[Any]] | None = field(default=None, repr=False)
 
 
 class Controller:
@@ -262,8 +196,8 @@ def _measure(flows: dict[str, NDArray[Any]], utilization: NDArray[np.float64]) -
         **{name: float(q) for name, q in zip(QUANTILES, quantiles, strict=True)},
         "jain": jain_index(utilization),
         "rejected_share": float(count[1:4].sum() / len(fct)),
-        "flows": float(len(fct)),
-        **{name: float(c) for name, c in zip(COUNTS[1:], count, strict=True)},
+        "flows": len(fct),
+        **{name: int(c) for name, c in zip(COUNTS[1:], count, strict=True)},
     }
 
 

@@ -1,24 +1,17 @@
-"""A comparison as Rich tables that fit a terminal of 100 columns."""
+"""Tables of a comparison as data: rows of cells, for terminals, text and reports to draw."""
 
 from __future__ import annotations
 
+import html
 import math
-from typing import TYPE_CHECKING
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
 
-from ..errors import MissingExtraError
-
-try:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-except ImportError as error:
-    raise MissingExtraError("rich", "eval", "a table of a comparison") from error
-
-from .runner import METRICS
-from .statistics import Interval
-
-if TYPE_CHECKING:
-    from .comparison import Comparison
+from .statistics import Difference, Interval
 
 #: Column headings.
 HEADINGS = {
@@ -34,91 +27,159 @@ HEADINGS = {
 MORE_IS_BETTER = ("jain",)
 
 
-def metrics_table(comparison: Comparison, *, stacked: bool = False) -> Table:
-    """Every metric of every contender: mean over the seeds ± half width of the 95 % confidence interval.
+class Verdict(StrEnum):
+    """What a cell says about its row's contender."""
 
-    A metric's best mean is bold. ``stacked`` puts the half width under the mean, for narrow terminals.
+    NONE = ""
+    BEST = "best"
+    BETTER = "better"
+    WORSE = "worse"
+    UNCLEAR = "unclear"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A number as text.
+
+    Attributes:
+        text: the mean.
+        spread: half width of its confidence interval, such as "±1.2"; empty if there is none.
+        verdict: ``UNCLEAR`` if the interval includes 0, else whether the difference is better or worse.
+    """
+
+    text: str
+    spread: str = ""
+    verdict: Verdict = Verdict.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, headings and rows of cells, of which the first is the row's name.
+
+    ``str(table)`` is plain text, as wide as the terminal; notebooks show HTML.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def text(self, width: int | None = None) -> str:
+        """Plain text in aligned columns.
+
+        Args:
+            width: if the table is wider, half widths have lines of their own; None: as wide as it is.
+        """
+        wide = [[[f"{cell.text} {cell.spread}".rstrip()] for cell in row] for row in self.rows]
+        lines = self._aligned(wide)
+        if width is not None and max(map(len, lines)) > width:
+            lines = self._aligned([[[cell.text, cell.spread] for cell in row] for row in self.rows])
+        return "\n".join([self.title, "", *lines])
+
+    def _aligned(self, rows: list[list[list[str]]]) -> list[str]:
+        grid = [list(self.columns)]
+        for row in rows:
+            height = max(map(len, row))
+            grid += [[cell[k] if k < len(cell) else "" for cell in row] for k in range(height)]
+        sizes = [max(map(len, column)) for column in zip(*grid, strict=True)]
+        lines = [
+            "  ".join(text.ljust(size) if i == 0 else text.rjust(size) for i, (text, size) in enumerate(pairs)).rstrip()
+            for pairs in (list(zip(line, sizes, strict=True)) for line in grid)
+        ]
+        return [lines[0], "-" * (sum(sizes) + 2 * (len(sizes) - 1)), *lines[1:]]
+
+    def __str__(self) -> str:
+        text = self.text(shutil.get_terminal_size((120, 24)).columns)
+        try:
+            text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:
+            return text.replace("±", "+/-").encode("ascii", "replace").decode()
+        return text
+
+    def _repr_html_(self) -> str:
+        def row(tag: str, texts: Iterable[str]) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
+
+        body = "".join(row("td", (f"{cell.text} {cell.spread}".rstrip() for cell in line)) for line in self.rows)
+        return (
+            f"<table><caption>{html.escape(self.title)}</caption>"
+            f"<thead>{row('th', self.columns)}</thead><tbody>{body}</tbody></table>"
+        )
+
+
+class Measured(Protocol):
+    """What the tables are made of; see :class:`lbgym.evaluation.Comparison`."""
+
+    @property
+    def labels(self) -> list[str]: ...
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+    @property
+    def baseline(self) -> str: ...
+    def interval(self, label: str, metric: str) -> Interval: ...
+    def difference(self, label: str, metric: str, baseline: str | None = None) -> Difference: ...
+
+
+def metrics_table(comparison: Measured, metrics: Mapping[str, str]) -> Table:
+    """Every metric (name: unit) of every contender: mean over the seeds ± half width of the 95 % confidence interval.
+
+    A metric's best mean has the verdict ``BEST``.
     """
     unit, factor = _unit(comparison)
-    table = _table(f"FCT in {unit}: mean ± 95 % confidence interval over {_seeds(comparison)}")
-    for name in METRICS:
-        heading = "rejected, %" if name == "rejected_share" else HEADINGS[name]
-        table.add_column(heading, justify="right", no_wrap=True)
-    best = {name: _best(comparison, name) for name in METRICS}
-    for label in comparison.labels:
-        cells = []
-        for name in METRICS:
-            scale = factor if METRICS[name] == "s" else 100.0 if name == "rejected_share" else 1.0
-            interval = comparison.interval(label, name)
-            decimals = 3 if name == "jain" else _decimals(interval.mean * scale, interval.half_width * scale)
-            text = _measured(interval, scale, decimals, stacked=stacked)
-            cells.append(Text(text, style="bold green" if label in best[name] else ""))
-        table.add_row(Text(label, style="bold"), *cells)
-    return table
+    best = {name: _best(comparison, name) for name in metrics}
+
+    def cell(label: str, name: str) -> Cell:
+        scale = factor if metrics[name] == "s" else 100.0 if name == "rejected_share" else 1.0
+        interval = comparison.interval(label, name)
+        decimals = 3 if name == "jain" else _decimals(interval.mean * scale, interval.half_width * scale)
+        return _cell(interval, scale, decimals, Verdict.BEST if label in best[name] else Verdict.NONE)
+
+    title = f"FCT in {unit}: mean ± 95 % confidence interval over {_seeds(comparison)}"
+    return _table(title, metrics, "rejected, %", [(label, label) for label in comparison.labels], cell)
 
 
-def difference_table(comparison: Comparison, *, stacked: bool = False) -> Table:
-    """Paired differences from the baseline, percent of its value on the same seed; points for the rejected share.
-
-    Green: better, and the 95 % interval leaves 0 out; red: worse, likewise; dim: the interval does not tell.
-    """
+def difference_table(comparison: Measured, metrics: Mapping[str, str]) -> Table:
+    """Paired differences from the baseline, percent of its value on the same seed; points for the rejected share."""
     baseline = comparison.baseline
     title = f"Difference from {baseline} on the same flows: % of its value ± 95 % confidence interval"
-    pairs = [(label, label, baseline) for label in comparison.labels if label != baseline]
-    return _differences(comparison, title, pairs, stacked)
+    names = [(label, label) for label in comparison.labels if label != baseline]
+    return _table(title, metrics, "rejected, pp", names, lambda label, name: _difference(comparison, label, name))
 
 
-def versus_table(comparison: Comparison, label: str, *, stacked: bool = False) -> Table:
-    """Paired differences of one contender from each of the others; colours as in :func:`difference_table`."""
+def versus_table(comparison: Measured, metrics: Mapping[str, str], label: str) -> Table:
+    """Paired differences of one contender from each of the others."""
     title = f"Difference of {label} from each on the same flows: % of the other's value ± 95 % confidence interval"
-    pairs = [(other, label, other) for other in comparison.labels if other != label]
-    return _differences(comparison, title, pairs, stacked)
-
-
-def _differences(comparison: Comparison, title: str, pairs: list[tuple[str, str, str]], stacked: bool) -> Table:
-    """A row per (name of the row, contender, what it is compared with)."""
-    table = _table(title)
-    for name in METRICS:
-        heading = "rejected, pp" if name == "rejected_share" else HEADINGS[name]
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row, label, other in pairs:
-        cells = []
-        for name in METRICS:
-            difference = comparison.difference(label, name, other)
-            if name == "rejected_share":
-                interval, scale = difference.absolute, 100.0
-            else:
-                interval, scale = difference.relative, 1.0
-            large, fine = abs(interval.mean * scale) >= 1000, interval.half_width * scale < 0.05
-            decimals = 0 if large else 2 if fine or abs(interval.mean * scale) < 1 else 1
-            text = _measured(interval, scale, decimals, signed=True, stacked=stacked)
-            cells.append(Text(text, style=_verdict(interval, name)))
-        table.add_row(Text(row, style="bold"), *cells)
-    return table
-
-
-def _table(caption: str) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=caption,
-        title_justify="left",
-        title_style="italic",
-        pad_edge=False,
-        padding=(0, 1),
-        collapse_padding=True,
-        # The title is not broken over two lines by a narrow table.
-        min_width=len(caption),
+    others = [(other, other) for other in comparison.labels if other != label]
+    return _table(
+        title, metrics, "rejected, pp", others, lambda other, name: _difference(comparison, label, name, other)
     )
-    table.add_column("contender", no_wrap=True)
-    return table
 
 
-def _seeds(comparison: Comparison) -> str:
+def _table(
+    title: str,
+    metrics: Mapping[str, str],
+    rejected: str,
+    names: list[tuple[str, str]],
+    cell: Callable[[str, str], Cell],
+) -> Table:
+    headings = [rejected if name == "rejected_share" else HEADINGS[name] for name in metrics]
+    rows = tuple((Cell(shown), *(cell(key, name) for name in metrics)) for shown, key in names)
+    return Table(title, ("contender", *headings), rows)
+
+
+def _difference(comparison: Measured, label: str, name: str, other: str | None = None) -> Cell:
+    difference = comparison.difference(label, name, other)
+    interval, scale = (difference.absolute, 100.0) if name == "rejected_share" else (difference.relative, 1.0)
+    large, fine = abs(interval.mean * scale) >= 1000, interval.half_width * scale < 0.05
+    decimals = 0 if large else 2 if fine or abs(interval.mean * scale) < 1 else 1
+    return _cell(interval, scale, decimals, _verdict(interval, name), signed=True)
+
+
+def _seeds(comparison: Measured) -> str:
     count = len(comparison.seeds)
     return f"{count} seed{'s' * (count > 1)}"
 
 
-def _unit(comparison: Comparison) -> tuple[str, float]:
+def _unit(comparison: Measured) -> tuple[str, float]:
     """Milliseconds as long as the smallest mean FCT is below a second."""
     return (
         ("ms", 1e3)
@@ -127,7 +188,7 @@ def _unit(comparison: Comparison) -> tuple[str, float]:
     )
 
 
-def _best(comparison: Comparison, name: str) -> list[str]:
+def _best(comparison: Measured, name: str) -> list[str]:
     """Labels with the best mean, unless all have the same."""
     means = {label: comparison.interval(label, name).mean for label in comparison.labels}
     best = (max if name in MORE_IS_BETTER else min)(means.values())
@@ -135,23 +196,21 @@ def _best(comparison: Comparison, name: str) -> list[str]:
     return labels if len(labels) < len(means) else []
 
 
-def _verdict(interval: Interval, name: str) -> str:
+def _verdict(interval: Interval, name: str) -> Verdict:
     if not interval.excludes_zero:
-        return "dim"
+        return Verdict.UNCLEAR
     better = (interval.mean > 0) == (name in MORE_IS_BETTER)
-    return "green" if better else "red"
+    return Verdict.BETTER if better else Verdict.WORSE
 
 
-def _measured(interval: Interval, scale: float, decimals: int, *, signed: bool = False, stacked: bool = False) -> str:
+def _cell(interval: Interval, scale: float, decimals: int, verdict: Verdict, *, signed: bool = False) -> Cell:
     mean, half = interval.mean * scale, interval.half_width * scale
     if not math.isfinite(mean):
-        return "-"
+        return Cell("-", "", verdict)
     if mean == 0 and not half > 0:
-        return "0"
+        return Cell("0", "", verdict)
     text = f"{mean:{'+' if signed else ''}.{decimals}f}"
-    if not math.isfinite(half):
-        return text
-    return f"{text}{chr(10) if stacked else ' '}±{half:.{decimals}f}"
+    return Cell(text, f"±{half:.{decimals}f}" if math.isfinite(half) else "", verdict)
 
 
 def _decimals(mean: float, half: float) -> int:

@@ -32,9 +32,9 @@
  * CLOCK_MONOTONIC. A region is for one thread at a time and is not to be copied. After fork the child shares the
  * kernel's locks with its parent: let it call lbgym_shm_forget at once.
  *
- * This file needs _GNU_SOURCE, which C++ compilers on Linux define themselves. It defines it, too: include it before
- * any other header, or define _GNU_SOURCE on the command line. With -ffast-math alias tables may differ from those of
- * other programs in the last bit.
+ * Where it is included does not matter, but with -std=c11 and the like, which hide POSIX: then include it before any
+ * other header, or define _GNU_SOURCE on the command line. With -ffast-math alias tables may differ from those of other
+ * programs in the last bit.
  */
 #ifndef LBGYM_SHM_H
 #define LBGYM_SHM_H
@@ -60,11 +60,19 @@
 #include <time.h>
 #include <unistd.h>
 
-#if !defined(F_OFD_SETLK) || !defined(O_TMPFILE)
-#error "lbgym_shm.h must be included before other headers, or with _GNU_SOURCE defined before them"
-#endif
 #if !defined(__linux__) || !defined(__LP64__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "lbgym_shm.h is for 64-bit little-endian Linux"
+#elif !defined(O_CLOEXEC) || !defined(MAP_ANONYMOUS)
+#error "lbgym_shm.h must be included before other headers, or with _GNU_SOURCE defined before them"
+#else
+
+/* Hidden by the C library if another header came first; all kernels that have them agree on the values. */
+#ifndef F_OFD_GETLK
+#define F_OFD_GETLK 36
+#define F_OFD_SETLK 37
+#endif
+#ifndef O_TMPFILE
+#define O_TMPFILE (020000000 | O_DIRECTORY)
 #endif
 
 #ifdef __cplusplus
@@ -73,9 +81,11 @@ extern "C" {
 
 #define LBGYM_SHM_MAGIC UINT64_C(0x4D48534D5947424C) /* the bytes "LBGYMSHM" */
 #define LBGYM_SHM_VERSION_MAJOR 1
-#define LBGYM_SHM_VERSION_MINOR 0
+#define LBGYM_SHM_VERSION_MINOR 1
 #define LBGYM_SHM_NUM_FRAMES 4 /* observation frames of a region made here */
 #define LBGYM_SHM_NUM_ACTIONS 2 /* actions of a region made here */
+#define LBGYM_SHM_NUM_NAMES 2 /* tables of names */
+#define LBGYM_SHM_NAME_SIZE 64 /* bytes of a server's name, the last of which is 0 */
 #define LBGYM_SHM_DEFAULT_CAPACITY 64 /* servers */
 #define LBGYM_SHM_MAX_CAPACITY 65536 /* servers */
 #define LBGYM_SHM_LINE 64 /* structs and sections begin on multiples of so many bytes */
@@ -84,6 +94,11 @@ extern "C" {
 #define LBGYM_SHM_FLAG_GROUND_TRUTH 1 /* of a frame: the section ground_truth is filled */
 #define LBGYM_SHM_FLAG_APPLIED 2 /* of a frame: an action has been applied since the producer started */
 #define LBGYM_SHM_FLAG_SAFE 4 /* of a frame: the safe weights are in force */
+#define LBGYM_SHM_OPTION_INDEX 1 /* of a region: its data plane takes index parameters */
+#define LBGYM_SHM_FLAG_INDEX 1 /* of an action: the section index is filled */
+#define LBGYM_SHM_GROUND_TRUTH_BIT 16 /* of the header's features: the first column of ground truth */
+#define LBGYM_SHM_ALL_FEATURES 0x000707FF /* of the header's features: all of them are measured */
+#define LBGYM_SHM_AGE_UNKNOWN UINT64_MAX /* of ground truth */
 #define LBGYM_SHM_PRODUCER_LOCK 0 /* byte of the file that the producer locks */
 #define LBGYM_SHM_AGENT_LOCK 1 /* byte of the file that the agent locks */
 
@@ -114,6 +129,14 @@ enum lbgym_shm_counter {
 
 #define LBGYM_SHM_NUM_GROUND_TRUTH 3
 
+/* Values of the section states. */
+enum lbgym_shm_state {
+    LBGYM_SHM_UNKNOWN = 0,
+    LBGYM_SHM_UP = 1,
+    LBGYM_SHM_DRAINING = 2,
+    LBGYM_SHM_DOWN = 3,
+};
+
 /* At the beginning of the region. Line 1 and 2 never change after creation; line 3 is written by the producer, line
  * 4 by the agent. */
 typedef struct lbgym_shm_header {
@@ -129,26 +152,31 @@ typedef struct lbgym_shm_header {
     uint32_t actions_offset;      /* bytes from the beginning of the region to the first action */
     uint32_t action_size;         /* bytes from one action to the next */
     uint32_t num_actions;         /* 2 */
-    uint8_t reserved_0[12];
+    /* bytes from the beginning of the region to the first table of names; 0: none (1.0) */
+    uint32_t names_offset;
+    uint32_t names_size;          /* bytes from one table of names to the next; there are 2 */
+    uint32_t options;             /* 1 the data plane understands the section index of actions, which is there */
     uint64_t instance;            /* a random number, another one for each creation */
     uint64_t created_at;          /* ns of CLOCK_REALTIME */
     uint64_t publish_interval;    /* ns on the data plane's clock between observations, as planned */
     double clock_rate;            /* seconds of the data plane's clock per second; 1 unless time is scaled */
     uint32_t producer_pid;        /* process that created the region, in its own namespace */
-    uint8_t reserved_1[4];
+    uint32_t features;            /* real columns: bit i feature i, bit 16 + i ground truth i; in 1.0 all of them are */
     char driver[24];              /* what kind of data plane this is, UTF-8 padded with zeros; for people */
     uint64_t latest;              /* sequence id of the newest observation; 0: none yet */
     uint64_t heartbeat;           /* ns of CLOCK_MONOTONIC at the producer's last sign of life */
     uint32_t observation_event;   /* grows with every observation; the futex that agents wait on */
     uint32_t observation_waiters; /* set by whoever is about to wait, cleared by the producer that wakes them */
     uint32_t state;               /* 1 running, 2 closed or replaced by another region of the same name */
-    uint8_t reserved_2[36];
+    uint8_t reserved_0[4];
+    uint64_t names_version;       /* changes of names so far; the newest are in table names_version % 2; 0: none yet */
+    uint8_t reserved_1[24];
     uint64_t action_count;        /* actions written so far; the newest is in slot action_count % 2 */
     uint64_t agent_heartbeat;     /* ns of CLOCK_MONOTONIC at the agent's last sign of life */
     uint32_t action_event;        /* grows with every action; the futex that a producer may wait on */
     uint32_t action_waiters;      /* set by whoever is about to wait, cleared by the agent that wakes them */
     uint32_t agent_pid;           /* process that wrote last, in its own namespace; 0: none yet */
-    uint8_t reserved_3[36];
+    uint8_t reserved_2[36];
 } lbgym_shm_header;
 static_assert(sizeof(lbgym_shm_header) == 256, "size of lbgym_shm_header");
 static_assert(offsetof(lbgym_shm_header, magic) == 0, "lbgym_shm_header.magic");
@@ -163,17 +191,22 @@ static_assert(offsetof(lbgym_shm_header, frame_size) == 36, "lbgym_shm_header.fr
 static_assert(offsetof(lbgym_shm_header, actions_offset) == 40, "lbgym_shm_header.actions_offset");
 static_assert(offsetof(lbgym_shm_header, action_size) == 44, "lbgym_shm_header.action_size");
 static_assert(offsetof(lbgym_shm_header, num_actions) == 48, "lbgym_shm_header.num_actions");
+static_assert(offsetof(lbgym_shm_header, names_offset) == 52, "lbgym_shm_header.names_offset");
+static_assert(offsetof(lbgym_shm_header, names_size) == 56, "lbgym_shm_header.names_size");
+static_assert(offsetof(lbgym_shm_header, options) == 60, "lbgym_shm_header.options");
 static_assert(offsetof(lbgym_shm_header, instance) == 64, "lbgym_shm_header.instance");
 static_assert(offsetof(lbgym_shm_header, created_at) == 72, "lbgym_shm_header.created_at");
 static_assert(offsetof(lbgym_shm_header, publish_interval) == 80, "lbgym_shm_header.publish_interval");
 static_assert(offsetof(lbgym_shm_header, clock_rate) == 88, "lbgym_shm_header.clock_rate");
 static_assert(offsetof(lbgym_shm_header, producer_pid) == 96, "lbgym_shm_header.producer_pid");
+static_assert(offsetof(lbgym_shm_header, features) == 100, "lbgym_shm_header.features");
 static_assert(offsetof(lbgym_shm_header, driver) == 104, "lbgym_shm_header.driver");
 static_assert(offsetof(lbgym_shm_header, latest) == 128, "lbgym_shm_header.latest");
 static_assert(offsetof(lbgym_shm_header, heartbeat) == 136, "lbgym_shm_header.heartbeat");
 static_assert(offsetof(lbgym_shm_header, observation_event) == 144, "lbgym_shm_header.observation_event");
 static_assert(offsetof(lbgym_shm_header, observation_waiters) == 148, "lbgym_shm_header.observation_waiters");
 static_assert(offsetof(lbgym_shm_header, state) == 152, "lbgym_shm_header.state");
+static_assert(offsetof(lbgym_shm_header, names_version) == 160, "lbgym_shm_header.names_version");
 static_assert(offsetof(lbgym_shm_header, action_count) == 192, "lbgym_shm_header.action_count");
 static_assert(offsetof(lbgym_shm_header, agent_heartbeat) == 200, "lbgym_shm_header.agent_heartbeat");
 static_assert(offsetof(lbgym_shm_header, action_event) == 208, "lbgym_shm_header.action_event");
@@ -194,7 +227,8 @@ typedef struct lbgym_shm_frame {
     uint64_t unrouted;            /* flows that found no active server, since the producer started */
     uint64_t fct_count;           /* flows that ended since the producer started, as far as it knows their FCT */
     uint64_t fct_sum;             /* ns, sum of those FCTs; a rejected flow counts with the data plane's timeout */
-    uint8_t reserved_0[48];
+    uint64_t names_version;       /* of the names that belong to these servers; 0: none yet */
+    uint8_t reserved_0[40];
 } lbgym_shm_frame;
 static_assert(sizeof(lbgym_shm_frame) == 128, "size of lbgym_shm_frame");
 static_assert(offsetof(lbgym_shm_frame, lock) == 0, "lbgym_shm_frame.lock");
@@ -208,6 +242,7 @@ static_assert(offsetof(lbgym_shm_frame, flags) == 52, "lbgym_shm_frame.flags");
 static_assert(offsetof(lbgym_shm_frame, unrouted) == 56, "lbgym_shm_frame.unrouted");
 static_assert(offsetof(lbgym_shm_frame, fct_count) == 64, "lbgym_shm_frame.fct_count");
 static_assert(offsetof(lbgym_shm_frame, fct_sum) == 72, "lbgym_shm_frame.fct_sum");
+static_assert(offsetof(lbgym_shm_frame, names_version) == 80, "lbgym_shm_frame.names_version");
 
 /* Weights for the servers; its sections follow. */
 typedef struct lbgym_shm_action {
@@ -216,7 +251,8 @@ typedef struct lbgym_shm_action {
     uint64_t written_at;    /* ns of CLOCK_MONOTONIC */
     uint64_t lease;         /* ns after written_at for which the weights are good; 0: for ever */
     uint32_t num_servers;   /* weights given; further servers have their safe weights */
-    uint8_t reserved_0[28];
+    uint32_t flags;         /* 1 the section index is filled */
+    uint8_t reserved_0[24];
 } lbgym_shm_action;
 static_assert(sizeof(lbgym_shm_action) == 64, "size of lbgym_shm_action");
 static_assert(offsetof(lbgym_shm_action, lock) == 0, "lbgym_shm_action.lock");
@@ -224,6 +260,19 @@ static_assert(offsetof(lbgym_shm_action, sequence_id) == 8, "lbgym_shm_action.se
 static_assert(offsetof(lbgym_shm_action, written_at) == 16, "lbgym_shm_action.written_at");
 static_assert(offsetof(lbgym_shm_action, lease) == 24, "lbgym_shm_action.lease");
 static_assert(offsetof(lbgym_shm_action, num_servers) == 32, "lbgym_shm_action.num_servers");
+static_assert(offsetof(lbgym_shm_action, flags) == 36, "lbgym_shm_action.flags");
+
+/* The names of all servers; its section follows. */
+typedef struct lbgym_shm_names {
+    uint64_t lock;          /* sequence lock: odd while the producer writes */
+    uint64_t version;       /* 1, 2, 3, ... */
+    uint32_t num_servers;   /* rows that count: the most servers there have been */
+    uint8_t reserved_0[44];
+} lbgym_shm_names;
+static_assert(sizeof(lbgym_shm_names) == 64, "size of lbgym_shm_names");
+static_assert(offsetof(lbgym_shm_names, lock) == 0, "lbgym_shm_names.lock");
+static_assert(offsetof(lbgym_shm_names, version) == 8, "lbgym_shm_names.version");
+static_assert(offsetof(lbgym_shm_names, num_servers) == 16, "lbgym_shm_names.num_servers");
 
 /* Bytes up to the next line. */
 static inline uint64_t lbgym_shm_lines(uint64_t size)
@@ -231,14 +280,14 @@ static inline uint64_t lbgym_shm_lines(uint64_t size)
     return (size + LBGYM_SHM_LINE - 1) / LBGYM_SHM_LINE * LBGYM_SHM_LINE;
 }
 
-/* Where in a frame active is, uint8_t[capacity]: 1: the server takes new flows, 0: it does not. */
+/* Offset of active in a frame, uint8_t[capacity]: 1: the server takes new flows, 0: it does not. */
 static inline uint64_t lbgym_shm_frame_active(uint32_t capacity)
 {
     (void)capacity;
     return sizeof(lbgym_shm_frame);
 }
 
-/* Where in a frame stats is, float[capacity][11]: features: n_flow_on, fct_mean, fct_p90, fct_std, fct_mean_decay,
+/* Offset of stats in a frame, float[capacity][11]: features: n_flow_on, fct_mean, fct_p90, fct_std, fct_mean_decay,
  * fct_p90_decay, duration_mean, duration_p90, duration_std, duration_mean_decay, duration_p90_decay; zero for
  * inactive servers. */
 static inline uint64_t lbgym_shm_frame_stats(uint32_t capacity)
@@ -246,65 +295,99 @@ static inline uint64_t lbgym_shm_frame_stats(uint32_t capacity)
     return lbgym_shm_frame_active(capacity) + lbgym_shm_lines((uint64_t)capacity * sizeof(uint8_t));
 }
 
-/* Where in a frame ground_truth is, float[capacity][3]: cpu_usage, memory_usage, busy_workers; if the flag says so. */
+/* Offset of ground_truth in a frame, float[capacity][3]: cpu_usage, memory_usage, busy_workers; if the flag says so. */
 static inline uint64_t lbgym_shm_frame_ground_truth(uint32_t capacity)
 {
     return lbgym_shm_frame_stats(capacity) + lbgym_shm_lines((uint64_t)capacity * 11 * sizeof(float));
 }
 
-/* Where in a frame counters is, uint64_t[capacity][4]: flows started, completed, rejected, failed, since the
+/* Offset of counters in a frame, uint64_t[capacity][4]: flows started, completed, rejected, failed, since the
  * producer started. */
 static inline uint64_t lbgym_shm_frame_counters(uint32_t capacity)
 {
     return lbgym_shm_frame_ground_truth(capacity) + lbgym_shm_lines((uint64_t)capacity * 3 * sizeof(float));
 }
 
-/* Where in a frame weights is, double[capacity]: the weights in force. */
+/* Offset of weights in a frame, double[capacity]: the weights in force. */
 static inline uint64_t lbgym_shm_frame_weights(uint32_t capacity)
 {
     return lbgym_shm_frame_counters(capacity) + lbgym_shm_lines((uint64_t)capacity * 4 * sizeof(uint64_t));
 }
 
-/* Where in a frame safe_weights is, double[capacity]: the weights that come in force when no agent's are. */
+/* Offset of safe_weights in a frame, double[capacity]: the weights that come in force when no agent's are. */
 static inline uint64_t lbgym_shm_frame_safe_weights(uint32_t capacity)
 {
     return lbgym_shm_frame_weights(capacity) + lbgym_shm_lines((uint64_t)capacity * sizeof(double));
 }
 
-static inline uint64_t lbgym_shm_frame_size(uint32_t capacity)
+/* Offset of states in a frame, uint8_t[capacity]: 0 unknown, 1 up, 2 draining, 3 down; higher values are read as 0. */
+static inline uint64_t lbgym_shm_frame_states(uint32_t capacity)
 {
     return lbgym_shm_frame_safe_weights(capacity) + lbgym_shm_lines((uint64_t)capacity * sizeof(double));
 }
 
-/* Where in an action weights is, double[capacity]: at least 0, not all 0. */
+/* Offset of ground_truth_age in a frame, uint64_t[capacity]: ns from the measurement to published_at, below 2^63;
+ * 2^64 - 1: unknown. */
+static inline uint64_t lbgym_shm_frame_ground_truth_age(uint32_t capacity)
+{
+    return lbgym_shm_frame_states(capacity) + lbgym_shm_lines((uint64_t)capacity * sizeof(uint8_t));
+}
+
+static inline uint64_t lbgym_shm_frame_size(uint32_t capacity)
+{
+    return lbgym_shm_frame_ground_truth_age(capacity) + lbgym_shm_lines((uint64_t)capacity * sizeof(uint64_t));
+}
+
+/* Offset of weights in an action, double[capacity]: at least 0, not all 0. */
 static inline uint64_t lbgym_shm_action_weights(uint32_t capacity)
 {
     (void)capacity;
     return sizeof(lbgym_shm_action);
 }
 
-/* Where in an action threshold is, uint32_t[capacity]: alias table: 2**32 times the probability to keep the bucket. */
+/* Offset of threshold in an action, uint32_t[capacity]: alias table: 2**32 times the probability to keep the bucket. */
 static inline uint64_t lbgym_shm_action_threshold(uint32_t capacity)
 {
     return lbgym_shm_action_weights(capacity) + lbgym_shm_lines((uint64_t)capacity * sizeof(double));
 }
 
-/* Where in an action alias is, uint32_t[capacity]: alias table: the server to take otherwise. */
+/* Offset of alias in an action, uint32_t[capacity]: alias table: the server to take otherwise. */
 static inline uint64_t lbgym_shm_action_alias(uint32_t capacity)
 {
     return lbgym_shm_action_threshold(capacity) + lbgym_shm_lines((uint64_t)capacity * sizeof(uint32_t));
 }
 
-static inline uint64_t lbgym_shm_action_size(uint32_t capacity)
+/* Offset of index in an action, double[capacity][2]: speed per core (above 0, of a server whose weight is) and
+ * background load (flows), for dispatch by index. */
+static inline uint64_t lbgym_shm_action_index(uint32_t capacity)
 {
     return lbgym_shm_action_alias(capacity) + lbgym_shm_lines((uint64_t)capacity * sizeof(uint32_t));
 }
 
-/* Bytes of a region made here. */
+static inline uint64_t lbgym_shm_action_size(uint32_t capacity)
+{
+    return lbgym_shm_action_index(capacity) + lbgym_shm_lines((uint64_t)capacity * 2 * sizeof(double));
+}
+
+/* Offset of names in a table of names, uint8_t[capacity][64]: UTF-8 padded with zeros, at most 63 bytes; empty:
+ * unnamed. */
+static inline uint64_t lbgym_shm_names_names(uint32_t capacity)
+{
+    (void)capacity;
+    return sizeof(lbgym_shm_names);
+}
+
+static inline uint64_t lbgym_shm_names_size(uint32_t capacity)
+{
+    return lbgym_shm_names_names(capacity) + lbgym_shm_lines((uint64_t)capacity * 64 * sizeof(uint8_t));
+}
+
+/* Bytes of a region made here, without index parameters. */
 static inline uint64_t lbgym_shm_total_size(uint32_t capacity)
 {
     return sizeof(lbgym_shm_header) + LBGYM_SHM_NUM_FRAMES * lbgym_shm_frame_size(capacity) +
-           LBGYM_SHM_NUM_ACTIONS * lbgym_shm_action_size(capacity);
+           LBGYM_SHM_NUM_ACTIONS * lbgym_shm_action_index(capacity) +
+           LBGYM_SHM_NUM_NAMES * lbgym_shm_names_size(capacity);
 }
 
 /* Copies that may go wrong before a reader gives up; each takes longer than a writer needs for its next frame. */
@@ -381,6 +464,8 @@ typedef struct lbgym_shm_observation {
     uint64_t *counters;   /* [capacity][LBGYM_SHM_NUM_COUNTERS] */
     double *weights;      /* [capacity], in force */
     double *safe_weights; /* [capacity] */
+    uint8_t *states;      /* [capacity], of enum lbgym_shm_state; all 0, unknown, if the region is of version 1.0 */
+    uint64_t *ground_truth_age; /* [capacity], ns at the publication, or LBGYM_SHM_AGE_UNKNOWN */
 } lbgym_shm_observation;
 
 /* A private action and its sections. The producer's is the newest it has seen, the agent's the last it wrote. */
@@ -389,6 +474,7 @@ typedef struct lbgym_shm_weights {
     double *weights;     /* [capacity] */
     uint32_t *threshold; /* [capacity] */
     uint32_t *alias;     /* [capacity] */
+    double *index;       /* [capacity][2], speed and background load; only if action->flags & LBGYM_SHM_FLAG_INDEX */
 } lbgym_shm_weights;
 
 typedef struct lbgym_shm_region {
@@ -399,6 +485,9 @@ typedef struct lbgym_shm_region {
     uint32_t *threshold; /* alias table of the weights in force, for the producer */
     uint32_t *alias;
     uint32_t *stack; /* scratch of alias tables */
+    uint64_t *ground_truth_time; /* for the producer: CLOCK_MONOTONIC ns of measurements, or LBGYM_SHM_AGE_UNKNOWN */
+    lbgym_shm_names *names;      /* private table, the producer's or the last that was read; its rows follow */
+    bool names_changed;          /* the producer's table is to be published */
     double *share;
     uint64_t action_known; /* number of the action in `action`; 0: none */
     uint64_t action_seen;  /* number up to which the producer has looked */
@@ -425,6 +514,8 @@ typedef struct lbgym_shm_options {
     const char *driver;           /* what kind of data plane this is, at most 24 printable bytes of UTF-8; for people */
     mode_t mode;                  /* permissions of the file */
     gid_t gid;                    /* owning group; (gid_t)-1: the process's */
+    uint32_t features;            /* columns that are measured; bits as in the header. LBGYM_SHM_ALL_FEATURES: all */
+    bool takes_index;             /* the data plane dispatches by index parameters where an action gives them */
 } lbgym_shm_options;
 
 static inline lbgym_shm_options lbgym_shm_default_options(uint32_t num_servers)
@@ -438,6 +529,8 @@ static inline lbgym_shm_options lbgym_shm_default_options(uint32_t num_servers)
     options.driver = "";
     options.mode = 0600;
     options.gid = (gid_t)-1;
+    options.features = LBGYM_SHM_ALL_FEATURES;
+    options.takes_index = false;
     return options;
 }
 
@@ -642,11 +735,18 @@ static inline int lbgym_shm_begin(lbgym_shm_region *region, const char *name)
     lbgym_shm_fail(region, LBGYM_SHM_FORMAT, "%s is no region that this program can use: " format, (region)->path,    \
                    __VA_ARGS__)
 
+/* Whether actions have the section index. */
+static inline bool lbgym_shm_has_index(const lbgym_shm_header *header)
+{
+    return header->version_minor > 0 && (header->options & LBGYM_SHM_OPTION_INDEX) != 0;
+}
+
 /* Copies the header of the open file to `constant`, if it is one of a region that can be read. */
 static inline int lbgym_shm_check(lbgym_shm_region *region, const struct stat *status)
 {
     lbgym_shm_header *const h = &region->constant;
     const uint64_t size = (uint64_t)status->st_size;
+    uint64_t frame, action;
     ssize_t got;
     bool fits;
     if (!S_ISREG(status->st_mode)) {
@@ -671,14 +771,23 @@ static inline int lbgym_shm_check(lbgym_shm_region *region, const struct stat *s
         return LBGYM_SHM_REFUSE(region, "its capacity is %u, allowed are 1 to %d", (unsigned)h->capacity,
                                 LBGYM_SHM_MAX_CAPACITY);
     }
+    /* Regions of version 1.0 have fewer sections, and reserved bytes where the options are. */
+    frame = h->version_minor == 0 ? lbgym_shm_frame_states(h->capacity) : lbgym_shm_frame_size(h->capacity);
+    action = lbgym_shm_has_index(h) ? lbgym_shm_action_size(h->capacity) : lbgym_shm_action_index(h->capacity);
     fits = (h->header_size | h->frames_offset | h->frame_size | h->actions_offset | h->action_size) % LBGYM_SHM_LINE ==
                0 &&
            h->total_size % LBGYM_SHM_LINE == 0 && h->header_size >= sizeof *h && h->header_size <= h->frames_offset &&
-           h->frame_size >= lbgym_shm_frame_size(h->capacity) && h->action_size >= lbgym_shm_action_size(h->capacity) &&
+           h->frame_size >= frame && h->action_size >= action &&
            h->num_frames >= 2 && h->num_frames <= 1024 && (h->num_frames & (h->num_frames - 1)) == 0 &&
            h->num_actions >= 2 && h->num_actions <= 1024 && (h->num_actions & (h->num_actions - 1)) == 0 &&
            h->frames_offset + (uint64_t)h->num_frames * h->frame_size <= h->actions_offset &&
            h->actions_offset + (uint64_t)h->num_actions * h->action_size <= h->total_size;
+    if (h->version_minor > 0) {
+        fits = fits && (h->names_offset | h->names_size) % LBGYM_SHM_LINE == 0 &&
+               h->names_size >= lbgym_shm_names_size(h->capacity) &&
+               h->actions_offset + (uint64_t)h->num_actions * h->action_size <= h->names_offset &&
+               h->names_offset + LBGYM_SHM_NUM_NAMES * (uint64_t)h->names_size <= h->total_size;
+    }
     if (!fits) {
         return LBGYM_SHM_REFUSE(region, "%s", "its sizes and offsets contradict each other");
     }
@@ -696,8 +805,9 @@ static inline bool lbgym_shm_allocate(lbgym_shm_region *region)
 {
     const uint32_t n = region->constant.capacity;
     const uint64_t frame = lbgym_shm_frame_size(n), action = lbgym_shm_action_size(n);
-    unsigned char *memory =
-        (unsigned char *)calloc(1, frame + action + n * (sizeof(double) + 3 * (uint64_t)sizeof(uint32_t)));
+    const uint64_t names = lbgym_shm_names_size(n);
+    unsigned char *memory = (unsigned char *)calloc(
+        1, frame + action + names + n * (sizeof(double) + sizeof(uint64_t) + 3 * (uint64_t)sizeof(uint32_t)));
     if (memory == NULL) {
         return false;
     }
@@ -708,14 +818,20 @@ static inline bool lbgym_shm_allocate(lbgym_shm_region *region)
     region->observation.counters = (uint64_t *)(void *)(memory + lbgym_shm_frame_counters(n));
     region->observation.weights = (double *)(void *)(memory + lbgym_shm_frame_weights(n));
     region->observation.safe_weights = (double *)(void *)(memory + lbgym_shm_frame_safe_weights(n));
+    region->observation.states = memory + lbgym_shm_frame_states(n);
+    region->observation.ground_truth_age = (uint64_t *)(void *)(memory + lbgym_shm_frame_ground_truth_age(n));
     memory += frame;
     region->action.action = (lbgym_shm_action *)(void *)memory;
     region->action.weights = (double *)(void *)(memory + lbgym_shm_action_weights(n));
     region->action.threshold = (uint32_t *)(void *)(memory + lbgym_shm_action_threshold(n));
     region->action.alias = (uint32_t *)(void *)(memory + lbgym_shm_action_alias(n));
+    region->action.index = (double *)(void *)(memory + lbgym_shm_action_index(n));
     memory += action;
+    region->names = (lbgym_shm_names *)(void *)memory;
+    memory += names;
     region->share = (double *)(void *)memory;
-    region->threshold = (uint32_t *)(void *)(region->share + n);
+    region->ground_truth_time = (uint64_t *)(void *)(region->share + n);
+    region->threshold = (uint32_t *)(void *)(region->ground_truth_time + n);
     region->alias = region->threshold + n;
     region->stack = region->alias + n;
     return true;
@@ -789,6 +905,7 @@ static inline void lbgym_shm_forget(lbgym_shm_region *region)
     free(region->observation.frame);
     memset(&region->observation, 0, sizeof region->observation);
     memset(&region->action, 0, sizeof region->action);
+    region->names = NULL;
     region->is_producer = region->is_agent = false;
 }
 
@@ -1037,8 +1154,9 @@ static inline unsigned char *lbgym_shm_action_at(const lbgym_shm_region *region,
     return (unsigned char *)region->header + region->constant.actions_offset + slot * region->constant.action_size;
 }
 
-/* All sections of a frame for n servers. */
-static inline void lbgym_shm_copy_frame(unsigned char *to, const unsigned char *from, uint32_t capacity, uint32_t n)
+/* The sections of a frame for n servers; the private copy has all, a region of version 1.0 (`minor`) not the last. */
+static inline void lbgym_shm_copy_frame(unsigned char *to, const unsigned char *from, uint32_t capacity, uint32_t n,
+                                        uint32_t minor)
 {
     uint64_t at = lbgym_shm_frame_active(capacity);
     memcpy(to + at, from + at, n);
@@ -1052,9 +1170,30 @@ static inline void lbgym_shm_copy_frame(unsigned char *to, const unsigned char *
     memcpy(to + at, from + at, (size_t)n * sizeof(double));
     at = lbgym_shm_frame_safe_weights(capacity);
     memcpy(to + at, from + at, (size_t)n * sizeof(double));
+    if (minor > 0) {
+        at = lbgym_shm_frame_states(capacity);
+        memcpy(to + at, from + at, n);
+        at = lbgym_shm_frame_ground_truth_age(capacity);
+        memcpy(to + at, from + at, (size_t)n * sizeof(uint64_t));
+    }
 }
 
-static inline void lbgym_shm_copy_action(unsigned char *to, const unsigned char *from, uint32_t capacity, uint32_t n)
+/* Gives a private copy what its region cannot say, and takes unknown states for what they are. */
+static inline void lbgym_shm_complete_frame(lbgym_shm_observation *o, uint32_t minor)
+{
+    for (uint32_t i = 0; i < o->frame->num_servers; i++) {
+        if (minor == 0) {
+            o->ground_truth_age[i] = LBGYM_SHM_AGE_UNKNOWN;
+        }
+        if (minor == 0 || o->states[i] > LBGYM_SHM_DOWN) {
+            o->states[i] = LBGYM_SHM_UNKNOWN;
+        }
+    }
+}
+
+/* The sections of an action for n servers, with or without index parameters. */
+static inline void lbgym_shm_copy_action(unsigned char *to, const unsigned char *from, uint32_t capacity, uint32_t n,
+                                         bool index)
 {
     uint64_t at = lbgym_shm_action_weights(capacity);
     memcpy(to + at, from + at, (size_t)n * sizeof(double));
@@ -1062,6 +1201,20 @@ static inline void lbgym_shm_copy_action(unsigned char *to, const unsigned char 
     memcpy(to + at, from + at, (size_t)n * sizeof(uint32_t));
     at = lbgym_shm_action_alias(capacity);
     memcpy(to + at, from + at, (size_t)n * sizeof(uint32_t));
+    if (index) {
+        at = lbgym_shm_action_index(capacity);
+        memcpy(to + at, from + at, (size_t)n * 2 * sizeof(double));
+    }
+}
+
+/* Whether index parameters can be dispatched by: finite, at least 0, and a speed wherever there is a weight. */
+static inline bool lbgym_shm_index_good(const double *index, const double *weights, uint32_t n)
+{
+    bool good = lbgym_shm_doubles_good(index, 2 * (size_t)n);
+    for (uint32_t i = 0; i < n; i++) {
+        good &= index[2 * (size_t)i] > 0.0 || !(weights[i] > 0.0);
+    }
+    return good;
 }
 
 /* Whether a private copy holds what a data plane may publish. Counters, times and ids are below 2^63. */
@@ -1070,10 +1223,11 @@ static inline bool lbgym_shm_frame_good(const lbgym_shm_observation *o)
     const lbgym_shm_frame *f = o->frame;
     const size_t n = f->num_servers;
     uint64_t top = f->sequence_id | f->timestamp | f->published_at | f->applied_sequence_id | f->applied_at |
-                   f->unrouted | f->fct_count | f->fct_sum;
+                   f->unrouted | f->fct_count | f->fct_sum | f->names_version;
     uint8_t active = 0;
     for (size_t i = 0; i < n; i++) {
         active |= o->active[i];
+        top |= o->ground_truth_age[i] != LBGYM_SHM_AGE_UNKNOWN ? o->ground_truth_age[i] : 0;
     }
     for (size_t i = 0; i < n * LBGYM_SHM_NUM_COUNTERS; i++) {
         top |= o->counters[i];
@@ -1082,6 +1236,12 @@ static inline bool lbgym_shm_frame_good(const lbgym_shm_observation *o)
            ((f->flags & LBGYM_SHM_FLAG_GROUND_TRUTH) == 0 ||
             lbgym_shm_floats_good(o->ground_truth, n * LBGYM_SHM_NUM_GROUND_TRUTH)) &&
            lbgym_shm_doubles_good(o->weights, n) && lbgym_shm_doubles_good(o->safe_weights, n);
+}
+
+/* A server's name in the private table, LBGYM_SHM_NAME_SIZE bytes. */
+static inline char *lbgym_shm_name_row(const lbgym_shm_region *region, uint32_t server)
+{
+    return (char *)region->names + sizeof(lbgym_shm_names) + (size_t)server * LBGYM_SHM_NAME_SIZE;
 }
 
 /* The agent's side, and that of those who look */
@@ -1102,9 +1262,15 @@ static inline int lbgym_shm_copy_observation(lbgym_shm_region *region, uint64_t 
     n = region->observation.frame->num_servers;
     *fits = n <= capacity;
     if (*fits) {
-        lbgym_shm_copy_frame(to, from, capacity, n);
+        lbgym_shm_copy_frame(to, from, capacity, n, region->constant.version_minor);
     }
-    return lbgym_shm_end_read(lock, seen);
+    if (!lbgym_shm_end_read(lock, seen)) {
+        return 0;
+    }
+    if (*fits) {
+        lbgym_shm_complete_frame(&region->observation, region->constant.version_minor);
+    }
+    return 1;
 }
 
 /* What a region must not hold was found. */
@@ -1172,6 +1338,70 @@ static inline int lbgym_shm_read_earlier(lbgym_shm_region *region, uint64_t sequ
         return 1;
     }
     return lbgym_shm_bad_contents(region, "an observation that no data plane may publish");
+}
+
+/* Copies the servers' names to the region if they have changed: 1, or 0 if no server was ever named.
+ * lbgym_shm_server_name gives them then. Call it after lbgym_shm_read whenever observation.frame->names_version is
+ * another one. LBGYM_SHM_FORMAT and LBGYM_SHM_BUSY as lbgym_shm_read. */
+static inline int lbgym_shm_read_names(lbgym_shm_region *region)
+{
+    const int code = lbgym_shm_must_be(region, false);
+    if (code < 0) {
+        return code;
+    }
+    if (region->is_producer || region->constant.version_minor == 0) {
+        return region->names->version > 0;
+    }
+    for (int tries = 0; tries < LBGYM_SHM_TRIES; tries++) {
+        const uint64_t version = __atomic_load_n(&region->header->names_version, __ATOMIC_ACQUIRE);
+        const unsigned char *from =
+            (unsigned char *)region->header + region->constant.names_offset + (version & 1) * region->constant.names_size;
+        const uint64_t *lock = &((const lbgym_shm_names *)(const void *)from)->lock;
+        uint64_t seen;
+        bool fits;
+        if (version == region->names->version) {
+            return version > 0;
+        }
+        if (!lbgym_shm_begin_read(lock, &seen)) {
+            continue;
+        }
+        memcpy(region->names, from, sizeof *region->names);
+        fits = region->names->num_servers <= region->constant.capacity;
+        if (fits) {
+            memcpy(region->names + 1, from + sizeof *region->names,
+                   (size_t)region->names->num_servers * LBGYM_SHM_NAME_SIZE);
+        }
+        if (lbgym_shm_end_read(lock, seen)) {
+            if (fits && region->names->version == version) {
+                for (uint32_t i = 0; i < region->names->num_servers; i++) {
+                    lbgym_shm_name_row(region, i)[LBGYM_SHM_NAME_SIZE - 1] = '\0';
+                }
+                return 1;
+            }
+            if (__atomic_load_n(&region->header->names_version, __ATOMIC_ACQUIRE) == version) {
+                memset(region->names, 0, sizeof *region->names);
+                return lbgym_shm_bad_contents(region, "names that no data plane may publish");
+            }
+        }
+        memset(region->names, 0, sizeof *region->names);
+    }
+    memset(region->names, 0, sizeof *region->names);
+    return lbgym_shm_fail(region, LBGYM_SHM_BUSY, "region '%s': names change faster than they can be read",
+                          region->name);
+}
+
+/* A server's name as it was read or set last; "" if it has none. Valid until the names are read or set again. Another
+ * process wrote it: it may hold control characters. */
+static inline const char *lbgym_shm_server_name(const lbgym_shm_region *region, uint32_t server)
+{
+    return region->names != NULL && server < region->names->num_servers ? lbgym_shm_name_row(region, server) : "";
+}
+
+/* Whether the data plane measures a feature, by enum lbgym_shm_feature, or ground truth i, as
+ * LBGYM_SHM_GROUND_TRUTH_BIT + i; the others are 0. True for all in regions of version 1.0, which cannot say. */
+static inline bool lbgym_shm_is_real(const lbgym_shm_region *region, unsigned column)
+{
+    return region->constant.version_minor == 0 || (column < 32 && ((region->constant.features >> column) & 1) != 0);
 }
 
 /* Sleeps until there is an observation other than number `after`: 1; 0 after `timeout` ns, at a signal, or when the
@@ -1248,7 +1478,8 @@ static inline int lbgym_shm_renew(lbgym_shm_region *region)
     even = lbgym_shm_begin_write(lock);
     /* All of the head but the lock. */
     memcpy(to + sizeof *lock, (const unsigned char *)action + sizeof *lock, sizeof *action - sizeof *lock);
-    lbgym_shm_copy_action(to, (const unsigned char *)action, region->constant.capacity, action->num_servers);
+    lbgym_shm_copy_action(to, (const unsigned char *)action, region->constant.capacity, action->num_servers,
+                          (action->flags & LBGYM_SHM_FLAG_INDEX) != 0);
     lbgym_shm_end_write(lock, even);
     __atomic_store_n(&region->header->agent_heartbeat, now, __ATOMIC_RELEASE);
     __atomic_store_n(&region->header->action_count, count, __ATOMIC_RELEASE);
@@ -1259,9 +1490,10 @@ static inline int lbgym_shm_renew(lbgym_shm_region *region)
 /* Gives the data plane n weights and their alias table; n up to the capacity, further servers have their safe weights.
  * The first call makes this process the region's agent. Without another action the data plane goes back to its safe
  * weights after `lease` ns, below 2^63; 0: never. Observations say by `sequence_id`, below 2^63, which action they
- * reflect. */
-static inline int lbgym_shm_write_action(lbgym_shm_region *region, uint64_t sequence_id, const double *weights,
-                                         uint32_t n, uint64_t lease)
+ * reflect. `index`, [n][2], gives each server's speed per core (above 0 where the weight is) and background load (flows
+ * of others) to a data plane that takes them; NULL: none. */
+static inline int lbgym_shm_write_index(lbgym_shm_region *region, uint64_t sequence_id, const double *weights,
+                                        const double *index, uint32_t n, uint64_t lease)
 {
     lbgym_shm_weights *const mine = &region->action;
     const int code = lbgym_shm_lock_agent(region);
@@ -1283,12 +1515,32 @@ static inline int lbgym_shm_write_action(lbgym_shm_region *region, uint64_t sequ
     if (lbgym_shm_largest(weights, n) <= 0.0) {
         return lbgym_shm_fail(region, LBGYM_SHM_WEIGHTS, "%s", lbgym_shm_strerror(LBGYM_SHM_WEIGHTS));
     }
+    if (index != NULL && !lbgym_shm_has_index(&region->constant)) {
+        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "the data plane of region '%s' does not dispatch by index",
+                              region->name);
+    }
+    if (index != NULL && !lbgym_shm_index_good(index, weights, n)) {
+        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "index parameters must be finite numbers of at least 0, with a "
+                                                        "speed above 0 where the weight is");
+    }
     memmove(mine->weights, weights, n * sizeof *weights);
     lbgym_shm_alias_table(mine->weights, n, mine->threshold, mine->alias, region->stack, region->share);
     mine->action->sequence_id = sequence_id;
     mine->action->lease = lease;
     mine->action->num_servers = n;
+    mine->action->flags = 0;
+    if (index != NULL) {
+        memmove(mine->index, index, 2 * (size_t)n * sizeof *index);
+        mine->action->flags = LBGYM_SHM_FLAG_INDEX;
+    }
     return lbgym_shm_renew(region);
+}
+
+/* The same without index parameters. */
+static inline int lbgym_shm_write_action(lbgym_shm_region *region, uint64_t sequence_id, const double *weights,
+                                         uint32_t n, uint64_t lease)
+{
+    return lbgym_shm_write_index(region, sequence_id, weights, NULL, n, lease);
 }
 
 /* The producer's side */
@@ -1335,6 +1587,17 @@ static inline int lbgym_shm_set_num_servers(lbgym_shm_region *region, uint32_t n
                LBGYM_SHM_NUM_GROUND_TRUTH * sizeof *o->ground_truth);
         memset(o->counters + (size_t)i * LBGYM_SHM_NUM_COUNTERS, 0, LBGYM_SHM_NUM_COUNTERS * sizeof *o->counters);
         o->safe_weights[i] = 1.0;
+        region->ground_truth_time[i] = LBGYM_SHM_AGE_UNKNOWN;
+    }
+    for (uint32_t i = n; i < o->frame->num_servers; i++) {
+        o->states[i] = LBGYM_SHM_UNKNOWN;
+        region->names_changed |= lbgym_shm_name_row(region, i)[0] != '\0';
+        memset(lbgym_shm_name_row(region, i), 0, LBGYM_SHM_NAME_SIZE);
+    }
+    if (n > region->names->num_servers) {
+        region->names->num_servers = n;
+        /* Where no server was ever named, there is nothing to say. */
+        region->names_changed |= region->names->version > 0;
     }
     if (n != o->frame->num_servers) {
         if (lbgym_shm_largest(o->safe_weights, n) <= 0.0) {
@@ -1541,14 +1804,19 @@ static inline int lbgym_shm_fill_header(lbgym_shm_region *region, const lbgym_sh
     h->version_major = LBGYM_SHM_VERSION_MAJOR;
     h->version_minor = LBGYM_SHM_VERSION_MINOR;
     h->header_size = sizeof *h;
-    h->total_size = lbgym_shm_total_size(capacity);
     h->capacity = capacity;
     h->num_frames = LBGYM_SHM_NUM_FRAMES;
     h->frames_offset = sizeof *h;
     h->frame_size = (uint32_t)lbgym_shm_frame_size(capacity);
     h->actions_offset = h->frames_offset + h->num_frames * h->frame_size;
     h->num_actions = LBGYM_SHM_NUM_ACTIONS;
-    h->action_size = (uint32_t)lbgym_shm_action_size(capacity);
+    h->options = options->takes_index ? LBGYM_SHM_OPTION_INDEX : 0;
+    h->features = options->features;
+    h->action_size =
+        (uint32_t)(options->takes_index ? lbgym_shm_action_size(capacity) : lbgym_shm_action_index(capacity));
+    h->names_offset = h->actions_offset + h->num_actions * h->action_size;
+    h->names_size = (uint32_t)lbgym_shm_names_size(capacity);
+    h->total_size = h->names_offset + LBGYM_SHM_NUM_NAMES * (uint64_t)h->names_size;
     h->instance = lbgym_shm_random();
     (void)clock_gettime(CLOCK_REALTIME, &now);
     h->created_at = (uint64_t)now.tv_sec * LBGYM_SHM_SECOND + (uint64_t)now.tv_nsec;
@@ -1660,6 +1928,57 @@ static inline int lbgym_shm_set_ground_truth(lbgym_shm_region *region, uint32_t 
     }
     memcpy(region->observation.ground_truth + (size_t)server * LBGYM_SHM_NUM_GROUND_TRUTH, truth, sizeof truth);
     region->observation.frame->flags |= LBGYM_SHM_FLAG_GROUND_TRUTH;
+    region->ground_truth_time[server] = LBGYM_SHM_AGE_UNKNOWN;
+    return LBGYM_SHM_OK;
+}
+
+/* When the ground truth that was set last was measured, ns as lbgym_shm_now gives them: observations say how old it is.
+ * Its age is unknown unless this is called, after each lbgym_shm_set_ground_truth. */
+static inline int lbgym_shm_set_ground_truth_time(lbgym_shm_region *region, uint32_t server, uint64_t measured_at)
+{
+    const int code = lbgym_shm_must_know(region, server);
+    if (code == LBGYM_SHM_OK) {
+        region->ground_truth_time[server] = measured_at;
+    }
+    return code;
+}
+
+/* How a server is, by enum lbgym_shm_state; LBGYM_SHM_UNKNOWN until it is set, and when the server has left. */
+static inline int lbgym_shm_set_server_state(lbgym_shm_region *region, uint32_t server, enum lbgym_shm_state state)
+{
+    const int code = lbgym_shm_must_know(region, server);
+    if (code < 0) {
+        return code;
+    }
+    if ((unsigned)state > LBGYM_SHM_DOWN) {
+        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "the state of server %u for region '%s' must be from 0 to %d, got %u",
+                              (unsigned)server, region->name, LBGYM_SHM_DOWN, (unsigned)state);
+    }
+    region->observation.states[server] = (uint8_t)state;
+    return LBGYM_SHM_OK;
+}
+
+/* A server's address or label, at most 63 printable bytes of UTF-8; "": unnamed, as are all until they are named and
+ * when they have left. */
+static inline int lbgym_shm_set_server_name(lbgym_shm_region *region, uint32_t server, const char *name)
+{
+    const int code = lbgym_shm_must_know(region, server);
+    size_t length = 0;
+    if (code < 0) {
+        return code;
+    }
+    while (name != NULL && length < LBGYM_SHM_NAME_SIZE && (unsigned char)name[length] >= 0x20 && name[length] != 0x7F) {
+        length++;
+    }
+    if (name == NULL || length >= LBGYM_SHM_NAME_SIZE || name[length] != '\0') {
+        return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "the name of server %u for region '%s' must be at most %d bytes of "
+                              "printable text", (unsigned)server, region->name, LBGYM_SHM_NAME_SIZE - 1);
+    }
+    if (strcmp(lbgym_shm_name_row(region, server), name) != 0) {
+        memset(lbgym_shm_name_row(region, server), 0, LBGYM_SHM_NAME_SIZE);
+        memcpy(lbgym_shm_name_row(region, server), name, length);
+        region->names_changed = true;
+    }
     return LBGYM_SHM_OK;
 }
 
@@ -1700,6 +2019,23 @@ static inline int lbgym_shm_set_totals(lbgym_shm_region *region, uint64_t unrout
     return LBGYM_SHM_OK;
 }
 
+/* Writes the private table of names to the region as the next version. */
+static inline void lbgym_shm_publish_names(lbgym_shm_region *region)
+{
+    lbgym_shm_names *const mine = region->names;
+    const uint64_t version = mine->version + 1;
+    unsigned char *const to =
+        (unsigned char *)region->header + region->constant.names_offset + (version & 1) * region->constant.names_size;
+    uint64_t *const lock = &((lbgym_shm_names *)(void *)to)->lock;
+    const uint64_t even = lbgym_shm_begin_write(lock);
+    mine->version = version;
+    memcpy(to + sizeof *lock, (const unsigned char *)mine + sizeof *lock,
+           sizeof *mine - sizeof *lock + (size_t)mine->num_servers * LBGYM_SHM_NAME_SIZE);
+    lbgym_shm_end_write(lock, even);
+    __atomic_store_n(&region->header->names_version, version, __ATOMIC_RELEASE);
+    region->names_changed = false;
+}
+
 /* Publishes what was set, as of `timestamp` (ns on the data plane's clock, below 2^63): 1. Its sequence id is in
  * region.sequence_id then, one more than the last. Which action is in force, and since when, is what
  * lbgym_shm_poll_action last found. */
@@ -1718,6 +2054,15 @@ static inline int lbgym_shm_publish(lbgym_shm_region *region, uint64_t timestamp
         return lbgym_shm_fail(region, LBGYM_SHM_OPTION, "timestamp must be below 2^63 ns, got %llu",
                               (unsigned long long)timestamp);
     }
+    for (uint32_t i = 0; i < frame->num_servers; i++) {
+        const uint64_t measured = region->ground_truth_time[i];
+        region->observation.ground_truth_age[i] =
+            measured == LBGYM_SHM_AGE_UNKNOWN ? LBGYM_SHM_AGE_UNKNOWN : now > measured ? now - measured : 0;
+    }
+    if (region->names_changed) {
+        lbgym_shm_publish_names(region);
+    }
+    frame->names_version = region->names->version;
     frame->sequence_id = ++region->sequence_id;
     frame->timestamp = timestamp;
     frame->published_at = now;
@@ -1727,7 +2072,8 @@ static inline int lbgym_shm_publish(lbgym_shm_region *region, uint64_t timestamp
     even = lbgym_shm_begin_write(lock);
     /* All of the head but the lock. */
     memcpy(to + sizeof *lock, (const unsigned char *)frame + sizeof *lock, sizeof *frame - sizeof *lock);
-    lbgym_shm_copy_frame(to, (const unsigned char *)frame, region->constant.capacity, frame->num_servers);
+    lbgym_shm_copy_frame(to, (const unsigned char *)frame, region->constant.capacity, frame->num_servers,
+                         region->constant.version_minor);
     lbgym_shm_end_write(lock, even);
     __atomic_store_n(&region->header->heartbeat, now, __ATOMIC_RELEASE);
     __atomic_store_n(&region->header->latest, frame->sequence_id, __ATOMIC_RELEASE);
@@ -1769,10 +2115,17 @@ static inline int lbgym_shm_read_action(lbgym_shm_region *region, uint64_t known
         n = mine->action->num_servers;
         fits = n > 0 && n <= capacity;
         if (fits) {
-            lbgym_shm_copy_action((unsigned char *)mine->action, from, capacity, n);
+            lbgym_shm_copy_action((unsigned char *)mine->action, from, capacity, n,
+                                  lbgym_shm_has_index(&region->constant));
         }
         if (!lbgym_shm_end_read(lock, seen)) {
             continue;
+        }
+        if (!lbgym_shm_has_index(&region->constant)) {
+            /* Bytes that were reserved in version 1.0. */
+            mine->action->flags = 0;
+        } else if (fits && (mine->action->flags & LBGYM_SHM_FLAG_INDEX) != 0) {
+            fits = lbgym_shm_index_good(mine->index, mine->weights, n);
         }
         if (fits && (count | mine->action->sequence_id | mine->action->written_at | mine->action->lease) >> 63 == 0 &&
             lbgym_shm_largest(mine->weights, n) > 0.0) {
@@ -1791,7 +2144,7 @@ static inline int lbgym_shm_read_action(lbgym_shm_region *region, uint64_t known
 }
 
 /* Puts in force what is to be dispatched by now: the newest action while its lease lasts, else the safe weights; an
- * action that cannot be read is as none. region.observation.weights has them, region.safe says which. 1 if they may
+ * action that cannot be read is ignored. region.observation.weights has them, region.safe says which. 1 if they may
  * have changed, else 0. Call it before each publication and whenever lbgym_shm_wait_action says so. */
 static inline int lbgym_shm_poll_action(lbgym_shm_region *region)
 {
@@ -1903,4 +2256,6 @@ static inline uint32_t lbgym_shm_pick(const lbgym_shm_region *region, uint64_t h
 }
 #endif
 
-#endif
+#endif /* of the #error above */
+
+#endif /* LBGYM_SHM_H */

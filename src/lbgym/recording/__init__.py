@@ -1,11 +1,9 @@
 """What a live data plane publishes, kept for later: recordings in Parquet, transitions, Minari datasets."""
 
-from .follow import Follower
 from .offline import Recording, Transitions, check_dataset_id, load_recording, to_minari
 from .recorder import Summary, finish_recording, record, recording_schema
 
 __all__ = [
-    "Follower",
     "Recording",
     "Summary",
     "Transitions",

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, MissingExtraError, RecordingError
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
+from ..monitor import Follower
 from ..sharedmemory import SharedMemoryRegion, abi
-from .follow import Follower
 
 if TYPE_CHECKING:
     import pyarrow

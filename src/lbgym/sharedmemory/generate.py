@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..features.columns import FEATURE_NAMES
+from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from . import abi
 
 _PACKAGE = Path(__file__).parents[1]
@@ -74,6 +74,8 @@ def _constants() -> list[tuple[str, str, str]]:
         ("VERSION_MINOR", str(abi.VERSION_MINOR), ""),
         ("NUM_FRAMES", str(abi.NUM_FRAMES), "observation frames of a region made here"),
         ("NUM_ACTIONS", str(abi.NUM_ACTIONS), "actions of a region made here"),
+        ("NUM_NAMES", str(abi.NUM_NAMES), "tables of names"),
+        ("NAME_SIZE", str(abi.NAME_SIZE), "bytes of a server's name, the last of which is 0"),
         ("DEFAULT_CAPACITY", str(abi.DEFAULT_CAPACITY), "servers"),
         ("MAX_CAPACITY", str(abi.MAX_CAPACITY), "servers"),
         ("LINE", str(abi.LINE), "structs and sections begin on multiples of so many bytes"),
@@ -82,9 +84,19 @@ def _constants() -> list[tuple[str, str, str]]:
         ("FLAG_GROUND_TRUTH", str(abi.FLAG_GROUND_TRUTH), "of a frame: the section ground_truth is filled"),
         ("FLAG_APPLIED", str(abi.FLAG_APPLIED), "of a frame: an action has been applied since the producer started"),
         ("FLAG_SAFE", str(abi.FLAG_SAFE), "of a frame: the safe weights are in force"),
+        ("OPTION_INDEX", str(abi.OPTION_INDEX), "of a region: its data plane takes index parameters"),
+        ("FLAG_INDEX", str(abi.FLAG_INDEX), "of an action: the section index is filled"),
+        ("GROUND_TRUTH_BIT", str(abi.GROUND_TRUTH_BIT), "of the header's features: the first column of ground truth"),
+        ("ALL_FEATURES", f"0x{_all_features():08X}", "of the header's features: all of them are measured"),
+        ("AGE_UNKNOWN", "UINT64_MAX", "of ground truth"),
         ("PRODUCER_LOCK", str(abi.PRODUCER_LOCK), "byte of the file that the producer locks"),
         ("AGENT_LOCK", str(abi.AGENT_LOCK), "byte of the file that the agent locks"),
     ]
+
+
+def _all_features() -> int:
+    truths = len(GROUND_TRUTH_NAMES)
+    return (1 << len(FEATURE_NAMES)) - 1 | ((1 << truths) - 1) << abi.GROUND_TRUTH_BIT
 
 
 def _c_tables() -> str:
@@ -97,9 +109,11 @@ def _c_tables() -> str:
     lines += ["/* Columns of the section counters: flows since the producer started. */", "enum lbgym_shm_counter {"]
     lines += [f"    LBGYM_SHM_{name.upper()} = {i}," for i, name in enumerate(abi.COUNTER_NAMES)]
     lines += [f"    LBGYM_SHM_NUM_COUNTERS = {len(abi.COUNTER_NAMES)}", "};"]
-    truths = next(section.columns for section in abi.FRAME_SECTIONS if section.name == "ground_truth")
-    lines += ["", f"#define LBGYM_SHM_NUM_GROUND_TRUTH {truths}"]
-    for struct in (abi.HEADER, abi.FRAME, abi.ACTION):
+    lines += ["", f"#define LBGYM_SHM_NUM_GROUND_TRUTH {len(GROUND_TRUTH_NAMES)}", ""]
+    lines += ["/* Values of the section states. */", "enum lbgym_shm_state {"]
+    lines += [f"    LBGYM_SHM_{state.name} = {state.value}," for state in abi.ServerState]
+    lines += ["};"]
+    for struct in (abi.HEADER, abi.FRAME, abi.ACTION, abi.NAMES):
         lines += ["", *_c_struct(struct)]
     lines += [
         "",
@@ -109,15 +123,20 @@ def _c_tables() -> str:
         "    return (size + LBGYM_SHM_LINE - 1) / LBGYM_SHM_LINE * LBGYM_SHM_LINE;",
         "}",
     ]
-    for struct, sections in ((abi.FRAME, abi.FRAME_SECTIONS), (abi.ACTION, abi.ACTION_SECTIONS)):
+    for struct, sections in (
+        (abi.FRAME, abi.FRAME_SECTIONS),
+        (abi.ACTION, abi.ACTION_SECTIONS),
+        (abi.NAMES, abi.NAMES_SECTIONS),
+    ):
         lines += _c_sections(struct, sections)
     lines += [
         "",
-        "/* Bytes of a region made here. */",
+        "/* Bytes of a region made here, without index parameters. */",
         "static inline uint64_t lbgym_shm_total_size(uint32_t capacity)",
         "{",
         "    return sizeof(lbgym_shm_header) + LBGYM_SHM_NUM_FRAMES * lbgym_shm_frame_size(capacity) +",
-        "           LBGYM_SHM_NUM_ACTIONS * lbgym_shm_action_size(capacity);",
+        "           LBGYM_SHM_NUM_ACTIONS * lbgym_shm_action_index(capacity) +",
+        "           LBGYM_SHM_NUM_NAMES * lbgym_shm_names_size(capacity);",
         "}",
     ]
     return "\n".join(lines) + "\n"
@@ -149,14 +168,14 @@ def _c_struct(struct: abi.Struct) -> list[str]:
 
 def _c_sections(struct: abi.Struct, sections: Sequence[abi.Section]) -> list[str]:
     name = f"lbgym_shm_{struct.name}"
-    article = "an" if struct is abi.ACTION else "a"
+    article = {abi.ACTION: "an", abi.NAMES: "a table of"}.get(struct, "a")
     lines = []
     before = f"sizeof({name})"
     for section in sections:
         kind = _C_TYPES[section.type] + (f"[capacity][{section.columns}]" if section.columns > 1 else "[capacity]")
         lines += [
             "",
-            *_wrapped(f"Where in {article} {struct.name} {section.name} is, {kind}: {section.doc}."),
+            *_wrapped(f"Offset of {section.name} in {article} {struct.name}, {kind}: {section.doc}."),
             f"static inline uint64_t {name}_{section.name}(uint32_t capacity)",
             "{",
             *(["    (void)capacity;"] if before.startswith("sizeof") else []),
@@ -188,7 +207,7 @@ def _document_tables() -> dict[str, str]:
         (f"`{name}`", value.removeprefix("UINT64_C(").removesuffix(")"), doc) for name, value, doc in _constants()
     ]
     tables = {"constants": _markdown(("constant", "value", ""), constants)}
-    for struct in (abi.HEADER, abi.FRAME, abi.ACTION):
+    for struct in (abi.HEADER, abi.FRAME, abi.ACTION, abi.NAMES):
         rows: list[tuple[object, ...]] = []
         at = 0
         for field in struct.fields:
@@ -199,17 +218,27 @@ def _document_tables() -> dict[str, str]:
     few, many = abi.Layout(abi.DEFAULT_CAPACITY), abi.Layout(1024)
     for name, sections, offsets, others in (
         ("frame sections", abi.FRAME_SECTIONS, few.frame_sections, many.frame_sections),
-        ("action sections", abi.ACTION_SECTIONS, few.action_sections, many.action_sections),
+        ("action sections", abi.ACTION_SECTIONS, few.private.action_sections, many.private.action_sections),
     ):
         places: list[tuple[object, ...]] = []
         for section in sections:
             kind = f"{section.type}[{section.columns}]" if section.columns > 1 else section.type
-            places.append((offsets[section.name], others[section.name], kind, f"`{section.name}`", section.doc))
+            doc = section.doc + (f" (since 1.{section.since})" if section.since else "")
+            places.append((offsets[section.name], others[section.name], kind, f"`{section.name}`", doc))
         tables[name] = _markdown(("byte, 64 servers", "byte, 1,024", "type per server", "section", ""), places)
     tables["sizes"] = _markdown(
-        ("capacity", "bytes of a frame", "of an action", "of the region"),
+        ("capacity", "bytes of a frame", "of an action", "of a table of names", "of the region"),
         [
-            (f"{layout.capacity:,}", *(f"{n:,}" for n in (layout.frame_size, layout.action_size, layout.total_size)))
+            tuple(
+                f"{n:,}"
+                for n in (
+                    layout.capacity,
+                    layout.frame_size,
+                    layout.action_size,
+                    layout.names_size,
+                    layout.total_size,
+                )
+            )
             for layout in (abi.Layout(1), few, many, abi.Layout(abi.MAX_CAPACITY))
         ],
     )

@@ -37,6 +37,7 @@ _OBSERVATION_EVENT = _word(abi.HEADER, "observation_event")
 ACTION_COUNT = _word(abi.HEADER, "action_count")
 AGENT_HEARTBEAT = _word(abi.HEADER, "agent_heartbeat")
 _ACTION_EVENT = _word(abi.HEADER, "action_event")
+NAMES_VERSION = _word(abi.HEADER, "names_version")
 
 _LOCK = _word(abi.FRAME, "lock")
 _SEQUENCE_ID = _word(abi.FRAME, "sequence_id")
@@ -49,18 +50,31 @@ _LEASE = _word(abi.ACTION, "lease")
 _ACTION_COUNTS = _word(abi.ACTION, "num_servers")
 _ACTION_HEAD = abi.ACTION.size // 8
 
+_VERSION = _word(abi.NAMES, "version")
+_NAMES_COUNT = _word(abi.NAMES, "num_servers")
+_NAMES_HEAD = abi.NAMES.size // 8
+_NAME_WORDS = abi.NAME_SIZE // 8
+
 _LOW32 = np.uint64(0xFFFFFFFF)
 _ONE = np.uint64(1)
 _FLOATS = abi.FRAME_SECTIONS[1].columns
 _TRUTHS = abi.FRAME_SECTIONS[2].columns
 _COUNTERS = abi.FRAME_SECTIONS[3].columns
 _HAS_TRUTH = np.uint64(abi.FLAG_GROUND_TRUTH)
+_HAS_INDEX = np.uint64(abi.FLAG_INDEX)
+_LAST_STATE = np.uint8(max(abi.ServerState))
+_UNKNOWN = np.uint8(abi.ServerState.UNKNOWN)
+_AGE_UNKNOWN = np.uint64(abi.AGE_UNKNOWN)
 _INT64_END = np.uint64(1 << 63)
 _LARGEST32 = np.finfo(np.float32).max
 _LARGEST64 = np.finfo(np.float64).max
 
-# Plans: int64[4], where the frames or actions of a region are, in words, how many and for how many servers.
-_FIRST, _STRIDE, _COUNT, _CAPACITY = 0, 1, 2, 3
+# Plans: int64[5], where the frames, actions or tables of names of a region are, in words, how many there are, for how
+# many servers, and how many sections each has. Private copies have all sections, at the same places.
+_FIRST, _STRIDE, _COUNT, _CAPACITY, _SECTIONS = 0, 1, 2, 3, 4
+_FRAME_SECTIONS_1_0 = sum(section.since == 0 for section in abi.FRAME_SECTIONS)
+_STATES, _AGES = _FRAME_SECTIONS_1_0, _FRAME_SECTIONS_1_0 + 1
+_INDEX = len(abi.ACTION_SECTIONS) - 1
 
 
 @intrinsic
@@ -150,21 +164,42 @@ def _words(num_servers, size):
 
 
 @compiled(inline=True)
-def _copy_frame(source, at, target, to, sections, n):
-    """All sections of a frame for n servers."""
+def _copy_frame(source, at, target, to, sections, n, present):
+    """The sections of a frame for n servers, of which the first ``present`` are in the region."""
     _copy(source, at + sections[0], target, to + sections[0], _words(n, 1))
     _copy(source, at + sections[1], target, to + sections[1], _words(n, 4 * _FLOATS))
     _copy(source, at + sections[2], target, to + sections[2], _words(n, 4 * _TRUTHS))
     _copy(source, at + sections[3], target, to + sections[3], n * _COUNTERS)
     _copy(source, at + sections[4], target, to + sections[4], n)
     _copy(source, at + sections[5], target, to + sections[5], n)
+    if present > _FRAME_SECTIONS_1_0:
+        _copy(source, at + sections[_STATES], target, to + sections[_STATES], _words(n, 1))
+        _copy(source, at + sections[_AGES], target, to + sections[_AGES], n)
 
 
 @compiled(inline=True)
-def _copy_action(source, at, target, to, sections, n):
+def _complete_frame(frame, sections, n, present):
+    """Give a private copy what its region cannot say, and take unknown states for what they are."""
+    states = frame.view(np.uint8)
+    first = sections[_STATES] * 8
+    if present <= _FRAME_SECTIONS_1_0:
+        for i in range(n):
+            states[first + i] = _UNKNOWN
+            frame[sections[_AGES] + i] = _AGE_UNKNOWN
+    else:
+        for i in range(n):
+            if states[first + i] > _LAST_STATE:
+                states[first + i] = _UNKNOWN
+
+
+@compiled(inline=True)
+def _copy_action(source, at, target, to, sections, n, present):
+    """The sections of an action, as those of a frame."""
     _copy(source, at + sections[0], target, to + sections[0], n)
     _copy(source, at + sections[1], target, to + sections[1], _words(n, 4))
     _copy(source, at + sections[2], target, to + sections[2], _words(n, 4))
+    if present > _INDEX:
+        _copy(source, at + sections[_INDEX], target, to + sections[_INDEX], 2 * n)
 
 
 @compiled(inline=True)
@@ -191,13 +226,15 @@ def _is_valid(frame, sections, n):
     top = np.uint64(0)
     for k in range(sections[3], sections[3] + n * _COUNTERS):
         top |= frame[k]
-    for k in range(_FRAME_COUNTS + 1, _FRAME_COUNTS + 4):
+    for k in range(_FRAME_COUNTS + 1, _FRAME_COUNTS + 5):
         top |= frame[k]
     for k in range(_SEQUENCE_ID, _FRAME_COUNTS):
         top |= frame[k]
     good &= top < _INT64_END
     good &= _in_range(doubles, sections[4], n, _LARGEST64)
     good &= _in_range(doubles, sections[5], n, _LARGEST64)
+    for k in range(sections[_AGES], sections[_AGES] + n):
+        good &= (frame[k] < _INT64_END) | (frame[k] == _AGE_UNKNOWN)
     return good
 
 
@@ -207,8 +244,8 @@ def read_frame(words, plan, sections, frame):
 
     Args:
         words: uint64[], the region.
-        plan: int64[4] of the frames.
-        sections: int64[6], words from the beginning of a frame to each section.
+        plan: int64[5] of the frames.
+        sections: int64[8], words from the beginning of a frame to each section.
         frame: uint64[frame words], the copy.
     """
     found = BUSY
@@ -224,10 +261,12 @@ def read_frame(words, plan, sections, frame):
         n = np.int64(frame[_FRAME_COUNTS] & _LOW32)
         fits = n <= plan[_CAPACITY]
         if fits:
-            _copy_frame(words, at, frame, 0, sections, n)
+            _copy_frame(words, at, frame, 0, sections, n, plan[_SECTIONS])
         _acquire_fence()
         if _load(words, at + _LOCK) != lock:
             continue
+        if fits:
+            _complete_frame(frame, sections, n, plan[_SECTIONS])
         if fits and frame[_SEQUENCE_ID] == latest and _is_valid(frame, sections, n):
             return OK
         # The ring may have gone once round since ``latest`` was read; if not, this is what the region says.
@@ -249,10 +288,12 @@ def read_earlier_frame(words, plan, sections, frame, sequence_id):
     n = np.int64(frame[_FRAME_COUNTS] & _LOW32)
     fits = n <= plan[_CAPACITY]
     if fits:
-        _copy_frame(words, at, frame, 0, sections, n)
+        _copy_frame(words, at, frame, 0, sections, n, plan[_SECTIONS])
     _acquire_fence()
     if _load(words, at + _LOCK) != lock or frame[_SEQUENCE_ID] != np.uint64(sequence_id):
         return NOTHING
+    if fits:
+        _complete_frame(frame, sections, n, plan[_SECTIONS])
     return OK if fits and _is_valid(frame, sections, n) else INVALID
 
 
@@ -272,7 +313,7 @@ def publish_frame(words, plan, sections, frame, sequence_id, now):
     frame[_PUBLISHED_AT] = np.uint64(now)
     even = _begin_write(words, at + _LOCK)
     _copy(frame, 1, words, at + 1, _FRAME_HEAD - 1)
-    _copy_frame(frame, 0, words, at, sections, n)
+    _copy_frame(frame, 0, words, at, sections, n, plan[_SECTIONS])
     _store(words, at + _LOCK, even)
     _store(words, HEARTBEAT, np.uint64(now))
     _store(words, LATEST, np.uint64(sequence_id))
@@ -347,9 +388,19 @@ def _largest_good(weights):
     return largest if good else -1.0
 
 
+@compiled(inline=True)
+def _is_index(doubles, sections, n):
+    """Whether index parameters can be dispatched by: finite, at least 0, and a speed wherever there is a weight."""
+    first = sections[_INDEX]
+    good = _in_range(doubles, first, 2 * n, _LARGEST64)
+    for i in range(n):
+        good &= (doubles[first + 2 * i] > 0.0) | (doubles[sections[0] + i] == 0.0)
+    return good
+
+
 @compiled()
-def write_action(words, plan, sections, weights, sequence_id, lease, now, threshold, alias, stack, share):
-    """Write weights and their alias table as the newest action.
+def write_action(words, plan, sections, weights, index, sequence_id, lease, now, threshold, alias, stack, share):
+    """Write weights and their alias table as the newest action, and index parameters, float64[n, 2], unless n is 0.
 
     Returns -1 for weights that are not all finite and at least 0, or all 0; nothing has been written then. Else 1 if
     somebody waits to be woken, 0 if not.
@@ -364,13 +415,16 @@ def write_action(words, plan, sections, weights, sequence_id, lease, now, thresh
     words[at + _SEQUENCE_ID] = np.uint64(sequence_id)
     words[at + _WRITTEN_AT] = np.uint64(now)
     words[at + _LEASE] = np.uint64(lease)
-    words[at + _ACTION_COUNTS] = np.uint64(n)
+    words[at + _ACTION_COUNTS] = np.uint64(n) | ((_HAS_INDEX if index.shape[0] > 0 else np.uint64(0)) << np.uint64(32))
     doubles = words.view(np.float64)
     halves = words.view(np.uint32)
     for i in range(n):
         doubles[at + sections[0] + i] = weights[i]
         halves[2 * (at + sections[1]) + i] = threshold[i]
         halves[2 * (at + sections[2]) + i] = alias[i]
+    for i in range(index.shape[0]):
+        doubles[at + sections[_INDEX] + 2 * i] = index[i, 0]
+        doubles[at + sections[_INDEX] + 2 * i + 1] = index[i, 1]
     _store(words, at + _LOCK, even)
     _store(words, AGENT_HEARTBEAT, np.uint64(now))
     _store(words, ACTION_COUNT, count)
@@ -396,7 +450,7 @@ def read_action(words, plan, sections, action, known):
         n = np.int64(action[_ACTION_COUNTS] & _LOW32)
         fits = 0 < n <= plan[_CAPACITY]
         if fits:
-            _copy_action(words, at, action, 0, sections, n)
+            _copy_action(words, at, action, 0, sections, n, plan[_SECTIONS])
         _acquire_fence()
         if _load(words, at + _LOCK) != lock:
             continue
@@ -413,8 +467,53 @@ def read_action(words, plan, sections, action, known):
             farthest = max(farthest, halves[2 * sections[2] + i])
         if farthest >= n:
             return np.int64(-INVALID)
+        if plan[_SECTIONS] <= _INDEX:
+            # The bytes of the flags were reserved in 1.0.
+            action[_ACTION_COUNTS] = np.uint64(n)
+        elif (action[_ACTION_COUNTS] >> np.uint64(32)) & _HAS_INDEX and not _is_index(doubles, sections, n):
+            return np.int64(-INVALID)
         return np.int64(count)
     return np.int64(-BUSY)
+
+
+@compiled()
+def write_names(words, plan, table):
+    """Write a table of names as the next version, which is returned."""
+    version = _load(words, NAMES_VERSION) + _ONE
+    at = plan[_FIRST] + np.int64(version & _ONE) * plan[_STRIDE]
+    even = _begin_write(words, at + _LOCK)
+    table[_VERSION] = version
+    n = np.int64(table[_NAMES_COUNT] & _LOW32)
+    _copy(table, 1, words, at + 1, _NAMES_HEAD - 1 + n * _NAME_WORDS)
+    _store(words, at + _LOCK, even)
+    _store(words, NAMES_VERSION, version)
+    return np.int64(version)
+
+
+@compiled()
+def read_names(words, plan, table):
+    """Copy the newest names into ``table``; OK, NOTHING yet, BUSY or INVALID."""
+    for _ in range(_TRIES):
+        version = _load(words, NAMES_VERSION)
+        if version == 0:
+            return NOTHING
+        at = plan[_FIRST] + np.int64(version & _ONE) * plan[_STRIDE]
+        lock = _load(words, at + _LOCK)
+        if lock & _ONE:
+            continue
+        _copy(words, at, table, 0, _NAMES_HEAD)
+        n = np.int64(table[_NAMES_COUNT] & _LOW32)
+        fits = n <= plan[_CAPACITY]
+        if fits:
+            _copy(words, at + _NAMES_HEAD, table, _NAMES_HEAD, n * _NAME_WORDS)
+        _acquire_fence()
+        if _load(words, at + _LOCK) != lock:
+            continue
+        if fits and table[_VERSION] == version:
+            return OK
+        if _load(words, NAMES_VERSION) == version:
+            return INVALID
+    return BUSY
 
 
 @compiled()
@@ -454,19 +553,27 @@ def warm_up() -> None:
     words = np.zeros(layout.total_size // 8, np.uint64)
     frame = np.zeros(layout.frame_size // 8, np.uint64)
     frame[_FRAME_COUNTS] = 1
-    frames = np.array([layout.frames_offset // 8, frame.shape[0], abi.NUM_FRAMES, 1])
-    frame_sections = np.array(list(layout.frame_sections.values())) // 8
-    actions = np.array([layout.actions_offset // 8, layout.action_size // 8, abi.NUM_ACTIONS, 1])
-    action_sections = np.array(list(layout.action_sections.values())) // 8
+    private = layout.private
+    frames = np.array([layout.frames_offset // 8, frame.shape[0], abi.NUM_FRAMES, 1, len(layout.frame_sections)])
+    frame_sections = np.array(list(private.frame_sections.values())) // 8
+    actions = np.array(
+        [layout.actions_offset // 8, layout.action_size // 8, abi.NUM_ACTIONS, 1, len(layout.action_sections)]
+    )
+    action_sections = np.array(list(private.action_sections.values())) // 8
+    names = np.array([layout.names_offset // 8, layout.names_size // 8, abi.NUM_NAMES, 1, 1])
+    table = np.zeros(layout.names_size // 8, np.uint64)
     halves = np.zeros(1, np.uint32)
     frame_is_valid(frame_sections, frame)
     publish_frame(words, frames, frame_sections, frame, 1, 1)
     read_frame(words, frames, frame_sections, frame)
     read_earlier_frame(words, frames, frame_sections, frame, 1)
     write_action(
-        words, actions, action_sections, np.ones(1), 1, 1, 1, halves, halves, np.zeros(1, np.int64), np.ones(1)
-    )
-    read_action(words, actions, action_sections, np.zeros(layout.action_size // 8, np.uint64), 0)
+        words, actions, action_sections, np.ones(1), np.ones((0, 2)), 1, 1, 1, halves, halves, np.zeros(1, np.int64),
+        np.ones(1),
+    )  # fmt: skip
+    read_action(words, actions, action_sections, np.zeros(private.action_size // 8, np.uint64), 0)
+    write_names(words, names, table)
+    read_names(words, names, table)
     raise_flag(words, LATEST)
     store_word(words, HEARTBEAT, 1)
     load_word(words, LATEST)

@@ -1,0 +1,25 @@
+"""What a live region shows over time, as plain data: for ``lbgym shm watch``, dashboards and metrics. Only looks."""
+
+from .follow import Follower
+from .region import (
+    ActionView,
+    Delay,
+    ObservationView,
+    RegionMonitor,
+    RegionView,
+    ServerColumns,
+    agent_state,
+    producer_state,
+)
+
+__all__ = [
+    "ActionView",
+    "Delay",
+    "Follower",
+    "ObservationView",
+    "RegionMonitor",
+    "RegionView",
+    "ServerColumns",
+    "agent_state",
+    "producer_state",
+]
