@@ -20,9 +20,9 @@ from lbgym.errors import CheckpointError, InvalidOptionError, LbgymError, Unknow
 from lbgym.evaluation import compare
 from lbgym.policies.inputs import with_weights
 from lbgym.scenarios import scenario_names
-from lbgym.training import benchmarl as recipe
 from lbgym.training import load_policy, read_checkpoint
-from lbgym.training.benchmarl import ALGORITHMS, BenchMARLConfig, LoadBalanceTask, config_of, train_benchmarl
+from lbgym.training.benchmarl import ALGORITHMS, WEIGHTS, BenchMARLConfig, LoadBalanceTask, config_of, train_benchmarl
+from lbgym.training.benchmarl import train as recipe
 from lbgym.training.runs import Progress
 
 # isort: split
@@ -210,7 +210,7 @@ def test_an_interrupt_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_refuses_what_does_not_fit(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     qmix = checkpoints["qmix"]
     for changes, said in (
-        ({"algorithm": "vdn"}, "recipe 'benchmarl-qmix', not by 'benchmarl-vdn'"),
+        ({"algorithm": "vdn"}, "trained with algorithm 'qmix', not 'vdn'"),
         ({"network": "mlp"}, "network 'equivariant', but the configuration has 'mlp'"),
         ({"hidden": 16}, "hidden 8, but the configuration has 16"),
         ({"sees_weights": False}, "sees_weights True"),
@@ -221,7 +221,7 @@ def test_refuses_what_does_not_fit(checkpoints: dict[str, Path], tmp_path: Path)
     ):
         with pytest.raises(CheckpointError, match=said):
             train_benchmarl(small(**changes), resume_from=qmix, out=tmp_path)
-    with pytest.raises(CheckpointError, match="'benchmarl-vdn'"):
+    with pytest.raises(CheckpointError, match="'qmix', not 'vdn'"):
         config_of(qmix, "vdn")
     assert not list(tmp_path.iterdir())
 
@@ -252,7 +252,7 @@ def test_algorithms_have_the_defaults_of_the_table() -> None:
         config = BenchMARLConfig(algorithm=name)
         assert config.action_type == kind.action_types[0]
         assert (config.num_steps, config.learning_rate) == (kind.num_steps, kind.learning_rate)
-        assert config.env_kwargs == recipe.WEIGHTS[config.action_type]
+        assert config.env_kwargs == WEIGHTS[config.action_type]
     # keys of several balancers are none of one that acts alone
     config = BenchMARLConfig(env_kwargs={"action_delay": 0.1})
     assert "action_delay" in config.environment_kwargs()

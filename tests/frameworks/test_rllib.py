@@ -23,9 +23,9 @@ from lbgym.errors import CheckpointError, InvalidOptionError, LbgymError, Unknow
 from lbgym.evaluation import compare
 from lbgym.policies.inputs import with_weights
 from lbgym.training import load_policy, read_checkpoint
-from lbgym.training import rllib as recipe
 from lbgym.training.recipes import algo_of, make_config
 from lbgym.training.rllib import ALGORITHMS, RLlibConfig, RLlibResult, config_of, train_rllib
+from lbgym.training.rllib import train as recipe
 from lbgym.training.rllib.environment import RLlibMultiAgentEnv, RLlibVectorEnv, observation_space
 from lbgym.training.rllib.modules import SACModule
 from lbgym.training.runs import Progress

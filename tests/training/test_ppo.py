@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lbgym import LoadBalanceEnv
-from lbgym.errors import CheckpointError, LbgymError
+from lbgym.errors import CheckpointError, FileWriteError, LbgymError
 from lbgym.policies import load_policy, read_checkpoint
 
 torch = pytest.importorskip("torch")
@@ -424,3 +424,44 @@ def test_configurations_that_make_no_sense(changes: dict[str, Any], message: str
 def test_raw_continuous_actions_are_refused() -> None:
     with pytest.raises(LbgymError, match='use action_type="normalized"'):
         train_ppo(replace(SMALL, action_type="continuous"))
+
+
+def test_a_full_disk_is_a_warning_in_between_and_an_error_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import resource
+
+    config = replace(SMALL, checkpoint_every=0.0)
+    train_ppo(replace(config, total_steps=64), out=tmp_path / "agent.pt")
+    former = (tmp_path / "agent.pt").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # the system refuses files beyond a limit as it does those beyond the disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        with pytest.raises(FileWriteError, match=r"cannot write .*agent\.pt: File too large"):
+            train_ppo(config, out=tmp_path / "agent.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "no checkpoint at step" in caplog.text
+    assert (tmp_path / "agent.pt").read_bytes() == former
+    assert [path.name for path in tmp_path.iterdir()] == ["agent.pt"]
+
+
+def test_an_interrupt_before_the_first_update_leaves_the_former_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "agent.pt").write_text("former")
+
+    def interrupt(self: ppo._Trainer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ppo._Trainer, "collect", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_ppo(SMALL, out=tmp_path / "agent.pt")
+    assert (tmp_path / "agent.pt").read_text() == "former"
+
+
+def test_an_empty_checkpoint_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "agent.pt").touch()
+    with pytest.raises(CheckpointError, match="is not a checkpoint that can be read: "):
+        ppo.read_checkpoint(tmp_path / "agent.pt")

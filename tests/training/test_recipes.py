@@ -25,7 +25,7 @@ from lbgym.training import (
     to_toml,
     train,
 )
-from lbgym.training.config import TrainingConfig
+from lbgym.training.config import TrainingConfig, plain_config, saved_config
 
 #: What a family of recipes needs to be imported.
 FRAMEWORKS = {"sb3": "stable_baselines3", "rllib": "ray", "benchmarl": "benchmarl"}
@@ -84,6 +84,7 @@ def test_every_field_says_what_it_is(algo: str) -> None:
         ({"anneal_lr": 1}, InvalidOptionError, "must be of type true or false, got 1"),
         ({"seed": True}, InvalidOptionError, "must be of type int, got True"),
         ({"env_kwargs": [1]}, InvalidOptionError, "must be of type dict[str, Any], got [1]"),
+        ({"policy": "mlp"}, UnknownNameError, "unknown setting 'policy'"),
         ({"action_weights": 3.0}, UnknownNameError, "unknown setting 'action_weights'"),
         ({"scenario": 3}, InvalidOptionError, "scenario in the configuration"),
         ({"num_envs": 0}, LbgymError, "PPOConfig.num_envs must be a whole number of at least 1, got 0"),
@@ -100,6 +101,17 @@ def test_names_that_there_are_not(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text('algo = "sb3-dqm"\n')
     with pytest.raises(UnknownNameError, match=r"Did you mean 'sb3-dqn'\?"):
         read_config(tmp_path / "a.toml")
+
+
+def test_a_setting_by_its_former_name_is_refused_with_the_present_one() -> None:
+    pytest.importorskip("stable_baselines3")
+    with pytest.raises(InvalidOptionError, match="policy in the configuration of 'sb3-ppo' is called network now"):
+        make_config("sb3-ppo", {"policy": "mlp"})
+
+
+def test_configurations_of_older_checkpoints_are_read() -> None:
+    plain = plain_config(make_config("ppo"))
+    assert saved_config(plain | {"policy": "mlp"}, "old.pt") == plain | {"network": "mlp"}
 
 
 def test_the_recipe_says_the_algorithm() -> None:

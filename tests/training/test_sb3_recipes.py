@@ -24,7 +24,7 @@ import torch
 from lbgym.training.sb3 import ALGORITHMS, SB3Config, SB3Result, config_of, replay_file, train_sb3
 
 OFF_POLICY = ("dqn", "sac", "td3")
-FORMS = [(name, policy) for name, kind in ALGORITHMS.items() for policy in kind.policies]
+FORMS = [(name, policy) for name, kind in ALGORITHMS.items() for policy in kind.networks]
 
 
 def small(algorithm: str, policy: str = "mlp", **changes: Any) -> SB3Config:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import InvalidOptionError
 from ..scenarios import fixed_scenario
+from ._signals import stop_on_signal
 
 logger = logging.getLogger("lbgym")
 
@@ -44,7 +41,6 @@ def emulate(
     ] = None,
     mode: Annotated[str, typer.Option(help="Permissions of the regions, octal.")] = "600",
     group: Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")] = None,
-    interval: Annotated[float | None, typer.Option("--interval", hidden=True)] = None,
 ) -> None:
     """Emulate a data plane: a scenario simulated in real or scaled time behind shared memory.
 
@@ -53,8 +49,6 @@ def emulate(
     """
     from ..drivers import Emulator
 
-    if interval is not None:
-        raise InvalidOptionError("--interval is now --publish-interval")
     chosen = fixed_scenario(scenario)
     options: dict[str, Any] = {
         "speedup": speedup,
@@ -66,8 +60,11 @@ def emulate(
         "mode": _permissions(mode),
         "group": group,
     }
-    with _stop_signals() as stop, Emulator(chosen, name, **options) as emulator:
-        stop.interrupts = False
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signal(expected=True))
+        stop.raises = True  # while it compiles and starts
+        emulator = stack.enter_context(Emulator(chosen, name, **options))
+        stop.raises = False
         names = [region.name for region in emulator.regions]
         typer.echo(
             f"{'region' if len(names) == 1 else 'regions'} {', '.join(names)}: {chosen.num_servers} servers, scenario "
@@ -141,34 +138,6 @@ def ctl(
         width = max((len(row["name"]) for row in answer["servers"]), default=0)
         for row in answer["servers"]:
             typer.echo(f"{row['slot']:>5}  {row['name']:{width}}  {row['state']:8}  weight {row['weight']:g}")
-
-
-class _Stop(threading.Event):
-    """Set by a signal, which also ends the process (code 0) as long as ``interrupts``: while it compiles or starts."""
-
-    interrupts = True
-
-
-@contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """An event that SIGTERM, SIGINT and SIGHUP set."""
-    stop = _Stop()
-
-    def end(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
-        if stop.interrupts:
-            raise SystemExit(0)
-
-    # A process that was started with SIGHUP ignored, as by nohup, goes on ignoring it.
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _numbers(text: str) -> list[float]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .recipes import RECIPES, TrainingResult, algo_of, make_config, read_config, to_toml, train
     from .rllib import RLlibConfig, RLlibResult, train_rllib
     from .runs import Progress
-    from .sac_gru import SACGRUConfig, SACGRUResult, train_sac_gru
+    from .sac_gru import SACGRUAgent, SACGRUConfig, SACGRUResult, train_sac_gru
     from .sb3 import SB3Config, SB3Result, SB3VecEnv, train_sb3
     from .sb3_policies import EquivariantExtractor, EquivariantPolicy, EquivariantQPolicy, EquivariantSACPolicy
     from .torchrl_env import MultiTorchRLEnv, TorchRLEnv
@@ -55,6 +55,7 @@ _HOMES = {
     "Progress": "runs",
     "load_policy": ".policies.checkpoints",
     "read_checkpoint": ".policies.checkpoints",
+    "SACGRUAgent": "sac_gru",
     "SACGRUConfig": "sac_gru",
     "SACGRUPolicy": ".policies.neural",
     "SACGRUResult": "sac_gru",
@@ -94,6 +95,7 @@ __all__ = [
     "Progress",
     "RLlibConfig",
     "RLlibResult",
+    "SACGRUAgent",
     "SACGRUConfig",
     "SACGRUPolicy",
     "SACGRUResult",

@@ -33,6 +33,7 @@ from gymnasium import Env, Space
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
+from ..atomic import check_writable
 from ..env.observations import ObservationLayout
 from ..errors import CheckpointError, LbgymError, MissingExtraError
 
@@ -591,6 +592,7 @@ class SACGRUAgent:
         Raises:
             FileWriteError: if the file cannot be written.
         """
+        check_writable(Path(path))
         write_torch(Path(path), self.state())
 
     @classmethod
@@ -726,7 +728,7 @@ class _Trainer:
             action = self.agent.get_action(before, self.info)
             self.observation, rewards, _, truncated, self.info = self.env.step(action)
             self.agent.store_transition(before, action, rewards, self.observation, truncated, self.info)
-            reward_sum += float(rewards.mean())
+            reward_sum += float(torch.from_numpy(rewards.astype(np.float32)).mean())
             flows = self.info["completed"] + self.info["rejected"]
             fct_sum += float(np.where(flows > 0, self.info["fct_mean"] * flows, 0.0).sum())
             ended_flows += float(flows.sum())
