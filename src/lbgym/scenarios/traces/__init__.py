@@ -13,7 +13,8 @@ import numpy as np
 
 from ...checks import number
 from ...errors import LbgymError, ScenarioError, TraceError, UnknownNameError
-from ..model import Trace, _boolean, _set, _shown, _text
+from .._validation import _boolean, _set, _shown, _text
+from ..workload import Trace
 from ._clock import coarse_tick, from_first, in_order, in_seconds, spread, time_unit
 from ._lines import RESOLUTION_COLUMN, LineReader, detect
 from ._options import (
