@@ -56,7 +56,7 @@ class Counting(Source):
         self.reloaded = 0
 
     def config(self, name: str) -> ServerConfig:
-        return ServerConfig(name=name, address="127.0.0.1", weight=1.0 + len(self.slots))
+        return ServerConfig(name=name, address="127.0.0.1", weight=1.0)
 
     def servers(self) -> list[ServerRow]:
         return self.slots.rows
@@ -413,6 +413,6 @@ def test_the_emulator_drains_and_undrains_by_the_command_line() -> None:
             assert done.returncode == 2 and done.stderr.startswith("lbgym: error: ") and message in done.stderr
             assert len(done.stderr.splitlines()) == 1
         done = lbgym("dataplane", "ctl", "lb", "list")
-        assert done.stdout.splitlines()[0].split() == ["0", "server-0", "up", "weight", "1"]
+        assert done.stdout.splitlines()[0].split() == ["0", "server-0", "up", "weight", "4"]
         done = lbgym("dataplane", "check", "lb")
         assert done.returncode == 0, done.stdout
