@@ -302,7 +302,8 @@ for name, workload in workloads.items():
         simulation = Simulation(scenario, dispatch=rule, record_flows=True)
         simulation.reset([5])
         snapshots = [simulation.step(np.full((1, 2, 3), [1.0, k, 0.5]), 0.5) for k in range(4)]
-        found[name, rule] = simulation.take_flows(), [s.stats for s in snapshots], [np.asarray(s.interval) for s in snapshots]
+        intervals = [np.asarray(s.interval) for s in snapshots]
+        found[name, rule] = simulation.take_flows(), [s.stats for s in snapshots], intervals
 flows = FlowSimulation(Scenario(servers=servers, workload=workloads["exponential"], events=events))
 flows.begin([1])
 found["per flow"] = [flows.decide([k % 3]) for k in range(60)]
