@@ -154,7 +154,7 @@ def test_an_agent_on_snapshots_shows_its_policy_what_the_environment_shows(layou
 def test_heuristics_and_wrappers_work_with_the_column() -> None:
     keys: dict[str, Any] = {"num_servers": 4, "action_type": "continuous", "use_ground_truth": True}
     plain, shown = LoadBalanceEnv(**keys), LoadBalanceEnv(**keys, observe_weights=True)
-    policies = [make_policy("latency").for_env(env) for env in (plain, shown)]
+    policies = [make_policy("latency", env) for env in (plain, shown)]
     (one, info), (two, _) = plain.reset(seed=2), shown.reset(seed=2)
     for _ in range(4):
         actions = [policy.act(seen, info) for policy, seen in zip(policies, (one, two), strict=True)]

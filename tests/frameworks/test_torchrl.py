@@ -14,8 +14,8 @@ if find_spec("torchrl") is None:
 import torch
 
 from lbgym import LoadBalanceVectorEnv, MultiLoadBalanceVectorEnv
-from lbgym.errors import LbgymError, UnsupportedSpaceError
 from lbgym.env.observations import relative_weights
+from lbgym.errors import LbgymError, UnsupportedSpaceError
 from lbgym.training.networks import FlatServerNetwork
 from lbgym.training.torchrl_env import MultiTorchRLEnv, TorchRLEnv
 
