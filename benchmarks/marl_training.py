@@ -40,7 +40,7 @@ class SerialTask(recipe.LoadBalanceTaskClass):
         self, num_envs: int, continuous_actions: bool, seed: int | None, device: Any
     ) -> Callable[[], EnvBase]:
         keys = dict(self.config)
-        for name in ("sees_weights", "reward_loc", "reward_scale", "num_threads"):
+        for name in ("reward_loc", "reward_scale", "num_threads"):
             keys.pop(name, None)
 
         def make() -> EnvBase:
@@ -66,7 +66,7 @@ class SerialTask(recipe.LoadBalanceTaskClass):
 def batched(algorithm: str, scenario: str | None, **changes: Any) -> BenchMARLConfig:
     """The recipe's defaults; without a scenario on the cluster of the benchmarks of environments."""
     changes |= {"scenario": cluster(SERVERS, FLOWS), "num_balancers": 2} if scenario is None else {"scenario": scenario}
-    return BenchMARLConfig(algorithm=algorithm, sees_weights=False, total_steps=None, seconds=3600.0, **changes)
+    return BenchMARLConfig(algorithm=algorithm, observe_weights=False, total_steps=None, seconds=3600.0, **changes)
 
 
 def serial(config: BenchMARLConfig) -> BenchMARLConfig:

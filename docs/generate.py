@@ -278,7 +278,8 @@ def environments_page() -> str:
             ),
             "## Features",
             "What a balancer sees of each server. The last three are there with `use_ground_truth=True`. Rows of "
-            "servers that take no new flows are 0.",
+            "servers that take no new flows are 0. With `observe_weights=True` a row ends with `weight`, the logarithm "
+            "of the server's weight relative to the active servers' geometric mean: signed, unbounded, not normalised.",
             features_table(),
             "## Observation spaces",
             f"For N = {N} servers. With `normalize=True` a count c becomes log(1 + c) / log(1 + {MAX_COUNT:g}), a time "

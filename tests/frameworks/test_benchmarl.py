@@ -18,7 +18,6 @@ import torch
 from lbgym import LoadBalanceEnv
 from lbgym.errors import CheckpointError, InvalidOptionError, LbgymError, UnknownNameError, UnsupportedSpaceError
 from lbgym.evaluation import compare
-from lbgym.policies.inputs import with_weights
 from lbgym.scenarios import scenario_names
 from lbgym.training import load_policy, read_checkpoint
 from lbgym.training.benchmarl import ALGORITHMS, WEIGHTS, BenchMARLConfig, LoadBalanceTask, config_of, train_benchmarl
@@ -108,7 +107,7 @@ def test_learning_moves_the_policy_that_is_saved(
     for _ in range(3):
         observation, *_, info = vector.step(vector.action_space.sample())
     rows, weights = observation.reshape(8, -1), info["weights"].reshape(8, -1)
-    seen = with_weights(torch.from_numpy(rows), weights, 11).reshape(4, 2, -1)
+    seen = torch.from_numpy(observation)
     told = TensorDict({"lb": TensorDict({"observation": seen}, [4, 2])}, [4])
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         wanted = experiment.algorithm.get_policy_for_loss("lb")(told)["lb", "action"].numpy()
@@ -213,7 +212,7 @@ def test_refuses_what_does_not_fit(checkpoints: dict[str, Path], tmp_path: Path)
         ({"algorithm": "vdn"}, "trained with algorithm 'qmix', not 'vdn'"),
         ({"network": "mlp"}, "network 'equivariant', but the configuration has 'mlp'"),
         ({"hidden": 16}, "hidden 8, but the configuration has 16"),
-        ({"sees_weights": False}, "sees_weights True"),
+        ({"observe_weights": False}, "observe_weights True"),
         ({"num_balancers": 3}, "2 balancers, but the environment to train on has 3"),
         ({"scenario": None, "num_servers": 5}, "num_servers=7, but the environment to train on needs num_servers=5"),
         ({"env_kwargs": {"action_weights": [1.0, 1.5, 2.0]}}, "choices=2"),

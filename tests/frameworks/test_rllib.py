@@ -19,14 +19,14 @@ import torch
 from ray.rllib.core import Columns
 from ray.rllib.core.rl_module.rl_module import RLModule
 
+from lbgym.env.observations import ObservationLayout
 from lbgym.errors import CheckpointError, InvalidOptionError, LbgymError, UnknownNameError, UnsupportedSpaceError
 from lbgym.evaluation import compare
-from lbgym.policies.inputs import with_weights
 from lbgym.training import load_policy, read_checkpoint
 from lbgym.training.recipes import algo_of, make_config
 from lbgym.training.rllib import ALGORITHMS, RLlibConfig, RLlibResult, config_of, train_rllib
 from lbgym.training.rllib import train as recipe
-from lbgym.training.rllib.environment import RLlibMultiAgentEnv, RLlibVectorEnv, observation_space
+from lbgym.training.rllib.environment import RLlibMultiAgentEnv, RLlibVectorEnv
 from lbgym.training.rllib.modules import SACModule
 from lbgym.training.runs import Progress
 
@@ -133,7 +133,7 @@ def test_learns_is_exported_and_goes_on(algorithm: str, changes: dict[str, Any],
     n = saved_servers(path)
     flat = np.concatenate([np.ones((32, n)), rng.random((32, n * policy.features))], -1).astype(np.float32)
     weights = rng.uniform(0.2, 5.0, (32, n))
-    own = actions_of(module, with_weights(torch.from_numpy(flat), weights, policy.features))
+    own = actions_of(module, torch.from_numpy(flat))
     assert np.allclose(policy.act(flat, {"weights": weights}), own, atol=1e-5)
 
     compared = compare(short.scenario, f"lsq,{path}", 2, duration=5.0, warmup=1.0, processes=1)
@@ -290,7 +290,7 @@ def test_what_all_means_of_sac_share_is_taken_out_but_not_what_all_deviations_sh
     network = {"features": 12, "hidden": 8, "outputs": 1, "centered": True}
     critic = {"features": 13, "hidden": 8, "value": True}
     module = SACModule(
-        observation_space=observation_space(4, 11),
+        observation_space=ObservationLayout(4, "flat", observe_weights=True).space,
         action_space=gymnasium.spaces.Box(-1, 1, (4,)),
         model_config={"network": "equivariant", "actor": network, "critic": critic, "log_std": -2.0, "twin_q": True}
         | {"spread": network | {"centered": False}},

@@ -14,8 +14,8 @@ if find_spec("torchrl") is None:
 import torch
 
 from lbgym import LoadBalanceVectorEnv, MultiLoadBalanceVectorEnv
-from lbgym.errors import InvalidOptionError, LbgymError, UnsupportedSpaceError
-from lbgym.policies.inputs import with_weights
+from lbgym.env.observations import relative_weights
+from lbgym.errors import LbgymError, UnsupportedSpaceError
 from lbgym.training.networks import FlatServerNetwork
 from lbgym.training.torchrl_env import MultiTorchRLEnv, TorchRLEnv
 
@@ -31,12 +31,12 @@ ACTION_TYPES = ("discrete", "joint", "continuous", "normalized")
 KEYS = {"num_servers": 4, "max_steps": 5, "autoreset_mode": "Disabled"}
 
 
-def single(num_envs: int = 3, *, sees_weights: bool = False, **keys: Any) -> TorchRLEnv:
-    return TorchRLEnv(LoadBalanceVectorEnv(num_envs, **KEYS | keys), sees_weights=sees_weights)
+def single(num_envs: int = 3, **keys: Any) -> TorchRLEnv:
+    return TorchRLEnv(LoadBalanceVectorEnv(num_envs, **KEYS | keys))
 
 
-def multi(num_envs: int = 3, *, sees_weights: bool = False, **keys: Any) -> MultiTorchRLEnv:
-    return MultiTorchRLEnv(MultiLoadBalanceVectorEnv(num_envs, **KEYS | keys), sees_weights=sees_weights)
+def multi(num_envs: int = 3, **keys: Any) -> MultiTorchRLEnv:
+    return MultiTorchRLEnv(MultiLoadBalanceVectorEnv(num_envs, **KEYS | keys))
 
 
 @pytest.mark.parametrize("make", [single, multi])
@@ -44,7 +44,7 @@ def multi(num_envs: int = 3, *, sees_weights: bool = False, **keys: Any) -> Mult
 @pytest.mark.parametrize(
     "keys",
     [
-        {"observation": "flat", "normalize": True, "sees_weights": True},
+        {"observation": "flat", "normalize": True, "observe_weights": True},
         {"observation": "flat", "normalize": True},
         {"observation": "matrix"},
         {"observation": "dict", "use_ground_truth": True},
@@ -98,7 +98,7 @@ def assert_same(told: TensorDict, observation: Any) -> None:
 
 
 def test_weights_in_force_are_observed() -> None:
-    env = multi(sees_weights=True, observation="flat", action_type="normalized")
+    env = multi(observe_weights=True, observation="flat", action_type="normalized")
     plain = MultiLoadBalanceVectorEnv(3, observation="flat", action_type="normalized", **KEYS)
     env.set_seed(1)
     plain.reset(seed=1)
@@ -107,10 +107,10 @@ def test_weights_in_force_are_observed() -> None:
     action = env.full_action_spec.rand()
     told = env.step(told.update(action))["next"]
     observation, *_, info = plain.step(action["lb", "action"].numpy())
-    rows = torch.from_numpy(observation.reshape(6, -1))
-    wanted = with_weights(rows, info["weights"].reshape(6, -1), 11).reshape(3, 2, -1)
-    assert torch.equal(told["lb", "observation"], wanted)
-    seen = wanted[..., 4:].unflatten(-1, (4, 12))[..., -1]
+    told_of = told["lb", "observation"][..., 4:].unflatten(-1, (4, 12))
+    assert torch.equal(told_of[..., :-1].flatten(-2), torch.from_numpy(observation[..., 4:]))
+    seen = told_of[..., -1]
+    assert np.array_equal(seen.numpy(), relative_weights(info["weights"], info["active"]))
     log_weights = torch.from_numpy(np.log(info["weights"])).float()
     assert torch.allclose(seen, log_weights - log_weights.mean(-1, keepdim=True), atol=1e-5)
 
@@ -164,8 +164,6 @@ def test_tensors_are_fresh() -> None:
 def test_what_it_does_not_take() -> None:
     with pytest.raises(LbgymError, match="autoreset_mode DISABLED"):
         single(autoreset_mode="NextStep")
-    with pytest.raises(InvalidOptionError, match="layout 'flat', got 'matrix'"):
-        single(sees_weights=True, observation="matrix")
     with pytest.raises(UnsupportedSpaceError, match="MultiTorchRLEnv"):
         TorchRLEnv(MultiLoadBalanceVectorEnv(2, **KEYS))
 
@@ -192,7 +190,7 @@ def test_the_network_works_under_vmap_and_with_any_leading_axes() -> None:
 
 def test_ppo_of_torchrl_learns_in_it() -> None:
     torch.manual_seed(0)
-    env = single(8, sees_weights=True, observation="flat", normalize=True, action_type="normalized", max_steps=8)
+    env = single(8, observe_weights=True, observation="flat", normalize=True, action_type="normalized", max_steps=8)
     heads = torch.nn.Sequential(FlatServerNetwork(12, 16, 1), torch.nn.Linear(4, 8), NormalParamExtractor())
     actor = ProbabilisticActor(
         TensorDictModule(heads, ["observation"], ["loc", "scale"]),

@@ -119,13 +119,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_checkpoint_says_what_it_needs_to_act(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     saved = read_checkpoint(checkpoints[name])
     assert saved["format"] == "lbgym-policy" and saved["version"] == 1
-    assert saved["observation"] == {"observation": "flat", "normalize": True}
+    # Older files' networks are given the weights in force beside the observation.
+    shown = {} if "exported" in name else {"observe_weights": True}
+    assert saved["observation"] == {"observation": "flat", "normalize": True} | shown
+    assert not (shown and saved["inputs"]["weights"])
     assert saved["action"]["action_type"] in ("normalized", "discrete", "joint")
     assert saved["environment"]["step_interval"] == 0.25
     # Without the section for resuming it acts the same.
     torch.save(saved | {"trainer": {}}, tmp_path / "acting.pt")
     whole, acting = load_policy(checkpoints[name]), load_policy(tmp_path / "acting.pt")
-    np.testing.assert_array_equal(play(whole, 4, 11), play(acting, 4, 11))
+    np.testing.assert_array_equal(play(whole, 4, 11 + len(shown)), play(acting, 4, 11 + len(shown)))
     assert acting.path == tmp_path / "acting.pt" and acting.env_kwargs == whole.env_kwargs
 
 

@@ -75,9 +75,9 @@ def test_truncation_bootstraps_the_last_observation_of_the_episode() -> None:
 
     # play the same observations through an encoder of its own; the 16th is the last of its episode
     encoder = ppo.Encoder(trainer.features, SMALL.memory)
-    encoder.average = rollout.inputs[0, :, :, trainer.features + 1 :].clone()
-    for observation, _, _, _, info in seen[:16]:
-        inputs, active = encoder(observation, info["weights"])
+    encoder.average = rollout.inputs[0, :, :, trainer.features :].clone()
+    for observation, *_ in seen[:16]:
+        inputs, active = encoder(observation)
     with torch.no_grad():
         last = trainer.network.value(inputs, active)
     assert torch.allclose(rollout.next_values[15], last)
@@ -167,21 +167,19 @@ def test_moments_are_those_of_all_rows() -> None:
 def test_memory_is_an_exponential_average_that_starts_with_the_episode() -> None:
     rng = np.random.default_rng(0)
     observations = np.concatenate([np.ones((5, 2, 3)), rng.random((5, 2, 6))], axis=-1)
-    weights = rng.uniform(0.5, 2.0, (5, 2, 3))
     encoder = ppo.Encoder(2, 0.75)
     for t in range(5):
         fresh = np.array([False, True]) if t == 3 else None
-        inputs, active = encoder(observations[t], weights[t], fresh)
-    log_w = np.log(weights) - np.log(weights).mean(-1, keepdims=True)
-    now = np.concatenate([observations[:, :, 3:].reshape(5, 2, 3, 2), log_w[..., None]], axis=-1)
+        inputs, active = encoder(observations[t], fresh)
+    now = observations[:, :, 3:].reshape(5, 2, 3, 2)
     average = now[0].copy()
     for t in range(1, 5):
         if t == 3:
             average[1] = now[3, 1]
         average = 0.75 * average + 0.25 * now[t]
     assert active.all()
-    assert np.allclose(inputs[..., :3], now[4], atol=1e-6)
-    assert np.allclose(inputs[..., 3:], average, atol=1e-6)
+    assert np.allclose(inputs[..., :2], now[4], atol=1e-6)
+    assert np.allclose(inputs[..., 2:], average, atol=1e-6)
 
 
 # Runs
@@ -369,7 +367,7 @@ def test_act_refuses_an_observation_of_another_width() -> None:
 def test_a_checkpoint_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
     train_ppo(replace(SMALL, total_steps=64), out=tmp_path)
     path = tmp_path / "ppo.pt"
-    with pytest.raises(CheckpointError, match=r"features=11 .*\(96,\).* needs features=14 .*\(120,\)"):
+    with pytest.raises(CheckpointError, match=r"features=12 .*\(104,\).* needs features=15 .*\(128,\)"):
         train_ppo(replace(SMALL, env_kwargs={"use_ground_truth": True}), resume_from=path)
     with pytest.raises(CheckpointError, match=r"choices=0 .*Box.* needs choices=3 .*MultiDiscrete"):
         train_ppo(replace(SMALL, action_type="discrete"), resume_from=path)

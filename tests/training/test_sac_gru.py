@@ -189,7 +189,7 @@ def puzzle(agent: SACGRUAgent, count: int, steps: int, *, seed: int) -> tuple[Ba
     generator = torch.Generator().manual_seed(seed)
     n, burn_in = agent.num_servers, agent.config.burn_in
     target = torch.randint(3, (count, n), generator=generator)
-    inputs = torch.zeros(count, burn_in + steps + 1, n, agent.features + 1)
+    inputs = torch.zeros(count, burn_in + steps + 1, n, agent.features)
     inputs[:, burn_in, :, 0] = target - 1.0
     choices = torch.randint(3, (count, steps, n), generator=generator)
     rewards = (choices == target.unsqueeze(1)).float().mean(-1) * n
@@ -331,13 +331,13 @@ def logits_of(policy: Any, observations: np.ndarray) -> torch.Tensor:
     weights = np.ones(4)
     for observation in observations[:-1]:
         policy.act(observation, {"weights": weights})
-    inputs, active = server_inputs(observations[-1:], weights[None], policy.features)
+    inputs, active = server_inputs(observations[-1:], policy.features)
     return policy.network.logits(inputs, active, policy._memory)[0]
 
 
 def some_observations(seed: int, steps: int = 4) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return np.concatenate([np.ones((steps, 4)), rng.random((steps, 44))], axis=-1).astype(np.float32)
+    return np.concatenate([np.ones((steps, 4)), rng.random((steps, 48))], axis=-1).astype(np.float32)
 
 
 def test_a_checkpoint_reloads_to_the_same_actions(trained: Path) -> None:
@@ -424,7 +424,7 @@ def test_the_command_line_trains_it_and_goes_on(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_checkpoint_of_another_shape_is_refused_with_both_shapes(trained: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"features=11 .*\(48,\).* needs features=14 .*\(60,\)"):
+    with pytest.raises(CheckpointError, match=r"features=12 .*\(52,\).* needs features=15 .*\(64,\)"):
         train_sac_gru(replace(SMALL, env_kwargs={"use_ground_truth": True}), resume_from=trained)
     with pytest.raises(CheckpointError, match=r"choices=6 .*MultiDiscrete.* needs choices=2 .*MultiDiscrete"):
         train_sac_gru(replace(SMALL, action_weights=(1.0, 2.0)), resume_from=trained)

@@ -152,7 +152,7 @@ class EnvCore:
         """The present observation, in fresh arrays."""
         snapshot = self.snapshot
         assert snapshot is not None
-        return self.layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active)
+        return self.layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active, self.weights)
 
     def info(self) -> dict[str, Any]:
         """The present ``info``, in fresh arrays with the leading axes of the view."""

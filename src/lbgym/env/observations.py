@@ -15,6 +15,11 @@ from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 
 LAYOUTS = ("matrix", "flat", "dict")
 
+#: The column that ``observe_weights`` adds.
+WEIGHT_NAME = "weight"
+#: Smaller weights count as this one in that column.
+LEAST_WEIGHT = 1e-6
+
 #: A count c is mapped to log(1 + c) / log(1 + MAX_COUNT), a time t to log(1 + t / TIME_UNIT) / log(1 + MAX_TIME /
 #: TIME_UNIT), both at most 1; CPU and memory use are fractions already.
 MAX_COUNT = 10_000.0
@@ -46,10 +51,25 @@ def log_scale(
     np.minimum(values, np.float32(1.0), out=values)
 
 
+def relative_weights(weights: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Logarithms of weights [..., N] relative to the active servers' geometric mean, float32[..., N]; 0 if inactive.
+
+    Dispatch rules know no other scale of weights. Weights below ``LEAST_WEIGHT`` count as that.
+    """
+    # C order, so that a server's neighbours are summed in the same order in a batch and alone.
+    given = np.where(active, np.asarray(weights, np.float64), 1.0).copy(order="C")
+    logarithms = np.log(np.maximum(given, LEAST_WEIGHT))
+    mean = logarithms.sum(-1, keepdims=True) / np.maximum(active.sum(-1, keepdims=True), 1)
+    return np.where(active, logarithms - mean, 0.0).astype(np.float32)
+
+
 class ObservationLayout:
     """Lays out the features of N servers for an agent; the same for one snapshot and for a batch.
 
-    C columns: the 11 features, and with ``use_ground_truth`` CPU use, memory use and busy workers.
+    C columns: the 11 features, with ``use_ground_truth`` CPU use, memory use and busy workers, and with
+    ``observe_weights`` the weight in force: its logarithm relative to the active servers' geometric mean
+    (:func:`relative_weights`), without which a policy could not tell a slow server from one given too much. It has
+    either sign and no bounds, and ``normalize`` leaves it as it is.
 
     * "matrix": float32[..., N, C];
     * "flat": float32[..., N + N * C], 0/1 per server, whether it is active, then the matrix row by row;
@@ -63,17 +83,26 @@ class ObservationLayout:
     """
 
     def __init__(
-        self, num_servers: int, observation: str = "matrix", *, normalize: bool = False, use_ground_truth: bool = False
+        self,
+        num_servers: int,
+        observation: str = "matrix",
+        *,
+        normalize: bool = False,
+        use_ground_truth: bool = False,
+        observe_weights: bool = False,
     ) -> None:
         choice("observation layout", observation, LAYOUTS)
         self.num_servers = num_servers
         self.observation = observation
         self.normalize = normalize
         self.use_ground_truth = use_ground_truth
+        self.observe_weights = observe_weights
+        scaled = FEATURE_NAMES + (GROUND_TRUTH_NAMES if use_ground_truth else ())
         #: Names of the C columns.
-        self.columns: tuple[str, ...] = FEATURE_NAMES + (GROUND_TRUTH_NAMES if use_ground_truth else ())
-        self._units, self._gains = _scales(self.columns)
-        self._fractions = [i for i, name in enumerate(self.columns) if name in _FRACTIONS]
+        self.columns: tuple[str, ...] = scaled + ((WEIGHT_NAME,) if observe_weights else ())
+        self._scaled = len(scaled)
+        self._units, self._gains = _scales(scaled)
+        self._fractions = [i for i, name in enumerate(scaled) if name in _FRACTIONS]
 
     @property
     def space(self) -> spaces.Space[Any]:
@@ -81,25 +110,36 @@ class ObservationLayout:
         n, c = self.num_servers, len(self.columns)
         high = 1.0 if self.normalize else np.inf
         matrix = spaces.Box(0.0, high, (n, c), np.float32)
-        if not self.normalize:
-            for i in self._fractions:
-                matrix.high[:, i] = 1.0
+        if not self.normalize or self.observe_weights:
+            matrix.high[:, self._fractions] = 1.0
+            matrix.low[:, self._scaled :], matrix.high[:, self._scaled :] = -np.inf, np.inf
             # A Box compares and prints by these, too.
             matrix = spaces.Box(matrix.low, matrix.high, dtype=np.float32)
         if self.observation == "matrix":
             return matrix
         if self.observation == "dict":
             return spaces.Dict({"features": matrix, "mask": spaces.MultiBinary(n)})
+        low_row = np.concatenate([np.zeros(n, np.float32), matrix.low.ravel()])
         high_row = np.concatenate([np.ones(n, np.float32), matrix.high.ravel()])
-        return spaces.Box(np.zeros_like(high_row), high_row, dtype=np.float32)
+        return spaces.Box(low_row, high_row, dtype=np.float32)
 
     def encode(
-        self, stats: NDArray[np.float32], ground_truth: NDArray[np.float32] | None, active: NDArray[np.bool_]
+        self,
+        stats: NDArray[np.float32],
+        ground_truth: NDArray[np.float32] | None,
+        active: NDArray[np.bool_],
+        weights: NDArray[np.float64] | None = None,
     ) -> Any:
-        """An observation, in fresh arrays, of stats [..., N, 11], ground truth [..., N, 3] and active [..., N].
+        """Lay out a snapshot, in fresh arrays.
+
+        Args:
+            stats: float32[..., N, 11].
+            ground_truth: float32[..., N, 3]; None: unknown.
+            active: bool[..., N].
+            weights: float64[..., N], in force; for ``observe_weights`` only.
 
         Raises:
-            InvalidOptionError: if ground truth is asked for and the data plane has none.
+            InvalidOptionError: if ground truth or the weights are to be shown and not given.
         """
         if self.use_ground_truth:
             if ground_truth is None:
@@ -111,6 +151,10 @@ class ObservationLayout:
             features = stats.copy()
         if self.normalize:
             self._normalize(features)
+        if self.observe_weights:
+            if weights is None:
+                raise InvalidOptionError("observe_weights=True, but no weights in force are given")
+            features = np.concatenate([features, relative_weights(weights, active)[..., None]], axis=-1)
         if self.observation == "matrix":
             return features
         if self.observation == "dict":
@@ -125,9 +169,10 @@ class ObservationLayout:
             features[..., self._fractions] = fractions
 
     def decode(self, observation: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Features float32[..., N, C] in flows and seconds, and active bool[..., N], back from an observation.
+        """Features float32[..., N, 11 or 14] in flows and seconds, and active bool[..., N], back from an observation.
 
-        The matrix layout has no mask: there a server counts as inactive when its row is all zero and another's is not.
+        The column of the weights is left out. The matrix layout has no mask: there a server counts as inactive when its
+        row is all zero and another's is not, whatever its weight.
         """
         n, c = self.num_servers, len(self.columns)
         if self.observation == "dict":
@@ -138,9 +183,9 @@ class ObservationLayout:
             features = observation[..., n:].reshape(*observation.shape[:-1], n, c)
         else:
             features = np.asarray(observation)
-            seen = features.any(axis=-1)
+            seen = features[..., : self._scaled].any(axis=-1)
             active = np.logical_or(seen, ~seen.any(axis=-1, keepdims=True))
-        features = np.array(features, np.float32)
+        features = np.array(features[..., : self._scaled], np.float32)
         if self.normalize:
             fractions = features[..., self._fractions]
             features = np.expm1(features / self._gains) / self._units
@@ -148,4 +193,4 @@ class ObservationLayout:
         return features, active
 
 
-__all__ = ["LAYOUTS", "MAX_COUNT", "MAX_TIME", "TIME_UNIT", "ObservationLayout"]
+__all__ = ["LAYOUTS", "MAX_COUNT", "MAX_TIME", "TIME_UNIT", "ObservationLayout", "relative_weights"]

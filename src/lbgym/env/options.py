@@ -49,6 +49,7 @@ class EnvOptions:
         max_steps: int = 10_000,
         max_episode_steps: int | None = None,
         use_ground_truth: bool = False,
+        observe_weights: bool = False,
         observation: str = "matrix",
         normalize: bool = False,
         scenario: Scenario | ScenarioDistribution | str | PathLike[str] | None = None,
@@ -76,6 +77,7 @@ class EnvOptions:
             "observation": observation,
             "normalize": normalize,
             "use_ground_truth": use_ground_truth,
+            "observe_weights": observe_weights,
         }
         # Bad keys are refused here, before a simulator is compiled or a region attached to.
         servers = self.num_servers or (1 if self.source is None else self.source.max_servers)

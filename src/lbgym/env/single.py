@@ -30,8 +30,8 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
 
     **Observation**: per server 11 features (``lbgym.features.FEATURE_NAMES``: open flows; mean, 90th percentile,
     standard deviation, decayed mean and decayed 90th percentile of flow completion time and of flow duration,
-    seconds), with ``use_ground_truth`` 3 more (CPU use, memory use, busy workers). Layouts: see
-    :class:`~lbgym.env.observations.ObservationLayout`.
+    seconds), with ``use_ground_truth`` 3 more (CPU use, memory use, busy workers), with ``observe_weights`` one
+    more (its weight). Layouts: see :class:`~lbgym.env.observations.ObservationLayout`.
 
     **Action**: "discrete" ``MultiDiscrete([K] * N)`` into ``action_weights``; "joint" ``Discrete(K ** N)``, at most
     4,096; "continuous" ``Box(min_weight, max_weight, (N,))``; "normalized" ``Box(-1, 1, (N,))``, mapped by logarithm.
@@ -78,8 +78,10 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         max_steps: steps per episode.
         max_episode_steps: the same by Gymnasium's name; the smaller one counts.
         use_ground_truth: append the 3 columns that only the servers themselves know.
+        observe_weights: append a column ``weight``, the logarithm of the server's weight, ``info["weights"]``, relative
+            to the active servers' geometric mean; 0 for inactive servers.
         observation: "matrix", "flat" or "dict".
-        normalize: map every feature to [0, 1] by a fixed logarithmic scale.
+        normalize: map every feature to [0, 1] by a fixed logarithmic scale; the weights stay as they are.
         scenario: a Scenario or a distribution of them, the name of one, or the path of a TOML file; None: alternating
             servers of 2 and 4 cores.
             Live: a description of the cluster, for policies and pictures; None: unknown.
@@ -112,6 +114,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         max_steps: int = 10_000,
         max_episode_steps: int | None = None,
         use_ground_truth: bool = False,
+        observe_weights: bool = False,
         observation: str = "matrix",
         normalize: bool = False,
         scenario: Scenario | ScenarioDistribution | str | PathLike[str] | None = None,
@@ -136,6 +139,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
             max_steps=max_steps,
             max_episode_steps=max_episode_steps,
             use_ground_truth=use_ground_truth,
+            observe_weights=observe_weights,
             observation=observation,
             normalize=normalize,
             scenario=scenario,

@@ -207,7 +207,7 @@ class Agent:
             raise PolicyError(
                 f"policy {self.name!r} records no environment: give its agent an observation layout and an action codec"
             )
-        observation = self.layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active)
+        observation = self.layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active, weights)
         action = self._policy.act(observation, {**(info or {}), **step_info(snapshot, weights)})
         return self.codec.to_weights(action)
 

@@ -6,9 +6,11 @@ A checkpoint is what ``torch.save`` writes of a dictionary of tensors and plain 
 * ``algo``: the recipe; ``config``: its configuration; ``step`` and ``seconds``: how long it was trained;
 * ``observation``, ``action``, ``environment``: the keys of ``LoadBalanceEnv`` that make its observations, its actions,
   and the rest of its environment;
-* ``shapes``: ``features`` per server, ``choices`` per server, whether they are ``joint``, ``num_servers`` trained with;
+* ``shapes``: ``features`` per server of an observation, ``choices`` per server, whether they are ``joint``,
+  ``num_servers`` trained with;
 * ``network``: its ``name`` among ``lbgym.policies.networks.NETWORKS``, ``arguments`` and ``parameters``;
-* ``inputs``: whether the network reads the ``weights`` in force, and the ``memory`` of its moving average (None: none);
+* ``inputs``: the ``memory`` of the network's moving average (None: none), and whether it reads the ``weights`` in force
+  beside the observation, as it did before ``observe_weights`` was a key of the environment;
 * ``outputs``: whether to ``squash`` continuous actions by the hyperbolic tangent;
 * ``trainer``: what resuming needs beyond that, in the recipe's own form. A policy acts without it.
 
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 FORMAT = "lbgym-policy"
 VERSION = 1
 
-_OBSERVATION_KEYS = ("observation", "normalize", "use_ground_truth")
+_OBSERVATION_KEYS = ("observation", "normalize", "use_ground_truth", "observe_weights")
 _ACTION_KEYS = ("action_type", "action_weights", "min_weight", "max_weight")
 
 
@@ -45,7 +47,6 @@ def contents(
     network: str,
     arguments: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
-    sees_weights: bool,
     memory: float | None = None,
     squash: bool = False,
     step: int,
@@ -58,15 +59,13 @@ def contents(
         algo: name of the recipe, such as "rllib-ppo".
         config: its configuration as plain data.
         env_kwargs: keys of the environment that the policy's observations and actions depend on.
-        shapes: ``features`` F per server, without the weights in force; ``choices`` K per server, whether they are
+        shapes: ``features`` F per server of an observation; ``choices`` K per server, whether they are
             ``joint``, ``num_servers`` it was trained with, and what else the recipe compares when it resumes. The
             network's outputs are [B, N K] logits, server by server; if joint [B, K^N] logits or values of all joint
             actions; and [B, N] actions in [-1, 1] where there is nothing to choose among (K = 0).
         network: its name among ``lbgym.policies.networks.NETWORKS``.
         arguments: keywords of the network's class, plain data.
         parameters: its ``state_dict``.
-        sees_weights: whether each server's features end with the logarithm of its weight in force, as
-            :func:`~lbgym.policies.inputs.server_inputs` gives it.
         memory: share of the moving average of the inputs that a step keeps; None: the network reads none.
         squash: whether continuous actions are the hyperbolic tangent of the network's outputs.
         step: environment steps it was trained for.
@@ -87,7 +86,7 @@ def contents(
         **_split(env_kwargs),
         "shapes": dict(shapes),
         "network": {"name": network, "arguments": dict(arguments), "parameters": dict(parameters)},
-        "inputs": {"weights": sees_weights, "memory": memory},
+        "inputs": {"weights": False, "memory": memory},
         "outputs": {"squash": squash},
         "step": step,
         "seconds": seconds,

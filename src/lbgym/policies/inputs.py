@@ -1,4 +1,4 @@
-"""Turn observations and the weights in force into what the networks of :mod:`lbgym.policies.networks` read."""
+"""Turn observations into what the networks of :mod:`lbgym.policies.networks` read."""
 
 from __future__ import annotations
 
@@ -16,33 +16,29 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "a policy in plain torch") from error
 
 
-def server_inputs(observation: Any, weights: Any, features: int) -> tuple[Tensor, Tensor]:
-    """Flat observations [B, N (1 + F)] and weights in force [B, N] -> inputs [B, N, F + 1] and active bool[B, N].
-
-    Per server: the F features, and the logarithm of its weight relative to the active servers' geometric mean, since
-    dispatch rules know no other scale. Without it a policy could not tell a slow server from one that was given too
-    much.
-    """
+def server_inputs(observation: Any, features: int) -> tuple[Tensor, Tensor]:
+    """Flat observations [B, N (1 + F)] -> inputs per server [B, N, F] and active bool[B, N]."""
     flat = torch.from_numpy(np.ascontiguousarray(observation, dtype=np.float32))
     n = flat.shape[-1] // (1 + features)
-    active = flat[:, :n] > 0.5
+    return flat[:, n:].reshape(-1, n, features), flat[:, :n] > 0.5
+
+
+def with_weights(observation: Any, weights: Any, features: int) -> NDArray[np.float32]:
+    """Flat observations [B, N (1 + F)] and weights in force [B, N] -> [B, N (2 + F)], as with ``observe_weights=True``.
+
+    For policies from before environments had that key: their actions must not change, so the logarithm is torch's,
+    whose last bit may be another than that of :func:`lbgym.env.observations.relative_weights`.
+    """
+    rows, active = server_inputs(observation, features)
     log_w = torch.from_numpy(np.asarray(weights, dtype=np.float32)).clamp(min=1e-6).log_()
     mask = active.to(log_w.dtype)
     log_w = (log_w - (log_w * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
-    return torch.cat([flat[:, n:].reshape(-1, n, features), log_w.unsqueeze(-1)], -1), active
-
-
-def with_weights(flat: Tensor, weights: Any, features: int) -> Tensor:
-    """Flat observations [B, N (1 + F)] and weights in force [B, N] -> [B, N (2 + F)], still flat: mask, then features.
-
-    The feature added to each server is that of :func:`server_inputs`.
-    """
-    inputs, active = server_inputs(flat.numpy(), weights, features)
-    return torch.cat([active.to(inputs.dtype), inputs.flatten(1)], -1)
+    flat: NDArray[np.float32] = torch.cat([mask, torch.cat([rows, log_w.unsqueeze(-1)], -1).flatten(1)], -1).numpy()
+    return flat
 
 
 class Encoder:
-    """Turn flat observations and the weights in force into the network's inputs, with a short memory.
+    """Turn flat observations into the network's inputs, with a short memory.
 
     Per server: the inputs of :func:`server_inputs` and their exponential moving average, since one observation of a
     queue is mostly noise.
@@ -59,18 +55,18 @@ class Encoder:
     @property
     def size(self) -> int:
         """Inputs per server."""
-        return 2 * (self.features + 1)
+        return 2 * self.features
 
     def reset(self) -> None:
         """Forget the moving average."""
         self.average = None
 
-    def __call__(self, observation: Any, weights: Any, fresh: NDArray[np.bool_] | None = None) -> tuple[Tensor, Tensor]:
-        """Observations [B, N (1 + F)] and weights [B, N] -> inputs [B, N, 2 (F + 1)] and active [B, N].
+    def __call__(self, observation: Any, fresh: NDArray[np.bool_] | None = None) -> tuple[Tensor, Tensor]:
+        """Observations [B, N (1 + F)] -> inputs [B, N, 2 F] and active [B, N].
 
         Rows of ``fresh`` bool[B] begin an episode; None: none does, except after :meth:`reset`.
         """
-        now, active = server_inputs(observation, weights, self.features)
+        now, active = server_inputs(observation, self.features)
         if self.average is None or self.average.shape != now.shape:
             self.average = now.clone()
         else:

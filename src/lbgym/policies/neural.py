@@ -41,7 +41,7 @@ class NetworkPolicy(TrainedPolicy):
         step: environment steps it was trained for.
         algo: the recipe that trained it.
         network: the torch module.
-        features: F, features per server in its observations, without the weights in force.
+        features: F, columns per server of its observations.
         kind: the kind of its actions.
     """
 
@@ -62,6 +62,9 @@ class NetworkPolicy(TrainedPolicy):
         self.algo: str = state["algo"]
         self.deterministic = deterministic
         self.features: int = shapes["features"]
+        # Policies from before observations could show the weights in force are given them beside.
+        self._adds_weights: bool = state["inputs"]["weights"]
+        self._inputs = self.features + self._adds_weights
         self.kind = ActionKind(shapes["choices"], shapes["joint"])
         # Dense layers are for the servers they were trained with, all other networks for any number.
         self._num_servers: int | None = shapes["num_servers"] if network["name"] == "mlp" else None
@@ -120,13 +123,16 @@ class NetworkPolicy(TrainedPolicy):
                 f"{n} servers it takes shape ({n * (1 + self.features)},), got {flat.shape}"
             )
         with torch.inference_mode():
-            choice = self._choose(np.atleast_2d(flat), np.atleast_2d(weights))
+            rows = np.atleast_2d(flat)
+            if self._adds_weights:
+                rows = with_weights(rows, np.atleast_2d(weights), self.features)
+            choice = self._choose(rows)
         actions = self.kind.encode(choice.numpy())
         return actions[0] if single else actions
 
     @abstractmethod
-    def _choose(self, flat: NDArray[Any], weights: NDArray[Any]) -> Tensor:
-        """Choices [B, N] for flat observations [B, N (1 + F)] and weights in force [B, N]."""
+    def _choose(self, flat: NDArray[Any]) -> Tensor:
+        """Choices [B, N] for flat observations [B, N (1 + inputs)]."""
 
     def _prepare(self, state: Mapping[str, Any]) -> None:
         """Set up what a kind of policy has beside its network."""
@@ -146,16 +152,16 @@ class PPOPolicy(NetworkPolicy):
     """Acts by the actor of PPO, which reads the observation and its moving average; for any number of servers."""
 
     def _prepare(self, state: Mapping[str, Any]) -> None:
-        self.encoder = Encoder(self.features, state["inputs"]["memory"])
+        self.encoder = Encoder(self._inputs, state["inputs"]["memory"])
 
     def _separate(self) -> None:
-        self.encoder = Encoder(self.features, self.encoder.memory)
+        self.encoder = Encoder(self._inputs, self.encoder.memory)
 
     def _forget(self) -> None:
         self.encoder.reset()
 
-    def _choose(self, flat: NDArray[Any], weights: NDArray[Any]) -> Tensor:
-        inputs, active = self.encoder(flat, weights)
+    def _choose(self, flat: NDArray[Any]) -> Tensor:
+        inputs, active = self.encoder(flat)
         out, _ = self.network(self.network.scale(inputs, active), active)
         if self.deterministic:
             return out.argmax(-1) if self.kind.choices else out
@@ -169,8 +175,8 @@ class SACGRUPolicy(NetworkPolicy):
     def _forget(self) -> None:
         self._memory: Tensor | None = None
 
-    def _choose(self, flat: NDArray[Any], weights: NDArray[Any]) -> Tensor:
-        inputs, active = server_inputs(flat, weights, self.features)
+    def _choose(self, flat: NDArray[Any]) -> Tensor:
+        inputs, active = server_inputs(flat, self._inputs)
         if self._memory is not None and self._memory.shape[:2] != active.shape:
             self._memory = None
         logits, self._memory = self.network.logits(inputs, active, self._memory)
@@ -182,22 +188,18 @@ class ExportedPolicy(NetworkPolicy):
     """Acts by a network without memory that another framework trained; the framework is not needed.
 
     Attributes:
-        sees_weights: whether the network reads the weights in force.
         squash: whether continuous actions are the hyperbolic tangent of the network's outputs.
     """
 
     def _prepare(self, state: Mapping[str, Any]) -> None:
-        self.sees_weights: bool = state["inputs"]["weights"]
         self.squash: bool = state["outputs"]["squash"]
 
-    def _choose(self, flat: NDArray[Any], weights: NDArray[Any]) -> Tensor:
+    def _choose(self, flat: NDArray[Any]) -> Tensor:
         inputs = torch.from_numpy(np.ascontiguousarray(flat, np.float32))
-        if self.sees_weights:
-            inputs = with_weights(inputs, weights, self.features)
         out: Tensor = self.network(inputs)
         if not self.kind.choices:
             return out.tanh() if self.squash else out
-        n = weights.shape[-1]
+        n = flat.shape[-1] // (1 + self._inputs)
         logits = out if self.kind.joint else out.unflatten(-1, (n, self.kind.choices))
         if self.deterministic:
             index = logits.argmax(-1)

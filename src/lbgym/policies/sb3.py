@@ -19,8 +19,12 @@ from ..errors import MissingExtraError, PolicyError
 from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH
 from .trained import ENV_KWARGS_ATTRIBUTE, TrainedPolicy
 
-# Columns of an observation without and with the ground truth.
-_WIDTHS = (NUM_FEATURES, NUM_FEATURES + NUM_GROUND_TRUTH)
+# By the columns of an observation, whether it has the ground truth and the weights in force.
+_WIDTHS = {
+    NUM_FEATURES + NUM_GROUND_TRUTH * truth + weights: (truth, weights)
+    for weights in (False, True)
+    for truth in (False, True)
+}
 
 # Raised on reading a damaged file, or code that another version pickled.
 _DAMAGE = (
@@ -174,10 +178,13 @@ def _inferred_env_kwargs(observation: Any, action: Any, path: Path) -> dict[str,
         raise PolicyError(
             f"{str(path)!r} was not trained on an lbgym environment: its spaces are {observation} and {action}"
         )
+    truth, weights = _WIDTHS[width]
     keys: dict[str, Any] = {
         "observation": layout,
-        "use_ground_truth": width == _WIDTHS[1],
-        "normalize": bool(np.all(features.high <= 1)),
+        "use_ground_truth": truth,
+        "observe_weights": weights,
+        # The first feature is a count.
+        "normalize": bool(features.high[-width if layout == "flat" else (0, 0)] <= 1),
     }
     if not isinstance(action, spaces.Box):
         keys["action_type"] = "joint" if isinstance(action, spaces.Discrete) else "discrete"

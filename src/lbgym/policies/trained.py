@@ -27,7 +27,8 @@ class TrainedPolicy(ABC):
     Attributes:
         path: the file it was read from; None: none.
         env_kwargs: keys of the environment that its observations and actions belong to: ``observation``, ``normalize``,
-            ``use_ground_truth``, ``action_type`` and so on. ``LoadBalanceEnv(**env_kwargs, scenario=...)`` makes one.
+            ``use_ground_truth``, ``observe_weights``, ``action_type`` and so on.
+            ``LoadBalanceEnv(**env_kwargs, scenario=...)`` makes one.
         spaces: observation and action space it was trained on, and so a number of servers; None: not recorded.
     """
 
@@ -57,6 +58,11 @@ class TrainedPolicy(ABC):
         return bool(self.env_kwargs.get("use_ground_truth", False))
 
     @property
+    def observes_weights(self) -> bool:
+        """Whether its observations include the weights in force."""
+        return bool(self.env_kwargs.get("observe_weights", False))
+
+    @property
     def num_servers(self) -> int | None:
         """The only number of servers it can act for; None: any."""
         if self.spaces is None:
@@ -68,7 +74,8 @@ class TrainedPolicy(ABC):
         if len(shape) == 2:
             return shape[0]
         # Flat: an active flag and a row of features per server.
-        return shape[0] // (1 + NUM_FEATURES + (NUM_GROUND_TRUTH if self.uses_ground_truth else 0))
+        columns = NUM_FEATURES + (NUM_GROUND_TRUTH if self.uses_ground_truth else 0) + self.observes_weights
+        return shape[0] // (1 + columns)
 
     @abstractmethod
     def reset(self, seed: int | None = None) -> None:
@@ -94,6 +101,7 @@ class TrainedPolicy(ABC):
             keys.get("observation", "matrix"),
             normalize=bool(keys.get("normalize", False)),
             use_ground_truth=self.uses_ground_truth,
+            observe_weights=self.observes_weights,
         )
         weights = {k: keys[k] for k in ("action_weights", "min_weight", "max_weight") if k in keys}
         codec = make_action_codec(num_servers, keys.get("action_type", "discrete"), **weights)

@@ -194,6 +194,7 @@ class Recording:
         observation: str = "matrix",
         normalize: bool = False,
         use_ground_truth: bool = False,
+        observe_weights: bool = False,
         action_type: str = "continuous",
         action_weights: Sequence[float] = (1.0, 1.5, 2.0),
         min_weight: float = 0.1,
@@ -216,6 +217,7 @@ class Recording:
             observation: "matrix", "flat" or "dict".
             normalize: map every feature to [0, 1].
             use_ground_truth: append the 3 columns that only the servers themselves know.
+            observe_weights: append a column of the weights in force.
             action_type: "continuous", "normalized", "discrete" or "joint".
             action_weights: the levels of a discrete action.
             min_weight: least weight of a continuous action.
@@ -226,7 +228,13 @@ class Recording:
             RecordingError: if no two observations follow each other.
         """
         n = self.active.shape[1]
-        layout = ObservationLayout(n, observation, normalize=normalize, use_ground_truth=use_ground_truth)
+        layout = ObservationLayout(
+            n,
+            observation,
+            normalize=normalize,
+            use_ground_truth=use_ground_truth,
+            observe_weights=observe_weights,
+        )
         codec = make_action_codec(
             n, action_type, action_weights=action_weights, min_weight=min_weight, max_weight=max_weight
         )
@@ -242,7 +250,7 @@ class Recording:
         lengths = [len(run) - 1 for run in runs]
         truncated = np.zeros(len(rows), bool)
         truncated[np.cumsum(lengths) - 1] = True
-        observations = layout.encode(self.stats, self.ground_truth, self.active)
+        observations = layout.encode(self.stats, self.ground_truth, self.active, self.weights)
         weights = self.weights[rows + 1]
         # A server that the data plane does not know has no weight, and so does not count for the range of the others.
         unknown = np.arange(n) >= self.num_servers[rows, None]

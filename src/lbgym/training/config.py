@@ -41,6 +41,9 @@ class TrainingConfig:
     """dispatch rule; None: the scenario's"""
     max_steps: int = 256
     """steps of an episode; it is then truncated, and its last observation has a value like any other"""
+    observe_weights: bool = True
+    """observe of each server its weight in force as well; without it a policy could not tell a slow server from one
+    given too much"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """further keys of the environment"""
 
@@ -107,7 +110,7 @@ class TrainingConfig:
         keys: dict[str, Any] = {"action_type": self.action_type, "dispatch": self.dispatch}
         keys["step_interval"] = DEFAULT_STEP_INTERVAL
         keys |= {k: v for k, v in self.env_kwargs.items() if k not in ("num_threads", "render_mode")}
-        return keys | {"observation": "flat", "normalize": True}
+        return keys | {"observation": "flat", "normalize": True, "observe_weights": self.observe_weights}
 
     def environment_kwargs(self) -> dict[str, Any]:
         """All keys of the environment to train on, but the number of replicas and the autoreset mode."""
@@ -141,7 +144,7 @@ def plain_config(config: TrainingConfig) -> dict[str, Any]:
 
 
 #: Fields of configurations by the names they had before.
-RENAMED = {"policy": "network"}
+RENAMED = {"policy": "network", "sees_weights": "observe_weights"}
 
 
 def current_fields(plain: Mapping[str, Any]) -> dict[str, Any]:

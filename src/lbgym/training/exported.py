@@ -32,7 +32,6 @@ def write_policy(
     kind: ActionKind,
     num_servers: int,
     features: int,
-    sees_weights: bool,
     squash: bool = False,
     step: int,
     seconds: float,
@@ -50,9 +49,7 @@ def write_policy(
         parameters: its ``state_dict``.
         kind: the kind of its actions.
         num_servers: N it was trained with.
-        features: F, without the weights in force.
-        sees_weights: whether each server's features end with the logarithm of its weight in force; the input is then
-            float[B, N (2 + F)].
+        features: F, columns per server of an observation.
         squash: whether continuous actions are the hyperbolic tangent of the network's outputs.
         step: environment steps it was trained for.
         seconds: time it was trained for.
@@ -69,7 +66,6 @@ def write_policy(
         network=network,
         arguments=arguments,
         parameters=clone(dict(parameters)),
-        sees_weights=sees_weights,
         squash=squash,
         step=step,
         seconds=seconds,
@@ -92,7 +88,9 @@ def check_shapes(
     Raises:
         CheckpointError: naming both, for the first one that differs.
     """
-    there = saved["shapes"]
+    there = dict(saved["shapes"])
+    # In older files the weights in force were no part of the observation, but the networks read them as now.
+    there["features"] += saved["inputs"]["weights"]
 
     def spaces(shapes: Mapping[str, Any]) -> str:
         return f" ({shapes['observation']} -> {shapes['action']})" if "observation" in shapes else ""

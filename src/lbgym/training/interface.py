@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
 from ..env.actions import ActionCodec, make_action_codec
-from ..env.observations import ObservationLayout
+from ..env.observations import ObservationLayout, relative_weights
 from ..errors import LbgymError, UnsupportedSpaceError
 from ..features import FEATURE_NAMES
 
@@ -92,9 +92,15 @@ class Interface:
         columns = shape[-1] if len(shape) == 2 else shape[0] // n - 1
         kind = "discrete" if isinstance(action, spaces.MultiDiscrete) else "joint"
         codec = make_action_codec(n, kind, action_weights=levels)
-        # Counts have no upper bound and fractions of servers have one, unless all are normalised.
-        normalize = bool(np.asarray(getattr(matrix, "high", np.inf)).max() <= 1.0)
-        layout = ObservationLayout(n, name, normalize=normalize, use_ground_truth=columns > len(FEATURE_NAMES))
+        # The first feature, a count, has an upper bound only if it is normalised; weights have no lower one.
+        high, low = np.ravel(getattr(matrix, "high", np.inf)), np.ravel(getattr(matrix, "low", 0.0))
+        layout = ObservationLayout(
+            n,
+            name,
+            normalize=bool(high[-columns:][0] <= 1.0),
+            use_ground_truth=columns > len(FEATURE_NAMES) + 1,
+            observe_weights=bool(low[-1] < 0.0),
+        )
         if layout.space != observed or codec.space != action:
             raise UnsupportedSpaceError(
                 f"these are no spaces of LoadBalanceEnv with action_weights {tuple(levels)}: {observed} and {action}"
@@ -119,18 +125,25 @@ class Interface:
         """The ``action_type``, "discrete" or "joint"."""
         return "discrete" if isinstance(self.codec.space, spaces.MultiDiscrete) else "joint"
 
-    def flat(self, observation: Any) -> NDArray[np.float32]:
-        """Observations in any layout -> flat ones, float32[R, N (1 + C)]: mask, then features."""
+    def flat(self, observation: Any, weights: NDArray[Any] | None = None) -> NDArray[np.float32]:
+        """Observations in any layout -> flat ones, float32[R, N (1 + C)]: mask, then features.
+
+        With weights [R, N] each server's features end with its own, as with ``observe_weights=True``.
+        """
         n, rows = self.layout.num_servers, self.num_envs or 1
+        mask: Any
+        features: Any
         if self.layout.observation == "flat":
-            return np.asarray(observation, np.float32).reshape(rows, -1)
-        if self.layout.observation == "dict":
+            mask, features = np.split(np.reshape(observation, (rows, -1)), [n], axis=-1)
+        elif self.layout.observation == "dict":
             mask, features = observation["mask"], observation["features"]
         else:
             # Rows of inactive servers are zero, but so are those of idle ones.
             mask, features = np.ones((rows, n)), observation
-        parts = [np.asarray(part, np.float32).reshape(rows, -1) for part in (mask, features)]
-        return np.concatenate(parts, -1)
+        mask, features = np.reshape(mask, (rows, n)), np.reshape(features, (rows, n, -1))
+        if weights is not None:
+            features = np.concatenate([features, relative_weights(weights, mask > 0)[..., None]], -1)
+        return np.concatenate([mask, features.reshape(rows, -1)], -1, dtype=np.float32)
 
     def weights(self, actions: Any) -> NDArray[np.float64]:
         """Weights float64[R, N] of an action, or of one per replica."""

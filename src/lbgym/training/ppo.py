@@ -246,7 +246,6 @@ class _Trainer:
             network="actor-critic",
             arguments={"features": self.encoder.size, "hidden": self.config.hidden, "choices": self.kind.choices},
             parameters=clone(self.network.state_dict()),
-            sees_weights=True,
             memory=self.config.memory,
             step=self.budget.step,
             seconds=self.budget.seconds,
@@ -303,8 +302,8 @@ class _Trainer:
         if mask is None:
             self.encoder.reset()
         options = None if mask is None or mask.all() else {"reset_mask": mask}
-        observation, info = self.env.reset(seed=repeated, options=options)
-        self.inputs, self.active = self.encoder(observation, info["weights"], mask)
+        observation, _ = self.env.reset(seed=repeated, options=options)
+        self.inputs, self.active = self.encoder(observation, mask)
 
     @torch.no_grad()
     def collect(self) -> _Rollout:
@@ -322,7 +321,7 @@ class _Trainer:
             if t:
                 rollout.next_values[t - 1] = rollout.values[t]
             observation, reward, terminated, truncated, info = self.env.step(self.kind.encode(choice.numpy()))
-            self.inputs, self.active = self.encoder(observation, info["weights"])
+            self.inputs, self.active = self.encoder(observation)
             rollout.rewards[t] = torch.from_numpy(np.asarray(reward, dtype=np.float32))
             rollout.terminated[t] = torch.from_numpy(terminated)
             ended = terminated | truncated

@@ -68,7 +68,9 @@ ALGO = "sac-gru"
 CHECKPOINT_NAME = "sac-gru.pt"
 LOSSES = ("policy", "value", "entropy", "temperature", "q")
 #: Keys of the environment that an agent takes from the environment it is given.
-_OF_THE_ENVIRONMENT = ("action_type", "action_weights", "observation", "normalize", "use_ground_truth", "step_interval")
+_OF_THE_ENVIRONMENT = (
+    "action_type", "action_weights", "observation", "normalize", "use_ground_truth", "observe_weights", "step_interval",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -323,6 +325,7 @@ class SACGRUAgent:
             "num_envs": self.num_envs,
             "action_type": place.action_type,
             "action_weights": place.levels,
+            "observe_weights": layout.observe_weights or changes.get("observe_weights", base.observe_weights),
             "env_kwargs": {key: value for key, value in given.items() if key not in _OF_THE_ENVIRONMENT},
         }
         if place.max_steps is not None:
@@ -335,11 +338,17 @@ class SACGRUAgent:
             self.env_kwargs["use_ground_truth"] = True
         if place.step_interval is not None:
             self.env_kwargs["step_interval"] = place.step_interval
-        self.features = len(layout.columns)
+        # The weights in force, where the environment does not show them.
+        self._adds_weights = config.observe_weights and not layout.observe_weights
+        self.features = len(layout.columns) + self._adds_weights
         space = place.codec.space
         self.kind = ActionKind.of(space, self.num_servers)
         flat = ObservationLayout(
-            self.num_servers, "flat", normalize=layout.normalize, use_ground_truth=layout.use_ground_truth
+            self.num_servers,
+            "flat",
+            normalize=layout.normalize,
+            use_ground_truth=layout.use_ground_truth,
+            observe_weights=config.observe_weights,
         )
         self.shapes = {
             "features": self.features,
@@ -352,7 +361,7 @@ class SACGRUAgent:
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.networks = Agent(self.features + 1, config.hidden, self.kind.choices, config.initial_temperature)
+            self.networks = Agent(self.features, config.hidden, self.kind.choices, config.initial_temperature)
         rate = config.learning_rate
         self.optimisers = {
             "actor": torch.optim.Adam(self.networks.actor.parameters(), lr=rate, eps=1e-5),
@@ -360,7 +369,7 @@ class SACGRUAgent:
             "temperature": torch.optim.Adam([self.networks.log_alpha], lr=config.temperature_rate),
         }
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.replay = Replay(config.replay, config.max_steps, self.num_envs, self.num_servers, self.features + 1)
+        self.replay = Replay(config.replay, config.max_steps, self.num_envs, self.num_servers, self.features)
         self.step = 0
         self._forget()
 
@@ -430,8 +439,8 @@ class SACGRUAgent:
         return np.reshape(weights, (self.num_envs, self.num_servers))
 
     def _encode(self, observation: Any) -> None:
-        flat = self.interface.flat(observation)
-        self._inputs, self._active = server_inputs(flat, self._weights, self.features)
+        flat = self.interface.flat(observation, self._weights if self._adds_weights else None)
+        self._inputs, self._active = server_inputs(flat, self.features)
         self._seen = observation
 
     def _look(self, observation: Any, info: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
@@ -553,9 +562,8 @@ class SACGRUAgent:
             env_kwargs=env_kwargs or self.env_kwargs,
             shapes=self.shapes,
             network="recurrent",
-            arguments={"features": self.features + 1, "hidden": self.config.hidden, "choices": self.kind.choices},
+            arguments={"features": self.features, "hidden": self.config.hidden, "choices": self.kind.choices},
             parameters=acting,
-            sees_weights=True,
             step=self.step,
             seconds=seconds,
             trainer={

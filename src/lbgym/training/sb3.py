@@ -260,6 +260,8 @@ class SB3Config(TrainingConfig):
     action_type: str = PER_ALGORITHM
     """an ``action_type`` of ``LoadBalanceEnv``: any for "ppo", "a2c" and "recurrent-ppo" (default "normalized"),
     "joint" for "dqn", and for "sac" and "td3" either "normalized" (default) or "continuous"."""
+    observe_weights: bool = False
+    """observe of each server its weight in force as well"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """further keys of ``LoadBalanceVectorEnv``; "dqn" has ``action_weights`` of 1 and 4 unless given"""
 

@@ -32,8 +32,9 @@ from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH
 from ..policies.action_kind import is_normalized
 from ..policies.networks import ServerEncoder, ServerHead, centered, joint_sums, masked, value_of_context
 
-# Numbers per server of a flat observation: whether it is active, and the features without and with the ground truth.
-_FLAT_WIDTHS = (1 + NUM_FEATURES, 1 + NUM_FEATURES + NUM_GROUND_TRUTH)
+# Numbers per server of a flat observation: whether it is active, and the features without and with the ground truth;
+# then both with the weight in force.
+_FLAT_WIDTHS = tuple(1 + w + NUM_FEATURES + truth for w in (0, 1) for truth in (0, NUM_GROUND_TRUTH))
 
 
 def servers_of(observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any] | None = None) -> int:
@@ -70,8 +71,8 @@ class EquivariantExtractor(BaseFeaturesExtractor):
 
     Args:
         observation_space: of any layout. "matrix" has no mask: there a server counts as inactive when its row is all
-            zero and another's is not.
-        num_servers: N; None: from the space, without the ground truth if it is flat.
+            zero and another's is not, whatever its weight.
+        num_servers: N; None: from the space, without the ground truth and the weights if it is flat.
         hidden: H, width.
     """
 
@@ -85,6 +86,8 @@ class EquivariantExtractor(BaseFeaturesExtractor):
             features = observation_space["features"]
         shape = features.shape or ()
         self.num_servers, self.hidden = n, hidden
+        # All columns but that of the weights, which alone is signed.
+        self._seen = shape[-1] - bool(np.ravel(getattr(features, "low", 0.0))[-1] < 0.0)
         self.network = ServerEncoder(shape[1] if len(shape) == 2 else shape[0] // n - 1, hidden)
 
     def forward(self, observations: Any) -> Tensor:
@@ -96,7 +99,7 @@ class EquivariantExtractor(BaseFeaturesExtractor):
             features, active = observations[:, n:].unflatten(1, (n, -1)), observations[:, :n] > 0.5
         else:
             features = observations
-            seen = features.any(-1)
+            seen = features[..., : self._seen].any(-1)
             active = seen | ~seen.any(-1, keepdim=True)
         h = self.network.encode(features, active)
         return torch.cat([active.to(h.dtype), h.flatten(1), self.network.pool(h, active)], -1)

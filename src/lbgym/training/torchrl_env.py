@@ -15,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from ..errors import InvalidOptionError, LbgymError, MissingExtraError, UnsupportedSpaceError
+from ..errors import LbgymError, MissingExtraError, UnsupportedSpaceError
 
 try:
     import torch
@@ -32,7 +32,6 @@ except ModuleNotFoundError as error:
 
 from ..env.multi_agent_vector import MultiLoadBalanceVectorEnv
 from ..env.vector import LoadBalanceVectorEnv, ReplicaEnv
-from ..policies.inputs import with_weights
 
 #: The group of agents, as TorchRL calls them, that the balancers are.
 GROUP = "lb"
@@ -43,22 +42,15 @@ class _ReplicaEnv(EnvBase):
 
     env: ReplicaEnv
 
-    def __init__(self, env: ReplicaEnv, *, sees_weights: bool = False, device: torch.device | str = "cpu") -> None:
+    def __init__(self, env: ReplicaEnv, *, device: torch.device | str = "cpu") -> None:
         mode = env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.DISABLED:
             raise LbgymError(
                 f"{type(self).__name__} needs a vector environment with autoreset_mode DISABLED, since TorchRL resets "
                 f"replicas itself; got {mode}"
             )
-        layout = env.observation_layout
-        if sees_weights and layout.observation != "flat":
-            raise InvalidOptionError(
-                f"sees_weights=True needs observations of the layout 'flat', got {layout.observation!r}"
-            )
         super().__init__(device=torch.device(device), batch_size=torch.Size([env.num_envs]))
         self.env = env
-        self.sees_weights = sees_weights
-        self.features = len(layout.columns)
         self._next_seeds: list[int | None] = [None] * env.num_envs
 
     def _set_seed(self, seed: int | None) -> None:
@@ -71,27 +63,20 @@ class _ReplicaEnv(EnvBase):
         if asked is not None:
             mask = asked.reshape(self.env.num_envs).cpu().numpy().copy()
         options = dict(kwargs.get("options") or {}) | {"reset_mask": mask}
-        observation, info = self.env.reset(seed=self._next_seeds, options=options)
+        observation, _ = self.env.reset(seed=self._next_seeds, options=options)
         self._next_seeds = [None if mask[i] else seed for i, seed in enumerate(self._next_seeds)]
         over = np.zeros(self.env.num_envs, np.bool_)
-        return self._told(observation, info, over, over)
+        return self._told(observation, over, over)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict.get(self.action_key).detach().cpu().numpy()
-        observation, rewards, terminated, truncated, info = self.env.step(action)
-        told = self._told(observation, info, terminated, truncated)
+        observation, rewards, terminated, truncated, _ = self.env.step(action)
+        told = self._told(observation, terminated, truncated)
         told.set(self.reward_key, self._tensor(rewards.astype(np.float32)).unsqueeze(-1))
         return told
 
-    def _told(
-        self, observation: Any, info: dict[str, Any], terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]
-    ) -> TensorDictBase:
+    def _told(self, observation: Any, terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]) -> TensorDictBase:
         """Observations and ends, in fresh tensors."""
-        if self.sees_weights:
-            rows = torch.from_numpy(observation.reshape(-1, observation.shape[-1]))
-            weights = info["weights"].reshape(len(rows), -1)
-            seen = with_weights(rows, weights, self.features)
-            observation = seen.reshape(*observation.shape[:-1], -1).numpy()
         told = TensorDict(self._observed(observation), self.batch_size, device=self.device)
         for key, ended in (("terminated", terminated), ("truncated", truncated), ("done", terminated | truncated)):
             told.set(key, self._tensor(ended).unsqueeze(-1).clone())
@@ -111,9 +96,6 @@ class _ReplicaEnv(EnvBase):
 
     def _observation_specs(self, space: spaces.Space[Any], leading: torch.Size) -> dict[str, TensorSpec]:
         """Specs of an agent's observation with leading axes, its parts by name."""
-        if self.sees_weights:
-            size = self.env.num_servers * (2 + self.features)
-            return {"observation": Unbounded((*leading, size), device=self.device)}
         parts = space.spaces if isinstance(space, spaces.Dict) else {"observation": space}
         return {name: self._spec(part, leading) for name, part in parts.items()}
 
@@ -154,26 +136,21 @@ class TorchRLEnv(_ReplicaEnv):
     go on; ``reset(options=...)`` takes the options of :meth:`lbgym.LoadBalanceEnv.reset`.
 
     Args:
-        env: made with ``autoreset_mode=AutoresetMode.DISABLED``; it is closed with this one.
-        sees_weights: each server's features end with the logarithm of its weight in force, float32[R, N (2 + F)], as
-            :func:`lbgym.policies.inputs.server_inputs` gives it: without it a policy could not tell a slow server
-            from one that was given too much. For the layout "flat" only.
+        env: made with ``autoreset_mode=AutoresetMode.DISABLED``, best with ``observe_weights=True``; it is
+            closed with this one.
         device: of all tensors; the simulator runs on the CPU.
 
     Raises:
         LbgymError: for another autoreset mode.
-        InvalidOptionError: for ``sees_weights`` with another layout.
         UnsupportedSpaceError: for an environment with several balancers.
     """
 
-    def __init__(
-        self, env: LoadBalanceVectorEnv, *, sees_weights: bool = False, device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, env: LoadBalanceVectorEnv, *, device: torch.device | str = "cpu") -> None:
         if not isinstance(env, LoadBalanceVectorEnv):
             raise UnsupportedSpaceError(
                 "TorchRLEnv takes a LoadBalanceVectorEnv; for a MultiLoadBalanceVectorEnv use MultiTorchRLEnv"
             )
-        super().__init__(env, sees_weights=sees_weights, device=device)
+        super().__init__(env, device=device)
         r = self.batch_size
         self.observation_spec = Composite(self._observation_specs(env.single_observation_space, r), shape=r)
         self.action_spec = self._spec(env.single_action_space, r)
@@ -193,8 +170,8 @@ class MultiTorchRLEnv(_ReplicaEnv):
     ``truncated``, bool[R, 1]. The rest is as of :class:`TorchRLEnv`, with an axis of balancers.
 
     Args:
-        env: made with ``autoreset_mode=AutoresetMode.DISABLED``; it is closed with this one.
-        sees_weights: each server's features end with the logarithm of its weight in force, float32[R, m, N (2 + F)].
+        env: made with ``autoreset_mode=AutoresetMode.DISABLED``, best with ``observe_weights=True``; it is
+            closed with this one.
         device: of all tensors; the simulator runs on the CPU.
 
     Attributes:
@@ -202,15 +179,12 @@ class MultiTorchRLEnv(_ReplicaEnv):
 
     Raises:
         LbgymError: for another autoreset mode.
-        InvalidOptionError: for ``sees_weights`` with another layout than "flat".
     """
 
     env: MultiLoadBalanceVectorEnv
 
-    def __init__(
-        self, env: MultiLoadBalanceVectorEnv, *, sees_weights: bool = False, device: torch.device | str = "cpu"
-    ) -> None:
-        super().__init__(env, sees_weights=sees_weights, device=device)
+    def __init__(self, env: MultiLoadBalanceVectorEnv, *, device: torch.device | str = "cpu") -> None:
+        super().__init__(env, device=device)
         self.group_map = {GROUP: [f"lb_{b}" for b in range(env.num_balancers)]}
         r = self.batch_size
         agents = torch.Size([*r, env.num_balancers])

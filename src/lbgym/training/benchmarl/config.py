@@ -116,9 +116,6 @@ class BenchMARLConfig(TrainingConfig):
     """balancers; None: the scenario's"""
     reward_sharing: str = "mean"
     """how rewards are shared among the balancers: "mean", "field", "own" or "difference"."""
-    sees_weights: bool = True
-    """observe of each server its weight in force as well; without it a policy could not tell a slow server from one
-    that was given too much"""
     action_type: str = PER_ALGORITHM
     """an ``action_type`` of ``LoadBalanceEnv``: "joint" for "qmix", "vdn" and "iql", "normalized" for
     "maddpg", either for the others (default "normalized")"""

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import MissingExtraError
+from ...errors import InvalidOptionError, MissingExtraError
 
 try:
     with warnings.catch_warnings():
@@ -28,22 +28,24 @@ class LoadBalanceTaskClass(TaskClass):
     """Balancers in front of the same servers, for BenchMARL: a group of agents "lb" and a state for central critics.
 
     Its ``config`` has the keys of :class:`lbgym.MultiLoadBalanceVectorEnv`, ``scenario`` being the task's unless given,
-    and of these its own:
+    and of its own ``reward_loc`` and
+    ``reward_scale``: BenchMARL is given ``reward_scale * reward + reward_loc`` (default 0 and 1).
 
-    * ``sees_weights``: see :class:`~lbgym.training.torchrl_env.TorchRLEnv` (default True);
-    * ``reward_loc`` and ``reward_scale``: BenchMARL is given ``reward_scale * reward + reward_loc`` (default 1 and 0).
-
-    Observations are "flat" and normalised unless given, rewards "open_flows". Without an ``action_type``,
-    algorithms with continuous actions get "normalized" and those with discrete ones "joint", with the weights of
-    ``WEIGHTS``.
+    Observations are "flat", normalised and show the weights in force unless given, rewards "open_flows". Without an
+    ``action_type``, algorithms with continuous actions get "normalized" and those with discrete ones "joint", with the
+    weights of ``WEIGHTS``.
     """
 
     def get_env_fun(
         self, num_envs: int, continuous_actions: bool, seed: int | None, device: Any
     ) -> Callable[[], EnvBase]:
         """Return a function that makes the environment of ``num_envs`` replicas."""
-        keys = {"observation": "flat", "normalize": True, "reward_type": "open_flows"} | self.config
-        sees_weights = keys.pop("sees_weights", True)
+        shown = {"observation": "flat", "normalize": True, "observe_weights": True}
+        keys = shown | {"reward_type": "open_flows"} | self.config
+        if "sees_weights" in keys:
+            raise InvalidOptionError(
+                f"sees_weights={keys['sees_weights']!r} is called observe_weights now, a key of the environment"
+            )
         for name in ("reward_loc", "reward_scale"):
             keys.pop(name, None)
         keys.setdefault("scenario", self.name.lower().replace("_", "-"))
@@ -52,7 +54,7 @@ class LoadBalanceTaskClass(TaskClass):
 
         def make() -> EnvBase:
             vector = MultiLoadBalanceVectorEnv(num_envs, autoreset_mode="Disabled", **keys)
-            env = MultiTorchRLEnv(vector, sees_weights=sees_weights, device=device)
+            env = MultiTorchRLEnv(vector, device=device)
             env.set_seed(seed)
             return env
 

@@ -324,7 +324,7 @@ def _experiment(
     watch: _Watch,
 ) -> _Experiment:
     loc, scale = scaling
-    keys = {"sees_weights": config.sees_weights, "reward_loc": loc, "reward_scale": scale}
+    keys = {"reward_loc": loc, "reward_scale": scale}
     model = LoadBalanceModelConfig(network=config.network, num_servers=facts.num_servers, hidden=config.hidden)
     critic = replace(model)
     if not ALGORITHMS[config.algorithm].own_critic:
@@ -368,7 +368,6 @@ def _save(
         kind=facts.kind,
         num_servers=facts.num_servers,
         features=facts.features,
-        sees_weights=config.sees_weights,
         squash=squash,
         step=budget.step,
         seconds=budget.seconds,
@@ -389,15 +388,14 @@ def _actor(
     model = next(module for module in policy.modules() if isinstance(module, LoadBalanceModel))
     parameters = {name: value.detach().clone() for name, value in model.network.state_dict().items()}
     n, choices, hidden = facts.num_servers, facts.kind.choices, config.hidden
-    per_server = facts.features + config.sees_weights
     last: tuple[str, ...]
     arguments: dict[str, Any]
     if model.equivariant:
         last, outputs = ("head.weight", "head.bias"), 1
-        arguments = facts.kind.actor_arguments(per_server, hidden)
+        arguments = facts.kind.actor_arguments(facts.features, hidden)
     else:
         last, outputs = tuple(parameters)[-2:], n
-        arguments = {"sizes": [n * (1 + per_server), hidden, hidden, choices**n if choices else n]}
+        arguments = {"sizes": [n * (1 + facts.features), hidden, hidden, choices**n if choices else n]}
     if model.parts > 1:
         # The standard deviations, which come after the means, have no part in acting.
         parameters |= {name: parameters[name][:outputs].clone() for name in last}
@@ -457,7 +455,7 @@ def _read(path: Path, config: BenchMARLConfig, facts: _Facts) -> dict[str, Any]:
     """A checkpoint that a configuration's training can go on with."""
     saved = read_checkpoint(path)
     check_recipe(path, saved["algo"], "benchmarl", config.algorithm)
-    check_same(path, saved["config"], config, ("network", "hidden", "sees_weights"))
+    check_same(path, saved["config"], config, ("network", "hidden", "observe_weights"))
     kind = facts.kind
     here = {"features": facts.features, "choices": kind.choices, "joint": kind.joint, "num_servers": facts.num_servers}
     check_shapes(saved, path, here, tuple(here))

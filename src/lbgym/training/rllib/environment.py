@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ...errors import MissingExtraError
 
 try:
-    import torch
     from ray.rllib.callbacks.callbacks import RLlibCallback
     from ray.rllib.env.wrappers.pettingzoo_env import ParallelPettingZooEnv
 except ModuleNotFoundError as error:
@@ -26,7 +24,6 @@ except ModuleNotFoundError as error:
 from ...env.multi_agent import MultiLoadBalanceEnv
 from ...env.multi_agent_vector import MultiLoadBalanceVectorEnv
 from ...env.vector import LoadBalanceVectorEnv
-from ...policies.inputs import with_weights
 
 #: What is told of the steps taken, by name; see :class:`Statistics`.
 STATISTICS = ("steps", "reward", "flows", "fct")
@@ -56,16 +53,11 @@ class Statistics:
         return taken
 
 
-def observation_space(num_servers: int, features: int) -> spaces.Space[Any]:
-    """Flat observations with the weights in force, float32[N (2 + F)]."""
-    return spaces.Box(-np.inf, np.inf, (num_servers * (2 + features),), np.float32)
-
-
 class RLlibVectorEnv(LoadBalanceVectorEnv):
     """The native vector environment for ``gym_env_vectorize_mode="vector_entry_point"``.
 
-    Observations are flat, with the weights in force: :func:`~lbgym.policies.inputs.with_weights`. Infos are empty,
-    since RLlib would make a dictionary per replica and step of them; what matters is in ``statistics``.
+    Observations are flat, with the weights in force unless ``observe_weights`` is False. Infos are empty, since RLlib
+    would make a dictionary per replica and step of them; what matters is in ``statistics``.
 
     Args:
         num_envs: replicas.
@@ -74,11 +66,10 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
     """
 
     def __init__(self, num_envs: int = 1, *, reward_scale: float = 1.0, **keys: Any) -> None:
-        super().__init__(num_envs, **keys | {"observation": "flat"})
+        shown: dict[str, Any] = {"observe_weights": True} | keys | {"observation": "flat"}
+        super().__init__(num_envs, **shown)
         self.reward_scale = reward_scale
         self.statistics = Statistics()
-        self.single_observation_space = observation_space(self.num_servers, len(self.feature_columns))
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
         # compiles the simulator before the clock of the training starts
         self.reset(seed=0)
         super().step(self.action_space.sample())
@@ -91,8 +82,7 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
         RLlib's env runners get consecutive seeds, whose replicas would otherwise share most of theirs.
         """
         seeds = [seed * self.num_envs + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
-        observation, info = super().reset(seed=seeds, options=options)
-        return self._seen(observation, info), {}
+        return super().reset(seed=seeds, options=options)[0], {}
 
     def step(
         self, actions: Any
@@ -102,12 +92,7 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
         # a replica that was reset has taken no step
         stepped = self._core.steps > 0
         self.statistics.add(rewards[stepped], info["completed"][stepped], info["fct_mean"][stepped])
-        return self._seen(observation, info), rewards / self.reward_scale, terminated, truncated, {}
-
-    def _seen(self, observation: NDArray[np.float32], info: Mapping[str, Any]) -> NDArray[np.float32]:
-        seen = with_weights(torch.from_numpy(observation), info["weights"], len(self.feature_columns))
-        array: NDArray[np.float32] = seen.numpy()
-        return array
+        return observation, rewards / self.reward_scale, terminated, truncated, {}
 
 
 class RLlibMultiAgentEnv(ParallelPettingZooEnv):
@@ -119,18 +104,17 @@ class RLlibMultiAgentEnv(ParallelPettingZooEnv):
     """
 
     def __init__(self, keys: Mapping[str, Any], worker_index: int = 0) -> None:
-        rest = {name: value for name, value in keys.items() if name != "reward_scale"}
-        env = MultiLoadBalanceEnv(**rest | {"observation": "flat"})
+        shown = {"observe_weights": True} | dict(keys) | {"observation": "flat"}
+        shown.pop("reward_scale", None)
+        env = MultiLoadBalanceEnv(**shown)
         # the constructor resets it
         super().__init__(env)
         self.env, self.worker_index = env, worker_index
         self.reward_scale = float(keys.get("reward_scale", 1.0))
         self.statistics = Statistics()
-        self.features = len(env.feature_columns)
         # RLlib wants the balancers' names in a fixed order
         self.agents = self.possible_agents = list(env.possible_agents)
-        space = observation_space(env.num_servers, self.features)
-        self.observation_spaces = dict.fromkeys(self.agents, space)
+        self.observation_spaces = {agent: env.observation_space(agent) for agent in self.agents}
         self.action_spaces = {agent: env.action_space(agent) for agent in self.agents}
         self.observation_space = spaces.Dict(self.observation_spaces)
         self.action_space = spaces.Dict(self.action_spaces)
@@ -140,8 +124,8 @@ class RLlibMultiAgentEnv(ParallelPettingZooEnv):
         """Begin an episode; ``seed`` is made another one in each env runner."""
         if seed is not None:
             seed = seed * 1_000 + self.worker_index
-        observations, infos = self.env.reset(seed=seed, options=options)
-        return self._seen(observations, infos), {agent: {} for agent in observations}
+        observations, _ = self.env.reset(seed=seed, options=options)
+        return observations, {agent: {} for agent in observations}
 
     def step(self, action_dict: Mapping[str, Any]) -> tuple[Any, Any, Any, Any, Any]:
         """One interval, with scaled rewards and nothing in the infos."""
@@ -152,12 +136,7 @@ class RLlibMultiAgentEnv(ParallelPettingZooEnv):
         self.statistics.add(np.asarray(reward), np.asarray(first["completed"]), np.asarray(first["fct_mean"]))
         scaled = {agent: reward / self.reward_scale for agent, reward in rewards.items()}
         terminated["__all__"], truncated["__all__"] = all(terminated.values()), all(truncated.values())
-        return self._seen(observations, infos), scaled, terminated, truncated, {agent: {} for agent in observations}
-
-    def _seen(self, observations: Mapping[str, Any], infos: Mapping[str, Any]) -> dict[str, Any]:
-        rows = torch.from_numpy(np.stack([observations[agent] for agent in observations]))
-        weights = np.stack([infos[agent]["weights"] for agent in observations])
-        return dict(zip(observations, with_weights(rows, weights, self.features).numpy(), strict=True))
+        return observations, scaled, terminated, truncated, {agent: {} for agent in observations}
 
 
 class StatisticsCallback(RLlibCallback):

@@ -35,7 +35,6 @@ from ...env.multi_agent_vector import MultiLoadBalanceVectorEnv
 from ...env.vector import LoadBalanceVectorEnv
 from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
-from ...policies.inputs import with_weights
 from ...policies.neural import ExportedPolicy
 from ..cluster import ClusterError, connected
 from ..config import check_recipe, check_same, saved_config
@@ -150,6 +149,9 @@ class _Run:
         self.budget = Budget(config, int(done["step"]), float(done["seconds"]))
         with _made(config, keys) as env:
             self._num_servers, self._features = env.num_servers, len(env.feature_columns)
+            self._observation_space = (
+                env.agent_observation_space if config.multi_agent else env.single_observation_space
+            )
             self._action_space = env.agent_action_space if config.multi_agent else env.single_action_space
         self._action_kind = ActionKind.of(self._action_space, self._num_servers)
         if saved is not None and path is not None:
@@ -178,7 +180,7 @@ class _Run:
             raise
 
     def _module_spec(self) -> RLModuleSpec:
-        config, n, features = self._config, self._num_servers, self._features + 1
+        config, n, features = self._config, self._num_servers, self._features
         kind = self._action_kind
         model: dict[str, Any] = {"network": config.network, "log_std": config.log_std}
         # SAC's critics are given actions as well
@@ -204,7 +206,7 @@ class _Run:
             model["epsilon"] = options.get("epsilon", [(0, 1.0), (explored, 0.05)])
         return RLModuleSpec(
             module_class=getattr(modules, self._kind.rl_module),
-            observation_space=environment.observation_space(n, self._features),
+            observation_space=self._observation_space,
             action_space=self._action_space,
             model_config=model,
         )
@@ -353,7 +355,6 @@ class _Run:
             kind=self._action_kind,
             num_servers=self._num_servers,
             features=self._features,
-            sees_weights=True,
             squash=kind.squash,
             step=self.budget.step,
             seconds=self.budget.seconds,
@@ -373,9 +374,8 @@ class _Run:
         rng = np.random.default_rng(0)
         flat = np.concatenate([np.ones((rows, n)), rng.random((rows, n * self._features))], -1).astype(np.float32)
         info = {"weights": rng.uniform(0.5, 2.0, (rows, n))}
-        seen = with_weights(torch.from_numpy(flat), info["weights"], self._features)
         with torch.no_grad():
-            told = module.forward_inference({Columns.OBS: seen})
+            told = module.forward_inference({Columns.OBS: torch.from_numpy(flat)})
             if Columns.ACTIONS in told:
                 wanted = told[Columns.ACTIONS].numpy()
             else:
