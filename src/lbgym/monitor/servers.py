@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,12 @@ def server_labels(names: Sequence[str], count: int) -> tuple[str, ...]:
 
     Servers that share a name, or whose name is the index of an unnamed one, have ``name#index``.
     """
+    return _labels(tuple(names), count)
+
+
+# The controller asks in every step, and names hardly ever change.
+@lru_cache(maxsize=16)
+def _labels(names: tuple[str, ...], count: int) -> tuple[str, ...]:
     labels = [(names[i] if i < len(names) else "") or str(i) for i in range(count)]
     times = Counter(labels)
     unique = tuple(

@@ -189,7 +189,8 @@ def _show(document: dict[str, Any]) -> None:
         f"{header['action_size']:,} bytes",
     )
     absent = [name for name in (*FEATURE_NAMES, *GROUND_TRUTH_NAMES) if name not in document["real_features"]]
-    facts.add_row("not measured", ", ".join(absent) or "nothing")
+    if absent:
+        facts.add_row("not measured", ", ".join(absent))
     rate = header["clock_rate"]
     of = "" if rate == 1.0 else f" on its clock, which runs {rate:g} times as fast"
     facts.add_row("plan", f"an observation every {seconds(header['publish_interval'] / _NS)}{of}")
@@ -252,7 +253,9 @@ def _tables(servers: list[dict[str, Any]], width: int) -> Iterator[Any]:
         group = [
             (title, [_cell(name, server) for server in servers])
             for name, title in titles.items()
-            if servers and name in servers[0]
+            if servers
+            and name in servers[0]
+            and (name != "ground_truth_age" or any(server[name] is not None for server in servers))
         ]
         both = [*(tables[-1] if tables else []), *group]
         # A column is set off by a space on either side and one between.
@@ -279,7 +282,7 @@ def _cell(name: str, server: dict[str, Any]) -> str:
     if name == "state":
         return f"{value}, out" if value == "unknown" and not server["active"] else str(value)
     if name == "ground_truth_age":
-        return f"{age(value)} ago"
+        return f"{age(value)} ago" if value >= 1e-3 else "now"
     if isinstance(value, int):
         return f"{value:,}"
     if name.endswith("_usage"):
