@@ -27,6 +27,7 @@ from lbgym.errors import (
     UnknownNameError,
 )
 from lbgym.features import FEATURE_NAMES
+from lbgym.monitor import Follower
 from lbgym.recording import (
     Recording,
     Summary,
@@ -36,7 +37,6 @@ from lbgym.recording import (
     recording_schema,
     to_minari,
 )
-from lbgym.monitor import Follower
 from lbgym.sharedmemory import Publication, ServerState, SharedMemoryRegion
 from lbgym.snapshot import Snapshot
 from tests.producers import INTERVAL, Producer, Published
@@ -318,8 +318,8 @@ def test_a_recording_of_format_1_still_loads(
     parquet.write_table(old.slice(0, 5), folder / "000000.parquet")
     parquet.write_table(old.slice(5), folder / "000001.parquet")
     parquet.write_table(old, tmp_path / "old.parquet")
-    for path in (tmp_path / "old.parquet", folder, finish_recording(tmp_path / "killed.parquet")):
-        loaded = load_recording(path)
+    loads = [load_recording(tmp_path / "old.parquet"), load_recording(folder)]
+    for loaded in [*loads, load_recording(finish_recording(tmp_path / "killed.parquet"))]:
         check_rows(loaded, rows)
         assert loaded.server_names() == ("",) * 8 and not loaded.states.any()
         assert np.isnan(loaded.ground_truth_age).all() and loaded.real_features == recording.real_features
