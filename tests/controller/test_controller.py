@@ -435,7 +435,7 @@ def test_what_cannot_be_is_said_at_once(nursery: Nursery) -> None:
 def test_time_may_be_scaled(nursery: Nursery) -> None:
     policy = Fickle(WANTED)
     # A step takes 0.04 s of real time, which is what a lease and a late decision are measured by.
-    keys: dict[str, Any] = {"interval": 10 * INTERVAL, "lease": 0.5, "timeout": 0.4}
+    keys: dict[str, Any] = {"step_interval": 10 * INTERVAL, "lease": 0.5, "timeout": 0.4}
     with data_plane(nursery, period=5 * INTERVAL, rate=10.0) as strings, controlling(policy, **keys) as running:
         running.steps(3)
         assert strings.weights == WANTED
