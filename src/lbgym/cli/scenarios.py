@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -64,7 +64,7 @@ def scenarios(
     _list_scenarios(rows, drawn)
 
 
-def _list_scenarios(*sections: list[tuple[tuple[str, ...], str]]) -> None:
+def _list_scenarios(*sections: Sequence[tuple[tuple[str, ...], str]]) -> None:
     """Print cells and descriptions as a table; on a narrow terminal the descriptions are below their rows."""
     from rich import box
     from rich.padding import Padding
