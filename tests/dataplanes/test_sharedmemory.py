@@ -26,7 +26,7 @@ from lbgym.errors import (
     UnknownNameError,
 )
 from lbgym.policies import make_policy
-from lbgym.sharedmemory import SharedMemoryRegion
+from lbgym.sharedmemory import Publication, SharedMemoryRegion
 from tests.dataplanes.puppet import START, features, puppet, snapshot
 
 INTERVAL = 0.04
@@ -235,7 +235,7 @@ def test_a_successor_that_is_silent_at_first_is_told_of_later() -> None:
     with SharedMemoryRegion.create("lb0", num_servers=4, publish_interval=0.02) as second:
         with pytest.raises(DataPlaneTimeout, match="there is none"):
             plane.step(np.ones(4))
-        threading.Timer(0.05, second.publish, [snapshot(1, 3.0, np.ones(4, np.bool_), False)]).start()
+        threading.Timer(0.05, second.publish, [Publication.of(snapshot(1, 3.0, np.ones(4, np.bool_), False))]).start()
         seen = plane.step(np.ones(4))
         assert (seen.sequence_id, seen.timestamp) == (1, 3.0)
         assert plane.info["producer_restarted"]
