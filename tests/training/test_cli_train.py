@@ -191,5 +191,5 @@ def test_an_empty_checkpoint_is_said_to_be_empty(capsys: pytest.CaptureFixture[s
     code, _, err = in_process(capsys, "--resume", empty, "--steps", 64, "--no-tensorboard")
     assert code == 2 and err == f"lbgym: error: checkpoint {empty} is empty: whatever wrote it did not finish\n"
     with pytest.raises(SystemExit) as end:
-        main(["compare", "--scenario", "uniform", "--policies", f"uniform,{empty}", "--seeds", "2"])
+        main(["compare", "--scenario", "uniform", "--policies", f"lsq,{empty}", "--seeds", "2"])
     assert end.value.code == 2 and "is empty: whatever wrote it did not finish" in capsys.readouterr().err
