@@ -26,7 +26,9 @@ import numpy as np
 import pytest
 
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
-from lbgym.sharedmemory import Publication, SharedMemoryRegion, abi
+from lbgym.monitor import server_labels
+from lbgym.sharedmemory import Publication, ServerState, SharedMemoryRegion, abi
+from tests.drivers.emulated import emulator, following
 from tests.producers import Producer
 from tests.sharedmemory.conftest import shm_dir
 from tests.test_cli import in_process
@@ -233,6 +235,84 @@ def test_inspect_of_what_cannot_be_read(capsys: Capture, shm_dir: Path) -> None:
         code, text, _ = shm(capsys, "inspect", "lb0")
         assert code == 0 and "no data plane may publish" in text and "good for ever" in text
         assert "no data plane may publish" in listed(capsys)["lb0"]["problem"]
+
+
+def test_servers_have_their_names_and_states(capsys: Capture, shm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with emulator("--name", "em", "--scenario", "heterogeneous", "--seed", "1"):
+        assert in_process(capsys, "dataplane", "ctl", "em", "drain", "server-2")[0] == 0
+        with SharedMemoryRegion.attach("em") as region:
+            shown = next(buffer for buffer in following(region) if buffer.states[2] == ServerState.DRAINING)
+            assert not shown.active[2]
+        servers = json.loads(shm(capsys, "inspect", "em", "--json")[1])["observation"]["servers"]
+        assert [server["name"] for server in servers] == [f"server-{j}" for j in range(8)]
+        assert [server["state"] for server in servers] == ["up", "up", "draining", *["up"] * 5]
+        assert all(server["ground_truth_age"] == 0.0 for server in servers)
+        for columns in (80, 120):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            _, text, _ = shm(capsys, "inspect", "em")
+            assert re.search(r"server-2 +draining ", text) and re.search(r"server-3 +up ", text)
+            _, text, _ = shm(capsys, "watch", "em", "--once")
+            assert re.search(r"server-2 +draining .*out of service", text) and re.search(r"server-3 +up ", text)
+            assert max(map(len, text.splitlines())) <= columns
+        monkeypatch.setenv("COLUMNS", "50")
+        _, text, _ = shm(capsys, "watch", "em", "--once")
+        assert "server-2" in text and "draining" not in text
+
+
+def test_what_is_not_measured_is_absent(capsys: Capture, shm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, long = 3, "a-server-with-a-name.that-is-long.eu-west.example.com:8080"
+    with SharedMemoryRegion.create("lb0", num_servers=n, features=["fct_mean_decay", "cpu_usage"]) as region:
+        zeros = np.zeros(n, np.int64)
+        region.set_server(0, name=long, state=ServerState.DOWN)
+        stats = np.zeros((n, 11), np.float32)
+        stats[1, FEATURE_NAMES.index("fct_mean_decay")] = 0.25
+        truth = np.full((n, 3), 0.5, np.float32)
+        active, ages = np.array([False, True, True]), np.array([2.0, 1.5, np.nan])
+        region.publish(Publication(1.0, active, stats, zeros, zeros, zeros, zeros, truth, ground_truth_age=ages))
+        document = json.loads(shm(capsys, "inspect", "lb0", "--json")[1])
+        assert document["real_features"] == ["fct_mean_decay", "cpu_usage"]
+        first, second, third = document["observation"]["servers"]
+        assert (first["name"], first["state"], second["name"], second["state"]) == (long, "down", "", "unknown")
+        assert (second["n_flow_on"], second["memory_usage"], second["fct_mean_decay"]) == (None, None, 0.25)
+        assert (second["cpu_usage"], second["ground_truth_age"]) == (0.5, 1.5)
+        assert (third["cpu_usage"], third["ground_truth_age"]) == (None, None)
+        _, text, _ = shm(capsys, "inspect", "lb0")
+        assert "not measured" in text and "1.5 s ago" in text and "a-server-wi" in text and "com:8080" in text
+        assert long not in text and max(map(len, text.splitlines())) <= 120
+        for columns in (80, 160):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            _, text, _ = shm(capsys, "watch", "lb0", "--once")
+            assert "- open" in text and max(map(len, text.splitlines())) <= columns
+            rows = {line.split()[0]: line.split() for line in text.splitlines()[-3:]}
+            assert rows["1"][:3] == ["1", "unknown", "-"] and "250" in rows["1"] and "down" in text
+        assert rows["1"].count("-") == 5 and rows["2"].count("-") == 7 and "50%" in rows["1"]
+
+
+def test_nothing_is_named_in_a_region_of_version_1_0(capsys: Capture, shm_dir: Path) -> None:
+    (shm_dir / "old").write_bytes((Path(__file__).parent / "sharedmemory" / "region_1_0.bin").read_bytes())
+    document = json.loads(shm(capsys, "inspect", "old", "--json")[1])
+    assert [(s["name"], s["state"], s["ground_truth_age"]) for s in document["observation"]["servers"]] == [
+        ("", "unknown", None)
+    ] * 3
+    assert document["observation"]["servers"][2]["cpu_usage"] == 1.5  # of unknown age, but measured
+    _, text, _ = shm(capsys, "watch", "old", "--once")
+    assert [line.split()[0] for line in text.splitlines()[-3:]] == ["0", "1", "2"] and "unknown" not in text
+    _, text, _ = shm(capsys, "inspect", "old")
+    assert re.search(r"\n +1 +unknown, out ", text) and "not measured" not in text
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        ([], ("0", "1", "2")),
+        (["a", "", "c"], ("a", "1", "c")),
+        (["a", "a", ""], ("a#0", "a#1", "2")),
+        (["2", "", ""], ("2#0", "1", "2")),
+        (["a", "a", "a#0"], ("0", "1", "2")),
+    ],
+)
+def test_labels_are_unique(names: list[str], labels: tuple[str, ...]) -> None:
+    assert server_labels(names, 3) == labels
 
 
 # watch

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from lbgym.errors import (
     UnknownNameError,
 )
 from lbgym.features import FEATURE_NAMES
+from lbgym.monitor import Follower
 from lbgym.recording import (
     Recording,
     Summary,
@@ -35,7 +37,8 @@ from lbgym.recording import (
     recording_schema,
     to_minari,
 )
-from lbgym.sharedmemory import Publication, SharedMemoryRegion
+from lbgym.sharedmemory import Publication, ServerState, SharedMemoryRegion
+from lbgym.snapshot import Snapshot
 from tests.producers import INTERVAL, Producer, Published
 from tests.sharedmemory.conftest import shm_dir
 
@@ -256,6 +259,86 @@ def test_restarts_are_followed_and_split_episodes(tmp_path: Path) -> None:
     assert steps.actions[3].tolist() == [1.0] * 8
 
 
+def test_names_and_states_that_change(tmp_path: Path) -> None:
+    with SharedMemoryRegion.create("lb0", num_servers=3, features=["n_flow_on", "cpu_usage"]) as region:
+        with Producer("lb1", servers=3) as producer:
+            (published,) = producer.publish()
+        shown = Publication.of(published.snapshot, fct_count=1, fct_sum=0.5)
+
+        def script(summary: Summary) -> Iterator[None]:
+            region.publish(shown)
+            yield from until(summary, 1)
+            region.set_server(0, name="web-ä", state=ServerState.UP)
+            region.set_server(2, name="web-c", state=ServerState.DRAINING)
+            region.publish(replace(shown, ground_truth_age=np.array([0.5, np.nan, 0.0])))
+            yield from until(summary, 2)
+            region.set_server(2, name="web-d", state=ServerState.DOWN)
+            region.publish(replace(shown, ground_truth=None, ground_truth_age=None))
+            yield from until(summary, 3)
+            # A server leaves, and its index with its name; another one takes it.
+            region.publish(Publication.of(_of_two(published.snapshot)))
+            yield from until(summary, 4)
+
+        recorded(tmp_path / "out.parquet", script)
+    recording = load_recording(tmp_path / "out.parquet")
+    assert [recording.server_names(row) for row in range(4)] == [
+        ("", "", ""),
+        ("web-ä", "", "web-c"),
+        ("web-ä", "", "web-d"),
+        ("web-ä", "", ""),
+    ]
+    assert recording.server_names() == ("web-ä", "", "")
+    assert recording.states.tolist() == [[0, 0, 0], [1, 0, 2], [1, 0, 3], [1, 0, 0]]
+    ages = recording.ground_truth_age
+    assert np.isnan(ages[[2, 3]][:, 1:]).all() and ages[1, 0] == 0.5 and ages[1, 2] == 0.0 and np.isnan(ages[1, 1])
+    assert recording.real_features == {"n_flow_on", "cpu_usage"}
+    assert recording.metadata["format"] == 2
+
+
+def _of_two(snapshot: Snapshot) -> Snapshot:
+    names = ("active", "stats", "started", "completed", "rejected", "failed")
+    return replace(snapshot, ground_truth=None, **{name: getattr(snapshot, name)[:2] for name in names})
+
+
+def test_a_recording_of_format_1_still_loads(
+    driven: tuple[Recording, list[Published], list[np.ndarray]], tmp_path: Path
+) -> None:
+    import json
+
+    recording, rows, _ = driven
+    table = parquet.read_table(tmp_path / "out.parquet")
+    metadata = json.loads(table.schema.metadata[b"lbgym.recording"]) | {"format": 1}
+    for producer in metadata["producers"]:
+        del producer["names"], producer["real_features"]
+    old = table.drop_columns(["names_version", "states", "ground_truth_age"])
+    old = old.replace_schema_metadata({b"lbgym.recording": json.dumps(metadata).encode()})
+    # As a file, and as what a recorder left that was killed.
+    folder = tmp_path / "killed.parquet.part"
+    folder.mkdir()
+    parquet.write_table(old.slice(0, 5), folder / "000000.parquet")
+    parquet.write_table(old.slice(5), folder / "000001.parquet")
+    parquet.write_table(old, tmp_path / "old.parquet")
+    loads = [load_recording(tmp_path / "old.parquet"), load_recording(folder)]
+    for loaded in [*loads, load_recording(finish_recording(tmp_path / "killed.parquet"))]:
+        check_rows(loaded, rows)
+        assert loaded.server_names() == ("",) * 8 and not loaded.states.any()
+        assert np.isnan(loaded.ground_truth_age).all() and loaded.real_features == recording.real_features
+
+
+def test_a_region_of_version_1_0_is_recorded_unnamed(tmp_path: Path, shm_dir: Path) -> None:
+    image = (Path(__file__).parent / "sharedmemory" / "region_1_0.bin").read_bytes()
+    (shm_dir / "lb0").write_bytes(image)
+    # Its producer is gone; the last of its observations is made to come once more.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Follower, "skip", lambda self: None)
+        assert record("lb0", tmp_path / "out.parquet", steps=2).observations == 2
+    recording = load_recording(tmp_path / "out.parquet")
+    assert recording.timestamp.tolist() == recording.sequence_id.tolist() and (recording.sequence_id >= 3).all()
+    assert recording.stats[-1, 2, 1] == 201.0 + recording.sequence_id[-1]
+    assert recording.server_names() == ("", "", "") and not recording.states.any()
+    assert recording.metadata["producers"][0]["version"] == [1, 0] and len(recording.real_features) == 14
+
+
 def _without(value: Any, rows: list[int]) -> Any:
     return np.delete(value, rows, axis=0) if isinstance(value, np.ndarray) else value
 
@@ -443,9 +526,9 @@ def test_a_file_is_not_replaced_unless_told_to(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"duration": 0}, InvalidOptionError, "duration must be a number of seconds above 0, got 0"),
+        ({"duration": 0}, InvalidOptionError, "duration must be a finite number above 0 seconds, got 0"),
         ({"duration": float("nan")}, InvalidOptionError, "duration must be"),
-        ({"interval": -1}, InvalidOptionError, "interval must be a number of seconds above 0, got -1"),
+        ({"interval": -1}, InvalidOptionError, "interval must be a finite number above 0 seconds, got -1"),
         ({"interval": "fast"}, InvalidOptionError, "got 'fast'"),
         ({"steps": 0}, InvalidOptionError, "steps must be a whole number of at least 1, got 0"),
         ({"steps": 1.5}, InvalidOptionError, "steps must be a whole number"),

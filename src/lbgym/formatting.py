@@ -45,3 +45,11 @@ def age(value: float) -> str:
         return seconds(value)
     unit, length = ("min", 60.0) if value < 6000.0 else ("h", 3600.0) if value < 360_000.0 else ("d", 86_400.0)
     return f"{value / length:.3g} {unit}"
+
+
+def shortened(text: str, width: int) -> str:
+    """Text in at most ``width`` characters: without its middle if it is longer, as names differ at either end."""
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"

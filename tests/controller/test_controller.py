@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lbgym.controller import Controller, ControllerConfig, Outcome
 from lbgym.controller.logs import JsonFormatter
+from lbgym.controller.metrics import Metrics, State, Step
 from lbgym.errors import (
     InvalidOptionError,
     MissingExtraError,
@@ -24,9 +25,10 @@ from lbgym.errors import (
 )
 from lbgym.features import FEATURE_NAMES
 from lbgym.policies import Agent, load_policy
-from lbgym.sharedmemory import SharedMemoryRegion
+from lbgym.sharedmemory import ServerState, SharedMemoryRegion
 from tests.controller.running import INTERVAL, PATIENCE, Fickle, Running, controlling, data_plane, until
 from tests.dataplanes.puppet import features, snapshot
+from tests.drivers.emulated import emulator
 from tests.sharedmemory.nursery import Nursery
 
 #: The puppet's, of four servers.
@@ -91,6 +93,44 @@ def test_metrics_say_what_is_seen_and_done(nursery: Nursery) -> None:
             other.steps(1)
             assert ("lbgym_weight_written", "2") not in page(other)
             assert page(running)["lbgym_controller_info", "policy", "lb0", running.state.version] == 1
+
+
+def test_metrics_and_logs_name_the_servers(shm_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "lbgym.controller")
+    with (
+        emulator("--name", "lb0", "--scenario", "heterogeneous", "--seed", "1", "--publish-interval", INTERVAL),
+        controlling(Fickle([1.0] * 8), metrics_port=0, lease=60.0, timeout=30.0) as running,
+    ):
+        running.steps(2)
+        shown = page(running)
+        names = [f"server-{i}" for i in range(8)]
+        assert [shown["lbgym_weight_written", name] for name in names] == [1.0] * 8
+        assert shown["lbgym_feature", "n_flow_on", "server-3"] >= 0.0
+        states = {key[1:]: value for key, value in shown.items() if key[0] == "lbgym_server_state"}
+        assert len(states) == 8 * 4
+        assert all(value == (state == "up") for (_, state), value in states.items())
+        assert ("lbgym_weight_written", "0") not in shown
+    fields = {record.event: record.fields for record in caplog.records if hasattr(record, "event")}
+    assert fields["attached"]["names"] == fields["step"]["servers"] == tuple(names)
+
+
+def test_metrics_leave_out_what_is_not_measured() -> None:
+    pytest.importorskip("prometheus_client")
+    state = State("0", "uniform", "lb0")
+    state.step = Step(
+        None, np.ones(2), np.ones(2), np.ones(2, np.bool_), np.ones((2, 11), np.float32), False, ("web", "1"),
+        np.array([ServerState.DRAINING, ServerState.UNKNOWN], np.uint8), frozenset(("fct_mean",)),
+    )  # fmt: skip
+    metrics = Metrics(state, 0, "127.0.0.1")
+    try:
+        read = metrics.registry.get_sample_value
+        assert read("lbgym_feature", {"server": "web", "feature": "fct_mean"}) == 1.0
+        assert read("lbgym_feature", {"server": "web", "feature": "n_flow_on"}) is None
+        assert read("lbgym_server_state", {"server": "web", "state": "draining"}) == 1.0
+        assert read("lbgym_server_state", {"server": "1", "state": "unknown"}) == 1.0
+        assert read("lbgym_server_state", {"server": "1", "state": "up"}) == 0.0
+    finally:
+        metrics.close()
 
 
 @pytest.mark.parametrize("mode", ["is no number", "is negative", "is all zero", "has another shape"])

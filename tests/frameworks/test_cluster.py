@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +39,37 @@ def test_no_cluster_and_no_checkpoint(tmp_path: Path) -> None:
         train_on_ray("ppo", SMALL, resume_from=tmp_path / "none.pt")
     with pytest.raises(ClusterError, match=r"cannot join the Ray cluster at 127\.0\.0\.1:1: nothing answers there"):
         train_on_ray("ppo", SMALL, address="127.0.0.1:1")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("work", ["train", "tune"])
+def test_a_signal_ends_the_command_in_order(work: str, number: signal.Signals, tmp_path: Path) -> None:
+    """Ray puts a handler of its own in place of ours, which would end the process without saving anything."""
+    settings = ["--set", "num_steps=8", "--set", "max_steps=64", "--set", "checkpoint_every=0.0"]
+    arguments = ["--scenario", "uniform", "--set", "num_envs=8", *settings, "--seconds", "1000", "--out", str(tmp_path)]
+    if work == "train":
+        arguments += ["--backend", "ray", "--no-tensorboard"]
+    else:
+        arguments += ["--param", "learning_rate=loguniform(1e-4, 1e-3)", "--trials", "1"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lbgym", work, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.rglob("ppo.pt")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "there is no checkpoint"
+            time.sleep(0.2)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=180)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    assert read_checkpoint(tmp_path / "ppo.pt")["step"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -157,3 +157,39 @@ def test_a_signal_saves_the_checkpoint(number: signal.Signals, tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["ppo.pt"]
     assert read_checkpoint(tmp_path / "ppo.pt")["step"] > 0
     assert str(tmp_path / "ppo.pt") in out.replace("\n", "")
+
+
+#: Runs with a limit on the size of files, which the system enforces as it does a full disk.
+_NO_SPACE = """
+import resource, sys
+from lbgym.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+main(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "ppo.pt"
+    out.write_bytes(b"older")
+    arguments = ["train", *SHORT, "--steps", "64", "--out", str(out)]
+    # What is compiled must not be written either, or the limit would be met there.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", _NO_SPACE, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("lbgym: error: cannot write") and str(out) in last and "File too large" in last
+    assert "Traceback" not in done.stderr
+    assert out.read_bytes() == b"older" and [path.name for path in tmp_path.iterdir()] == ["ppo.pt"]
+
+
+def test_an_empty_checkpoint_is_said_to_be_empty(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from lbgym.cli import main
+
+    empty = tmp_path / "agent.pt"
+    empty.touch()
+    code, _, err = in_process(capsys, "--resume", empty, "--steps", 64, "--no-tensorboard")
+    assert code == 2 and err == f"lbgym: error: checkpoint {empty} is empty: whatever wrote it did not finish\n"
+    with pytest.raises(SystemExit) as end:
+        main(["compare", "--scenario", "uniform", "--policies", f"lsq,{empty}", "--seeds", "2"])
+    assert end.value.code == 2 and "is empty: whatever wrote it did not finish" in capsys.readouterr().err

@@ -7,9 +7,10 @@ traceback.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +25,12 @@ class _Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"lbgym: {self.format(record)}", file=sys.stderr, flush=True)
+
+
+def _help(command: Callable[..., None]) -> str:
+    """The docstring with a line per paragraph: typer keeps line breaks, whatever the terminal's width."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.splitlines()) for paragraph in paragraphs)
 
 
 def _app() -> typer.Typer:
@@ -49,14 +56,14 @@ def _app() -> typer.Typer:
 
     app.callback()(options)
     for command in (compare, train, tune, run, scenarios, describe):
-        app.command()(command)
+        app.command(help=_help(command))(command)
     dataplane = typer.Typer(help="Publish a data plane in shared memory, check and change it.", no_args_is_help=True)
     for work in (emulate, check, ctl):
-        dataplane.command()(work)
+        dataplane.command(help=_help(work))(work)
     app.add_typer(dataplane, name="dataplane")
     regions = typer.Typer(help="Look at regions of shared memory, record them, remove them.", no_args_is_help=True)
     for look in (shm.ls, shm.inspect, shm.watch, shm.record, shm.rm, shm.include):
-        regions.command()(look)
+        regions.command(help=_help(look))(look)
     app.add_typer(regions, name="shm")
     return app
 

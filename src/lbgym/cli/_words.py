@@ -9,6 +9,9 @@ _NS = 1_000_000_000
 #: Styles of the states of producers and agents.
 STATE_STYLES = {"alive": "green", "dead": "bold red", "closed": "bold yellow", "none": "dim"}
 
+#: Styles of the states of servers.
+SERVER_STYLES = {"up": "green", "draining": "yellow", "down": "bold red", "unknown": "dim"}
+
 
 def lease(whole: float, left: float) -> str:
     """How long weights are still in force."""

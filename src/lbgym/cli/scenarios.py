@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -33,9 +33,9 @@ from ..snapshot import DEFAULT_STEP_INTERVAL
 from ._console import results_console
 from ._options import installed
 
-#: Seconds per control step that the mean number of flows is given for: the environment's default.
-STEP_INTERVAL = DEFAULT_STEP_INTERVAL
 MAX_EVENTS = 12
+#: Columns below which descriptions get lines of their own.
+NARROW = 100
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -53,21 +53,48 @@ def scenarios(
         listed = [_summary(scenario) for scenario in every] + [_distribution_summary(d) for d in distributions]
         typer.echo(json.dumps(listed, indent=1))
         return
-    from rich import box
-    from rich.table import Table
+    rows = [
+        ((s.name, str(s.num_servers), str(s.balancers), f"{s.load:.2f}", f"{s.rate:,.0f}"), s.description)
+        for s in every
+    ]
+    drawn = [
+        ((d.name, _ends(d.min_servers, d.max_servers), str(d.balancers), "drawn", "drawn"), d.description)
+        for d in distributions
+    ]
+    _list_scenarios(rows, drawn)
 
+
+def _list_scenarios(*sections: Sequence[tuple[tuple[str, ...], str]]) -> None:
+    """Print cells and descriptions as a table; on a narrow terminal the descriptions are below their rows."""
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = results_console()
+    titles = ("scenario", "servers", "balancers", "load", "flows/s")
+    if console.width < NARROW:
+        size = max(len(cells[0]) for rows in sections for cells, _ in rows)
+
+        def line(cells: tuple[str, ...]) -> str:
+            return cells[0].ljust(size) + "".join(cell.rjust(11) for cell in cells[1:])
+
+        console.print(Text(line(titles), "dim"))
+        for rows in sections:
+            for cells, description in rows:
+                console.print(Text(line(cells), "bold"))
+                console.print(Padding(Text(description), (0, 0, 0, 2)))
+        return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("scenario", style="bold", no_wrap=True)
-    for name in ("servers", "balancers", "load", "flows/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for title in titles:
+        first = title == titles[0]
+        table.add_column(title, justify="left" if first else "right", style="bold" if first else "", no_wrap=True)
     table.add_column("what it is", max_width=76)
-    for s in every:
-        table.add_row(s.name, str(s.num_servers), str(s.balancers), f"{s.load:.2f}", f"{s.rate:,.0f}", s.description)
-    for i, d in enumerate(distributions):
-        if i == 0:
-            table.add_section()
-        table.add_row(d.name, _ends(d.min_servers, d.max_servers), str(d.balancers), "drawn", "drawn", d.description)
-    results_console().print(table)
+    for rows in sections:
+        for cells, description in rows:
+            table.add_row(*cells, description)
+        table.add_section()
+    console.print(table)
 
 
 def _list_rules(as_json: bool) -> None:
@@ -103,7 +130,7 @@ def describe(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     as_toml: Annotated[bool, typer.Option("--toml", help="Print the scenario as TOML, to change and use.")] = False,
 ) -> None:
-    """Say what a scenario consists of, or what a distribution of scenarios draws."""
+    """Describe a scenario, or a distribution of scenarios and its draws."""
     if as_json and as_toml:
         raise ScenarioError("describe prints --json or --toml, not both")
     loaded = load_scenario(scenario)
@@ -215,7 +242,7 @@ def _details(scenario: Scenario) -> dict[str, Any]:
         "capacity": scenario.capacity,
         "load": scenario.load,
         "rate": scenario.rate,
-        "flows_per_step": scenario.rate * STEP_INTERVAL,
+        "flows_per_step": scenario.rate * DEFAULT_STEP_INTERVAL,
         "mean_demand": workload.mean_demand,
         "arrivals": None if trace is not None else _kind(workload.arrivals),
         "demand": None if trace is not None else _kind(workload.demand),
@@ -265,9 +292,8 @@ def _show(scenario: Scenario) -> None:
     facts.add_column()
     facts.add_row("capacity", f"{scenario.capacity:g} core-seconds per second")
     facts.add_row("load", f"{scenario.load:.3g} of the capacity")
-    facts.add_row(
-        "rate", f"{scenario.rate:.4g} flows/s, {scenario.rate * STEP_INTERVAL:.3g} in a step of {STEP_INTERVAL} s"
-    )
+    per_step = scenario.rate * DEFAULT_STEP_INTERVAL
+    facts.add_row("rate", f"{scenario.rate:.4g} flows/s, {per_step:.3g} in a step of {DEFAULT_STEP_INTERVAL} s")
     if workload.trace is None:
         facts.add_row("arrivals", _words(workload.arrivals))
         facts.add_row("demand", f"{_words(workload.demand)}; mean {workload.mean_demand:.4g} core-seconds")

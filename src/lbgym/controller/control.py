@@ -27,6 +27,7 @@ from ..errors import (
     RegionFormatError,
     RegionNotFoundError,
 )
+from ..monitor import region_labels
 from ..policies import Agent, Policy, WeightPolicy, make_agent, make_weight_policy
 from ..scenarios import fixed_scenario
 from ..sharedmemory import DEFAULT_LEASE, SharedMemoryRegion, region_names
@@ -197,7 +198,8 @@ class Controller:
             self._log(
                 _INFO, "attached",
                 version=__version__, policy=self._policy.name, fallback=self._fallback.name, interval=self._interval,
-                lease=plane.lease, servers=plane.num_servers, driver=region.driver, producer_pid=region.producer_pid,
+                lease=plane.lease, servers=plane.num_servers, names=region_labels(region, plane.known_servers),
+                driver=region.driver, producer_pid=region.producer_pid,
                 clock_rate=region.clock_rate, publish_interval=region.publish_interval,
                 dry_run=self.config.dry_run, pid=os.getpid(),
             )  # fmt: skip
@@ -331,9 +333,11 @@ class Controller:
             counts.interventions[limit] += 1
         self._decided_at, self._weights = snapshot.timestamp, weights
         in_force = info["weights_in_force"]
+        servers = region_labels(plane.region, known)
         self.state.step = Step(
             None if proposed is None else proposed[:known], weights[:known], in_force[:known], snapshot.active[:known],
-            snapshot.stats[:known], info["safe_weights"],
+            snapshot.stats[:known], info["safe_weights"], servers, plane.states.copy(),
+            plane.region.real_features,
         )  # fmt: skip
         written_at = self._try_policy(plane, snapshot, before, weights) if self._trial_is_due() else None
         after: Snapshot | None = None
@@ -351,7 +355,8 @@ class Controller:
         if logger.isEnabledFor(_DEBUG) or self.config.dry_run:
             self._log(
                 _INFO if self.config.dry_run else _DEBUG, "step",
-                sequence_id=snapshot.sequence_id, timestamp=snapshot.timestamp, weights=weights[:known],
+                sequence_id=snapshot.sequence_id, timestamp=snapshot.timestamp, servers=servers,
+                weights=weights[:known],
                 proposed=None if proposed is None else proposed[:known], in_force=in_force[:known],
                 active=snapshot.active[:known], safe_weights=info["safe_weights"], limits=limits,
                 fallback=self._distrust is not None, latency=latency,
@@ -497,7 +502,8 @@ class Controller:
             self._log(_WARNING, "clock_jumped")
         joined = plane.num_servers != self._servers
         if joined:
-            self._log(_INFO, "servers_joined", servers=plane.num_servers)
+            names = region_labels(plane.region, plane.known_servers)
+            self._log(_INFO, "servers_joined", servers=plane.num_servers, joined=names[self._servers :])
             self._fit(plane)
         if joined or info["producer_restarted"] or info["clock_jumped"]:
             # The past says nothing about what comes.

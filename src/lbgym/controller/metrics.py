@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, MissingExtraError
 from ..features.columns import FEATURE_NAMES
+from ..monitor import STATE_NAMES, state_names
 from .envelope import LIMITS
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class Step:
         active: bool[N].
         stats: float32[N, 11].
         safe: whether the data plane's safe weights were in force.
+        servers: a unique label per server: its name, or its index where it has none.
+        states: uint8[N], of :class:`~lbgym.sharedmemory.ServerState`.
+        real: the features that this data plane measures.
     """
 
     proposed: NDArray[np.float64] | None
@@ -74,6 +78,9 @@ class Step:
     active: NDArray[np.bool_]
     stats: NDArray[np.float32]
     safe: bool
+    servers: tuple[str, ...]
+    states: NDArray[np.uint8]
+    real: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -211,13 +218,24 @@ class _Collector:
         for name, (text, values) in rows.items():
             if values is not None:
                 gauge: Any = GaugeMetricFamily(name, text, labels=["server"])
-                for server, value in enumerate(values.tolist()):
-                    gauge.add_metric([str(server)], value)
+                for server, value in zip(step.servers, values.tolist(), strict=True):
+                    gauge.add_metric([server], value)
                 yield gauge
-        features: Any = GaugeMetricFamily(
-            "lbgym_feature", "Features of the last observation.", labels=["server", "feature"]
+        # Every state of every server, so that no series comes or goes when a server changes its state.
+        states: Any = GaugeMetricFamily(
+            "lbgym_server_state", "1: the server is in this state.", labels=["server", "state"]
         )
-        for server, row in enumerate(step.stats.tolist()):
-            for name, value in zip(FEATURE_NAMES, row, strict=True):
-                features.add_metric([str(server), name], value)
+        for server, current in zip(step.servers, state_names(step.states), strict=True):
+            for state in STATE_NAMES:
+                states.add_metric([server, state], state == current)
+        yield states
+        features: Any = GaugeMetricFamily(
+            "lbgym_feature",
+            "Features of the last observation, those that the data plane measures.",
+            labels=["server", "feature"],
+        )
+        measured = [(j, name) for j, name in enumerate(FEATURE_NAMES) if name in step.real]
+        for server, row in zip(step.servers, step.stats.tolist(), strict=True):
+            for j, name in measured:
+                features.add_metric([server, name], row[j])
         yield features

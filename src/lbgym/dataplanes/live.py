@@ -134,6 +134,11 @@ class SharedMemoryDataPlane:
         return self._buffer.num_servers
 
     @property
+    def states(self) -> NDArray[np.uint8]:
+        """Of :class:`~lbgym.sharedmemory.ServerState`, uint8[known_servers], in the last observation."""
+        return self._buffer.states[: self._buffer.num_servers]
+
+    @property
     def has_ground_truth(self) -> bool:
         """Whether the last observation had CPU use, memory use and busy workers."""
         return self._buffer.has_ground_truth

@@ -11,8 +11,10 @@ from .region import (
     agent_state,
     producer_state,
 )
+from .servers import STATE_NAMES, region_labels, server_labels, state_names
 
 __all__ = [
+    "STATE_NAMES",
     "ActionView",
     "Delay",
     "Follower",
@@ -22,4 +24,7 @@ __all__ = [
     "ServerColumns",
     "agent_state",
     "producer_state",
+    "region_labels",
+    "server_labels",
+    "state_names",
 ]

@@ -15,6 +15,7 @@ from ..errors import RegionError
 from ..features.columns import GROUND_TRUTH_NAMES, column_index
 from ..sharedmemory import Action, SharedMemoryRegion
 from .follow import Follower
+from .servers import region_labels, state_names
 
 _NS = 1_000_000_000
 #: Rates are over so many seconds.
@@ -26,8 +27,6 @@ _SILENT = 1.0
 #: How many actions' times of writing are remembered.
 _REMEMBERED = 64
 
-_OPEN, _FCT, _FCT_P90 = column_index("n_flow_on"), column_index("fct_mean_decay"), column_index("fct_p90_decay")
-_DURATION, _DURATION_P90 = column_index("duration_mean_decay"), column_index("duration_p90_decay")
 _CPU = GROUND_TRUTH_NAMES.index("cpu_usage")
 
 
@@ -47,27 +46,33 @@ def agent_state(region: SharedMemoryRegion) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ServerColumns:
-    """What is known of every server, as columns over the N servers.
+    """Columns over the N servers. A feature that this data plane does not measure is None.
 
     Attributes:
+        labels: unique per server: its name, or its index where it has none.
+        states: ``up``, ``draining``, ``down`` or ``unknown``.
         active: bool[N].
         open: float64[N], open flows of this balancer.
         weights: float64[N], in force.
         fct, fct_p90, duration, duration_p90: float64[N], seconds, decayed.
         new: float64[N], new flows per second of the data plane's clock; None before there are two observations.
-        cpu: float64[N] in 0..1; None without ground truth.
+        cpu: float64[N] in 0..1, NaN where it is not known; None without ground truth.
+        ground_truth_age: float64[N], seconds from the measurement to the publication; NaN where unknown.
         completed, lost: int64[N], flows since the producer started.
     """
 
+    labels: tuple[str, ...]
+    states: tuple[str, ...]
     active: NDArray[np.bool_]
-    open: NDArray[np.float64]
+    open: NDArray[np.float64] | None
     weights: NDArray[np.float64]
-    fct: NDArray[np.float64]
-    fct_p90: NDArray[np.float64]
-    duration: NDArray[np.float64]
-    duration_p90: NDArray[np.float64]
+    fct: NDArray[np.float64] | None
+    fct_p90: NDArray[np.float64] | None
+    duration: NDArray[np.float64] | None
+    duration_p90: NDArray[np.float64] | None
     new: NDArray[np.float64] | None
     cpu: NDArray[np.float64] | None
+    ground_truth_age: NDArray[np.float64]
     completed: NDArray[np.int64]
     lost: NDArray[np.int64]
 
@@ -327,22 +332,35 @@ class RegionMonitor:
 
     def _servers(self) -> ServerColumns:
         first, last, buffer = self._past[0], self._past[-1], self._follower.buffer
+        region = self._follower.region
         n = buffer.num_servers
-        stats = buffer.stats[:n].astype(np.float64)
-        new = None
+        new = cpu = None
         if last.timestamp > first.timestamp:
             started = np.maximum(last.counters[:, 0] - first.counters[:, 0], 0)
             new = started / (last.timestamp - first.timestamp) * _NS
+        ages = buffer.ground_truth_age[:n]
+        if buffer.has_ground_truth and "cpu_usage" in region.real_features:
+            cpu = buffer.ground_truth[:n, _CPU].astype(np.float64)
+            if not np.isnan(ages).all():
+                # A data plane that publishes ages has none for servers that were not measured.
+                cpu[np.isnan(ages)] = np.nan
+
+        def feature(name: str) -> NDArray[np.float64] | None:
+            return buffer.stats[:n, column_index(name)].astype(np.float64) if name in region.real_features else None
+
         return ServerColumns(
+            labels=region_labels(region, n),
+            states=state_names(buffer.states[:n]),
             active=buffer.active[:n].copy(),
-            open=stats[:, _OPEN],
+            open=feature("n_flow_on"),
             weights=buffer.weights[:n].copy(),
-            fct=stats[:, _FCT],
-            fct_p90=stats[:, _FCT_P90],
-            duration=stats[:, _DURATION],
-            duration_p90=stats[:, _DURATION_P90],
+            fct=feature("fct_mean_decay"),
+            fct_p90=feature("fct_p90_decay"),
+            duration=feature("duration_mean_decay"),
+            duration_p90=feature("duration_p90_decay"),
             new=new,
-            cpu=buffer.ground_truth[:n, _CPU].astype(np.float64) if buffer.has_ground_truth else None,
+            cpu=cpu,
+            ground_truth_age=ages,
             completed=last.counters[:, 1],
             lost=last.counters[:, 2:].sum(axis=1),
         )

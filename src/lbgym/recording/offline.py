@@ -24,7 +24,7 @@ from ..errors import InvalidOptionError, InvalidRewardError, MissingExtraError, 
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from ..sharedmemory.abi import COUNTER_NAMES
 from ..snapshot import Snapshot
-from .recorder import METADATA_KEY, part_of, recording_schema, require_pyarrow, segments_of
+from .recorder import METADATA_KEY, part_of, recording_schema, require_pyarrow, segments_of, upgraded
 
 _NS = 1_000_000_000
 
@@ -86,11 +86,14 @@ class Recording:
         applied_at: int64[T], ns of the monotonic clock when it was put in force; -1 if there was none yet.
         safe: bool[T], whether the safe weights were in force instead.
         num_servers: int64[T], known to the data plane.
+        names_version: int64[T], another number for other names of the same producer; see :meth:`server_names`.
         unrouted: int64[T], flows that found no active server, since the producer started.
         fct_count, fct_sum: int64[T], flows of known FCT since the producer started, and the sum of their FCTs in ns.
         active: bool[T, N].
         stats: float32[T, N, 11], columns of ``lbgym.features.FEATURE_NAMES``; zero rows for inactive servers.
+        states: uint8[T, N], of :class:`~lbgym.sharedmemory.ServerState`.
         ground_truth: float32[T, N, 3], or None if a row has none.
+        ground_truth_age: float64[T, N], seconds from the measurement to the publication; NaN where unknown.
         started, completed, rejected, failed: int64[T, N], flows since the producer started.
         weights: float64[T, N], in force.
         safe_weights: float64[T, N].
@@ -106,12 +109,15 @@ class Recording:
     applied_at: NDArray[np.int64]
     safe: NDArray[np.bool_]
     num_servers: NDArray[np.int64]
+    names_version: NDArray[np.int64]
     unrouted: NDArray[np.int64]
     fct_count: NDArray[np.int64]
     fct_sum: NDArray[np.int64]
     active: NDArray[np.bool_]
     stats: NDArray[np.float32]
+    states: NDArray[np.uint8]
     ground_truth: NDArray[np.float32] | None
+    ground_truth_age: NDArray[np.float64]
     started: NDArray[np.int64]
     completed: NDArray[np.int64]
     rejected: NDArray[np.int64]
@@ -125,6 +131,25 @@ class Recording:
     def __repr__(self) -> str:
         servers = self.active.shape[1]
         return f"<Recording of {self.metadata['region']!r}, {len(self):,} observations of {servers} servers>"
+
+    def server_names(self, row: int = -1) -> tuple[str, ...]:
+        """The names of the N servers in a row, by default the last one; "" for servers without a name.
+
+        Names belong to a row: a server that leaves may have its index taken by another.
+        """
+        n, known = self.active.shape[1], int(self.num_servers[row])
+        instance, version = int(self.instance[row]), str(self.names_version[row])
+        for producer in self.metadata["producers"]:
+            if producer["instance"] == instance:
+                names = producer.get("names", {}).get(version, [])[:known]
+                return (*names, *[""] * (n - len(names)))
+        return ("",) * n
+
+    @property
+    def real_features(self) -> frozenset[str]:
+        """Features and ground truth that every producer measured; the other columns are zeros without a meaning."""
+        every = (*FEATURE_NAMES, *GROUND_TRUTH_NAMES)
+        return frozenset(every).intersection(*(p.get("real_features", every) for p in self.metadata["producers"]))
 
     @property
     def snapshots(self) -> Snapshot:
@@ -309,7 +334,7 @@ def load_recording(path: str | os.PathLike[str]) -> Recording:
     else:
         raise RecordingError(f"there is no recording {path}")
     try:
-        tables = [parquet.read_table(file) for file in files]
+        tables = [upgraded(parquet.read_table(file)) for file in files]
     except (OSError, pa.ArrowException) as error:
         raise RecordingError(f"{path} cannot be read as Parquet: {error}") from error
     # The newest segment knows all producers.
@@ -350,6 +375,8 @@ def _recording(path: Path, table: Any, metadata: dict[str, Any]) -> Recording:
     truth = None
     if not any(table.column(name).null_count for name in GROUND_TRUTH_NAMES):
         truth = per_server(GROUND_TRUTH_NAMES, np.float32)
+    ages = per_server(("ground_truth_age",), np.int64)[..., 0]
+    measured = np.asarray(table.column("ground_truth_age").is_valid().to_numpy())[:, None] & known & (ages >= 0)
     counters = per_server(COUNTER_NAMES, np.int64)
     return Recording(
         metadata=metadata,
@@ -362,12 +389,15 @@ def _recording(path: Path, table: Any, metadata: dict[str, Any]) -> Recording:
         applied_at=_numbers(table, "applied_at"),
         safe=table.column("safe").to_numpy(),
         num_servers=servers,
+        names_version=_numbers(table, "names_version"),
         unrouted=_numbers(table, "unrouted"),
         fct_count=_numbers(table, "fct_count"),
         fct_sum=_numbers(table, "fct_sum"),
         active=active,
         stats=stats,
+        states=per_server(("states",), np.uint8)[..., 0],
         ground_truth=truth,
+        ground_truth_age=np.where(measured, ages / _NS, np.nan),
         started=counters[..., 0],
         completed=counters[..., 1],
         rejected=counters[..., 2],

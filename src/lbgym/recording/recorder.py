@@ -1,4 +1,4 @@
-"""Recording what a data plane publishes: :func:`record`, and the Parquet files it writes.
+"""Record the observations of a data plane: :func:`record`, and the Parquet files it writes.
 
 A recording in progress is a folder beside the file it will become, ``NAME.parquet.part``, with segments that are each a
 whole Parquet file. A recorder that is killed loses what came after the last segment, half a minute at most; what it
@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidOptionError, MissingExtraError, RecordingError
+from .. import checks
+from ..errors import MissingExtraError, RecordingError, RegionError
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from ..monitor import Follower
 from ..sharedmemory import SharedMemoryRegion, abi
@@ -37,7 +38,8 @@ logger = logging.getLogger("lbgym")
 
 #: Key of a recording's description (JSON) in the metadata of its files.
 METADATA_KEY = b"lbgym.recording"
-FORMAT = 1
+#: 2: names_version, states, ground_truth_age, and the names themselves in the description.
+FORMAT = 2
 
 #: A segment is closed after so many seconds, rows or bytes of memory.
 SEGMENT_SECONDS = 30.0
@@ -55,13 +57,13 @@ _HEAD = abi.FRAME.size // 8
 
 @dataclass(slots=True)
 class Summary:
-    """What has been recorded so far.
+    """Progress of a recording.
 
     Attributes:
         path: the file.
         observations: rows.
         missed: rows that are missing between them.
-        invalid: observations that no data plane may publish, which were left out.
+        invalid: observations that break the binary interface and were left out.
         restarts: times that another producer took over.
         seconds: since the recording began.
     """
@@ -79,8 +81,9 @@ def recording_schema() -> pyarrow.Schema:
 
     A row is an observation. Columns have the names and units of the binary interface: what is one number there is one
     here, and what is one per server is a list with ``num_servers`` entries; features, ground truth and counters have a
-    column per name. Before them ``instance``, a number for each creation of the region, and ``missed``, the rows that
-    are missing between this and the one before.
+    column per name. Two columns are the recorder's own: ``instance``, a number for each creation of the region, and
+    ``missed``, the rows that are missing between this and the one before. The servers' names are in the description of
+    their producer, by ``names_version``.
     """
     pa = require_pyarrow()
 
@@ -104,12 +107,15 @@ def recording_schema() -> pyarrow.Schema:
             column("applied_at", pa.int64(), heads["applied_at"] + none, True),
             column("safe", pa.bool_(), "whether the safe weights are in force"),
             column("num_servers", pa.int32(), heads["num_servers"]),
+            column("names_version", pa.int64(), "key of the servers' names in the producer's description; 0: unnamed"),
             column("unrouted", pa.int64(), heads["unrouted"]),
             column("fct_count", pa.int64(), heads["fct_count"]),
             column("fct_sum", pa.int64(), heads["fct_sum"]),
             per_server("active", pa.bool_(), "whether the server takes new flows"),
             *(per_server(name, pa.float32(), "feature: flows or seconds") for name in FEATURE_NAMES),
             *(per_server(name, pa.float32(), "ground truth; null: not known", True) for name in GROUND_TRUTH_NAMES),
+            per_server("states", pa.uint8(), sections["states"]),
+            per_server("ground_truth_age", pa.int64(), "ns from the measurement to published_at; -1: unknown", True),
             *(per_server(name, pa.int64(), "flows since the producer started") for name in abi.COUNTER_NAMES),
             per_server("weights", pa.float64(), sections["weights"]),
             per_server("safe_weights", pa.float64(), sections["safe_weights"]),
@@ -128,10 +134,10 @@ def record(
     stop: Callable[[], bool] | None = None,
     progress: Callable[[Summary], None] | None = None,
 ) -> Summary:
-    """Record what is published in a region from now on, also by producers that take over, until told to stop.
+    """Record the observations of a region from now on, also of producers that take over, until it is stopped.
 
-    The region is only looked at. Should this raise, or be interrupted, the folder ``path`` + ".part" keeps all that was
-    recorded.
+    The region is opened read-only. After an exception or an interrupt, the folder ``path`` + ".part" keeps everything
+    recorded so far.
 
     Args:
         name: of the region, which must be there.
@@ -141,8 +147,8 @@ def record(
         interval: seconds of the data plane's clock between observations, of which the first in each interval is taken;
             None: every observation.
         overwrite: replace a file, and an unfinished recording, that is there.
-        stop: called ten times a second or more; the recording ends when it says so.
-        progress: called as often, with what has been recorded so far.
+        stop: called ten times a second or more; the recording ends when it returns true.
+        progress: called as often, with a summary.
 
     Raises:
         RegionNotFoundError, RegionFormatError, RegionError: if there is no such region.
@@ -151,10 +157,9 @@ def record(
         MissingExtraError: without pyarrow.
     """
     require_pyarrow()
-    _positive("duration", duration)
-    _positive("interval", interval)
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1):
-        raise InvalidOptionError(f"steps must be a whole number of at least 1, got {steps!r}")
+    duration = None if duration is None else checks.seconds("duration", duration)
+    interval = None if interval is None else checks.seconds("interval", interval)
+    steps = None if steps is None else checks.whole("steps", steps)
     path = Path(path)
     summary = Summary(path)
     with Follower(name) as follower, _Segments(path, name, interval, overwrite) as segments:
@@ -191,7 +196,7 @@ def record(
             summary.invalid = follower.invalid
             missed = sieve.missed_before(follower)
             if missed is not None:
-                segments.add(follower.buffer.words, missed)
+                segments.add(follower, missed)
                 summary.observations += 1
                 summary.missed += missed
         summary.seconds = time.monotonic() - began
@@ -200,7 +205,7 @@ def record(
 
 
 class _Sieve:
-    """Which observations of one producer are taken: all, or the first at or after each deadline of a grid."""
+    """Selects observations of one producer: all, or the first at or after each deadline of a grid."""
 
     def __init__(self, interval: float | None) -> None:
         self._interval = None if interval is None else max(1, round(interval * _NS))
@@ -266,13 +271,14 @@ class _Segments:
             ) from None
         except OSError as error:
             raise RecordingError(f"cannot record to {path}: {error.strerror or error}") from error
-        # Segments are written aside, so that no observation is missed meanwhile.
+        # Segments are written in the background, so that no observation is missed meanwhile.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="lbgym-recorder")
 
     def begin(self, region: SharedMemoryRegion) -> None:
-        """What follows comes from this region."""
+        """Begin with the observations of another region."""
         self.flush()
-        self._layout, self._instance = region.layout, region.instance
+        # Observations are copied in the layout of this version, whatever the region's is.
+        self._layout, self._instance = region.layout.private, region.instance
         self._limit = max(1, min(SEGMENT_ROWS, SEGMENT_BYTES // region.layout.frame_size))
         self._description["producers"].append(
             {
@@ -284,27 +290,48 @@ class _Segments:
                 "capacity": region.capacity,
                 "publish_interval": region.publish_interval,
                 "clock_rate": region.clock_rate,
+                "real_features": [n for n in (*FEATURE_NAMES, *GROUND_TRUTH_NAMES) if n in region.real_features],
+                # By names_version, each a list of the servers' names.
+                "names": {},
             }
         )
 
-    def add(self, words: NDArray[np.uint64], missed: int) -> None:
-        """An observation, which is copied."""
+    def add(self, follower: Follower, missed: int) -> None:
+        """Add a copy of the observation that was read last."""
+        self._note_names(follower)
         if not self._rows:
             self._opened = time.monotonic()
-        self._rows.append(words.copy())
+        self._rows.append(follower.buffer.words.copy())
         self._missed.append(missed)
         if len(self._rows) >= self._limit:
             self.flush()
 
+    def _note_names(self, follower: Follower) -> None:
+        """Describe the names of a version that was not seen before.
+
+        Names that have changed again since the observation was published are lost: its servers count as unnamed.
+        """
+        region, version = follower.region, follower.buffer.names_version
+        names: dict[str, list[str]] = self._description["producers"][-1]["names"]
+        if version == 0 or str(version) in names:
+            return
+        try:
+            found = list(region.server_names)
+        except RegionError as error:
+            logger.warning("%s; recording them as unnamed", error)
+            names[str(version)] = []
+        else:
+            names[str(version)] = found if region.names_version == version else []
+
     def tick(self, now: float) -> None:
-        """Close a segment in time, and raise what went wrong in writing another."""
+        """Close a segment in time, and raise an error from writing another."""
         if now - self._opened >= SEGMENT_SECONDS:
             self.flush()
         elif self._pending is not None and self._pending.done():
             self._wait()
 
     def flush(self) -> None:
-        """Write what has been added since the last segment as another one, aside."""
+        """Write the rows since the last segment as another one, in the background."""
         self._wait()
         if not self._rows:
             return
@@ -327,7 +354,7 @@ class _Segments:
             raise RecordingError(f"cannot write to {self.folder}: {error.strerror or error}{before}") from error
 
     def finish(self) -> None:
-        """Make one file of the segments."""
+        """Merge the segments into one file."""
         self.flush()
         self._wait()
         _merge(self.folder, self.path, json.dumps(self._description))
@@ -349,10 +376,10 @@ class _Segments:
 
 
 def finish_recording(path: str | os.PathLike[str]) -> Path:
-    """Make one file of what a recorder left that was killed.
+    """Merge the folder of a recorder that was killed into one file.
 
     Args:
-        path: of the file that it was to write, or of the folder that it left.
+        path: of the file that was to be written, or of the folder.
 
     Returns:
         The file's path.
@@ -392,7 +419,7 @@ def segments_of(folder: Path) -> list[Path]:
 
 
 def _make_folder(folder: Path, overwrite: bool) -> int:
-    """A new folder, as a descriptor that holds its lock."""
+    """Make a new folder and return a descriptor that holds its lock."""
     if overwrite and folder.is_dir():
         lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -462,11 +489,13 @@ def _table(frames: NDArray[np.uint64], missed: NDArray[np.int64], layout: abi.La
         "applied_sequence_id": pa.array(heads["applied_sequence_id"].astype(np.int64), mask=~applied),
         "applied_at": pa.array(heads["applied_at"].astype(np.int64), mask=~applied),
     }
-    for name in ("sequence_id", "timestamp", "published_at", "unrouted", "fct_count", "fct_sum"):
+    for name in ("sequence_id", "timestamp", "published_at", "names_version", "unrouted", "fct_count", "fct_sum"):
         columns[name] = heads[name].astype(np.int64)
     for of, names, there in (
         ("stats", FEATURE_NAMES, None),
         ("ground_truth", GROUND_TRUTH_NAMES, truth),
+        ("states", ("states",), None),
+        ("ground_truth_age", ("ground_truth_age",), truth),
         ("counters", abi.COUNTER_NAMES, None),
         ("active", ("active",), None),
         ("weights", ("weights",), None),
@@ -494,7 +523,7 @@ def _merge(folder: Path, target: Path, description: str | None) -> None:
         with parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
             group: list[Any] = []
             for file in files:
-                group.append(parquet.read_table(file).replace_schema_metadata(schema.metadata))
+                group.append(upgraded(parquet.read_table(file)).replace_schema_metadata(schema.metadata))
                 if sum(table.nbytes for table in group) >= ROW_GROUP_BYTES:
                     writer.write_table(pa.concat_tables(group).combine_chunks())
                     group = []
@@ -509,17 +538,33 @@ def _merge(folder: Path, target: Path, description: str | None) -> None:
     shutil.rmtree(folder)
 
 
+def upgraded(table: pyarrow.Table) -> pyarrow.Table:
+    """A table of any format with the columns of this one: unnamed servers, states and ages unknown."""
+    pa = require_pyarrow()
+    if "names_version" in table.schema.names or "num_servers" not in table.schema.names:
+        return table
+    schema = recording_schema()
+    servers = table.column("num_servers").to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(servers, dtype=np.int64)]).astype(np.int32)
+    states = pa.ListArray.from_arrays(offsets, pa.array(np.zeros(offsets[-1], np.uint8)), schema.field("states").type)
+    new = {
+        "names_version": pa.array(np.zeros(len(servers), np.int64)),
+        "states": states,
+        "ground_truth_age": pa.nulls(len(servers), schema.field("ground_truth_age").type),
+    }
+    for name, values in new.items():
+        table = table.append_column(schema.field(name), values)
+    return table.select(schema.names) if set(schema.names) <= set(table.schema.names) else table
+
+
 def require_pyarrow() -> ModuleType:
-    """Pyarrow, or the extra to install."""
+    """Import pyarrow.
+
+    Raises:
+        MissingExtraError: without it.
+    """
     try:
         import pyarrow
     except ImportError:
         raise MissingExtraError("pyarrow", "offline", "a recording") from None
     return pyarrow
-
-
-def _positive(name: str, value: float | None) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0.0 < value < math.inf:
-        raise InvalidOptionError(f"{name} must be a number of seconds above 0, got {value!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import stat
 import time
 from collections.abc import Iterator
@@ -11,19 +12,22 @@ import typer
 
 from ...errors import RegionError
 from ...features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
-from ...formatting import age, seconds, short
+from ...formatting import age, seconds, short, shortened
 from .._console import print_json, results_console
 from .._words import lease, since, state
 from ._arguments import Name
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ...sharedmemory import Action, ObservationBuffer, SharedMemoryRegion
 
 _NS = 1_000_000_000
 #: Columns of ``inspect`` that stay together.
 _GROUPS: tuple[dict[str, str], ...] = (
-    {"n_flow_on": "open", "weight": "weight", "safe_weight": "safe"}
-    | {"cpu_usage": "CPU", "memory_usage": "memory", "busy_workers": "busy"},
+    {"state": "state", "n_flow_on": "open", "weight": "weight", "safe_weight": "safe"}
+    | {"cpu_usage": "CPU", "memory_usage": "memory", "busy_workers": "busy", "ground_truth_age": "measured"},
     *(
         {
             f"{metric}_mean": f"{title} mean",
@@ -41,7 +45,7 @@ def inspect(
     name: Name,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Print all that a region says: header, newest observation, action, who lives."""
+    """Print everything in a region: header, newest observation and action, producer and agent."""
     from ...sharedmemory import SharedMemoryRegion
 
     with SharedMemoryRegion.attach(name, read_only=True) as region:
@@ -53,11 +57,11 @@ def inspect(
 
 
 def _document(region: SharedMemoryRegion) -> dict[str, Any]:
-    """All that a region says, to be written as JSON."""
+    """The contents of a region, for JSON."""
     from ...monitor import agent_state, producer_state
     from ...sharedmemory import seqlock
 
-    # What is read here belongs together, and so is to be read at once.
+    # Compiled beforehand, so that what belongs together is read at once.
     seqlock.warm_up()
     status = region.path.stat()
     header = region._header().copy()
@@ -65,7 +69,7 @@ def _document(region: SharedMemoryRegion) -> dict[str, Any]:
     buffer = region.new_buffer()
     observation = action = None
     try:
-        observation = _observation(buffer) if region.read_into(buffer) else None
+        observation = _observation(region, buffer) if region.read_into(buffer) else None
     except RegionError as error:
         problems.append(str(error))
     try:
@@ -93,6 +97,7 @@ def _document(region: SharedMemoryRegion) -> dict[str, Any]:
             "pid": region.agent_pid,
             "heartbeat_age": region.agent_heartbeat_age,
         },
+        "real_features": [name for name in (*FEATURE_NAMES, *GROUND_TRUTH_NAMES) if name in region.real_features],
         "observation": observation,
         "action": action,
         "problems": problems,
@@ -104,16 +109,34 @@ def _plain(value: Any) -> Any:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
-def _observation(buffer: ObservationBuffer) -> dict[str, Any]:
+def _observation(region: SharedMemoryRegion, buffer: ObservationBuffer) -> dict[str, Any]:
+    """The newest observation; what this data plane does not measure is None."""
+    from ...monitor import state_names
     from ...snapshot import COUNTER_NAMES
 
+    def measured(names: tuple[str, ...], values: NDArray[np.float32]) -> dict[str, float | None]:
+        pairs = zip(names, values.tolist(), strict=True)
+        return {name: value if name in region.real_features else None for name, value in pairs}
+
     n = buffer.num_servers
+    try:
+        names = region.server_names
+    except RegionError:
+        # The observation is worth having without them.
+        names = ("",) * n
+    states, ages = state_names(buffer.states[:n]), buffer.ground_truth_age[:n].tolist()
+    known = [math.isfinite(age) for age in ages]
     servers = []
     for i in range(n):
-        server: dict[str, Any] = {"id": i, "active": bool(buffer.active[i])}
-        server |= dict(zip(FEATURE_NAMES, buffer.stats[i].tolist(), strict=True))
+        server: dict[str, Any] = {"id": i, "name": names[i] if i < len(names) else "", "state": states[i]}
+        server |= {"active": bool(buffer.active[i])}
+        server |= measured(FEATURE_NAMES, buffer.stats[i])
         if buffer.has_ground_truth:
-            server |= dict(zip(GROUND_TRUTH_NAMES, buffer.ground_truth[i].tolist(), strict=True))
+            server |= measured(GROUND_TRUTH_NAMES, buffer.ground_truth[i])
+            if any(known) and not known[i]:
+                # A data plane that publishes ages has none for servers that were not measured.
+                server |= dict.fromkeys(GROUND_TRUTH_NAMES)
+            server["ground_truth_age"] = ages[i] if known[i] else None
         server |= dict(zip(COUNTER_NAMES, buffer.counters[i].tolist(), strict=True))
         server |= {"weight": float(buffer.weights[i]), "safe_weight": float(buffer.safe_weights[i])}
         servers.append(server)
@@ -165,6 +188,9 @@ def _show(document: dict[str, Any]) -> None:
         f"{header['num_frames']} frames of {header['frame_size']:,} bytes, {header['num_actions']} actions of "
         f"{header['action_size']:,} bytes",
     )
+    absent = [name for name in (*FEATURE_NAMES, *GROUND_TRUTH_NAMES) if name not in document["real_features"]]
+    if absent:
+        facts.add_row("not measured", ", ".join(absent))
     rate = header["clock_rate"]
     of = "" if rate == 1.0 else f" on its clock, which runs {rate:g} times as fast"
     facts.add_row("plan", f"an observation every {seconds(header['publish_interval'] / _NS)}{of}")
@@ -208,20 +234,28 @@ def _show(document: dict[str, Any]) -> None:
 
 
 def _tables(servers: list[dict[str, Any]], width: int) -> Iterator[Any]:
-    """All that is known of each server, in as few tables as the width allows."""
+    """All columns of the servers, in as few tables as the width allows."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
+    from ...monitor import server_labels
     from ...snapshot import COUNTER_NAMES
 
-    ids = [f"{server['id']}" if server["active"] else f"out {server['id']}" for server in servers]
-    first = max(map(len, ["server", *ids]))
+    named = any(server["name"] for server in servers)
+    labels = [
+        shortened(label, max(12, width // 5))
+        for label in server_labels([server["name"] for server in servers], len(servers))
+    ]
+    first = max(map(len, ["server", *labels]))
     tables: list[list[tuple[str, list[str]]]] = []
     for titles in (*_GROUPS, {name: name for name in COUNTER_NAMES}):
         group = [
-            (title, [_cell(name, server[name]) for server in servers])
+            (title, [_cell(name, server) for server in servers])
             for name, title in titles.items()
-            if servers and name in servers[0]
+            if servers
+            and name in servers[0]
+            and (name != "ground_truth_age" or any(server[name] is not None for server in servers))
         ]
         both = [*(tables[-1] if tables else []), *group]
         # A column is set off by a space on either side and one between.
@@ -231,16 +265,24 @@ def _tables(servers: list[dict[str, Any]], width: int) -> Iterator[Any]:
             tables.append(group)
     for columns in tables:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for title in ("server", *(title for title, _ in columns)):
-            table.add_column(title, justify="right", no_wrap=True)
-        for i, name in enumerate(ids):
+        table.add_column("server", justify="left" if named else "right", no_wrap=True)
+        for title, _ in columns:
+            table.add_column(title, justify="left" if title == "state" else "right", no_wrap=True)
+        for i, label in enumerate(labels):
             cells = [cells[i] for _, cells in columns]
-            table.add_row(name, *cells, style=None if servers[i]["active"] else "dim")
+            table.add_row(Text(label), *cells, style=None if servers[i]["active"] else "dim")
         yield ""
         yield table
 
 
-def _cell(name: str, value: Any) -> str:
+def _cell(name: str, server: dict[str, Any]) -> str:
+    value = server[name]
+    if value is None:
+        return "-"
+    if name == "state":
+        return f"{value}, out" if value == "unknown" and not server["active"] else str(value)
+    if name == "ground_truth_age":
+        return f"{age(value)} ago" if value >= 1e-3 else "now"
     if isinstance(value, int):
         return f"{value:,}"
     if name.endswith("_usage"):

@@ -18,10 +18,10 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from ...formatting import age, bar, seconds, short
+from ...formatting import age, bar, seconds, short, shortened
 from .._console import results_console
 from .._signals import Interrupted, stop_on_signal
-from .._words import STATE_STYLES, clock, lease
+from .._words import SERVER_STYLES, STATE_STYLES, clock, lease
 from ._arguments import Name
 
 if TYPE_CHECKING:
@@ -34,9 +34,11 @@ _HEADING = 4
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _GAP = 2
-_SERVER, _NARROW, _BAR = 6, 6, 4
+_SERVER, _NARROW, _BAR, _STATE = 6, 6, 4, 8
 #: From so many lines for servers on, some are given to strips of all of them.
 _LEAST_ROWS = 12
+#: Width from which on there is a column for the servers' states.
+_WITH_STATE = 60
 
 
 def watch(
@@ -147,7 +149,8 @@ def _weights(observation: ObservationView) -> Text:
 def _flows(observation: ObservationView) -> Text:
     servers = observation.servers
     new = "-" if servers.new is None else short(float(servers.new.sum()))
-    line = Text.assemble(("flows    ", "dim"), f"{new}/s new  {servers.open.sum():,.0f} open")
+    opened = "-" if servers.open is None else f"{servers.open.sum():,.0f}"
+    line = Text.assemble(("flows    ", "dim"), f"{new}/s new  {opened} open")
     if observation.mean_fct is not None:
         line.append(f"  mean FCT {seconds(observation.mean_fct)}")
     lost = int(servers.lost.sum()) + observation.unrouted
@@ -169,13 +172,14 @@ def _table(servers: ServerColumns, weight_style: str, width: int, height: int, u
     if n > rows * panels:
         below = _strips(servers, weight_style, width, unicode) if rows >= _LEAST_ROWS else []
         rows = max(1, rows - len(below) - 1)
-        busiest = np.argsort(-servers.open, kind="stable")[: rows * panels]
+        load, unit = (servers.weights, "less weight") if servers.open is None else (servers.open, "fewer open flows")
+        busiest = np.argsort(-load, kind="stable")[: rows * panels]
         shown = np.sort(busiest)
         rest = np.setdiff1d(np.arange(n), shown)
         out = int((~servers.active[rest]).sum())
         below.append(
             Text(
-                f"and {len(rest):,} servers with fewer open flows, {servers.open[rest].sum():,.0f} in all"
+                f"and {len(rest):,} servers with {unit}, {load[rest].sum():,.0f} in all"
                 + (f"; {out:,} of them out of service" if out else ""),
                 "dim",
             )
@@ -200,18 +204,23 @@ def _panel(
 ) -> list[Text]:
     """A table of some servers, with the columns that fit."""
     right: dict[str, tuple[int, Callable[[int], str]]] = {
-        "FCT": (8, lambda j: seconds(float(servers.fct[j]))),
-        "FCT p90": (8, lambda j: seconds(float(servers.fct_p90[j]))),
-        "new/s": (6, lambda j: "-" if servers.new is None else _rate(float(servers.new[j]))),
-        "duration": (8, lambda j: seconds(float(servers.duration[j]))),
-        "CPU": (4, lambda j: "" if servers.cpu is None else f"{servers.cpu[j]:.0%}"),
-        "dur. p90": (8, lambda j: seconds(float(servers.duration_p90[j]))),
+        "FCT": (8, lambda j: _measured(servers.fct, j, seconds)),
+        "FCT p90": (8, lambda j: _measured(servers.fct_p90, j, seconds)),
+        "new/s": (6, lambda j: _measured(servers.new, j, _rate)),
+        "duration": (8, lambda j: _measured(servers.duration, j, seconds)),
+        "CPU": (4, lambda j: _measured(servers.cpu, j, "{:.0%}".format)),
+        "dur. p90": (8, lambda j: _measured(servers.duration_p90, j, seconds)),
         "lost": (7, lambda j: f"{servers.lost[j]:,}"),
         "completed": (11, lambda j: f"{servers.completed[j]:,}"),
     }
     if servers.cpu is None:
         del right["CPU"]
-    left = width - _SERVER - 2 * (_GAP + _NARROW + 1 + _BAR)
+    # Names take a quarter of the width at most; states are there if the data plane says any.
+    longest = max((len(servers.labels[j]) for j in which.tolist()), default=0)
+    name = min(max(_SERVER, longest), max(_SERVER, width // 4))
+    named = longest > _SERVER or any(not label.isdecimal() for label in servers.labels)
+    with_state = width >= _WITH_STATE and any(state != "unknown" for state in servers.states)
+    left = width - name - 2 * (_GAP + _NARROW + 1 + _BAR) - (_GAP + _STATE if with_state else 0)
     titles = []
     for title, (size, _) in right.items():
         if left < size + _GAP:
@@ -221,20 +230,23 @@ def _panel(
     # What is left is for the bars: two parts for the load, one for the weights.
     weight_bar = _BAR + max(0, left) // 3
     load_bar = _BAR + max(0, left) - max(0, left) // 3
-    most = float(servers.open.max(initial=0.0)) or 1.0
+    most = 1.0 if servers.open is None else float(servers.open.max(initial=0.0)) or 1.0
     heaviest = float(servers.weights.max(where=servers.active, initial=0.0)) or 1.0
     gap = " " * _GAP
-    heading = Text(
-        f"{'server':>{_SERVER}}{gap}{'open flows':<{_NARROW + 1 + load_bar}}{gap}"
-        f"{'weight':<{_NARROW + 1 + weight_bar}}",
-        "dim",
-    )
+    align = "<" if named else ">"
+    heading = Text(f"{'server':{align}{name}}{gap}", "dim")
+    if with_state:
+        heading.append(f"{'state':<{_STATE}}{gap}")
+    heading.append(f"{'open flows':<{_NARROW + 1 + load_bar}}{gap}{'weight':<{_NARROW + 1 + weight_bar}}")
     for title in titles:
         heading.append(gap + f"{title:>{right[title][0]}}")
     lines = [heading]
     for j in which.tolist():
-        line = Text(f"{j:>{_SERVER}}{gap}{short(servers.open[j]):>{_NARROW}} ")
-        line.append(bar(servers.open[j] / most, load_bar, unicode), "blue")
+        line = Text(f"{shortened(servers.labels[j], name):{align}{name}}{gap}")
+        if with_state:
+            line.append(f"{servers.states[j]:<{_STATE}}{gap}", SERVER_STYLES[servers.states[j]])
+        line.append(f"{_measured(servers.open, j, short):>{_NARROW}} ")
+        line.append(bar(0.0 if servers.open is None else servers.open[j] / most, load_bar, unicode), "blue")
         if not servers.active[j]:
             line.append(f"{gap}out of service")
             line.stylize("dim")
@@ -249,6 +261,11 @@ def _panel(
     return lines
 
 
+def _measured(values: NDArray[np.float64] | None, j: int, text: Callable[[float], str]) -> str:
+    """A server's value, "-" where this data plane does not measure it."""
+    return "-" if values is None or np.isnan(values[j]) else text(float(values[j]))
+
+
 def _rate(rate: float) -> str:
     """One decimal where that says enough, so that columns do not wobble."""
     return f"{rate:.1f}" if rate < 1000.0 else short(rate)
@@ -260,7 +277,7 @@ def _weight(weight: float) -> str:
 
 
 def _tone(servers: ServerColumns, title: str, j: int) -> str:
-    if title == "CPU" and servers.cpu is not None:
+    if title == "CPU" and servers.cpu is not None and not np.isnan(servers.cpu[j]):
         return "red" if servers.cpu[j] >= 0.9 else "yellow" if servers.cpu[j] >= 0.7 else "green"
     return "red" if title == "lost" and servers.lost[j] else ""
 
@@ -280,6 +297,8 @@ def _strips(servers: ServerColumns, weight_style: str, width: int, unicode: bool
         ("weight", servers.weights * servers.active, weight_style),
         ("FCT", servers.fct, "default"),
     ):
+        if values is None:
+            continue
         padded = np.zeros(-(-n // group) * group)
         padded[:n] = values
         heights = padded.reshape(-1, group).max(axis=1)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ...atomic import write_whole
 from ...checks import number
-from ...errors import LbgymError, ScenarioError, TraceError, UnknownNameError
+from ...errors import FileWriteError, LbgymError, ScenarioError, TraceError, UnknownNameError
 from .._validation import _boolean, _set, _shown, _text
 from ..workload import Trace
 from ._clock import coarse_tick, from_first, in_order, in_seconds, spread, time_unit
@@ -259,15 +260,13 @@ def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     tied = bool((np.diff(trace.times) == 0).any())
     header, end = (f"time,demand,{RESOLUTION_COLUMN}\n", ",0\n") if tied else ("time,demand\n", "\n")
     data = (header + "".join(f"{time!r},{demand!r}{end}" for time, demand in rows)).encode()
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    data = gzip.compress(data, mtime=0) if file.suffix == ".gz" else data
     try:
-        try:
-            temporary.write_bytes(gzip.compress(data, mtime=0) if file.suffix == ".gz" else data)
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise TraceError(f"cannot write trace file {file}: {_reason(error)}") from error
+        write_whole(file, lambda stream: stream.write(data))
+    except FileWriteError as error:
+        raise TraceError(f"cannot write trace file {file}: {_reason(error.__cause__ or error)}") from error
+    except ValueError as error:
+        raise TraceError(f"cannot write trace file {file}: {error}") from error
 
 
 def expand_path(path: str | os.PathLike[str], error_type: type[LbgymError]) -> Path:
@@ -278,7 +277,7 @@ def expand_path(path: str | os.PathLike[str], error_type: type[LbgymError]) -> P
         raise error_type(f"no such path: {path}: {error}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
