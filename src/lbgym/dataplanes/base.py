@@ -26,11 +26,11 @@ class BatchedDataPlane(Protocol):
 
     @property
     def has_ground_truth(self) -> bool:
-        """Whether snapshots have the servers' CPU use, memory use and busy workers."""
+        """True if snapshots have the servers' CPU use, memory use and busy workers."""
 
     @property
     def has_interval(self) -> bool:
-        """Whether snapshots have statistics of the flows that ended in the interval."""
+        """True if snapshots have statistics of the flows that ended in the interval."""
 
     @property
     def info(self) -> Mapping[str, NDArray[Any]]:

@@ -81,7 +81,7 @@ class LiveDataPlanes:
 
     @property
     def has_ground_truth(self) -> bool:
-        """Whether the last observation of each had CPU use, memory use and busy workers."""
+        """True if the last observation of each had CPU use, memory use and busy workers."""
         return all(plane.has_ground_truth for plane in self._planes)
 
     @property

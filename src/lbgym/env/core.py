@@ -279,7 +279,7 @@ class SpecWithLimit:
 
     @property
     def spec(self) -> EnvSpec | None:
-        """How ``gymnasium.make`` made the environment; None if it did not."""
+        """The specification that ``gymnasium.make`` used; None for an environment made without it."""
         return self._spec
 
     @spec.setter

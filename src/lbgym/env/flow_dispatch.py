@@ -26,12 +26,12 @@ from .replicas import ReplicaVectorEnv, with_masks
 if TYPE_CHECKING:
     from ..simulator.layout import Decision
 
-#: What can be shown of a server, in the order of the simulator's columns. ``work`` (unfinished core-seconds) and
+#: Fields of a server, in the order of the simulator's columns. ``work`` (unfinished core-seconds) and
 #: ``delay`` (seconds in which the server would finish them with every core busy) take an oracle, who knows sizes and
 #: true speeds. ``open_flows`` (the flows that the balancer of the waiting flow has placed there and that have not
 #: ended) and ``active`` (1: takes new flows) are known to a balancer.
 SERVER_FIELDS = ("work", "delay", "open_flows", "active")
-#: What can be shown of the waiting flow. ``demand`` (core-seconds) takes an oracle; ``gap``, seconds since the flow
+#: Fields of the waiting flow. ``demand`` (core-seconds) takes an oracle; ``gap``, seconds since the flow
 #: before it, is known to a balancer.
 FLOW_FIELDS = ("demand", "gap")
 
@@ -39,7 +39,7 @@ _QUANTILES = ("fct_p50", "fct_p90", "fct_p99")
 
 
 class FlowObservation:
-    """How the state at the arrival of a flow is laid out for an agent.
+    """Layout of the state at the arrival of a flow.
 
     N servers with C ``server_fields`` each, and F ``flow_fields``:
 
@@ -462,7 +462,7 @@ class FlowDispatchVectorEnv(SpecWithLimit, ReplicaVectorEnv):
 
     Equal, replica by replica and bit for bit, to single environments with the same seeds: ``reset(seed=s)`` seeds
     replica i with s + i, or takes a seed per replica. The clocks of the replicas differ, as each is at the arrival of a
-    flow of its own. ``info`` holds arrays and, for each ``key``, a mask ``_key`` of the replicas that tell it.
+    flow of its own. ``info`` holds arrays and, for each ``key``, a mask ``_key`` of the replicas that have it.
 
     Every server of every replica has room for the longest queue there has been in any of them, 48 bytes a place: a
     policy that sends 1,000 flows to one of 10 servers takes 0.5 MB per replica.
