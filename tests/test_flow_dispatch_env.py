@@ -710,6 +710,7 @@ def test_active_servers_are_listed_for_each_replica(observation: str) -> None:
     env.close()
 
 
+@pytest.mark.filterwarnings("ignore:`.*` is set to None:UserWarning")
 def test_minari_collects_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("minari")
     pytest.importorskip("jax", reason="Minari's DataCollector needs it")

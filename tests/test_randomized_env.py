@@ -16,6 +16,7 @@ from gymnasium.vector import AutoresetMode
 from lbgym import LoadBalanceEnv, LoadBalanceVectorEnv
 from lbgym.errors import InvalidOptionError, PolicyError, ScenarioError
 from lbgym.evaluation import compare as compare_policies
+from lbgym.evaluation import save
 from lbgym.evaluation.runner import scenario_of_seed
 from lbgym.policies import make_policy
 from lbgym.scenarios import (
@@ -269,7 +270,7 @@ def test_every_contender_of_a_seed_meets_the_same_scenario_and_flows(tmp_path: P
         assert alone.values("sed", "fct_mean")[0] == done.values("sed", "fct_mean")[i]
     data = done.to_dict()
     assert data["scenario"]["load"] is None and [x["seed"] for x in data["scenario"]["draws"]] == [0, 1, 2, 3]
-    files = {file.name for file in done.save(tmp_path, plots=False)}
+    files = {file.name for file in save(done, tmp_path, plots=False)}
     assert "summary.json" in files
 
 
