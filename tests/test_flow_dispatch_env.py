@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 import warnings
@@ -710,6 +711,7 @@ def test_active_servers_are_listed_for_each_replica(observation: str) -> None:
     env.close()
 
 
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:`.*` is set to None:UserWarning")
 def test_minari_collects_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("minari")
@@ -724,6 +726,9 @@ def test_minari_collects_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         rewards.append([float(env.step(k)[1]) for k in range(6)])
     data = env.create_dataset("tests/flows-v0")
     env.close()
+    # Minari leaves its temporary folder to the garbage collector.
+    del env
+    gc.collect()
     assert data.total_episodes == 2 and data.total_steps == 12
     for episode, expected in zip(data.iterate_episodes(), rewards, strict=True):
         np.testing.assert_allclose(episode.rewards, expected)
