@@ -103,7 +103,11 @@ PUBLIC = {"checks": False, "errors": False, "rewards": True, "snapshot": False, 
 
 @pytest.mark.parametrize("package", packages())
 def test_packages_show_exactly_what_they_export(package: str) -> None:
-    module = importlib.import_module(package)
+    try:
+        module = importlib.import_module(package)
+    except MissingExtraError as error:
+        # A framework; the other environment of the tests has it.
+        pytest.skip(str(error))
     assert module.__doc__
     path = SOURCE.parent.joinpath(*package.split("."), "__init__.py")
     exported = set(getattr(module, "__all__", ())) - {"__version__"}

@@ -14,7 +14,7 @@ import pytest
 from lbgym.env.rendering import HISTORY, Frame, Viewer, render_ansi, render_rgb, show
 from lbgym.errors import MissingExtraError, UnknownNameError
 from lbgym.formatting import seconds, short
-from lbgym.scenarios.model import Scenario, Server, Workload
+from lbgym.scenarios import Scenario, Server, Workload
 from lbgym.snapshot import IntervalStatistics, Snapshot
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "InvalidRewardError",
     "InvalidWeightsError",
     "LbgymError",
+    "LiveCopyError",
     "MissingExtraError",
     "PolicyError",
     "RecordingError",

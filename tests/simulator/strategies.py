@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from lbgym.scenarios import (
+    DISPATCH_RULES,
     BoundedPareto,
     Deterministic,
     Empirical,
@@ -23,7 +24,6 @@ from lbgym.scenarios import (
     Trace,
     Workload,
 )
-from lbgym.scenarios.model import DISPATCH_RULES
 
 MEANS = st.floats(0.01, 1.0)
 

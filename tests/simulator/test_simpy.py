@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from lbgym.scenarios import (
+    DISPATCH_RULES,
     Deterministic,
     Event,
     Exponential,
@@ -19,7 +20,6 @@ from lbgym.scenarios import (
     Server,
     Workload,
 )
-from lbgym.scenarios.model import DISPATCH_RULES
 
 from .running import UNROUTED, drained, trace_scenario
 from .simpy_model import COMPLETED, Replay

@@ -11,29 +11,7 @@ from .library import (
     named_scenario,
     scenario_names,
 )
-from .model import (
-    EVENT_KINDS,
-    MAX_SERVERS,
-    Arrivals,
-    BoundedPareto,
-    Demand,
-    Deterministic,
-    Empirical,
-    Event,
-    Exponential,
-    Hyperexponential,
-    Lognormal,
-    ModulatedPoisson,
-    OnOff,
-    Poisson,
-    Sampling,
-    Scenario,
-    Server,
-    Sinusoidal,
-    Trace,
-    Workload,
-    servers_of,
-)
+from .model import EVENT_KINDS, MAX_SERVERS, Event, Sampling, Scenario, Server, servers_of
 from .randomization import (
     AnyScenario,
     Choice,
@@ -47,6 +25,22 @@ from .randomization import (
     Variant,
 )
 from .traces import TRACE_FORMATS, TRACE_OPTIONS, read_trace, write_trace
+from .workload import (
+    Arrivals,
+    BoundedPareto,
+    Demand,
+    Deterministic,
+    Empirical,
+    Exponential,
+    Hyperexponential,
+    Lognormal,
+    ModulatedPoisson,
+    OnOff,
+    Poisson,
+    Sinusoidal,
+    Trace,
+    Workload,
+)
 
 __all__ = [
     "DISPATCH_RULES",

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .model import ARRIVAL_KINDS, DEMAND_KINDS
 from .randomization import ScenarioDistribution
+from .workload import ARRIVAL_KINDS, DEMAND_KINDS
 
 #: The quantiles that :meth:`Draws.summary` gives.
 QUANTILES = {"least": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "most": 1.0}

@@ -65,20 +65,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ScenarioError, TraceError, UnknownNameError
+from ._validation import _integer, _shown
 from .library import default_scenario, distribution_names, named_distribution, named_scenario, scenario_names
-from .model import (
-    ARRIVAL_KINDS,
-    DEMAND_KINDS,
-    MAX_SERVERS,
-    Event,
-    Sampling,
-    Scenario,
-    Server,
-    Trace,
-    Workload,
-    _integer,
-    _shown,
-)
+from .model import MAX_SERVERS, Event, Sampling, Scenario, Server
 from .randomization import (
     RANGE_KINDS,
     AnyScenario,
@@ -90,6 +79,7 @@ from .randomization import (
     _frozen,
 )
 from .traces import TRACE_OPTIONS, expand_path, read_trace
+from .workload import ARRIVAL_KINDS, DEMAND_KINDS, Trace, Workload
 
 _SCALARS = ("name", "description", "balancers", "dispatch", "reject_timeout", "duration")
 # Parts of [randomize] that are a single value or range.

@@ -10,24 +10,8 @@ from pathlib import Path
 from statistics import NormalDist
 
 from ..errors import UnknownNameError
-from .model import (
-    MAX_SERVERS,
-    BoundedPareto,
-    Empirical,
-    Event,
-    Exponential,
-    Hyperexponential,
-    Lognormal,
-    ModulatedPoisson,
-    OnOff,
-    Scenario,
-    Server,
-    Sinusoidal,
-    Trace,
-    Workload,
-    _integer,
-    servers_of,
-)
+from ._validation import _integer
+from .model import MAX_SERVERS, Event, Scenario, Server, servers_of
 from .randomization import (
     Choice,
     LogUniform,
@@ -38,6 +22,18 @@ from .randomization import (
     Variant,
 )
 from .traces import DECODE_RATE, PREFILL_RATE, read_trace
+from .workload import (
+    BoundedPareto,
+    Empirical,
+    Exponential,
+    Hyperexponential,
+    Lognormal,
+    ModulatedPoisson,
+    OnOff,
+    Sinusoidal,
+    Trace,
+    Workload,
+)
 
 #: Speed of one CPU (a hyper-thread) of the MARLLB testbed: core-seconds of demand it serves per second. The one
 #: constant of ``marllb-large`` that is fitted, by a benchmark, to the published mean FCT of LSQ at 398.5 flows/s.

@@ -17,25 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import ScenarioError, UnknownNameError
+from ._validation import _instance, _integer, _items, _number, _numbers, _set, _shown, _text
 from .dispatch_rules import DISPATCH_RULES
-from .model import (
-    ARRIVAL_KINDS,
-    DEMAND_KINDS,
-    MAX_SERVERS,
-    Event,
-    Sampling,
-    Scenario,
-    Server,
-    _instance,
-    _integer,
-    _items,
-    _number,
-    _numbers,
-    _set,
-    _shown,
-    _text,
-    check_pace,
-)
+from .model import MAX_SERVERS, Event, Sampling, Scenario, Server
+from .workload import ARRIVAL_KINDS, DEMAND_KINDS, check_pace
 
 #: Events are drawn up to this time, seconds, unless told otherwise: longer than the longest default episode.
 HORIZON = 3600.0

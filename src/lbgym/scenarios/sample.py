@@ -9,8 +9,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .model import Trace
 from .traces import write_trace
+from .workload import Trace
 
 NUM_FLOWS = 5_000
 

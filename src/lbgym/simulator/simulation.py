@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from .. import checks
 from ..errors import InvalidWeightsError, ResetNeeded, ScenarioError
 from ..scenarios import DISPATCH_RULES, model
+from ..scenarios import workload as laws
 from ..snapshot import IntervalStatistics, Snapshot
 from . import layout as at
 from .threads import Workers, available_cores
@@ -54,7 +55,7 @@ _announced = False
 
 
 def _warm_up(kernel: Any) -> None:
-    scenario = model.Scenario(servers=(model.Server(),), workload=model.Workload(load=0.5))
+    scenario = model.Scenario(servers=(model.Server(),), workload=laws.Workload(load=0.5))
     simulation = Simulation(scenario)
     simulation.reset([0])
     simulation.step(np.ones((1, 1, 1)), 0.25)
@@ -583,32 +584,32 @@ def _first_bad(weights: NDArray[np.float64]) -> float:
     return float(bad[0])
 
 
-def _demand_row(demand: model.Demand) -> tuple[int, list[float]]:
+def _demand_row(demand: laws.Demand) -> tuple[int, list[float]]:
     match demand:
-        case model.Deterministic():
+        case laws.Deterministic():
             return at.DETERMINISTIC, [demand.mean]
-        case model.Exponential():
+        case laws.Exponential():
             return at.EXPONENTIAL, [demand.mean]
-        case model.Lognormal():
+        case laws.Lognormal():
             variance = math.log1p(demand.cv**2)
             return at.LOGNORMAL, [math.log(demand.mean) - variance / 2, math.sqrt(variance)]
-        case model.BoundedPareto():
+        case laws.BoundedPareto():
             tail = 1.0 - (demand.minimum / demand.maximum) ** demand.alpha
             return at.BOUNDED_PARETO, [1.0 / demand.alpha, demand.minimum, demand.maximum, tail]
-        case model.Hyperexponential():
+        case laws.Hyperexponential():
             cumulative = np.cumsum(demand.probabilities).tolist()
             return at.HYPEREXPONENTIAL, [float(len(cumulative)), *cumulative, *demand.means]
-        case model.Empirical():
+        case laws.Empirical():
             return at.EMPIRICAL, [0.0]
 
 
-def _modulation(arrivals: model.Arrivals) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
+def _modulation(arrivals: laws.Arrivals) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
     """Levels [L, 2 + L], cumulative stationary law [L], fixed sojourns; levels scaled to a long-run mean of 1."""
-    if isinstance(arrivals, model.OnOff):
-        arrivals = model.ModulatedPoisson(
+    if isinstance(arrivals, laws.OnOff):
+        arrivals = laws.ModulatedPoisson(
             levels=(1.0, arrivals.off_level), sojourns=(arrivals.on, arrivals.off), fixed_sojourns=not arrivals.random
         )
-    if not isinstance(arrivals, model.ModulatedPoisson):
+    if not isinstance(arrivals, laws.ModulatedPoisson):
         return np.zeros((1, 3)), np.ones(1), False
     stationary = arrivals.stationary()
     mean = float(stationary @ np.asarray(arrivals.levels))
@@ -656,17 +657,17 @@ def _scenario_rows(
         pf[at.P_TRACE_PERIOD] = trace.period
         pi[at.P_TRACE_REPEAT], pi[at.P_TRACE_RANDOM] = trace.repeat, trace.random_start
     else:
-        if isinstance(workload.arrivals, model.Sinusoidal):
+        if isinstance(workload.arrivals, laws.Sinusoidal):
             pi[at.P_ARRIVALS] = at.SINUSOIDAL
             pf[at.P_AMPLITUDE] = workload.arrivals.amplitude
             pf[at.P_OMEGA] = 2.0 * math.pi / workload.arrivals.period
             pf[at.P_PHASE] = workload.arrivals.phase
-        elif isinstance(workload.arrivals, (model.ModulatedPoisson, model.OnOff)):
+        elif isinstance(workload.arrivals, (laws.ModulatedPoisson, laws.OnOff)):
             pi[at.P_ARRIVALS] = at.MODULATED
             pi[at.P_NUM_LEVELS] = len(levels)
             pi[at.P_FIXED_SOJOURNS] = fixed
         pi[at.P_DEMAND] = demand_kind
-        if isinstance(workload.demand, model.Empirical):
+        if isinstance(workload.demand, laws.Empirical):
             entries = np.column_stack([np.zeros(len(workload.demand.values)), workload.demand.values])
 
     rates = [[e.time, e.value] for e in scenario.events if e.kind == "rate"]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ScenarioError, TraceError
-from ..model import TRACE_LIMIT
+from .._validation import TRACE_LIMIT
 from ._options import TIME_UNITS
 from ._rows import Rows
 

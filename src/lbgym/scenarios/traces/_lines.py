@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import TraceError
-from ..model import TRACE_LIMIT
+from .._validation import TRACE_LIMIT
 from ._foreign import foreign_log
 from ._options import FORMAT_OPTIONS, TRACE_FORMATS, required_columns
 from ._rows import Rows, check_demand

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import MissingExtraError, TraceError
-from ..model import MIN_DEMAND, TRACE_LIMIT
+from .._validation import MIN_DEMAND, TRACE_LIMIT
 from ._options import required_columns
 from ._rows import Rows
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..model import MIN_DEMAND, TRACE_LIMIT
+from .._validation import MIN_DEMAND, TRACE_LIMIT
 
 
 @dataclass
