@@ -77,7 +77,7 @@ def vector(
 
 
 def resident_mb() -> float:
-    """Resident memory of this process; 0 where /proc does not tell."""
+    """Resident memory of this process; 0 without /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -1,4 +1,4 @@
-"""What it costs to draw a scenario for every episode: ``python -m benchmarks.randomization``.
+"""The cost of drawing a scenario for every episode: ``python -m benchmarks.randomization``.
 
 A redraw is a seed turned into a scenario and the scenario into the simulator's parameters, for one replica among R.
 Episodes are of 256 steps, as in training; the share of resets is their time, redraws included, over the time of whole
@@ -47,7 +47,7 @@ def redraws(name: str, replicas: int, calls: int) -> float:
 
 
 def episodes(name: str, steps: int) -> tuple[float, float]:
-    """Seconds of a reset of all replicas, and of ``STEPS`` of their steps, as ``steps`` of them tell."""
+    """Seconds of a reset of all replicas, and of ``STEPS`` of their steps, estimated from ``steps`` of them."""
     env = LoadBalanceVectorEnv(REPLICAS, scenario=name, max_steps=10**9, num_threads=1)
     # Events are drawn for the steps that are measured, not for all of the endless episode.
     env._core.plane.horizon = STEPS * 0.25

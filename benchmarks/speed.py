@@ -35,7 +35,7 @@ INTERVAL = 160
 
 @dataclass
 class Run:
-    """What one run did."""
+    """Flows and seconds of one run."""
 
     flows: int
     seconds: float

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -517,7 +519,7 @@ def test_a_server_that_is_down_shows_zeros_and_loses_what_is_sent_there() -> Non
     np.testing.assert_array_equal(observation["mask"], [0, 1])
     np.testing.assert_array_equal(observation["features"][0], [0, 0, 0, 0])
     np.testing.assert_array_equal(env.action_masks(), [False, True])
-    np.testing.assert_array_equal(info["active_servers"], [False, True])
+    assert info["active"].tolist() == [False, True] and info["active_servers"] == [1]
     _, reward, _, _, info = env.step(0)
     assert reward == pytest.approx(-7.0)
     assert info["rejected"] == 2
@@ -679,3 +681,56 @@ def test_a_distribution_of_scenarios_is_drawn_per_episode(mode: AutoresetMode) -
         native.reset(options={"scenario": "park"})
     native.close()
     reference.close()
+
+
+def test_spec_states_the_limit_that_the_environment_keeps() -> None:
+    env = gymnasium.make(ID, max_steps=5)
+    assert env.spec is not None and env.spec.max_episode_steps == 5
+    aware = gymnasium.wrappers.TimeAwareObservation(env, flatten=True, normalize_time=True)
+    aware.reset(seed=0)
+    assert [aware.step(0)[0][-1] for _ in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    vector = gymnasium.make_vec(ID, num_envs=2, vectorization_mode="vector_entry_point", max_steps=7)
+    assert vector.spec is not None and vector.spec.max_episode_steps == 7
+    vector.close()
+
+
+@pytest.mark.parametrize("observation", LAYOUTS)
+def test_active_servers_are_listed_for_each_replica(observation: str) -> None:
+    env = FlowDispatchVectorEnv(3, scenario=small_scenario(), observation=observation)
+    _, info = env.reset(seed=1)
+    seen = set()
+    for k in range(300):
+        assert [list(np.flatnonzero(row)) for row in info["active"]] == info["active_servers"].tolist()
+        assert info["active_servers"].shape == (3,) and info["_active_servers"].all()
+        np.testing.assert_array_equal(info["active"], env.action_masks())
+        seen |= {tuple(ids) for ids in info["active_servers"]}
+        # Nobody else's list changes with this one.
+        info["active_servers"][0].clear()
+        *_, info = env.step([k % 4] * 3)
+    assert len(seen) > 1
+    env.close()
+
+
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:`.*` is set to None:UserWarning")
+def test_minari_collects_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("minari")
+    pytest.importorskip("jax", reason="Minari's DataCollector needs it")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    from minari import DataCollector
+
+    env = DataCollector(gymnasium.make(ID, max_steps=6))
+    rewards = []
+    for seed in (1, 2):
+        env.reset(seed=seed)
+        rewards.append([float(env.step(k)[1]) for k in range(6)])
+    data = env.create_dataset("tests/flows-v0")
+    env.close()
+    # Minari leaves its temporary folder to the garbage collector.
+    del env
+    gc.collect()
+    assert data.total_episodes == 2 and data.total_steps == 12
+    for episode, expected in zip(data.iterate_episodes(), rewards, strict=True):
+        np.testing.assert_allclose(episode.rewards, expected)
+        np.testing.assert_array_equal(episode.actions, range(6))
+        assert episode.observations.shape == (7, 11) and episode.truncations.tolist() == [False] * 5 + [True]

@@ -1,4 +1,4 @@
-"""What a balancer sees at one instant: the :class:`Snapshot` that data planes publish and the env layer reads."""
+"""A balancer's view at one instant: the :class:`Snapshot` that data planes publish and the env layer reads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .features.columns import SERVICE_NAMES
+
+__all__ = ["COUNTER_NAMES", "DEFAULT_STEP_INTERVAL", "IntervalStatistics", "Snapshot"]
 
 #: Counters of flows per server, in column order where they form an array.
 COUNTER_NAMES = ("started", "completed", "rejected", "failed")
@@ -22,7 +24,7 @@ class IntervalStatistics:
     """Statistics of the flows that ended during one control interval, by name.
 
     A rejected, failed or unrouted flow counts as ``rejected``, with an FCT of the scenario's ``reject_timeout``. Where
-    no flow ended, the FCT statistics are 0, as the features of an empty reservoir are; :attr:`ended` tells these apart.
+    no flow ended, the FCT statistics are 0, as the features of an empty reservoir are, and :attr:`ended` is 0.
 
     Attributes:
         values: float64[..., 8], columns of ``SERVICE_NAMES``. The properties are float64[...].
@@ -88,7 +90,7 @@ class IntervalStatistics:
 
 @dataclass(slots=True)
 class Snapshot:
-    """What one balancer sees at one instant, and what the data plane counted.
+    """One balancer's observation at one instant, and the data plane's counters.
 
     Shapes are those of a single data plane; a batch of replicas carries leading axes (``...``) before each. Every
     consumer (observations, rewards, policies) works on the trailing axes and so on both.

@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -26,6 +27,7 @@ from lbgym.errors import (
     UnknownNameError,
 )
 from lbgym.policies import make_policy
+from lbgym.scenarios import Workload, default_scenario
 from lbgym.sharedmemory import Publication, SharedMemoryRegion
 from tests.dataplanes.puppet import START, features, puppet, snapshot
 
@@ -61,6 +63,33 @@ def test_an_observation_is_what_was_published() -> None:
             assert plane.info["rejected"] == 0
             assert plane.info["fct_mean"] == pytest.approx(0.25)
         plane.close()
+
+
+def test_mean_fct_is_zero_where_no_flow_ended() -> None:
+    """As in a simulation, where it is 0 as well: not a NaN, which would spread."""
+    idle = snapshot(0, 0.0, np.ones(4, np.bool_), False)
+    over = threading.Event()
+
+    def publish(region: SharedMemoryRegion) -> None:
+        for tick in range(1, 10_000):
+            region.publish(Publication.of(replace(idle, timestamp=0.02 * tick)))
+            if over.wait(0.02):
+                return
+
+    with SharedMemoryRegion.create("lb0", num_servers=4, publish_interval=0.02) as region:
+        producer = threading.Thread(target=publish, args=(region,))
+        producer.start()
+        try:
+            env = lbgym.LoadBalanceEnv(shm_name="lb0", step_interval=INTERVAL)
+            infos = [env.reset()[1], *(env.step(env.action_space.sample())[4] for _ in range(3))]
+            env.close()
+        finally:
+            over.set()
+            producer.join()
+    assert [(info["completed"], info["rejected"], info["fct_mean"]) for info in infos] == [(0, 0, 0.0)] * 4
+    simulated = lbgym.LoadBalanceEnv(scenario=replace(default_scenario(4), workload=Workload(rate=1e-9)))
+    simulated.reset(seed=1)
+    assert simulated.step(simulated.action_space.sample())[4]["fct_mean"] == 0.0
 
 
 @pytest.mark.parametrize("period", [0.02, 0.04, 0.03], ids=["divisor", "equal", "neither"])
@@ -229,13 +258,14 @@ def test_a_dead_producer_is_an_error_and_its_successor_is_followed(caplog: pytes
 
 def test_a_successor_that_is_silent_at_first_is_told_of_later() -> None:
     with puppet("lb0") as first:
-        plane = SharedMemoryDataPlane("lb0", interval=INTERVAL, timeout=0.2)
+        plane = SharedMemoryDataPlane("lb0", interval=INTERVAL, timeout=1.0)
         plane.reset()
         first.kill()
     with SharedMemoryRegion.create("lb0", num_servers=4, publish_interval=0.02) as second:
         with pytest.raises(DataPlaneTimeout, match="there is none"):
             plane.step(np.ones(4))
-        threading.Timer(0.05, second.publish, [Publication.of(snapshot(1, 3.0, np.ones(4, np.bool_), False))]).start()
+        shown = Publication.of(snapshot(1, 3.0, np.ones(4, np.bool_), False))
+        threading.Timer(0.05, second.publish, [shown]).start()
         seen = plane.step(np.ones(4))
         assert (seen.sequence_id, seen.timestamp) == (1, 3.0)
         assert plane.info["producer_restarted"]

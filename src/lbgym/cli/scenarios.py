@@ -137,7 +137,7 @@ def describe(
     if isinstance(loaded, Scenario) and not (draw is None and plot is None):
         option = "--plot" if draw is None else "--draw"
         raise ScenarioError(f"{option} needs a distribution, and {loaded.name!r} is a scenario: nothing is drawn")
-    if isinstance(loaded, ScenarioDistribution) and draw is not None:
+    if draw is not None:
         if plot is not None:
             raise ScenarioError(f"--plot shows many draws, --draw={draw} asks for one; give one of them")
         loaded = loaded.draw(draw)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..scenarios import Scenario, ScenarioDistribution
+from ..scenarios import AnyScenario, Scenario
 from ..snapshot import Snapshot
 
 
@@ -26,17 +26,17 @@ class BatchedDataPlane(Protocol):
 
     @property
     def has_ground_truth(self) -> bool:
-        """Whether snapshots have the servers' CPU use, memory use and busy workers."""
+        """True if snapshots have the servers' CPU use, memory use and busy workers."""
 
     @property
     def has_interval(self) -> bool:
-        """Whether snapshots have statistics of the flows that ended in the interval."""
+        """True if snapshots have statistics of the flows that ended in the interval."""
 
     @property
     def info(self) -> Mapping[str, NDArray[Any]]:
         """Facts about the last reset or step beyond the snapshot, each with leading axes [R, m]."""
 
-    def source(self, options: Mapping[str, Any] | None = None) -> Scenario | ScenarioDistribution | None:
+    def source(self, options: Mapping[str, Any] | None = None) -> AnyScenario | None:
         """The scenario, or distribution, of an episode that begins with these ``options`` of a reset; None: unknown.
 
         Raises:
@@ -47,7 +47,7 @@ class BatchedDataPlane(Protocol):
         self,
         seeds: Sequence[int],
         mask: NDArray[np.bool_] | None = None,
-        source: Scenario | ScenarioDistribution | None = None,
+        source: AnyScenario | None = None,
     ) -> Snapshot:
         """Begin episodes of the masked replicas (None: all); the rows of the others are those of the snapshot before.
 

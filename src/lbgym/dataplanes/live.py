@@ -140,7 +140,7 @@ class SharedMemoryDataPlane:
 
     @property
     def has_ground_truth(self) -> bool:
-        """Whether the last observation had CPU use, memory use and busy workers."""
+        """True if the last observation had CPU use, memory use and busy workers."""
         return self._buffer.has_ground_truth
 
     def reset(self, *, after: int | None = None) -> Snapshot:
@@ -256,7 +256,7 @@ class SharedMemoryDataPlane:
 
     @property
     def _new_grid(self) -> bool:
-        """Whether there was a restart or jump since the last observation that was handed out."""
+        """True after a restart or jump since the last observation returned."""
         return self._restarted or self._jumped
 
     def _wait_for(self, deadline: int, limit: float) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, UnknownNameError
-from ..scenarios import Scenario, ScenarioDistribution
+from ..scenarios import AnyScenario, Scenario, ScenarioDistribution
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .live import SharedMemoryDataPlane
 
@@ -44,7 +44,7 @@ class LiveDataPlanes:
         interval: float = DEFAULT_STEP_INTERVAL,
         timeout: float = 2.0,
         num_servers: int | None = None,
-        scenario: Scenario | ScenarioDistribution | None = None,
+        scenario: AnyScenario | None = None,
     ) -> None:
         if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
             raise InvalidOptionError(f"shm_names must be a list of names of regions, one per balancer, got {names!r}")
@@ -81,7 +81,7 @@ class LiveDataPlanes:
 
     @property
     def has_ground_truth(self) -> bool:
-        """Whether the last observation of each had CPU use, memory use and busy workers."""
+        """True if the last observation of each had CPU use, memory use and busy workers."""
         return all(plane.has_ground_truth for plane in self._planes)
 
     @property
@@ -106,7 +106,7 @@ class LiveDataPlanes:
         self,
         seeds: Sequence[int],
         mask: NDArray[np.bool_] | None = None,
-        source: Scenario | ScenarioDistribution | None = None,
+        source: AnyScenario | None = None,
     ) -> Snapshot:
         """Begin an episode with the next observations; the data planes go on as they are.
 

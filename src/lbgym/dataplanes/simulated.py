@@ -92,7 +92,7 @@ class SimulatedDataPlane:
         self.num_servers = self.simulation.num_servers
 
     def source(self, options: Mapping[str, Any] | None = None) -> AnyScenario:
-        """What an episode with these options is drawn from; options and errors: :func:`scenario_with_options`.
+        """The source of episodes with these options; options and errors: :func:`scenario_with_options`.
 
         Raises:
             ScenarioError: also for scenarios with more servers than there is room for, or other numbers of balancers.

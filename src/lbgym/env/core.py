@@ -11,7 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, InvalidRewardError, ResetNeeded
-from ..scenarios import Scenario, ScenarioDistribution, default_scenario
+from ..scenarios import AnyScenario, Scenario, ScenarioDistribution, default_scenario
 from ..snapshot import Snapshot
 from .actions import ActionCodec
 from .info import scenario_facts, step_info
@@ -89,9 +89,7 @@ class EnvCore:
         """int64[R], steps of the episodes under way."""
         return self._clock - self._began
 
-    def begin(
-        self, mask: NDArray[np.bool_], seeds: Sequence[int], source: Scenario | ScenarioDistribution | None = None
-    ) -> None:
+    def begin(self, mask: NDArray[np.bool_], seeds: Sequence[int], source: AnyScenario | None = None) -> None:
         """Begin episodes of the masked replicas.
 
         Args:
@@ -281,7 +279,7 @@ class SpecWithLimit:
 
     @property
     def spec(self) -> EnvSpec | None:
-        """How ``gymnasium.make`` made the environment; None if it did not."""
+        """The specification that ``gymnasium.make`` used; None for an environment made without it."""
         return self._spec
 
     @spec.setter

@@ -16,20 +16,22 @@ from numpy.typing import NDArray
 
 from ..checks import choice, number, whole
 from ..errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnknownNameError
-from ..scenarios import Scenario, ScenarioDistribution, load_scenario
+from ..scenarios import AnyScenario, load_scenario
+from .core import SpecWithLimit
+from .info import active_ids
 from .observations import COUNT_GAIN, LAYOUTS, TIME_GAIN, TIME_UNIT, log_scale
 from .options import check_seed
-from .replicas import ReplicaVectorEnv
+from .replicas import ReplicaVectorEnv, with_masks
 
 if TYPE_CHECKING:
     from ..simulator.layout import Decision
 
-#: What can be shown of a server, in the order of the simulator's columns. ``work`` (unfinished core-seconds) and
+#: Fields of a server, in the order of the simulator's columns. ``work`` (unfinished core-seconds) and
 #: ``delay`` (seconds in which the server would finish them with every core busy) take an oracle, who knows sizes and
 #: true speeds. ``open_flows`` (the flows that the balancer of the waiting flow has placed there and that have not
 #: ended) and ``active`` (1: takes new flows) are known to a balancer.
 SERVER_FIELDS = ("work", "delay", "open_flows", "active")
-#: What can be shown of the waiting flow. ``demand`` (core-seconds) takes an oracle; ``gap``, seconds since the flow
+#: Fields of the waiting flow. ``demand`` (core-seconds) takes an oracle; ``gap``, seconds since the flow
 #: before it, is known to a balancer.
 FLOW_FIELDS = ("demand", "gap")
 
@@ -37,7 +39,7 @@ _QUANTILES = ("fct_p50", "fct_p90", "fct_p99")
 
 
 class FlowObservation:
-    """How the state at the arrival of a flow is laid out for an agent.
+    """Layout of the state at the arrival of a flow.
 
     N servers with C ``server_fields`` each, and F ``flow_fields``:
 
@@ -160,7 +162,7 @@ class FlowEnvCore:
         num_envs: int,
         *,
         num_threads: int | None = None,
-        scenario: Scenario | ScenarioDistribution | str | PathLike[str] | None = None,
+        scenario: AnyScenario | str | PathLike[str] | None = None,
         max_steps: int = 1000,
         max_episode_steps: int | None = None,
         observation: str = "flat",
@@ -196,10 +198,8 @@ class FlowEnvCore:
         self.decision: Decision | None = None
         self.steps = np.zeros(num_envs, np.int64)
         self._timeouts = np.full(num_envs, shape.reject_timeout)
-        # Replicas that run another scenario for one episode.
-        self._visiting = np.zeros(num_envs, np.bool_)
 
-    def source_with(self, options: Mapping[str, Any]) -> Scenario | ScenarioDistribution:
+    def source_with(self, options: Mapping[str, Any]) -> AnyScenario:
         """The scenario, or distribution, of episodes that begin with these ``options`` of a reset."""
         from ..dataplanes import scenario_with_options
 
@@ -207,30 +207,22 @@ class FlowEnvCore:
         self.simulation.check(source.reference)
         return source
 
-    def begin(
-        self, seeds: Sequence[int], mask: NDArray[np.bool_], source: Scenario | ScenarioDistribution | None = None
-    ) -> None:
+    def begin(self, seeds: Sequence[int], mask: NDArray[np.bool_], source: AnyScenario | None = None) -> None:
         """Run the masked replicas from ``seeds`` to their first flow, in ``source`` or else the environment's."""
         self._enter(seeds, mask, self.source if source is None else source)
         self.decision = self.simulation.begin(seeds, None if mask.all() else mask)
         self.steps[mask] = 0
 
-    def _enter(self, seeds: Sequence[int], mask: NDArray[np.bool_], source: Scenario | ScenarioDistribution) -> None:
+    def _enter(self, seeds: Sequence[int], mask: NDArray[np.bool_], source: AnyScenario) -> None:
         """Give the masked replicas the scenario of their next episode."""
-        home = source is self.source
-        scenarios: dict[int, Scenario]
-        if isinstance(source, ScenarioDistribution):
-            chosen = np.flatnonzero(mask).tolist()
-            # Replicas that share a seed share the scenario.
-            drawn = {seed: source.draw(seed) for seed in {seeds[i] for i in chosen}}
-            scenarios = {i: drawn[seeds[i]] for i in chosen}
-        else:
-            moving = mask & self._visiting if home else mask
-            scenarios = dict.fromkeys(np.flatnonzero(moving).tolist(), source)
+        chosen = np.flatnonzero(mask).tolist()
+        # Replicas that share a seed share the scenario.
+        drawn = {seed: source.draw(seed) for seed in {seeds[i] for i in chosen}}
+        running = self.simulation.scenario_of
+        scenarios = {i: drawn[seeds[i]] for i in chosen if drawn[seeds[i]] is not running(i)}
         if scenarios:
             self.simulation.set_scenarios(scenarios)
         for i, scenario in scenarios.items():
-            self._visiting[i] = not home
             self._timeouts[i] = scenario.reject_timeout
 
     def decide(
@@ -280,7 +272,7 @@ class FlowEnvCore:
         quantiles = self.simulation.fct_quantiles(ended) if ended.any() else np.zeros((len(ended), len(_QUANTILES)))
         return {
             "timestamp": now.timestamp.copy(),
-            "active_servers": active_servers(now),
+            "active": active_servers(now),
             "completed": completed.copy(),
             "rejected": lost.copy(),
             "fct_mean": (now.fct_sum + lost * self._timeouts) / np.maximum(completed + lost, 1),
@@ -296,7 +288,7 @@ class FlowEnvCore:
         return active
 
 
-class FlowDispatchEnv(gymnasium.Env[Any, Any]):
+class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
     """Choose the server of every single flow: the task of Park's ``load_balance`` (Mao et al., NeurIPS 2019).
 
     A step is one decision: the flow that waits goes to the chosen server, and time passes until the next flow arrives.
@@ -306,7 +298,7 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
     does know (:data:`SERVER_FIELDS`, :data:`FLOW_FIELDS`). Layouts: :class:`FlowObservation`.
 
     **Action**: ``Discrete(N)``, the server. A flow sent to a server that is down or draining is lost, as is any flow
-    while no server is active; ``info["active_servers"]`` and :meth:`action_masks` tell which those are.
+    while no server is active; ``info["active_servers"]`` and :meth:`action_masks` show which servers are active.
 
     **Reward**: minus the integral of the number of flows in the system from one decision to the next, flow-seconds
     (exact; Park's), minus ``reject_cost`` for each flow rejected, failed or unrouted meanwhile: a lost flow must not
@@ -318,12 +310,13 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
     episode in Park always ends in this way, as here with ``drain=True``: no flow follows the ``max_steps``-th, and the
     episode terminates. Otherwise the value of a truncated episode's last state can be bootstrapped.
 
-    **Info**, since the beginning of the episode: ``timestamp`` (s; the arrival of the waiting flow), ``active_servers``
-    bool[N], flows ``completed`` and ``rejected`` (or failed or unrouted), ``fct_mean`` (s, over both; one that was
-    rejected counts with the scenario's ``reject_timeout``), and ``fct_p50``, ``fct_p90`` and ``fct_p99`` (s), which are
-    0 but with the last step of an episode: they take a pass over its flows, and 8 bytes of memory for each. The keys
-    are the same at every step. The wrapper that ``gymnasium.make(..., max_episode_steps=...)`` puts around an
-    environment ends episodes without its knowledge; ``gymnasium.make(..., max_steps=...)`` gives the quantiles.
+    **Info**, since the beginning of the episode: ``timestamp`` (s; the arrival of the waiting flow), ``active`` bool[N]
+    and ``active_servers`` (their ids, a list), flows ``completed`` and ``rejected`` (or failed or unrouted),
+    ``fct_mean`` (s, over both; a rejected flow counts with the scenario's ``reject_timeout``), and ``fct_p50``,
+    ``fct_p90`` and ``fct_p99`` (s). These take a pass over the flows of the episode, with 8 bytes of memory for each,
+    and are 0 except at its last step. The keys are the same at every step. ``gymnasium.make(...,
+    max_episode_steps=...)`` adds a wrapper that ends episodes unknown to the environment, without the quantiles;
+    ``gymnasium.make(..., max_steps=...)`` gives them.
 
     With a distribution of scenarios each episode draws its own, and N is the largest number of servers that it draws;
     servers an episode does not have are inactive.
@@ -356,7 +349,7 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
     def __init__(
         self,
         *,
-        scenario: Scenario | ScenarioDistribution | str | PathLike[str] | None = None,
+        scenario: AnyScenario | str | PathLike[str] | None = None,
         max_steps: int = 1000,
         max_episode_steps: int | None = None,
         observation: str = "flat",
@@ -460,15 +453,16 @@ class FlowDispatchEnv(gymnasium.Env[Any, Any]):
 
     def _info(self) -> dict[str, Any]:
         batch = self._core.info(self._over)
-        return {name: part[0].item() if part.ndim == 1 else part[0] for name, part in batch.items()}
+        info = {name: part[0].item() if part.ndim == 1 else part[0] for name, part in batch.items()}
+        return info | {"active_servers": active_ids(info["active"])}
 
 
-class FlowDispatchVectorEnv(ReplicaVectorEnv):
+class FlowDispatchVectorEnv(SpecWithLimit, ReplicaVectorEnv):
     """``num_envs`` replicas of :class:`FlowDispatchEnv`, a decision for each in one kernel call.
 
     Equal, replica by replica and bit for bit, to single environments with the same seeds: ``reset(seed=s)`` seeds
     replica i with s + i, or takes a seed per replica. The clocks of the replicas differ, as each is at the arrival of a
-    flow of its own. ``info`` holds arrays and, for each ``key``, a mask ``_key`` of the replicas that tell it.
+    flow of its own. ``info`` holds arrays and, for each ``key``, a mask ``_key`` of the replicas that have it.
 
     Every server of every replica has room for the longest queue there has been in any of them, 48 bytes a place: a
     policy that sends 1,000 flows to one of 10 servers takes 0.5 MB per replica.
@@ -576,8 +570,8 @@ class FlowDispatchVectorEnv(ReplicaVectorEnv):
             self._core.simulation.close()
 
     def _info(self, mask: NDArray[np.bool_], ended: NDArray[np.bool_]) -> dict[str, Any]:
-        info: dict[str, Any] = self._core.info(ended)
-        return info | {f"_{name}": mask.copy() for name in info}
+        info = self._core.info(ended)
+        return with_masks(info | {"active_servers": active_ids(info["active"])}, mask)
 
 
 def _choices(action: Any, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -34,23 +34,22 @@ ID = "lbgym/MultiLoadBalance-v0"
 class MultiLoadBalanceEnv(CoreView, _Parallel or object):  # type: ignore[misc]
     """Several balancers in front of the same servers, each an agent: ``lb_0`` to ``lb_{m-1}``.
 
-    Each observes the flows it placed itself, and its weights place those that come to it. Observations, actions, info,
-    Observations, actions, info, are those of :class:`~lbgym.LoadBalanceEnv`; sharing of
-    rewards, the state for centralised training and asynchronous balancers those of
-    :class:`~lbgym.MultiLoadBalanceVectorEnv`, whose view with one replica this is. With one balancer it is
-    :class:`~lbgym.LoadBalanceEnv`, bit for bit.
+    Each observes the flows it placed itself, and its weights place those that come to it. Observations, actions and
+    info are those of :class:`~lbgym.LoadBalanceEnv`; sharing of rewards, the state for centralised training and
+    asynchronous balancers those of :class:`~lbgym.MultiLoadBalanceVectorEnv`, of which this is a view of one replica.
+    With one balancer it is :class:`~lbgym.LoadBalanceEnv`, bit for bit.
 
     **End**: ``truncated`` for all agents after ``max_steps`` steps; ``agents`` is empty then.
 
     **Info** of each agent: as :class:`~lbgym.LoadBalanceEnv`; of the flows that ended during the step, the statistics
     are of all balancers' flows. Where balancers do not act at once, also ``weights_in_force`` float64[N] at the end of
-    the step and ``action_delay``, seconds from the observation to when the weights of this step's action come in force.
+    the step and ``action_delay``, seconds from the observation until this step's weights come into force.
 
     **State**: :meth:`state` float32[S], :attr:`state_space`, :attr:`state_names`.
 
     **Live**: with ``shm_names``, a region of shared memory per balancer, in real time. A step writes everybody's
-    weights, then waits for everybody's observation one interval on; ``info`` has the
-    keys of :class:`~lbgym.dataplanes.SharedMemoryDataPlane` for each.
+    weights, then waits for everybody's observation one interval later; ``info`` has the keys of
+    :class:`~lbgym.dataplanes.SharedMemoryDataPlane` for each.
 
     Args:
         num_balancers: m; None: the scenario's, or 2 without a scenario. Live: as many as there are regions.

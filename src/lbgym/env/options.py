@@ -8,7 +8,7 @@ from typing import Any
 
 from ..checks import choice, seconds, whole
 from ..errors import InvalidOptionError
-from ..scenarios import DISPATCH_RULES, Scenario, ScenarioDistribution, load_scenario
+from ..scenarios import DISPATCH_RULES, AnyScenario, ScenarioDistribution, load_scenario
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .actions import ActionCodec, make_action_codec
 from .observations import ObservationLayout
@@ -52,7 +52,7 @@ class EnvOptions:
         observe_weights: bool = False,
         observation: str = "matrix",
         normalize: bool = False,
-        scenario: Scenario | ScenarioDistribution | str | PathLike[str] | None = None,
+        scenario: AnyScenario | str | PathLike[str] | None = None,
         dispatch: str | None = None,
         render_mode: str | None = None,
     ) -> None:

@@ -504,7 +504,7 @@ def _sum_of(terms: Sequence[tuple[float, Reward]], snapshot: Snapshot) -> Any:
 
 
 def _checked(function: RewardFunction, name: str, snapshot: Snapshot) -> Any:
-    """What a user's function returns, if it is a reward."""
+    """A user's reward, checked."""
     result = function(snapshot)
     try:
         value = np.asarray(result, dtype=np.float64)

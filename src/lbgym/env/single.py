@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.utils import seeding
 
 from ..errors import InvalidOptionError, ResetNeeded
-from ..scenarios import Scenario, ScenarioDistribution
+from ..scenarios import AnyScenario
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .core import CoreView, EnvCore, live_plane, simulated_plane
 from .options import EnvOptions, check_seed
@@ -117,7 +117,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         observe_weights: bool = False,
         observation: str = "matrix",
         normalize: bool = False,
-        scenario: Scenario | ScenarioDistribution | str | PathLike[str] | None = None,
+        scenario: AnyScenario | str | PathLike[str] | None = None,
         dispatch: str | None = None,
         shm_timeout: float = 2.0,
         render_mode: str | None = None,

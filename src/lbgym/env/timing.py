@@ -18,7 +18,7 @@ _Float = NDArray[np.float64]
 
 
 class ActionTiming:
-    """How long after an observation the weights that answer it come into force.
+    """Delay from an observation until the weights that answer it come into force.
 
     Args:
         offsets, delay: as the environment takes them.

@@ -44,11 +44,11 @@ class View(ABC):
 
     @abstractmethod
     def shown(self, snapshot: Snapshot, replica: int) -> Snapshot:
-        """What a picture of a replica shows: a snapshot without leading axes."""
+        """The snapshot that a picture of a replica shows, without leading axes."""
 
 
 def _shared(batch: Snapshot) -> bool:
-    """Whether the balancers share a clock and counters, so that only ``stats`` has their axis."""
+    """True if the balancers share a clock and counters, so that only ``stats`` has their axis."""
     return batch.active.ndim == batch.stats.ndim - 2
 
 
@@ -107,12 +107,12 @@ class ReplicasView(View):
         return weights[:, None]
 
     def facts(self, each: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-        told: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for name, first in next(iter(each.values())).items():
-            values = told[name] = np.zeros((self.shape[0], *np.shape(first)), np.asarray(first).dtype)
+            values = merged[name] = np.zeros((self.shape[0], *np.shape(first)), np.asarray(first).dtype)
             for replica, facts in each.items():
                 values[replica] = facts[name]
-        return told
+        return merged
 
     def shown(self, snapshot: Snapshot, replica: int) -> Snapshot:
         return snapshot.part(replica)
@@ -154,8 +154,8 @@ class BalancersView(ReplicasView):
         return weights
 
     def facts(self, each: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-        told = super().facts(each)
-        return {name: np.repeat(values[:, None], self.shape[1], axis=1) for name, values in told.items()}
+        merged = super().facts(each)
+        return {name: np.repeat(values[:, None], self.shape[1], axis=1) for name, values in merged.items()}
 
     def shown(self, snapshot: Snapshot, replica: int) -> Snapshot:
         """The cluster as all balancers see it together: their open flows added up, their times averaged."""

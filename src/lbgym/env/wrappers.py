@@ -191,7 +191,7 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         return super().reset(seed=seed, options=options)
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        """Send ``action`` on its way and step with the one that has arrived.
+        """Enqueue ``action`` and step with the newest action that has arrived.
 
         Raises:
             ResetNeeded: before the first reset.

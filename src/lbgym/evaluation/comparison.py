@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ScenarioError, UnknownNameError, WorkerLostError
-from ..scenarios import Scenario, ScenarioDistribution, load_scenario
+from ..scenarios import AnyScenario, Scenario, ScenarioDistribution, load_scenario
 from ..simulator import Simulation
 from .contenders import Contender, parse_contenders
 from .results import Comparison, Conditions, Run, RunSettings
@@ -29,7 +29,7 @@ ProgressCallback = Callable[[int, int, Run], None]
 
 
 def compare(
-    scenario: str | Path | Scenario | ScenarioDistribution,
+    scenario: str | Path | AnyScenario,
     contenders: str | Iterable[str | Contender],
     seeds: int | Sequence[int] = 10,
     *,
@@ -142,7 +142,7 @@ _Jobs = Sequence[tuple[Contender, int]]
 
 
 def _run_here(
-    scenario: Scenario | ScenarioDistribution, settings: RunSettings, jobs: _Jobs, first_seed: int, processes: int
+    scenario: AnyScenario, settings: RunSettings, jobs: _Jobs, first_seed: int, processes: int
 ) -> Iterator[Run]:
     for contender, seed in jobs:
         run = simulate(scenario, contender, seed, settings, series=seed == first_seed)
@@ -151,7 +151,7 @@ def _run_here(
 
 
 def _run_in_pool(
-    scenario: Scenario | ScenarioDistribution, settings: RunSettings, jobs: _Jobs, first_seed: int, processes: int
+    scenario: AnyScenario, settings: RunSettings, jobs: _Jobs, first_seed: int, processes: int
 ) -> Iterator[Run]:
     # Compiles the kernel if need be, once and with a message, before every process would.
     Simulation(scenario_of_seed(scenario, first_seed, settings)).close()
@@ -221,10 +221,10 @@ def _single_threaded_children() -> Iterator[None]:
 
 
 # What a process was started with.
-_shared: tuple[Scenario | ScenarioDistribution, RunSettings, Any] | None = None
+_shared: tuple[AnyScenario, RunSettings, Any] | None = None
 
 
-def _begin(scenario: Scenario | ScenarioDistribution, settings: RunSettings, stop: Any) -> None:
+def _begin(scenario: AnyScenario, settings: RunSettings, stop: Any) -> None:
     global _shared
     for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)

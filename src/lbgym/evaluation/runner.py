@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import ScenarioError
 from ..policies import Agent, TrainedPolicy, load_policy, make_agent
-from ..scenarios import Scenario, ScenarioDistribution
+from ..scenarios import AnyScenario, Scenario
 from ..simulator import Simulation
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .contenders import Contender
@@ -72,13 +72,13 @@ def _loaded(path: str) -> TrainedPolicy:
     return load_policy(path)
 
 
-def scenario_of_seed(scenario: Scenario | ScenarioDistribution, seed: int, settings: RunSettings) -> Scenario:
+def scenario_of_seed(scenario: AnyScenario, seed: int, settings: RunSettings) -> Scenario:
     """The scenario that every contender meets on a seed, drawn from a distribution."""
     return scenario.draw(seed, horizon=settings.duration + settings.drain)
 
 
 def simulate(
-    scenario: Scenario | ScenarioDistribution,
+    scenario: AnyScenario,
     contender: Contender,
     seed: int,
     settings: RunSettings,
@@ -200,7 +200,7 @@ def _series(rows: list[tuple[float, Any, NDArray[np.float64]]], servers: int) ->
 
 
 def settings_for(
-    scenario: Scenario | ScenarioDistribution,
+    scenario: AnyScenario,
     duration: float | None,
     warmup: float | None,
     drain: float | None,

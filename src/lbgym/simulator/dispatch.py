@@ -64,7 +64,7 @@ def second_hash(h):
 
 @compiled(inline=True)
 def flow_score(rule, balancers, open_flows, weight):
-    """What ``lsq``, ``sed`` and ``sed_scaled`` minimise, given the flows a server holds of this balancer."""
+    """The score that ``lsq``, ``sed`` and ``sed_scaled`` minimise, given the flows a server holds of this balancer."""
     if rule == LSQ or rule == P2C:
         return np.float64(open_flows)
     if weight <= 0.0:
@@ -275,23 +275,23 @@ def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i,
 
 @compiled(inline=True)
 def uses_counters(rule):
-    """Whether every server must be brought up to date before a flow is placed."""
+    """True if every server must be brought up to date before a flow is placed."""
     return rule == LSQ or rule == SED or rule == SED_SCALED or is_oracle(rule) or rule == EXTERNAL
 
 
 @compiled(inline=True)
 def is_oracle(rule):
-    """Whether the rule sees what no balancer can."""
+    """True if the rule uses information that no balancer has."""
     return rule == ORACLE_LSQ or rule == ORACLE_SED or rule == ORACLE_LEAST_WORK
 
 
 @compiled(inline=True)
 def is_two_choice(rule):
-    """Whether the rule compares two candidates."""
+    """True if the rule compares two candidates."""
     return rule == P2C or rule == P2C_SED
 
 
 @compiled(inline=True)
 def keeps_scores(rule):
-    """Whether the rule's scores are kept up to date for every server."""
+    """True if the rule's scores are kept up to date for every server."""
     return rule == LSQ or rule == SED or rule == SED_SCALED

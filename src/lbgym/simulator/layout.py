@@ -168,7 +168,7 @@ B_OPEN, B_ALIAS, NUM_BI = range(3)
 
 
 class Parameters(NamedTuple):
-    """What does not change during an episode. R replicas, N servers; other axes as wide as any replica needs."""
+    """Arrays that stay constant during an episode. R replicas, N servers; other axes as wide as any replica needs."""
 
     pf: NDArray[np.float64]  # [R, NUM_PF]
     pi: NDArray[np.int64]  # [R, NUM_PI]
@@ -187,7 +187,7 @@ PADDING = {"server_f": 1.0, "first_level": 1.0, "rate_events": np.inf, "events":
 
 
 class State(NamedTuple):
-    """What changes. C: flow slots per server; m balancers; K reservoir slots; M Maglev entries; L log entries."""
+    """Arrays that change. C: flow slots per server; m balancers; K reservoir slots; M Maglev entries; L log entries."""
 
     rf: NDArray[np.float64]  # [R, NUM_RF]
     ri: NDArray[np.int64]  # [R, NUM_RI]
@@ -211,7 +211,7 @@ class State(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Where an observation is written: fresh arrays, handed out as a snapshot."""
+    """Fresh arrays for an observation, returned as a snapshot."""
 
     sequence_id: NDArray[np.int64]  # [R]
     timestamp: NDArray[np.float64]  # [R]
@@ -259,7 +259,7 @@ Q_DEMAND, Q_GAP, NUM_QF = range(3)
 
 
 class Decision(NamedTuple):
-    """Where the state at the arrival of a flow is written, for whoever chooses its server."""
+    """The state at the arrival of a flow, for the policy that chooses its server."""
 
     waiting: NDArray[np.bool_]  # [R] False: every flow there was to come has come, and ended
     timestamp: NDArray[np.float64]  # [R] seconds: the flow's arrival; if none waits, when the last flow ended

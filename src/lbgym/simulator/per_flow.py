@@ -26,7 +26,7 @@ class FlowSimulation:
 
     R replicas, N servers. A flow sent to a server that takes none (down or draining) is unrouted.
 
-    ``copy.deepcopy`` and ``pickle`` give one that continues bit for bit like the original.
+    ``copy.deepcopy`` and ``pickle`` give a simulation that continues bit for bit like the original.
 
     Args:
         scenario: what to simulate; its dispatch rule is not used. With several balancers the caller is each of them.

@@ -408,7 +408,7 @@ class Simulation:
         return self._parameters, self._state
 
     def have_started(self, others: NDArray[np.bool_]) -> bool:
-        """Whether every replica but ``others`` has drawn its first flow."""
+        """True if every replica but ``others`` has drawn its first flow."""
         return self._all_started or bool((self._started | others).all())
 
     def mark_started(self, mask: NDArray[np.bool_]) -> None:

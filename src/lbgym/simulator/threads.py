@@ -1,4 +1,4 @@
-"""Threads that work beside the one that calls."""
+"""Worker threads that share a call with its calling thread."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 from ..checks import whole
 from ..env.actions import ACTION_TYPES
 from ..errors import CheckpointError, LbgymError, UnsupportedSpaceError
-from ..scenarios import Scenario, ScenarioDistribution
+from ..scenarios import AnyScenario
 from ..snapshot import DEFAULT_STEP_INTERVAL
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ PER_ALGORITHM: Any = None
 class TrainingConfig:
     """The task and the budget of a training; every recipe's configuration adds fields of its own."""
 
-    scenario: str | Path | Scenario | ScenarioDistribution | None = "heterogeneous"
+    scenario: str | Path | AnyScenario | None = "heterogeneous"
     """a scenario's name, a TOML path, a Scenario, or a distribution of them"""
     num_servers: int | None = None
     """servers; None: the scenario's"""

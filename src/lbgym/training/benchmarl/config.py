@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("benchmarl", "benchmarl", "training with BenchMARL") from error
 
 from ...env.multi_agent_vector import REWARD_SHARINGS, MultiLoadBalanceVectorEnv
-from ...scenarios import Scenario, ScenarioDistribution
+from ...scenarios import AnyScenario
 from ..config import PER_ALGORITHM, TrainingConfig
 
 #: Keys of the environment by action type, unless given. Two levels make 2 ** 7 joint actions of the 7 servers
@@ -110,7 +110,7 @@ class BenchMARLConfig(TrainingConfig):
     """further fields of the algorithm's configuration in BenchMARL, such as ``mixing_embed_dim``, or of its
     ``ExperimentConfig``, such as ``polyak_tau``, over those of ``ALGORITHMS``"""
 
-    scenario: str | Path | Scenario | ScenarioDistribution | None = "marllb-moderate"
+    scenario: str | Path | AnyScenario | None = "marllb-moderate"
     """a scenario's name, a TOML path, a Scenario, or a distribution of them"""
     num_balancers: int | None = None
     """balancers; None: the scenario's"""
