@@ -58,8 +58,8 @@ class Interface:
         action = getattr(bare, "single_action_space", env.action_space)
         if not isinstance(codec, ActionCodec) or not isinstance(layout, ObservationLayout):
             raise UnsupportedSpaceError(
-                f"the agent sets the weights of servers, which {type(bare).__name__} does not take: use a LoadBalanceEnv or "
-                "a LoadBalanceVectorEnv, or give the pair of spaces of one balancer"
+                f"the agent sets the weights of servers, which {type(bare).__name__} does not take: use a "
+                "LoadBalanceEnv or a LoadBalanceVectorEnv, or give the pair of spaces of one balancer"
             )
         _check_discrete(action)
         observed = getattr(env, "single_observation_space", env.observation_space)
@@ -92,7 +92,7 @@ class Interface:
         layout = ObservationLayout(n, name, normalize=normalize, use_ground_truth=columns > len(FEATURE_NAMES))
         if layout.space != observed or codec.space != action:
             raise UnsupportedSpaceError(
-                f"these are not the spaces of a LoadBalanceEnv with action_weights {tuple(levels)}: {observed} and {action}"
+                f"not the spaces of a LoadBalanceEnv with action_weights {tuple(levels)}: {observed} and {action}"
             )
         return cls(codec, layout)
 

@@ -51,24 +51,13 @@ from ..policies.neural import SACGRUPolicy
 from .config import TrainingConfig, current_fields, plain_config, saved_config
 from .exported import check_shapes
 from .interface import Interface
+from .loop import Trainer
 from .replay import Batch, Replay
-from .runs import (
-    Budget,
-    Callback,
-    Progress,
-    Reporter,
-    clone,
-    log_folder,
-    output_file,
-    summary_writer,
-    torch_threads,
-    write_torch,
-)
+from .runs import Budget, Callback, Progress, clone, write_torch
 
 ALGO = "sac-gru"
-CHECKPOINT_NAME = "sac-gru.pt"
 LOSSES = ("policy", "value", "entropy", "temperature", "q")
-#: Keys of the environment that an agent takes from the environment it is given.
+#: Keys that an agent takes from its environment.
 _OF_THE_ENVIRONMENT = ("action_type", "action_weights", "observation", "normalize", "use_ground_truth", "step_interval")
 
 
@@ -363,7 +352,7 @@ class SACGRUAgent:
         if ended.any() and self.interface.autoreset == AutoresetMode.SAME_STEP:
             if info is None or "final_obs" not in info:
                 raise InvalidOptionError(
-                    "store_transition needs the step's info: in SAME_STEP mode it holds the last observations, final_obs"
+                    "store_transition needs the step's info: in SAME_STEP mode it has the last observations, final_obs"
                 )
             next_observation = self.interface.before_reset(next_observation, info["final_obs"], ended)
             info = info["final_info"]
@@ -603,34 +592,22 @@ def train_sac_gru(
         FileWriteError: if the checkpoint cannot be written.
         MissingExtraError: if TensorBoard is asked for and not installed.
     """
-    saved = None
-    if resume_from is not None:
-        saved = read_checkpoint(resume_from, ALGO)
-        config = config or SACGRUConfig(**saved_config(saved["config"], resume_from))
-    config = config or SACGRUConfig()
-    checkpoint = output_file(out, CHECKPOINT_NAME)
-    with torch_threads(config.torch_threads), summary_writer(log_folder(checkpoint, tensorboard)) as writer:
-        trainer = _Trainer(config)
-        try:
-            if saved is not None:
-                trainer.restore(saved, Path(resume_from or ""))
-            return trainer.run(checkpoint, callback, writer)
-        finally:
-            trainer.env.close()
+    state, checkpoint, history = _Trainer.train(config, out, resume_from, callback, tensorboard)
+    return SACGRUResult(SACGRUPolicy(state), checkpoint, history)
 
 
-class _Trainer:
-    """A loop over the agent, with a budget."""
+class _Trainer(Trainer[SACGRUConfig]):
+    """A loop over the agent, whose replicas begin and end their episodes together."""
+
+    ALGO = ALGO
+    CONFIG = SACGRUConfig
 
     def __init__(self, config: SACGRUConfig) -> None:
-        self.config = config
-        self.env = config.make_env()
+        super().__init__(config)
         self.agent = SACGRUAgent(self.env, config)
-        self.budget = Budget(config)
         self.episode = 0
 
     def state(self) -> dict[str, Any]:
-        """Everything a checkpoint holds, as copies."""
         return self.agent.state(
             config=self.config,
             env_kwargs=self.config.observation_kwargs(),
@@ -643,35 +620,16 @@ class _Trainer:
         self.episode = saved["trainer"]["episode"]
         self.budget = Budget(self.config, saved["step"], saved["seconds"])
 
-    def run(self, checkpoint: Path | None, callback: Callback | None, writer: Any) -> SACGRUResult:
-        config, budget = self.config, self.budget
-        self.env.reset(seed=config.seed)
-        self.env.step(self.env.action_space.sample())  # Compiles the simulator outside the time budget.
-        self.begin_episode()
-        state = self.state()
-
-        def save() -> None:
-            if checkpoint is not None:
-                write_torch(checkpoint, state)
-
-        reporter = Reporter(budget, callback, writer, save, config.checkpoint_every)
-        stop = budget.used_up
-        with reporter.saving():
-            while not stop:
-                reward, fct_mean = self.collect()
-                losses = self.agent.update()
-                budget.advance(config.num_envs * config.num_steps)
-                # An interrupted round may be half done: what is saved is the state after the last whole one.
-                state = self.state()
-                stop = reporter.report(reward=reward, fct_mean=fct_mean, losses=losses)
-        return SACGRUResult(SACGRUPolicy(state), checkpoint, reporter.history)
-
-    def begin_episode(self) -> None:
+    def begin(self) -> None:
         """Begin the next episode in all replicas; they have no reason to end at different steps."""
         seeds = np.random.SeedSequence([self.config.seed, self.episode]).generate_state(self.config.num_envs)
         self.episode += 1
         self.observation, self.info = self.env.reset(seed=[int(s) for s in seeds])
         self.agent.begin(self.observation, self.info)
+
+    def round(self) -> tuple[float, float, dict[str, float]]:
+        reward, fct_mean = self.collect()
+        return reward, fct_mean, self.agent.update()
 
     def collect(self) -> tuple[float, float]:
         """Step every replica ``num_steps`` times with actions drawn from the policy; mean reward and mean FCT."""
@@ -686,7 +644,7 @@ class _Trainer:
             fct_sum += float(np.where(flows > 0, self.info["fct_mean"] * flows, 0.0).sum())
             ended_flows += float(flows.sum())
             if truncated.any():
-                self.begin_episode()
+                self.begin()
         return reward_sum / self.config.num_steps, fct_sum / ended_flows if ended_flows else math.nan
 
 
@@ -694,9 +652,9 @@ class _Trainer:
 
 
 def config_of(path: str | os.PathLike[str]) -> SACGRUConfig:
-    """The configuration that a checkpoint was trained with.
+    """Return the configuration that a checkpoint was trained with.
 
     Raises:
-        CheckpointError: if the file is none of this recipe, or the configuration had a part with no plain form.
+        CheckpointError: if another recipe wrote the file, or part of the configuration had no plain form.
     """
     return SACGRUConfig(**saved_config(read_checkpoint(path, ALGO)["config"], path))
