@@ -241,7 +241,7 @@ def train_benchmarl(
 
 @dataclass(frozen=True)
 class _Facts:
-    """The facts that the networks depend on, and the scaling of rewards, (loc, scale): BenchMARL's are ``scale * r + loc``."""
+    """Facts that the networks depend on, and the scaling (loc, scale) of rewards r to ``scale * r + loc``."""
 
     num_servers: int
     num_balancers: int

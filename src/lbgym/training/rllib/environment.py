@@ -183,7 +183,7 @@ def make_multi_agent_env(keys: Mapping[str, Any]) -> RLlibMultiAgentEnv:
 
 
 def measure_reward_scale(keys: Mapping[str, Any], gamma: float, seed: int, *, multi_agent: bool = False) -> float:
-    """Measure the standard deviation of discounted returns under equal weights, with which policies begin; 1 if it is 0.
+    """Measure the standard deviation of discounted returns under equal weights, where policies begin; 1 if it is 0.
 
     Args:
         keys: of the environment.
