@@ -21,8 +21,9 @@ pytest.importorskip("stable_baselines3")
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
+from lbgym.training.recipes import config_of
 from lbgym.training.runs import Progress
-from lbgym.training.sb3 import SB3Config, SB3VecEnv, config_of, train_sb3
+from lbgym.training.sb3 import SB3Config, SB3VecEnv, train_sb3
 
 SMALL = SB3Config(num_envs=8, num_steps=8, max_steps=16, total_steps=256, minibatches=2, hidden=8, epochs=2)
 

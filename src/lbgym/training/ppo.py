@@ -34,11 +34,11 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training with PPO") from error
 
 from ..policies.action_kind import ActionKind
-from ..policies.checkpoints import contents, read_checkpoint
+from ..policies.checkpoints import contents
 from ..policies.inputs import Encoder
 from ..policies.networks import ServerNetwork
 from ..policies.neural import PPOPolicy
-from .config import TrainingConfig, plain_config, saved_config
+from .config import TrainingConfig, plain_config
 from .exported import check_shapes
 from .loop import Trainer
 from .runs import Budget, Callback, Progress, clone
@@ -418,15 +418,3 @@ class _Rollout:
         self.terminated = torch.empty(shape, dtype=torch.bool)
         self.ended = torch.empty(shape, dtype=torch.bool)
         self.fct_mean = math.nan
-
-
-# Checkpoints
-
-
-def config_of(path: str | os.PathLike[str]) -> PPOConfig:
-    """Return the configuration that a checkpoint was trained with.
-
-    Raises:
-        CheckpointError: if another recipe wrote the file, or part of the configuration had no plain form.
-    """
-    return PPOConfig(**saved_config(read_checkpoint(path, ALGO)["config"], path))

@@ -48,7 +48,7 @@ from ..policies.checkpoints import contents, read_checkpoint
 from ..policies.inputs import server_inputs
 from ..policies.networks import Moments, RecurrentActor, RecurrentNetwork, draw
 from ..policies.neural import SACGRUPolicy
-from .config import TrainingConfig, current_fields, plain_config, saved_config
+from .config import TrainingConfig, current_fields, plain_config
 from .exported import check_shapes
 from .interface import Interface
 from .loop import Trainer
@@ -646,15 +646,3 @@ class _Trainer(Trainer[SACGRUConfig]):
             if truncated.any():
                 self.begin()
         return reward_sum / self.config.num_steps, fct_sum / ended_flows if ended_flows else math.nan
-
-
-# Checkpoints
-
-
-def config_of(path: str | os.PathLike[str]) -> SACGRUConfig:
-    """Return the configuration that a checkpoint was trained with.
-
-    Raises:
-        CheckpointError: if another recipe wrote the file, or part of the configuration had no plain form.
-    """
-    return SACGRUConfig(**saved_config(read_checkpoint(path, ALGO)["config"], path))

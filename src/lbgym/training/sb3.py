@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "training with Stable-Baselines3") from error
 
 from ..atomic import write_whole
-from .config import PER_ALGORITHM, TrainingConfig, check_recipe, check_same, current_fields, plain_config, saved_config
+from .config import PER_ALGORITHM, TrainingConfig, check_recipe, check_same, current_fields, plain_config
 from .runs import Budget, Callback, Progress, Reporter, log_folder, output_file, torch_threads
 
 if TYPE_CHECKING:
@@ -507,8 +507,8 @@ def _save(model: BaseAlgorithm, path: Path, *, replay: bool = False) -> None:
 def _load(
     kind: type[BaseAlgorithm], path: Path, config: SB3Config, env: VecNormalize, arguments: dict[str, Any]
 ) -> BaseAlgorithm:
-    data = _read(path)
-    check_recipe(path, _algo(data), "sb3", config.algorithm)
+    data = read_model(path)
+    check_recipe(path, model_algo(data), "sb3", config.algorithm)
     if (data["observation_space"], data["action_space"]) != (env.observation_space, env.action_space):
         raise CheckpointError(
             f"model {path} takes observations {data['observation_space']} and gives actions {data['action_space']}, "
@@ -533,8 +533,12 @@ def _load(
     return model
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Read the data of a saved model beside its parameters."""
+def read_model(path: Path) -> dict[str, Any]:
+    """Read the data of a saved model beside its parameters.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or was not saved here.
+    """
     try:
         data, _, _ = load_from_zip_file(path, device="cpu")
     except FileNotFoundError as error:
@@ -546,23 +550,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _algo(data: Mapping[str, Any]) -> str:
+def model_algo(data: Mapping[str, Any]) -> str:
+    """Return the recipe of a model's data."""
     # Before there was a choice it was PPO.
     return f"sb3-{data['lbgym_config'].get('algorithm', 'ppo')}"
-
-
-def config_of(path: str | os.PathLike[str], algorithm: str | None = None) -> SB3Config:
-    """Return the configuration that a saved model was trained with.
-
-    Args:
-        path: the model's file.
-        algorithm: the one it must be of; None: any.
-
-    Raises:
-        CheckpointError: if the file is no model saved here or of another algorithm, or its configuration had a part
-            with no plain form.
-    """
-    path = Path(path)
-    data = _read(path)
-    check_recipe(path, _algo(data), "sb3", algorithm)
-    return SB3Config(**saved_config(data["lbgym_config"], path))

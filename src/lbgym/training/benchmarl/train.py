@@ -38,7 +38,7 @@ from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
 from ...policies.networks import NETWORKS
 from ...policies.neural import ExportedPolicy
-from ..config import check_recipe, check_same, saved_config
+from ..config import check_recipe, check_same
 from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from ..torchrl_env import GROUP
@@ -467,19 +467,3 @@ def _read(path: Path, config: BenchMARLConfig, facts: _Facts) -> dict[str, Any]:
             f"train on has {facts.num_balancers}"
         )
     return saved
-
-
-def config_of(path: str | os.PathLike[str], algorithm: str | None = None) -> BenchMARLConfig:
-    """Return the configuration that a checkpoint was trained with.
-
-    Args:
-        path: the checkpoint.
-        algorithm: the one it must be of; None: any.
-
-    Raises:
-        CheckpointError: if the file is no checkpoint of this recipe or of another algorithm, or its configuration had a
-            part with no plain form.
-    """
-    saved = read_checkpoint(path)
-    check_recipe(path, saved["algo"], "benchmarl", algorithm)
-    return BenchMARLConfig(**saved_config(saved["config"], path))

@@ -38,7 +38,7 @@ from ...policies.checkpoints import read_checkpoint
 from ...policies.inputs import with_weights
 from ...policies.neural import ExportedPolicy
 from ..cluster import ClusterError, connected
-from ..config import check_recipe, check_same, saved_config
+from ..config import check_recipe, check_same
 from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from . import environment, modules
@@ -475,19 +475,3 @@ def _read_for(config: RLlibConfig, path: Path) -> dict[str, Any]:
             f"checkpoint {path} can act, but not be trained further: the state of its training, {state}, is missing"
         )
     return saved
-
-
-def config_of(path: str | os.PathLike[str], algorithm: str | None = None) -> RLlibConfig:
-    """Return the configuration that a checkpoint was trained with.
-
-    Args:
-        path: the checkpoint's file.
-        algorithm: the one it must be of; None: any.
-
-    Raises:
-        CheckpointError: if the file is no checkpoint saved here or of another algorithm, or its configuration had a
-            part with no plain form.
-    """
-    saved = read_checkpoint(path)
-    check_recipe(path, saved["algo"], "rllib", algorithm)
-    return RLlibConfig(**saved_config(saved["config"], path))
