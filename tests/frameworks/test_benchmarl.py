@@ -20,8 +20,9 @@ from lbgym.errors import CheckpointError, InvalidOptionError, LbgymError, Unknow
 from lbgym.evaluation import compare
 from lbgym.scenarios import scenario_names
 from lbgym.training import load_policy, read_checkpoint
-from lbgym.training.benchmarl import ALGORITHMS, WEIGHTS, BenchMARLConfig, LoadBalanceTask, config_of, train_benchmarl
+from lbgym.training.benchmarl import ALGORITHMS, WEIGHTS, BenchMARLConfig, LoadBalanceTask, train_benchmarl
 from lbgym.training.benchmarl import train as recipe
+from lbgym.training.recipes import config_of
 from lbgym.training.runs import Progress
 
 # isort: split
@@ -119,7 +120,7 @@ def test_learning_moves_the_policy_that_is_saved(
 @pytest.mark.parametrize("algorithm", TRAINED)
 def test_goes_on_where_it_stopped(algorithm: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     path = checkpoints[algorithm]
-    config = config_of(path, algorithm)
+    config = config_of(path, f"benchmarl-{algorithm}")
     assert config == small(algorithm=algorithm)
     again = train_benchmarl(replace(config, total_steps=160), out=tmp_path, resume_from=path)
     assert [p.step for p in again.history] == [128, 160]
@@ -220,8 +221,8 @@ def test_refuses_what_does_not_fit(checkpoints: dict[str, Path], tmp_path: Path)
     ):
         with pytest.raises(CheckpointError, match=said):
             train_benchmarl(small(**changes), resume_from=qmix, out=tmp_path)
-    with pytest.raises(CheckpointError, match="'qmix', not 'vdn'"):
-        config_of(qmix, "vdn")
+    with pytest.raises(CheckpointError, match="'benchmarl-qmix', not by 'benchmarl-vdn'"):
+        config_of(qmix, "benchmarl-vdn")
     assert not list(tmp_path.iterdir())
 
 

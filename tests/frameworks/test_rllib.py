@@ -23,8 +23,8 @@ from lbgym.env.observations import ObservationLayout
 from lbgym.errors import CheckpointError, InvalidOptionError, LbgymError, UnknownNameError, UnsupportedSpaceError
 from lbgym.evaluation import compare
 from lbgym.training import load_policy, read_checkpoint
-from lbgym.training.recipes import algo_of, make_config
-from lbgym.training.rllib import ALGORITHMS, RLlibConfig, RLlibResult, config_of, train_rllib
+from lbgym.training.recipes import algo_of, config_of, make_config
+from lbgym.training.rllib import ALGORITHMS, RLlibConfig, RLlibResult, train_rllib
 from lbgym.training.rllib import train as recipe
 from lbgym.training.rllib.environment import RLlibMultiAgentEnv, RLlibVectorEnv
 from lbgym.training.rllib.modules import SACModule
@@ -140,7 +140,7 @@ def test_learns_is_exported_and_goes_on(algorithm: str, changes: dict[str, Any],
     assert all(np.isfinite(compared.values(label, "fct_mean")).all() for label in compared.labels)
 
     # a resumed training goes on from there
-    more = replace(config_of(path, algorithm), total_steps=2 * last.step)
+    more = replace(config_of(path, f"rllib-{algorithm}"), total_steps=2 * last.step)
     second = train_rllib(more, out=tmp_path, resume_from=path)
     assert second.history[0].step > last.step
     assert second.history[0].seconds > last.seconds
@@ -206,8 +206,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both(trained: RLlibResul
     assert (path.parent / "tensorboard").is_dir()
     with pytest.raises(CheckpointError, match="trained with algorithm 'ppo', not 'sac'"):
         train_rllib(config("sac"), resume_from=path)
-    with pytest.raises(CheckpointError, match="trained with algorithm 'ppo', not 'appo'"):
-        config_of(path, "appo")
+    with pytest.raises(CheckpointError, match="trained by recipe 'rllib-ppo', not by 'rllib-appo'"):
+        config_of(path, "rllib-appo")
     with pytest.raises(CheckpointError, match="network 'mlp', but the configuration has 'equivariant'"):
         train_rllib(config(network="equivariant"), resume_from=path)
     with pytest.raises(CheckpointError, match="hidden 8, but the configuration has 16"):

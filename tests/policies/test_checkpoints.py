@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from lbgym.errors import CheckpointError, PolicyError  # noqa: E402
 from lbgym.policies import TrainedPolicy, load_policy, read_checkpoint  # noqa: E402
 from lbgym.training import PPOConfig, SACGRUConfig, train_ppo, train_sac_gru  # noqa: E402
-from lbgym.training.ppo import config_of  # noqa: E402
+from lbgym.training.recipes import config_of  # noqa: E402
 
 #: Files that lbgym wrote when every recipe had a format of its own, and how their policies acted then.
 OLDER = Path(__file__).parent / "older"
@@ -81,6 +81,7 @@ def test_older_files_are_resumed_with_all_that_they_hold(tmp_path: Path) -> None
     was = torch.load(path, weights_only=True)
     assert was["format"] == "lbgym-ppo"
     config = config_of(path)
+    assert isinstance(config, PPOConfig)
     same = train_ppo(config, resume_from=path, out=tmp_path / "same.pt")
     assert same.history == []
     now = read_checkpoint(tmp_path / "same.pt")

@@ -457,9 +457,3 @@ def test_an_interrupt_before_the_first_update_leaves_the_former_file(
     with pytest.raises(KeyboardInterrupt):
         train_ppo(SMALL, out=tmp_path / "agent.pt")
     assert (tmp_path / "agent.pt").read_text() == "former"
-
-
-def test_an_empty_checkpoint_is_refused_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "agent.pt").touch()
-    with pytest.raises(CheckpointError, match="is not a checkpoint that can be read: "):
-        ppo.read_checkpoint(tmp_path / "agent.pt")

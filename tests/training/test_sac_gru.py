@@ -433,10 +433,10 @@ def test_a_checkpoint_of_another_shape_is_refused_with_both_shapes(trained: Path
 
 
 def test_checkpoints_of_other_recipes_and_versions_are_refused(trained: Path, tmp_path: Path) -> None:
-    from lbgym.training import ppo
+    from lbgym.training.recipes import config_of
 
     with pytest.raises(CheckpointError, match="was trained by recipe 'sac-gru', not by 'ppo'"):
-        ppo.config_of(trained)
+        config_of(trained, "ppo")
     state = read_checkpoint(trained)
     torch.save(state | {"version": 99, "lbgym": "9.9"}, tmp_path / "newer.pt")
     with pytest.raises(CheckpointError, match=r"format version 99, written by lbgym 9\.9; this lbgym reads version 1"):

@@ -1,4 +1,4 @@
-"""SAC-GRU as an agent for a loop of one's own."""
+"""SAC-GRU as an agent in a loop of the user's own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lbgym import FlowDispatchEnv, LoadBalanceEnv, LoadBalanceVectorEnv
-from lbgym.errors import CheckpointError, LbgymError, UnsupportedSpaceError
-from lbgym.policies import load_policy
+from lbgym.errors import CheckpointError, InvalidOptionError, UnsupportedSpaceError
+from lbgym.policies import load_policy, read_checkpoint
 
 torch = pytest.importorskip("torch")
 
@@ -74,11 +74,11 @@ def test_without_info_the_weights_in_force_are_those_of_the_actions() -> None:
     assert all(torch.equal(p, q) for p, q in zip(runs[0][1], runs[1][1], strict=True))
 
 
-def test_a_loop_equals_the_recipe() -> None:
+def test_a_loop_equals_the_recipe(tmp_path: Path) -> None:
     config = SACGRUConfig(
         scenario="uniform", num_envs=4, num_steps=4, max_steps=16, total_steps=4 * 48, updates=2, **SMALL
     )
-    trained = train_sac_gru(config).policy
+    train_sac_gru(config, out=tmp_path / "recipe.pt")
     env = config.make_env()
     agent = SACGRUAgent(env, config)
     step = 0
@@ -98,7 +98,10 @@ def test_a_loop_equals_the_recipe() -> None:
     agent.begin(*env.reset(seed=[int(s) for s in seeds]))
     agent.update()
     env.close()
-    assert all(torch.equal(p, q) for p, q in zip(agent.networks.parameters(), trained.agent.parameters(), strict=True))
+    saved = read_checkpoint(tmp_path / "recipe.pt")
+    trained = saved["network"]["parameters"] | saved["trainer"]["agent"]
+    assert trained.keys() == agent.networks.state_dict().keys()
+    assert all(torch.equal(value, trained[name]) for name, value in agent.networks.state_dict().items())
 
 
 def test_episodes_may_end_at_different_steps() -> None:
@@ -116,6 +119,59 @@ def test_episodes_may_end_at_different_steps() -> None:
         agent.store_transition(observation_before, action, 0.0, observation, step == 4)
     # 5 steps, then 15 in pieces of 8
     assert agent.replay.filled.tolist()[:3] == [5, 8, 7]
+
+
+def episodes(mode: str, layout: str, *, with_info: bool) -> list[tuple[Any, ...]]:
+    """What an agent keeps of two episodes of each replica, the first of which begins before the others'."""
+    env = LoadBalanceVectorEnv(3, autoreset_mode=mode, max_steps=8, observation=layout)
+    agent = SACGRUAgent(env, **SMALL)
+    script = np.random.default_rng(0).integers(0, 3, (20, *env.action_space.shape[1:])) * np.ones((3, 1, 1), np.int64)
+    env.reset(seed=0)
+    for _ in range(3):
+        env.step(env.action_space.sample() * 0)
+    observation, info = env.reset(options={"reset_mask": np.array([False, True, False])})
+    agent.begin(observation, info)
+    steps, over = np.zeros(3, np.int64), np.zeros(3, np.bool_)
+    for _ in range(24):
+        agent.get_action(observation, info if with_info else None)
+        action = script[np.arange(3), np.minimum(steps, 19)]
+        following, reward, terminated, truncated, info = env.step(action)
+        done = terminated | truncated
+        needed = with_info or (mode == "SameStep" and done.any())
+        agent.store_transition(observation, action, reward, following, done, info if needed else None)
+        steps += ~over
+        over = done if mode == "NextStep" else over
+        observation = following
+        if mode == "Disabled" and done.any():
+            observation, info = env.reset(options={"reset_mask": done})
+    env.close()
+    replay, filled = agent.replay, agent.replay.filled.tolist()
+    assert agent.step == steps.sum()
+    return [
+        (replay.inputs[row, : filled[row] + 1], replay.choices[row, : filled[row]], replay.rewards[row, : filled[row]])
+        for row in range(6)
+    ]
+
+
+@pytest.mark.parametrize("with_info", [True, False])
+@pytest.mark.parametrize("layout", ["matrix", "dict"])
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+def test_environments_that_reset_themselves_give_the_same_episodes(mode: str, layout: str, with_info: bool) -> None:
+    wanted = episodes("Disabled", layout, with_info=with_info)
+    assert [len(choices) for _, choices, _ in wanted] == [5, 8, 5, 8, 8, 8]
+    for got, expected in zip(episodes(mode, layout, with_info=with_info), wanted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_last_observations_of_same_step_mode_are_in_the_info() -> None:
+    env = LoadBalanceVectorEnv(2, autoreset_mode="SameStep", max_steps=1)
+    agent = SACGRUAgent(env, **SMALL | {"sequence_length": 1})
+    observation, _ = env.reset(seed=0)
+    action = agent.get_action(observation)
+    following, reward, _, truncated, _ = env.step(action)
+    with pytest.raises(InvalidOptionError, match="final_obs"):
+        agent.store_transition(observation, action, reward, following, truncated)
+    env.close()
 
 
 def test_it_learns_which_server_is_fast() -> None:
@@ -143,9 +199,7 @@ def test_it_learns_which_server_is_fast() -> None:
 def test_environments_that_it_cannot_act_in(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedSpaceError, match='use action_type="discrete"'):
         SACGRUAgent(LoadBalanceEnv(action_type="normalized"))
-    with pytest.raises(LbgymError, match='autoreset_mode="Disabled"'):
-        SACGRUAgent(LoadBalanceVectorEnv(2))
-    with pytest.raises(UnsupportedSpaceError, match="FlowDispatchEnv is no LoadBalanceEnv"):
+    with pytest.raises(UnsupportedSpaceError, match="which FlowDispatchEnv does not take"):
         SACGRUAgent(FlowDispatchEnv())
     with pytest.raises(UnsupportedSpaceError, match="a wrapper changes the observations"):
         SACGRUAgent(gymnasium.wrappers.FlattenObservation(LoadBalanceEnv()))

@@ -21,8 +21,9 @@ pytest.importorskip("stable_baselines3")
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
+from lbgym.training.recipes import config_of
 from lbgym.training.runs import Progress
-from lbgym.training.sb3 import SB3Config, SB3VecEnv, config_of, train_sb3
+from lbgym.training.sb3 import SB3Config, SB3VecEnv, train_sb3
 
 SMALL = SB3Config(num_envs=8, num_steps=8, max_steps=16, total_steps=256, minibatches=2, hidden=8, epochs=2)
 
@@ -125,10 +126,10 @@ def test_attributes_and_methods_are_those_of_the_vector_environment(env: SB3VecE
     with pytest.raises(AttributeError):
         env.get_attr("nothing")
     assert not env.has_attr("nothing")
-    env.set_attr("max_steps", 2)
-    assert env.env.max_steps == 2
-    with pytest.raises(LbgymError, match=r"'max_steps' can be set for all 3 of them, not for 1"):
-        env.set_attr("max_steps", 3, indices=0)
+    env.set_attr("label", 2)
+    assert env.get_attr("label") == [2, 2, 2]
+    with pytest.raises(LbgymError, match=r"'label' can be set for all 3 of them, not for 1"):
+        env.set_attr("label", 3, indices=0)
     env.reset()
     assert env.env_method("render", indices=[0, 1]) == [None, None]
     assert env.env_is_wrapped(gymnasium.Wrapper) == [False] * 3

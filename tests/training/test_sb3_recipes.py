@@ -21,7 +21,8 @@ pytest.importorskip("sb3_contrib")
 
 import torch
 
-from lbgym.training.sb3 import ALGORITHMS, SB3Config, SB3Result, config_of, replay_file, train_sb3
+from lbgym.training.recipes import config_of
+from lbgym.training.sb3 import ALGORITHMS, SB3Config, SB3Result, replay_file, train_sb3
 
 OFF_POLICY = ("dqn", "sac", "td3")
 FORMS = [(name, policy) for name, kind in ALGORITHMS.items() for policy in kind.networks]

@@ -315,6 +315,11 @@ class CoreView(SpecWithLimit):
         return self._core.options.max_steps
 
     @property
+    def step_interval(self) -> float:
+        """Seconds of data-plane time per step."""
+        return self._core.options.step_interval
+
+    @property
     def action_codec(self) -> ActionCodec:
         """From actions to weights, and back."""
         return self._core.codec

@@ -70,7 +70,7 @@ class ServerEncoder(nn.Module):
     @staticmethod
     def pool(h: Tensor, active: Tensor) -> Tensor:
         """The context [..., 2 H]: mean and maximum over the active servers of h [..., N, H]."""
-        # no feature is negative, so that an inactive server's 0 is never above an active one's
+        # Encoded features are not negative, so the 0 of an inactive server never exceeds an active one's.
         return torch.cat([mean_over_servers(h, active), h.amax(-2)], -1)
 
 
@@ -106,7 +106,7 @@ class EquivariantNetwork(ServerEncoder, ServerHead):
         self._add_head(hidden, outputs, gain)
 
     def forward(self, features: Tensor, active: Tensor) -> Tensor:
-        """Features [..., N, F], active bool[..., N] -> outputs [..., N, O]; those of inactive servers mean nothing."""
+        """Features [..., N, F], active bool[..., N] -> outputs [..., N, O]; inactive servers' are meaningless."""
         h = self.encode(features, active)
         return self.decode(h, self.pool(h, active))
 

@@ -1,4 +1,4 @@
-"""What an agent in a loop of the user's own needs to know of the environment: observations, actions, replicas."""
+"""The observations, actions and replicas of an environment, as an agent in the user's own loop needs to know them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..env.actions import ActionCodec, make_action_codec
 from ..env.observations import ObservationLayout, relative_weights
-from ..errors import LbgymError, UnsupportedSpaceError
+from ..errors import UnsupportedSpaceError
 from ..features import FEATURE_NAMES
 
 
@@ -28,6 +28,7 @@ class Interface:
         num_envs: replicas; None: a single environment.
         max_steps: steps of an episode; None: unknown.
         step_interval: seconds of a step; None: unknown.
+        autoreset: when replicas whose episode has ended are reset; DISABLED: when the loop does it.
     """
 
     codec: ActionCodec
@@ -35,6 +36,7 @@ class Interface:
     num_envs: int | None = None
     max_steps: int | None = None
     step_interval: float | None = None
+    autoreset: AutoresetMode = AutoresetMode.DISABLED
 
     @classmethod
     def of(
@@ -44,11 +46,10 @@ class Interface:
 
         Args:
             env: the environment, wrapped or not, or its spaces.
-            levels: ``action_weights``, which spaces do not tell.
+            levels: ``action_weights``, which spaces do not show.
 
         Raises:
-            UnsupportedSpaceError: if it is none of ours that sets weights by discrete actions.
-            LbgymError: for a vector environment that resets itself, whose last observations would be mistaken.
+            UnsupportedSpaceError: if it is not an lbgym environment that sets weights by discrete actions.
         """
         if isinstance(env, tuple):
             return cls._of_spaces(*env, levels)
@@ -57,8 +58,8 @@ class Interface:
         action = getattr(bare, "single_action_space", env.action_space)
         if not isinstance(codec, ActionCodec) or not isinstance(layout, ObservationLayout):
             raise UnsupportedSpaceError(
-                f"the agent sets the weights of servers: {type(bare).__name__} is no LoadBalanceEnv or "
-                "LoadBalanceVectorEnv; give the pair of spaces of one balancer instead"
+                f"the agent sets the weights of servers, which {type(bare).__name__} does not take: use a "
+                "LoadBalanceEnv or a LoadBalanceVectorEnv, or give the pair of spaces of one balancer"
             )
         _check_discrete(action)
         observed = getattr(env, "single_observation_space", env.observation_space)
@@ -66,16 +67,10 @@ class Interface:
             raise UnsupportedSpaceError(
                 f"a wrapper changes the observations: the agent takes {layout.space}, got {observed}"
             )
-        interval = getattr(bare, "step_interval", None)
         if not isinstance(env, VectorEnv):
-            return cls(codec, layout, None, bare.max_steps, interval)
-        mode = env.metadata.get("autoreset_mode")
-        if mode != AutoresetMode.DISABLED:
-            raise LbgymError(
-                "an episode's last observation must not be taken for another's first: make the vector environment "
-                f'with autoreset_mode="Disabled" and reset it yourself, got {mode}'
-            )
-        return cls(codec, layout, env.num_envs, bare.max_steps, interval)
+            return cls(codec, layout, None, bare.max_steps, bare.step_interval)
+        mode = AutoresetMode(env.metadata["autoreset_mode"])
+        return cls(codec, layout, env.num_envs, bare.max_steps, bare.step_interval, mode)
 
     @classmethod
     def _of_spaces(cls, observed: Space[Any], action: Space[Any], levels: Sequence[float]) -> Interface:
@@ -103,7 +98,7 @@ class Interface:
         )
         if layout.space != observed or codec.space != action:
             raise UnsupportedSpaceError(
-                f"these are no spaces of LoadBalanceEnv with action_weights {tuple(levels)}: {observed} and {action}"
+                f"not the spaces of a LoadBalanceEnv with action_weights {tuple(levels)}: {observed} and {action}"
             )
         return cls(codec, layout)
 
@@ -144,6 +139,15 @@ class Interface:
         if weights is not None:
             features = np.concatenate([features, relative_weights(weights, mask > 0)[..., None]], -1)
         return np.concatenate([mask, features.reshape(rows, -1)], -1, dtype=np.float32)
+
+    def before_reset(self, observation: Any, final: NDArray[Any], ended: NDArray[np.bool_]) -> Any:
+        """Put the last observations of ended episodes, ``final_obs``, in place of the first ones of the next."""
+        if isinstance(observation, dict):
+            return {
+                key: np.stack([final[i][key] if ended[i] else part[i] for i in range(len(ended))])
+                for key, part in observation.items()
+            }
+        return np.stack([final[i] if ended[i] else observation[i] for i in range(len(ended))])
 
     def weights(self, actions: Any) -> NDArray[np.float64]:
         """Weights float64[R, N] of an action, or of one per replica."""

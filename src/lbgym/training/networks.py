@@ -1,4 +1,4 @@
-"""The networks of :mod:`lbgym.policies.networks`, where those who train networks of their own look for them."""
+"""Public import path of the networks of :mod:`lbgym.policies.networks`, for training with other frameworks."""
 
 from __future__ import annotations
 

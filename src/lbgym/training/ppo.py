@@ -34,27 +34,16 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("torch", "train", "training with PPO") from error
 
 from ..policies.action_kind import ActionKind
-from ..policies.checkpoints import contents, read_checkpoint
+from ..policies.checkpoints import contents
 from ..policies.inputs import Encoder
 from ..policies.networks import ServerNetwork
 from ..policies.neural import PPOPolicy
-from .config import TrainingConfig, plain_config, saved_config
+from .config import TrainingConfig, plain_config
 from .exported import check_shapes
-from .runs import (
-    Budget,
-    Callback,
-    Progress,
-    Reporter,
-    clone,
-    log_folder,
-    output_file,
-    summary_writer,
-    torch_threads,
-    write_torch,
-)
+from .loop import Trainer
+from .runs import Budget, Callback, Progress, clone
 
 ALGO = "ppo"
-CHECKPOINT_NAME = "ppo.pt"
 LOSSES = ("policy", "value", "entropy", "kl", "clipped")
 
 
@@ -182,28 +171,18 @@ def train_ppo(
         FileWriteError: if the checkpoint cannot be written.
         MissingExtraError: if TensorBoard is asked for and not installed.
     """
-    saved = None
-    if resume_from is not None:
-        saved = read_checkpoint(resume_from, ALGO)
-        config = config or PPOConfig(**saved_config(saved["config"], resume_from))
-    config = config or PPOConfig()
-    checkpoint = output_file(out, CHECKPOINT_NAME)
-    with torch_threads(config.torch_threads), summary_writer(log_folder(checkpoint, tensorboard)) as writer:
-        trainer = _Trainer(config)
-        try:
-            if saved is not None:
-                trainer.restore(saved, Path(resume_from or ""))
-            return trainer.run(checkpoint, callback, writer)
-        finally:
-            trainer.close()
+    state, checkpoint, history = _Trainer.train(config, out, resume_from, callback, tensorboard)
+    return PPOResult(PPOPolicy(state), checkpoint, history)
 
 
-class _Trainer:
-    """The state of a run and the loop over it."""
+class _Trainer(Trainer[PPOConfig]):
+    """Rollouts of all replicas, and passes over each."""
+
+    ALGO = ALGO
+    CONFIG = PPOConfig
 
     def __init__(self, config: PPOConfig) -> None:
-        self.config = config
-        self.env = config.make_env()
+        super().__init__(config)
         observation = self.env.single_observation_space
         action = self.env.single_action_space
         self.num_servers = self.env.num_servers
@@ -225,19 +204,16 @@ class _Trainer:
             self.network = ServerNetwork(self.encoder.size, config.hidden, self.kind.choices, config.log_std)
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
-        # torch lets go of the interpreter, so that two Python threads learn on two cores; its own threads wait for one
-        # another so eagerly that they slow down to a crawl where another process has a core
+        # Torch releases the interpreter lock, so two Python threads learn on two cores. Its own threads spin while they
+        # wait for one another, which is very slow when another process holds a core.
         self.pool = ThreadPoolExecutor(2, "ppo", lambda: torch.set_num_threads(config.torch_threads))
         self.iteration = self.episode = 0
-        self.budget = Budget(config)
 
     def close(self) -> None:
-        """Release threads."""
         self.pool.shutdown()
-        self.env.close()
+        super().close()
 
     def state(self) -> dict[str, Any]:
-        """Everything a checkpoint holds, as copies."""
         return contents(
             algo=ALGO,
             config=plain_config(self.config),
@@ -266,32 +242,17 @@ class _Trainer:
         self.iteration, self.episode = trainer["iteration"], trainer["episode"]
         self.budget = Budget(self.config, saved["step"], saved["seconds"])
 
-    def run(self, checkpoint: Path | None, callback: Callback | None, writer: Any) -> PPOResult:
-        config, budget = self.config, self.budget
-        self.env.reset(seed=config.seed)
-        self.env.step(self.env.action_space.sample())  # Compiles the simulator outside the time budget.
+    def begin(self) -> None:
         self.reset_env(None)
-        state = self.state()
 
-        def save() -> None:
-            if checkpoint is not None:
-                write_torch(checkpoint, state)
-
-        reporter = Reporter(budget, callback, writer, save, config.checkpoint_every)
-        stop = budget.used_up
-        with reporter.saving():
-            while not stop:
-                if config.anneal_lr:
-                    for group in self.optimiser.param_groups:
-                        group["lr"] = config.learning_rate * (1.0 - budget.fraction)
-                rollout = self.collect()
-                losses = self.update(rollout)
-                budget.advance(config.num_envs * config.num_steps)
-                self.iteration += 1
-                # An interrupted update may be half done: what is saved is the state after the last whole one.
-                state = self.state()
-                stop = reporter.report(reward=float(rollout.rewards.mean()), fct_mean=rollout.fct_mean, losses=losses)
-        return PPOResult(PPOPolicy(state), checkpoint, reporter.history)
+    def round(self) -> tuple[float, float, dict[str, float]]:
+        if self.config.anneal_lr:
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.config.learning_rate * (1.0 - self.budget.fraction)
+        rollout = self.collect()
+        losses = self.update(rollout)
+        self.iteration += 1
+        return float(rollout.rewards.mean()), rollout.fct_mean, losses
 
     def reset_env(self, mask: NDArray[np.bool_] | None) -> None:
         """Begin the episode numbered ``self.episode`` in the replicas of ``mask`` (None: in all)."""
@@ -330,7 +291,7 @@ class _Trainer:
             fct_sum += float((info["fct_mean"] * flows).sum())
             ended_flows += float(flows.sum())
             if ended.any():
-                # what is bootstrapped is the episode's last observation, not the first of the next episode
+                # Bootstrap the last observation of the episode, not the first of the next one.
                 rollout.final_values[t] = net.value(self.inputs, self.active)
                 self.episode += 1
                 self.reset_env(ended)
@@ -359,7 +320,7 @@ class _Trainer:
         first = bool(net.moments.count == 0)
         net.returns.update(returns.reshape(-1, 1))
         if first:
-            # nothing is learnt on features of unknown scale
+            # Learn nothing before the scale of the features is known.
             net.moments.update(rollout.inputs[rollout.active])
             return dict.fromkeys(LOSSES, 0.0) | {"explained_variance": 1 - residual}
 
@@ -383,7 +344,7 @@ class _Trainer:
                 batch = samples.at(index)
                 if config.normalize_advantage:
                     batch.advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
-                # always the same halves, added in the same order, however many threads there are
+                # Always the same halves, added in the same order: results do not depend on the number of threads.
                 halves = [batch.at(half) for half in torch.arange(len(index)).chunk(2)]
                 done = list(self.pool.map(partial(self.gradients, total=len(index)), halves))
                 for i, parameter in enumerate(parameters):
@@ -401,7 +362,7 @@ class _Trainer:
         return losses | {"explained_variance": 1 - residual}
 
     def gradients(self, part: _Samples, total: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """What part of a minibatch of ``total`` steps adds to its gradients, and to its losses, those of ``LOSSES``."""
+        """Return what part of a minibatch of ``total`` steps adds to the gradients and to ``LOSSES``."""
         config, net = self.config, self.network
         out, value = net(part.inputs, part.active)
         log_probs, entropy = net.log_prob(out, part.active, part.choices)
@@ -418,7 +379,7 @@ class _Trainer:
         loss = policy_loss + config.value_coefficient * value_loss - config.entropy_coefficient * entropy
         gradients = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
         with torch.no_grad():
-            # an estimate of the KL divergence that is never negative (Schulman, "Approximating KL Divergence")
+            # An estimate of the KL divergence that is never negative (Schulman, "Approximating KL Divergence")
             kl = (ratio - 1 - log_ratio).sum() / total
             share = ((ratio - 1).abs() > config.clip).float().sum() / total
             return gradients, torch.stack([policy_loss, value_loss, entropy, kl, share])
@@ -426,7 +387,7 @@ class _Trainer:
 
 @dataclass
 class _Samples:
-    """Steps to learn from, [B, ...]: scaled inputs, and by their side what the policy did and what came of it."""
+    """Steps to learn from, [B, ...]: scaled inputs, choices, and what the losses compare them with."""
 
     inputs: Tensor
     active: Tensor
@@ -437,7 +398,7 @@ class _Samples:
     advantages: Tensor
 
     def at(self, index: Tensor) -> _Samples:
-        """Those numbered ``index``."""
+        """Select steps by index."""
         return _Samples(*(getattr(self, part.name)[index] for part in fields(self)))
 
 
@@ -456,15 +417,3 @@ class _Rollout:
         self.terminated = torch.empty(shape, dtype=torch.bool)
         self.ended = torch.empty(shape, dtype=torch.bool)
         self.fct_mean = math.nan
-
-
-# Checkpoints
-
-
-def config_of(path: str | os.PathLike[str]) -> PPOConfig:
-    """The configuration that a checkpoint was trained with.
-
-    Raises:
-        CheckpointError: if the file is none of this recipe, or the configuration had a part with no plain form.
-    """
-    return PPOConfig(**saved_config(read_checkpoint(path, ALGO)["config"], path))

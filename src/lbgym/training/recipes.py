@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Union, get_args, get_origin, ge
 from ..errors import CheckpointError, InvalidOptionError, MissingExtraError, UnknownNameError
 from ..policies.checkpoints import read_checkpoint
 from ..toml_files import read_toml
-from .config import RENAMED, TrainingConfig, plain_config
+from .config import RENAMED, TrainingConfig, plain_config, saved_config
 
 if TYPE_CHECKING:
     from .runs import Callback, Progress
@@ -157,8 +157,7 @@ def make_config(
             f"algorithm={changes['algorithm']!r} in {where or 'the configuration'}: the recipe {algo!r} says which"
         )
     if resume_from is not None:
-        arguments = () if recipe.algorithm is None else (recipe.algorithm,)
-        base = recipe.load("config_of")(resume_from, *arguments)
+        base = config_of(resume_from, algo)
     else:
         base = None
         if recipe.algorithm is not None:
@@ -256,13 +255,38 @@ def algo_of(checkpoint: str | os.PathLike[str]) -> str:
 
     Raises:
         CheckpointError: if no recipe wrote it.
-        MissingExtraError: if it takes a framework that is not installed to tell.
+        MissingExtraError: if reading it takes a framework that is not installed.
     """
-    path = Path(checkpoint)
+    return _recorded(Path(checkpoint))[0]
+
+
+def config_of(checkpoint: str | os.PathLike[str], algo: str | None = None) -> TrainingConfig:
+    """Return the configuration that a checkpoint was trained with.
+
+    Args:
+        checkpoint: its file.
+        algo: the recipe that must have written it; None: any.
+
+    Raises:
+        CheckpointError: if another recipe or none wrote it, or part of the configuration had no plain form.
+        MissingExtraError: if the recipe's framework is not installed.
+    """
+    found, plain = _recorded(Path(checkpoint))
+    if algo not in (None, found):
+        raise CheckpointError(f"checkpoint {os.fspath(checkpoint)} was trained by recipe {found!r}, not by {algo!r}")
+    recipe = recipe_of(found)
+    made: TrainingConfig = recipe.load(recipe.config)(**saved_config(plain, checkpoint))
+    return made
+
+
+def _recorded(path: Path) -> tuple[str, dict[str, Any]]:
+    """Read a checkpoint's recipe and its configuration in plain form."""
+    if path.suffix != ".zip":
+        saved = read_checkpoint(path)
+        return saved["algo"], saved["config"]
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
-    if path.suffix == ".zip":
-        from .sb3 import config_of
+    from .sb3 import model_algo, read_model
 
-        return f"sb3-{config_of(path).algorithm}"
-    return str(read_checkpoint(path)["algo"])
+    data = read_model(path)
+    return model_algo(data), data["lbgym_config"]

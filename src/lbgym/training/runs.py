@@ -93,7 +93,7 @@ class Budget:
 
 
 class Reporter:
-    """What happens after every update: history, log, checkpoint if one is due, the user's callback.
+    """Report every update: history, log, a checkpoint if one is due, the user's callback.
 
     Args:
         budget: advanced by the recipe before each report.
@@ -258,7 +258,7 @@ def write_torch(path: Path, state: Any) -> None:
     Raises:
         FileWriteError: if the system refuses.
     """
-    # torch's own writer makes an internal error of a full disk
+    # On a full disk torch's own writer raises an internal error.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(path, lambda stream: stream.write(buffer.getbuffer()))

@@ -30,12 +30,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium import Env, Space
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
 from ..atomic import check_writable
 from ..env.observations import ObservationLayout
-from ..errors import CheckpointError, LbgymError, MissingExtraError
+from ..errors import CheckpointError, InvalidOptionError, LbgymError, MissingExtraError
 
 try:
     import torch
@@ -48,26 +48,16 @@ from ..policies.checkpoints import contents, read_checkpoint
 from ..policies.inputs import server_inputs
 from ..policies.networks import Moments, RecurrentActor, RecurrentNetwork, draw
 from ..policies.neural import SACGRUPolicy
-from .config import TrainingConfig, current_fields, plain_config, saved_config
+from .config import TrainingConfig, current_fields, plain_config
 from .exported import check_shapes
 from .interface import Interface
-from .runs import (
-    Budget,
-    Callback,
-    Progress,
-    Reporter,
-    clone,
-    log_folder,
-    output_file,
-    summary_writer,
-    torch_threads,
-    write_torch,
-)
+from .loop import Trainer
+from .replay import Batch, Replay
+from .runs import Budget, Callback, Progress, clone, write_torch
 
 ALGO = "sac-gru"
-CHECKPOINT_NAME = "sac-gru.pt"
 LOSSES = ("policy", "value", "entropy", "temperature", "q")
-#: Keys of the environment that an agent takes from the environment it is given.
+#: Keys that an agent takes from its environment.
 _OF_THE_ENVIRONMENT = (
     "action_type", "action_weights", "observation", "normalize", "use_ground_truth", "observe_weights", "step_interval",
 )  # fmt: skip
@@ -203,75 +193,6 @@ def action_value(q: Tensor, choices: Tensor, active: Tensor) -> Tensor:
     return mean_where(q.gather(-1, choices.unsqueeze(-1)).squeeze(-1), active)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Sequences of T = burn-in + length steps, with the observation after the last.
-
-    ``inputs`` [B, T + 1, N, F], ``active`` [B, T + 1, N]; of the last ``length`` steps: ``choices`` [B, L, N] and
-    ``rewards`` [B, L]. ``first`` bool[B]: those steps begin an episode, and what stands for the burn-in means nothing.
-    """
-
-    inputs: Tensor
-    active: Tensor
-    choices: Tensor
-    rewards: Tensor
-    first: Tensor
-
-
-class Replay:
-    """Episodes of all replicas, the newest overwriting the oldest; memory is taken as they are written.
-
-    An episode longer than ``steps`` goes on in another row, as an episode of its own.
-    """
-
-    def __init__(self, episodes: int, steps: int, num_envs: int, num_servers: int, features: int) -> None:
-        self.num_envs, self.steps = num_envs, steps
-        self.episodes = episodes // num_envs * num_envs
-        self.inputs = torch.empty(self.episodes, steps + 1, num_servers, features)
-        self.active = torch.empty(self.episodes, steps + 1, num_servers, dtype=torch.bool)
-        self.choices = torch.empty(self.episodes, steps, num_servers, dtype=torch.uint8)
-        self.rewards = torch.empty(self.episodes, steps)
-        #: Steps of each episode that are there.
-        self.filled = torch.zeros(self.episodes, dtype=torch.int64)
-        self._rows = torch.arange(-num_envs, 0)
-
-    def begin(self, inputs: Tensor, active: Tensor, which: Tensor | None = None) -> None:
-        """Begin an episode of the replicas marked in ``which`` bool[R] (None: of all), with its first observation."""
-        which = torch.ones(self.num_envs, dtype=torch.bool) if which is None else which
-        rows = self._rows[which] = (self._rows[which] + self.num_envs) % self.episodes
-        self.inputs[rows, 0], self.active[rows, 0] = inputs[which], active[which]
-        self.filled[rows] = 0
-
-    def add(self, choices: Tensor, rewards: Tensor, inputs: Tensor, active: Tensor) -> None:
-        """A step of every replica, and the observation after it."""
-        full = self.filled[self._rows] == self.steps
-        if full.any():
-            self.begin(self.inputs[self._rows, self.steps], self.active[self._rows, self.steps], full)
-        rows, t = self._rows, self.filled[self._rows]
-        self.choices[rows, t], self.rewards[rows, t] = choices.to(torch.uint8), rewards
-        self.inputs[rows, t + 1], self.active[rows, t + 1] = inputs, active
-        self.filled[rows] = t + 1
-
-    def sample(self, batch_size: int, length: int, burn_in: int, generator: torch.Generator) -> Batch:
-        """Sequences drawn with equal chances from all there are, none across an episode's end.
-
-        One that would begin within the first ``burn_in`` steps begins at the first, where the state is known.
-        """
-        starts = (self.filled - length + 1).clamp(min=0)
-        row = torch.multinomial(starts.double(), batch_size, replacement=True, generator=generator)
-        start = (torch.rand(batch_size, generator=generator) * starts[row]).long()
-        start[start < burn_in] = 0
-        steps = start[:, None] + torch.arange(-burn_in, length + 1)
-        rows, seen, learnt = row[:, None], steps.clamp(min=0), steps[:, burn_in:-1]
-        return Batch(
-            self.inputs[rows, seen],
-            self.active[rows, seen],
-            self.choices[rows, learnt].long(),
-            self.rewards[rows, learnt],
-            start == 0,
-        )
-
-
 # The agent
 
 
@@ -289,13 +210,15 @@ class SACGRUAgent:
             if terminated or truncated:
                 observation, info = env.reset()
 
-    It takes any layout of observations and the action types "discrete" and "joint". Its recurrent state is that of the
-    episodes under way; a transition that is done ends one. :func:`train_sac_gru` is a loop over this class.
+    It takes any observation layout and the action types "discrete" and "joint". It remembers the episodes under way,
+    and a transition that is done ends one. A vector environment may reset itself: in SAME_STEP mode the agent takes
+    the last observation of an episode from the info, and in NEXT_STEP mode it does not store the step that resets.
+    :func:`train_sac_gru` is a loop over this class.
 
     Args:
-        env: a :class:`~lbgym.LoadBalanceEnv`, or a :class:`~lbgym.LoadBalanceVectorEnv` that does not reset itself
-            (``autoreset_mode="Disabled"``), wrapped or not; or the pair of spaces (observation, action) of one
-            environment, such as those of one agent of :class:`~lbgym.MultiLoadBalanceEnv`.
+        env: a :class:`~lbgym.LoadBalanceEnv` or a :class:`~lbgym.LoadBalanceVectorEnv`, wrapped or not; or the pair of
+            spaces (observation, action) of one environment, such as those of one agent of
+            :class:`~lbgym.MultiLoadBalanceEnv`.
         config: how to learn; None: the defaults. What it says of the environment is replaced by what ``env`` is; its
             budget has no effect.
         changes: fields of the configuration over ``config``. With spaces, ``action_weights`` is the environment's.
@@ -306,7 +229,7 @@ class SACGRUAgent:
 
     Raises:
         UnsupportedSpaceError: for an environment that the agent cannot act in.
-        LbgymError: for a configuration that makes no sense.
+        LbgymError: for an invalid configuration.
     """
 
     def __init__(
@@ -376,15 +299,17 @@ class SACGRUAgent:
     # Acting
 
     def begin(self, observation: Any, info: Mapping[str, Any] | None = None) -> None:
-        """Begin new episodes in all replicas, for loops that end one without a transition that is done.
+        """Begin new episodes in all replicas, for loops that end episodes without a done transition.
 
-        After one that is done, :meth:`get_action` begins the next episode by itself.
+        After a done transition :meth:`get_action` begins the next episode by itself.
         """
         self._forget()
         self._look(observation, info)
 
     def _forget(self) -> None:
+        #: Replicas whose next observation is the first of an episode, and those that the next step resets.
         self._fresh = torch.ones(self.num_envs, dtype=torch.bool)
+        self._over = torch.zeros(self.num_envs, dtype=torch.bool)
         self._memory: Tensor | None = None
         self._seen: Any = None
         self._weights: NDArray[Any] = np.ones((self.num_envs, self.num_servers))
@@ -393,7 +318,7 @@ class SACGRUAgent:
     def get_action(
         self, observation: Any, info: Mapping[str, Any] | None = None, *, deterministic: bool = False
     ) -> Any:
-        """The action for an observation, or one per replica.
+        """Choose the action for an observation, or one per replica.
 
         Args:
             observation: the environment's, in its layout.
@@ -416,24 +341,41 @@ class SACGRUAgent:
         done: Any = False,
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keep a step of the environment, or one of every replica, to learn from.
+        """Store a step of the environment, or one of every replica, to learn from.
 
         Args:
             observation: before the step.
-            action: the one taken, whoever chose it.
+            action: the action taken.
             reward: a number, or float[R].
-            next_observation: after the step, before any reset.
+            next_observation: what the step returned, before any reset of the loop's own.
             done: whether the episode ended, or bool[R]. Load balancing does not terminate: the value of the last
                 observation is bootstrapped.
-            info: that of the step, with the ``weights`` in force; None: those of the action.
+            info: that of the step, with the ``weights`` in force; None: those of the action. Needed where a vector
+                environment resets itself in SAME_STEP mode.
+
+        Raises:
+            InvalidOptionError: without the info that holds the last observations of SAME_STEP mode.
         """
         self._look(observation, None)
+        ended = np.broadcast_to(np.asarray(done, dtype=np.bool_).reshape(-1), self.num_envs)
+        if ended.any() and self.interface.autoreset == AutoresetMode.SAME_STEP:
+            if info is None or "final_obs" not in info:
+                raise InvalidOptionError(
+                    "store_transition needs the step's info: in SAME_STEP mode it has the last observations, final_obs"
+                )
+            next_observation = self.interface.before_reset(next_observation, info["final_obs"], ended)
+            info = info["final_info"]
         self._weights = self.interface.weights(action) if info is None else self._rows(info["weights"])
         self._encode(next_observation)
         rewards = torch.from_numpy(np.asarray(reward, dtype=np.float32).reshape(self.num_envs))
-        self.replay.add(self._choices(action), rewards, self._inputs, self._active)
-        self.step += self.num_envs
-        self._fresh = torch.from_numpy(np.array(done, dtype=np.bool_).reshape(-1)).expand(self.num_envs).clone()
+        was_over = self._over
+        self.replay.add(self._choices(action), rewards, self._inputs, self._active, ~was_over)
+        self.step += self.num_envs - int(was_over.sum())
+        over = torch.from_numpy(ended.copy())
+        if self.interface.autoreset == AutoresetMode.NEXT_STEP:
+            self._fresh, self._over = was_over, over
+        else:
+            self._fresh = over
 
     def _rows(self, weights: Any) -> NDArray[Any]:
         return np.reshape(weights, (self.num_envs, self.num_servers))
@@ -444,7 +386,7 @@ class SACGRUAgent:
         self._seen = observation
 
     def _look(self, observation: Any, info: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
-        """Inputs and active servers of an observation; begins the episodes that it is the first of."""
+        """Return the inputs and active servers of an observation; begin the episodes whose first it is."""
         fresh = self._fresh
         begins = bool(fresh.any())
         # The observation after the last step was encoded when that was stored.
@@ -610,9 +552,9 @@ class SACGRUAgent:
         env: Env[Any, Any] | VectorEnv[Any, Any, Any] | tuple[Space[Any], Space[Any]],
         **changes: Any,
     ) -> SACGRUAgent:
-        """The agent of a checkpoint, of :meth:`save` or of the recipe, to go on learning in ``env``.
+        """Load the agent of a checkpoint, of :meth:`save` or of the recipe, to continue learning in ``env``.
 
-        The replay begins empty: ``warmup`` episodes' worth of steps come before the next update.
+        The replay begins empty: the next update comes after ``warmup`` episodes' worth of steps.
 
         Raises:
             CheckpointError: if the file cannot be read, or does not fit the environment.
@@ -625,7 +567,7 @@ class SACGRUAgent:
         return agent
 
     def policy(self) -> SACGRUPolicy:
-        """What was learnt so far, as a policy with the most likely actions and a memory of its own."""
+        """Return the policy learnt so far; it takes the most likely actions and has a recurrent state of its own."""
         return SACGRUPolicy(self.state())
 
 
@@ -658,34 +600,22 @@ def train_sac_gru(
         FileWriteError: if the checkpoint cannot be written.
         MissingExtraError: if TensorBoard is asked for and not installed.
     """
-    saved = None
-    if resume_from is not None:
-        saved = read_checkpoint(resume_from, ALGO)
-        config = config or SACGRUConfig(**saved_config(saved["config"], resume_from))
-    config = config or SACGRUConfig()
-    checkpoint = output_file(out, CHECKPOINT_NAME)
-    with torch_threads(config.torch_threads), summary_writer(log_folder(checkpoint, tensorboard)) as writer:
-        trainer = _Trainer(config)
-        try:
-            if saved is not None:
-                trainer.restore(saved, Path(resume_from or ""))
-            return trainer.run(checkpoint, callback, writer)
-        finally:
-            trainer.env.close()
+    state, checkpoint, history = _Trainer.train(config, out, resume_from, callback, tensorboard)
+    return SACGRUResult(SACGRUPolicy(state), checkpoint, history)
 
 
-class _Trainer:
-    """A loop over the agent, with a budget."""
+class _Trainer(Trainer[SACGRUConfig]):
+    """A loop over the agent, whose replicas begin and end their episodes together."""
+
+    ALGO = ALGO
+    CONFIG = SACGRUConfig
 
     def __init__(self, config: SACGRUConfig) -> None:
-        self.config = config
-        self.env = config.make_env()
+        super().__init__(config)
         self.agent = SACGRUAgent(self.env, config)
-        self.budget = Budget(config)
         self.episode = 0
 
     def state(self) -> dict[str, Any]:
-        """Everything a checkpoint holds, as copies."""
         return self.agent.state(
             config=self.config,
             env_kwargs=self.config.observation_kwargs(),
@@ -698,35 +628,16 @@ class _Trainer:
         self.episode = saved["trainer"]["episode"]
         self.budget = Budget(self.config, saved["step"], saved["seconds"])
 
-    def run(self, checkpoint: Path | None, callback: Callback | None, writer: Any) -> SACGRUResult:
-        config, budget = self.config, self.budget
-        self.env.reset(seed=config.seed)
-        self.env.step(self.env.action_space.sample())  # Compiles the simulator outside the time budget.
-        self.begin_episode()
-        state = self.state()
-
-        def save() -> None:
-            if checkpoint is not None:
-                write_torch(checkpoint, state)
-
-        reporter = Reporter(budget, callback, writer, save, config.checkpoint_every)
-        stop = budget.used_up
-        with reporter.saving():
-            while not stop:
-                reward, fct_mean = self.collect()
-                losses = self.agent.update()
-                budget.advance(config.num_envs * config.num_steps)
-                # An interrupted round may be half done: what is saved is the state after the last whole one.
-                state = self.state()
-                stop = reporter.report(reward=reward, fct_mean=fct_mean, losses=losses)
-        return SACGRUResult(SACGRUPolicy(state), checkpoint, reporter.history)
-
-    def begin_episode(self) -> None:
+    def begin(self) -> None:
         """Begin the next episode in all replicas; they have no reason to end at different steps."""
         seeds = np.random.SeedSequence([self.config.seed, self.episode]).generate_state(self.config.num_envs)
         self.episode += 1
         self.observation, self.info = self.env.reset(seed=[int(s) for s in seeds])
         self.agent.begin(self.observation, self.info)
+
+    def round(self) -> tuple[float, float, dict[str, float]]:
+        reward, fct_mean = self.collect()
+        return reward, fct_mean, self.agent.update()
 
     def collect(self) -> tuple[float, float]:
         """Step every replica ``num_steps`` times with actions drawn from the policy; mean reward and mean FCT."""
@@ -741,17 +652,5 @@ class _Trainer:
             fct_sum += float(np.where(flows > 0, self.info["fct_mean"] * flows, 0.0).sum())
             ended_flows += float(flows.sum())
             if truncated.any():
-                self.begin_episode()
+                self.begin()
         return reward_sum / self.config.num_steps, fct_sum / ended_flows if ended_flows else math.nan
-
-
-# Checkpoints
-
-
-def config_of(path: str | os.PathLike[str]) -> SACGRUConfig:
-    """The configuration that a checkpoint was trained with.
-
-    Raises:
-        CheckpointError: if the file is none of this recipe, or the configuration had a part with no plain form.
-    """
-    return SACGRUConfig(**saved_config(read_checkpoint(path, ALGO)["config"], path))

@@ -3,7 +3,8 @@
 Stable-Baselines3 has no adapter for Gymnasium's vector environments, and wrapping single environments one by one is
 many times slower than stepping all replicas at once.
 
-What the algorithms differ in is one table, :data:`ALGORITHMS`; the recipe, :func:`train_sb3`, is the same for all.
+One table, :data:`ALGORITHMS`, holds all that differs between the algorithms; the recipe, :func:`train_sb3`, is the
+same for all.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "training with Stable-Baselines3") from error
 
 from ..atomic import write_whole
-from .config import PER_ALGORITHM, TrainingConfig, check_recipe, check_same, current_fields, plain_config, saved_config
+from .config import PER_ALGORITHM, TrainingConfig, check_recipe, check_same, current_fields, plain_config
 from .runs import Budget, Callback, Progress, Reporter, log_folder, output_file, torch_threads
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Algorithm:
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> type[BaseAlgorithm]:
-        """Its class.
+        """Import its class.
 
         Raises:
             MissingExtraError: if sb3-contrib, which has it, is not installed.
@@ -91,7 +92,7 @@ class Algorithm:
 
 _ANY_ACTION = ("normalized", "continuous", "discrete", "joint")
 _ACTOR_CRITIC = {"mlp": "MlpPolicy", "equivariant": "EquivariantPolicy"}
-# With gamma 0.95 a reward matters for about 20 steps: old experience is of no use.
+# With gamma 0.95 a reward matters for about 20 steps: old experience is useless.
 _REPLAY = {"buffer_size": 100_000, "learning_starts": 4_096, "batch_size": 256}
 
 #: The algorithms by name.
@@ -108,7 +109,7 @@ ALGORITHMS = {
         4,
         5e-4,
         _REPLAY | {"target_update_interval": 8_192, "exploration_fraction": 0.2},
-        # two levels make 2 ** 8 joint actions of the 8 servers of "heterogeneous"; three would be too many
+        # Two levels make 2 ** 8 joint actions of the 8 servers of "heterogeneous"; three would be too many.
         {"action_weights": [1.0, 4.0]},
     ),
     "sac": Algorithm(
@@ -119,7 +120,7 @@ ALGORITHMS = {
         64,
         4,
         1e-3,
-        # the entropy of an action per server outweighs rewards scaled to 1 for long if its weight begins at 1, too
+        # With an initial weight of 1 the entropy of an action per server outweighs scaled rewards for long.
         _REPLAY | {"ent_coef": "auto_0.02"},
     ),
     "td3": Algorithm(
@@ -168,7 +169,7 @@ class SB3VecEnv(VecEnv):
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
     def reset(self) -> VecEnvObs:
-        """Start every replica, with the seeds and options that :meth:`seed` and :meth:`set_options` left."""
+        """Start every replica, with the seeds and options set by :meth:`seed` and :meth:`set_options`."""
         if any(options != self._options[0] for options in self._options):
             raise LbgymError("the replicas of one vector environment take the same options, got different ones")
         seeds = None if any(seed is None for seed in self._seeds) else [int(seed or 0) for seed in self._seeds]
@@ -207,7 +208,7 @@ class SB3VecEnv(VecEnv):
         return [None] * self.num_envs if frames is None else list(frames)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
-        """The vector environment's attribute, once per index."""
+        """Return the vector environment's attribute, once per index."""
         return [getattr(self.env, attr_name)] * self._count(indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
@@ -401,8 +402,8 @@ def train_sb3(
     with torch_threads(config.torch_threads):
         try:
             vector.reset(seed=config.seed)
-            vector.step(vector.action_space.sample())  # compiles the simulator outside the time budget
-            # the networks learn from rewards of any scale; observations are in [0, 1] already
+            vector.step(vector.action_space.sample())  # Compiles the simulator outside the time budget.
+            # Scale the rewards; observations are in [0, 1] already.
             env = VecNormalize(VecMonitor(SB3VecEnv(vector)), norm_obs=False, gamma=config.gamma)
             if (noise := arguments.get("action_noise")) is not None:
                 size = env.action_space.shape or ()
@@ -422,9 +423,9 @@ def train_sb3(
 
             reporter = Reporter(budget, callback, None, save, config.checkpoint_every)
             watch = _Watch(budget, reporter)
-            # learn() counts from where the model stands
+            # learn() counts from the model's present step.
             remaining = (2**62 if config.total_steps is None else config.total_steps) - model.num_timesteps
-            # rollouts, or for off-policy algorithms episodes: those of all replicas, which end together
+            # In rollouts, or for off-policy algorithms in episodes; those of all replicas end together.
             log_interval = config.num_envs if isinstance(model, OffPolicyAlgorithm) else 1
             with reporter.saving(partial(save, replay=True)):
                 if remaining > 0:
@@ -438,7 +439,7 @@ def train_sb3(
 
 
 def _arguments(config: SB3Config, kind: type[BaseAlgorithm]) -> dict[str, Any]:
-    """Arguments of an algorithm's class, those aside that make its network."""
+    """Collect the arguments of an algorithm's class, but for those of its network."""
     arguments: dict[str, Any] = {"learning_rate": config.learning_rate, "gamma": config.gamma}
     if issubclass(kind, OffPolicyAlgorithm):
         transitions = config.num_envs * config.num_steps
@@ -479,7 +480,7 @@ def _new(kind: type[BaseAlgorithm], config: SB3Config, env: VecEnv, arguments: d
 
 
 def replay_file(path: Path) -> Path:
-    """Where the replay buffer of a saved model is."""
+    """Locate the replay buffer of a saved model."""
     return path.with_suffix(".replay.pkl")
 
 
@@ -497,7 +498,7 @@ def _save(model: BaseAlgorithm, path: Path, *, replay: bool = False) -> None:
     assert isinstance(env, VecNormalize)
     scale = env.ret_rms
     model.lbgym_returns = [float(scale.mean), float(scale.var), float(scale.count)]  # type: ignore[attr-defined]
-    # the buffer beside a model is that model's own, or there is none
+    # A replay buffer beside a model must be that model's own.
     if isinstance(model, OffPolicyAlgorithm):
         replay_file(path).unlink(missing_ok=True)
     write_whole(path, save)
@@ -508,8 +509,8 @@ def _save(model: BaseAlgorithm, path: Path, *, replay: bool = False) -> None:
 def _load(
     kind: type[BaseAlgorithm], path: Path, config: SB3Config, env: VecNormalize, arguments: dict[str, Any]
 ) -> BaseAlgorithm:
-    data = _read(path)
-    check_recipe(path, _algo(data), "sb3", config.algorithm)
+    data = read_model(path)
+    check_recipe(path, model_algo(data), "sb3", config.algorithm)
     if (data["observation_space"], data["action_space"]) != (env.observation_space, env.action_space):
         raise CheckpointError(
             f"model {path} takes observations {data['observation_space']} and gives actions {data['action_space']}, "
@@ -534,8 +535,12 @@ def _load(
     return model
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What a model saved here holds beside its parameters."""
+def read_model(path: Path) -> dict[str, Any]:
+    """Read the data of a saved model beside its parameters.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or was not saved here.
+    """
     try:
         data, _, _ = load_from_zip_file(path, device="cpu")
     except FileNotFoundError as error:
@@ -547,23 +552,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _algo(data: Mapping[str, Any]) -> str:
+def model_algo(data: Mapping[str, Any]) -> str:
+    """Return the recipe of a model's data."""
     # Before there was a choice it was PPO.
     return f"sb3-{data['lbgym_config'].get('algorithm', 'ppo')}"
-
-
-def config_of(path: str | os.PathLike[str], algorithm: str | None = None) -> SB3Config:
-    """Return the configuration that a saved model was trained with.
-
-    Args:
-        path: the model's file.
-        algorithm: the one it must be of; None: any.
-
-    Raises:
-        CheckpointError: if the file is no model saved here or of another algorithm, or its configuration had a part
-            with no plain form.
-    """
-    path = Path(path)
-    data = _read(path)
-    check_recipe(path, _algo(data), "sb3", algorithm)
-    return SB3Config(**saved_config(data["lbgym_config"], path))

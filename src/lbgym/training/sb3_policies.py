@@ -110,13 +110,13 @@ class EquivariantExtractor(BaseFeaturesExtractor):
 
 
 def split(flat: Tensor, num_servers: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What :class:`EquivariantExtractor` put together: active bool[B, N], servers [B, N, H], context [B, 2 H]."""
+    """Take the extractor's output apart: active bool[B, N], servers [B, N, H], context [B, 2 H]."""
     active, h, pooled = flat.split([num_servers, num_servers * hidden, 2 * hidden], dim=-1)
     return active > 0.5, h.unflatten(-1, (num_servers, hidden)), pooled
 
 
 class ServerOutputs(nn.Module):
-    """O outputs per server from what the extractor gives, 0 where inactive.
+    """O outputs per server from the extractor's output, 0 where inactive.
 
     They come server by server, [B, N O], with ``centered`` less their mean over the active servers
     (:func:`~lbgym.policies.networks.centered`), or with ``joint`` as the sum over the servers for each of the O^N joint
@@ -140,7 +140,7 @@ class ServerOutputs(nn.Module):
 
 
 class ContextValue(nn.Module):
-    """A value [B, 1] of the context that the extractor gives."""
+    """A value [B, 1] of the extractor's context."""
 
     def __init__(self, extractor: EquivariantExtractor) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class EquivariantPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Any) -> None:
         super()._build(lr_schedule)
-        # what is replaced is typed as Stable-Baselines3's own layers
+        # Stable-Baselines3 types these attributes as its own layers.
         this: Any = self
         space, actor = this.action_space, this.pi_features_extractor
         if isinstance(space, gymnasium.spaces.Discrete):

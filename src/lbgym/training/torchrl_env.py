@@ -22,7 +22,7 @@ try:
     from torch import Tensor
 
     with warnings.catch_warnings():
-        # TorchRL warns of classes of its own while it is imported
+        # TorchRL warns of its own classes while it is imported.
         warnings.simplefilter("ignore")
         from tensordict import TensorDict, TensorDictBase
         from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, TensorSpec, Unbounded
@@ -38,7 +38,7 @@ GROUP = "lb"
 
 
 class _ReplicaEnv(EnvBase):
-    """What the environments of one and of several balancers have in common; see :class:`TorchRLEnv`."""
+    """Base of the environments of one and of several balancers; see :class:`TorchRLEnv`."""
 
     env: ReplicaEnv
 
@@ -54,7 +54,7 @@ class _ReplicaEnv(EnvBase):
         self._next_seeds: list[int | None] = [None] * env.num_envs
 
     def _set_seed(self, seed: int | None) -> None:
-        # each replica takes its own at its next reset, which may be another one's as well
+        # Each replica takes its seed at its next reset, which need not be that of the others.
         self._next_seeds = [None if seed is None else int(seed) + i for i in range(self.env.num_envs)]
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:

@@ -11,7 +11,7 @@ the same for all.
 from .config import ALGORITHMS, WEIGHTS, Algorithm, BenchMARLConfig
 from .model import LoadBalanceModel, LoadBalanceModelConfig
 from .task import LoadBalanceTask, LoadBalanceTaskClass
-from .train import BenchMARLResult, config_of, train_benchmarl
+from .train import BenchMARLResult, train_benchmarl
 
 __all__ = [
     "ALGORITHMS",
@@ -23,6 +23,5 @@ __all__ = [
     "LoadBalanceModelConfig",
     "LoadBalanceTask",
     "LoadBalanceTaskClass",
-    "config_of",
     "train_benchmarl",
 ]

@@ -38,7 +38,7 @@ from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
 from ...policies.networks import NETWORKS
 from ...policies.neural import ExportedPolicy
-from ..config import check_recipe, check_same, saved_config
+from ..config import check_recipe, check_same
 from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from ..torchrl_env import GROUP
@@ -87,7 +87,7 @@ _EXPERIMENT_OPTIONS = (
 
 
 class _Stop(BaseException):
-    """Ends BenchMARL's loop, which has no other way out; no ``Exception``, which it would report as a failure."""
+    """Ends BenchMARL's loop, which has no other exit; not an ``Exception``, which it would report as a failure."""
 
 
 class _Experiment(Experiment):
@@ -113,7 +113,7 @@ class _Experiment(Experiment):
             super().close()
 
     def explores(self) -> Any:
-        """The module that draws the exploration, if the algorithm has one, and the name of how much."""
+        """Return the exploration module, if the algorithm has one, and the name of its amount."""
         last = self.group_policies[GROUP][-1]
         return next(((last, name) for name in ("eps", "sigma") if hasattr(last, name)), None)
 
@@ -128,7 +128,7 @@ def _quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # Episodes are longer than what is collected between two updates.
             warnings.filterwarnings("ignore", message="No episode terminated this iteration")
-            # It is BenchMARL that uses it.
+            # BenchMARL uses it.
             warnings.filterwarnings("ignore", message="SyncDataCollector has been deprecated")
             yield
     finally:
@@ -153,7 +153,7 @@ class _Watch(Hooks):
             self.explore()
 
     def explore(self) -> None:
-        """Set how much is explored, by the share of the budget that is used."""
+        """Set the amount of exploration by the share of the budget that is used."""
         if (found := self.experiment.explores()) is not None:
             module, name = found
             share = min(1.0, self.budget.fraction / self.exploration)
@@ -241,7 +241,7 @@ def train_benchmarl(
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the networks depend on, and the scaling of rewards, (loc, scale): BenchMARL's are ``scale * r + loc``."""
+    """Facts that the networks depend on, and the scaling (loc, scale) of rewards r to ``scale * r + loc``."""
 
     num_servers: int
     num_balancers: int
@@ -409,10 +409,10 @@ def _check_equal(
     parameters: Mapping[str, Tensor],
     squash: bool,
 ) -> None:
-    """Hold the network of a checkpoint to the actions of BenchMARL's policy on random observations.
+    """Check that the network of a checkpoint acts as BenchMARL's policy does on random observations.
 
     Raises:
-        CheckpointError: if there are others.
+        CheckpointError: if its actions differ.
     """
     network = NETWORKS[name](**arguments)
     network.load_state_dict(parameters)
@@ -429,7 +429,7 @@ def _check_equal(
         same = torch.allclose(got.tanh() if squash else got, wanted, atol=1e-5)
     if not same:
         raise CheckpointError(
-            f"the network {name!r} that was to be saved acts otherwise than BenchMARL's policy: options that change "
+            f"the network {name!r} to be saved acts differently from BenchMARL's policy: options that change "
             "how it acts, such as use_tanh_mapping, must be left as they are"
         )
 
@@ -452,7 +452,7 @@ def _restore(experiment: _Experiment, saved: Mapping[str, Any], path: Path) -> N
 
 
 def _read(path: Path, config: BenchMARLConfig, facts: _Facts) -> dict[str, Any]:
-    """A checkpoint that a configuration's training can go on with."""
+    """Read a checkpoint to resume from, and check that it fits."""
     saved = read_checkpoint(path)
     check_recipe(path, saved["algo"], "benchmarl", config.algorithm)
     check_same(path, saved["config"], config, ("network", "hidden", "observe_weights"))
@@ -465,19 +465,3 @@ def _read(path: Path, config: BenchMARLConfig, facts: _Facts) -> dict[str, Any]:
             f"train on has {facts.num_balancers}"
         )
     return saved
-
-
-def config_of(path: str | os.PathLike[str], algorithm: str | None = None) -> BenchMARLConfig:
-    """Return the configuration that a checkpoint was trained with.
-
-    Args:
-        path: the checkpoint.
-        algorithm: the one it must be of; None: any.
-
-    Raises:
-        CheckpointError: if the file is no checkpoint of this recipe or of another algorithm, or its configuration had a
-            part with no plain form.
-    """
-    saved = read_checkpoint(path)
-    check_recipe(path, saved["algo"], "benchmarl", algorithm)
-    return BenchMARLConfig(**saved_config(saved["config"], path))

@@ -6,6 +6,6 @@ acts without Ray.
 """
 
 from .config import ALGORITHMS, Algorithm, RLlibConfig
-from .train import RLlibResult, config_of, train_rllib
+from .train import RLlibResult, train_rllib
 
-__all__ = ["ALGORITHMS", "Algorithm", "RLlibConfig", "RLlibResult", "config_of", "train_rllib"]
+__all__ = ["ALGORITHMS", "Algorithm", "RLlibConfig", "RLlibResult", "train_rllib"]

@@ -1,7 +1,7 @@
-"""The environments as RLlib's env runners step them, whatever the scale of the reward.
+"""The environments for RLlib's env runners, with scaled rewards.
 
-RLlib hands rewards to its losses as they are. Here they are divided by a number that is the same in all env runners, so
-that a node that joins late, or a training that is resumed, learns from the same rewards as the others.
+RLlib does not scale rewards. Here they are divided by one number, the same in all env runners, so that a node that
+joins late or a training that resumes learns from the same rewards.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from ...env.multi_agent import MultiLoadBalanceEnv
 from ...env.multi_agent_vector import MultiLoadBalanceVectorEnv
 from ...env.vector import LoadBalanceVectorEnv
 
-#: What is told of the steps taken, by name; see :class:`Statistics`.
+#: Names of the sums of :class:`Statistics`.
 STATISTICS = ("steps", "reward", "flows", "fct")
 
 
 class Statistics:
-    """Sums over the steps since they were last taken.
+    """Sums over the steps since the last :meth:`take`.
 
-    ``steps`` of all replicas, their ``reward`` as the environment gives it (the balancers' mean where they are agents),
-    the ``flows`` that ended and their completion times ``fct``, seconds.
+    The ``steps`` of all replicas, their unscaled ``reward`` (the mean over the balancers where they are agents), the
+    ``flows`` that ended, and their completion times ``fct``, seconds.
     """
 
     def __init__(self) -> None:
         self._sums = dict.fromkeys(STATISTICS, 0.0)
 
     def add(self, rewards: NDArray[Any], completed: NDArray[Any], fct_mean: NDArray[Any]) -> None:
-        """Add steps with these rewards, in which so many flows ended, with such a mean completion time."""
+        """Add steps: their rewards, the flows that ended in each, and the mean completion time of those, seconds."""
         self._sums["steps"] += rewards.size
         self._sums["reward"] += float(rewards.sum())
         self._sums["flows"] += float(completed.sum())
-        # the mean of no flows is NaN
+        # The mean of no flows is NaN.
         self._sums["fct"] += float(np.where(completed > 0, fct_mean * completed, 0.0).sum())
 
     def take(self) -> dict[str, float]:
-        """The sums, which begin again at 0."""
+        """Return the sums and reset them to 0."""
         taken, self._sums = self._sums, dict.fromkeys(STATISTICS, 0.0)
         return taken
 
@@ -61,7 +61,7 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
 
     Args:
         num_envs: replicas.
-        reward_scale: what rewards are divided by.
+        reward_scale: divisor of the rewards.
         keys: those of :class:`~lbgym.LoadBalanceVectorEnv`.
     """
 
@@ -70,14 +70,14 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
         super().__init__(num_envs, **shown)
         self.reward_scale = reward_scale
         self.statistics = Statistics()
-        # compiles the simulator before the clock of the training starts
+        # Compile the simulator before the clock of the training starts.
         self.reset(seed=0)
         super().step(self.action_space.sample())
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """As the vector environment; a whole number seeds replica i with ``seed * num_envs + i``.
+        """Reset as the vector environment does; a whole number seeds replica i with ``seed * num_envs + i``.
 
         RLlib's env runners get consecutive seeds, whose replicas would otherwise share most of theirs.
         """
@@ -87,9 +87,9 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
     def step(
         self, actions: Any
     ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """As the vector environment, with scaled rewards and nothing in the info."""
+        """Step as the vector environment does, with scaled rewards and an empty info."""
         observation, rewards, terminated, truncated, info = super().step(actions)
-        # a replica that was reset has taken no step
+        # A replica that this call reset has not taken a step.
         stepped = self._core.steps > 0
         self.statistics.add(rewards[stepped], info["completed"][stepped], info["fct_mean"][stepped])
         return observation, rewards / self.reward_scale, terminated, truncated, {}
@@ -107,7 +107,7 @@ class RLlibMultiAgentEnv(ParallelPettingZooEnv):
         shown = {"observe_weights": True} | dict(keys) | {"observation": "flat"}
         shown.pop("reward_scale", None)
         env = MultiLoadBalanceEnv(**shown)
-        # the constructor resets it
+        # The base class resets it.
         super().__init__(env)
         self.env, self.worker_index = env, worker_index
         self.reward_scale = float(keys.get("reward_scale", 1.0))
@@ -121,16 +121,16 @@ class RLlibMultiAgentEnv(ParallelPettingZooEnv):
         env.step({agent: env.action_space(agent).sample() for agent in self.agents})
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
-        """Begin an episode; ``seed`` is made another one in each env runner."""
+        """Begin an episode; every env runner derives a seed of its own from ``seed``."""
         if seed is not None:
             seed = seed * 1_000 + self.worker_index
         observations, _ = self.env.reset(seed=seed, options=options)
         return observations, {agent: {} for agent in observations}
 
     def step(self, action_dict: Mapping[str, Any]) -> tuple[Any, Any, Any, Any, Any]:
-        """One interval, with scaled rewards and nothing in the infos."""
+        """Step one interval, with scaled rewards and empty infos."""
         observations, rewards, terminated, truncated, infos = self.env.step(action_dict)
-        # the flows that ended are those of all balancers, told to each
+        # Every balancer's info counts the flows of all of them.
         first = next(iter(infos.values()))
         reward = np.mean(list(rewards.values()))
         self.statistics.add(np.asarray(reward), np.asarray(first["completed"]), np.asarray(first["fct_mean"]))
@@ -152,17 +152,17 @@ class StatisticsCallback(RLlibCallback):
 
 
 def make_vector_env(keys: Mapping[str, Any]) -> RLlibVectorEnv:
-    """What RLlib's registry makes single-agent environments with; ``num_envs`` is among the keys."""
+    """Make a single-agent environment, for RLlib's registry; ``num_envs`` is among the keys."""
     return RLlibVectorEnv(**keys)
 
 
 def make_multi_agent_env(keys: Mapping[str, Any]) -> RLlibMultiAgentEnv:
-    """What RLlib's registry makes multi-agent environments with; the keys are an ``EnvContext``."""
+    """Make a multi-agent environment, for RLlib's registry; the keys are an ``EnvContext``."""
     return RLlibMultiAgentEnv(keys, int(getattr(keys, "worker_index", 0) or 0))
 
 
 def measure_reward_scale(keys: Mapping[str, Any], gamma: float, seed: int, *, multi_agent: bool = False) -> float:
-    """The standard deviation of discounted returns under equal weights, where policies begin; 1 where there is none.
+    """Measure the standard deviation of discounted returns under equal weights, where policies begin; 1 if it is 0.
 
     Args:
         keys: of the environment.

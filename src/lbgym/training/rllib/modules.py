@@ -54,7 +54,7 @@ def _network(model_config: Mapping[str, Any], part: str) -> nn.Module:
 
 
 class Spread(nn.Module):
-    """A log standard deviation per action that depends on nothing; its result is float[B, 2 N], the means first."""
+    """Append a constant log standard deviation per action to the means: float[B, N] -> float[B, 2 N]."""
 
     def __init__(self, actions: int, log_std: float) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class ActorCriticModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
         space = self.action_space
         actor = _network(self.model_config, "actor")
         if isinstance(actor, MLP):
-            # as the networks over servers do: begin with about equal weights
+            # Begin with about equal weights, as the networks over servers do.
             last = actor[-1]
             assert isinstance(last, nn.Linear)
             with torch.no_grad():
@@ -89,7 +89,7 @@ class ActorCriticModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
             )
 
     def get_non_inference_attributes(self) -> list[str]:
-        """What env runners do without."""
+        """Name the networks that env runners do not need."""
         return ["critic"]
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class ActorCriticModule(TorchRLModule, InferenceOnlyAPI, ValueFunctionAPI):
 
 
 class TargetActorCriticModule(ActorCriticModule, TargetNetworkAPI):
-    """The same with an older actor, which APPO holds the new one to."""
+    """An actor-critic with a target actor, which APPO keeps the new one close to."""
 
     def make_target_networks(self) -> None:
         """Copy the actor."""
@@ -109,20 +109,20 @@ class TargetActorCriticModule(ActorCriticModule, TargetNetworkAPI):
         self.old_spread = make_target_network(self.spread)
 
     def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Networks and their copies."""
+        """Pair the networks with their targets."""
         return [(self.actor, self.old_actor), (self.spread, self.old_spread)]
 
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What the older actor says."""
+        """Return the target actor's distribution."""
         return {TARGET_NETWORK_ACTION_DIST_INPUTS: self.old_spread(self.old_actor(batch[Columns.OBS]))}
 
     def get_non_inference_attributes(self) -> list[str]:
-        """What env runners do without."""
+        """Name the networks that env runners do not need."""
         return [*super().get_non_inference_attributes(), "old_actor", "old_spread"]
 
 
 class PassOn(nn.Module):
-    """An encoder that leaves observations to the network behind it."""
+    """An encoder that passes observations through unchanged."""
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {ENCODER_OUT: batch[Columns.OBS]}
@@ -147,7 +147,7 @@ class QModule(DefaultDQNTorchRLModule):
     """Values of all joint actions; ``model_config`` has DQN's ``epsilon`` and ``double_q`` as well."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # without the catalogue of networks that the default's constructor looks things up in
+        # Skip the default's constructor, which needs RLlib's catalogue of networks.
         TorchRLModule.__init__(self, *args, **kwargs)
 
     def setup(self) -> None:
@@ -161,7 +161,7 @@ class QModule(DefaultDQNTorchRLModule):
         self.af = _network(self.model_config, "actor")
 
     def _forward_exploration(self, batch: dict[str, Any], t: int) -> dict[str, Any]:
-        # the default never explores actions whose value is exactly 0, as all are before the first flow arrives
+        # The default never explores actions whose value is exactly 0, as all are before the first flow arrives.
         self.epsilon_schedule.update(t)
         best = self._forward_inference(batch)[Columns.ACTIONS]
         explored = torch.rand(best.shape) < self.epsilon_schedule.get_current_value()
@@ -169,7 +169,7 @@ class QModule(DefaultDQNTorchRLModule):
 
 
 class MeanAndSpread(nn.Module):
-    """Means and log standard deviations, which begin about ``log_std``, of a network each, float[B, 2 N]."""
+    """Means and log standard deviations float[B, 2 N], from a network each; the latter begin near ``log_std``."""
 
     def __init__(self, mean: nn.Module, spread: nn.Module, log_std: float) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class MeanAndSpread(nn.Module):
 
 
 class SquashedGaussian(TorchSquashedGaussian):
-    """RLlib's, but that its mode is squashed as well."""
+    """RLlib's distribution, with its mode squashed as well."""
 
     def to_deterministic(self) -> TorchDeterministic:
         return TorchDeterministic(loc=self._squash(self.loc))
@@ -191,7 +191,7 @@ class SACModule(DefaultSACTorchRLModule):
     """An actor whose actions are squashed by tanh, and critics; ``model_config`` has SAC's ``twin_q`` as well."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # without the catalogue of networks that the default's constructor looks things up in
+        # Skip the default's constructor, which needs RLlib's catalogue of networks.
         TorchRLModule.__init__(self, *args, **kwargs)
 
     def setup(self) -> None:

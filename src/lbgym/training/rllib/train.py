@@ -37,7 +37,7 @@ from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
 from ...policies.neural import ExportedPolicy
 from ..cluster import ClusterError, connected
-from ..config import check_recipe, check_same, saved_config
+from ..config import check_recipe, check_same
 from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from . import environment, modules
@@ -173,7 +173,7 @@ class _Run:
         try:
             if saved is not None and path is not None:
                 self._algorithm.restore_from_path(str(_state_folder(path) / saved["trainer"]["state"]))
-            # fails now, not at the end, if what is exported would not act as RLlib's module does
+            # Fail now, not at the end, if the exported policy would not act as RLlib's module does.
             self.policy()
         except BaseException:
             self.stop()
@@ -187,7 +187,7 @@ class _Run:
         seen = features + 1 if config.algorithm == "sac" else features
         if config.network == "equivariant":
             model["actor"] = kind.actor_arguments(features, config.hidden)
-            # what all means have in common says nothing, but what all deviations have in common does
+            # An offset common to all means has no effect, but one common to all deviations has.
             model["spread"] = model["actor"] | {"centered": False}
             model["critic"] = {"features": seen, "hidden": config.hidden, "value": True}
         else:
@@ -197,11 +197,11 @@ class _Run:
             model["actor"] = {"sizes": [n * (1 + features), *widths, total], "activation": activation}
             model["spread"] = model["actor"]
             model["critic"] = {"sizes": [n * (1 + seen), *widths, 1], "activation": activation}
-        # what RLlib puts into the configurations of its own modules by itself
+        # Keys that RLlib adds to the configurations of its own modules.
         options = dict(self._kind.options) | config.options
         model |= {"twin_q": options.get("twin_q", True), "double_q": options.get("double_q", True)}
         if config.algorithm == "dqn":
-            # by the steps of the environment
+            # In environment steps.
             explored = 20_000 if config.total_steps is None else max(1, config.total_steps // 5)
             model["epsilon"] = options.get("epsilon", [(0, 1.0), (explored, 0.05)])
         return RLModuleSpec(
@@ -229,7 +229,7 @@ class _Run:
             learning["lr"] = config.learning_rate
         if kind.off_policy:
             learning["train_batch_size_per_learner"] = BATCH
-            # RLlib counts a local env runner beside the remote ones, which does not sample
+            # Beside the remote env runners RLlib counts a local one, which does not sample.
             runners = config.env_runners
             share = runners / (runners + 1) if runners else 1.0
             learning["training_intensity"] = share * BATCH / TRANSITIONS_PER_GRADIENT_STEP
@@ -240,10 +240,10 @@ class _Run:
             learning["minibatch_size"] = max(2, transitions // config.minibatches)
         options = dict(kind.options) | config.options
         if kind.off_policy and not options.get("store_buffer_in_checkpoints"):
-            # a resumed training begins with an empty replay buffer
+            # A resumed training begins with an empty replay buffer.
             options["num_steps_sampled_before_learning_starts"] += self.budget.step
         made = kind.load()()
-        # the environment clips actions itself
+        # The environment clips actions itself.
         made.environment(
             MULTI_AGENT_ENV if config.multi_agent else ENV,
             env_config=keys,
@@ -317,7 +317,7 @@ class _Run:
         unfinished = folder / f".{name}.tmp"
         try:
             self._algorithm.save_to_path(str(unfinished))
-            # IMPALA and APPO go on learning meanwhile: what is exported is what was saved
+            # IMPALA and APPO keep learning meanwhile: export what was saved.
             module = RLModule.from_checkpoint(unfinished / _MODULES / self._module_id)
             os.replace(unfinished, folder / name)
             self._export(path, module, name)
@@ -332,7 +332,7 @@ class _Run:
                 shutil.rmtree(other, ignore_errors=True)
 
     def policy(self) -> ExportedPolicy:
-        """The policy as it is now."""
+        """Export the policy as it is now."""
         module = self._spec.build()
         module.set_state(self._algorithm.get_weights([self._module_id])[self._module_id])
         with tempfile.TemporaryDirectory(prefix="lbgym-") as folder:
@@ -365,7 +365,7 @@ class _Run:
         return policy
 
     def _check_export(self, policy: ExportedPolicy, module: Any) -> None:
-        """Hold an exported policy to RLlib's module, which must act alike.
+        """Check that an exported policy acts as RLlib's module does.
 
         Raises:
             CheckpointError: if their actions differ.
@@ -382,19 +382,19 @@ class _Run:
                 distribution = module.get_inference_action_dist_cls().from_logits(told[Columns.ACTION_DIST_INPUTS])
                 wanted = distribution.to_deterministic().sample().numpy()
         if not self._action_kind.choices:
-            # as the environment does
+            # The environment clips likewise.
             wanted = wanted.clip(-1.0, 1.0)
         acted = policy.act(flat, info)
         if not np.allclose(acted, wanted, atol=1e-5):
             raise CheckpointError(
-                f"the exported policy acts otherwise than RLlib's module of {self._config.algorithm!r}: {acted[0]} "
+                f"the exported policy acts differently from RLlib's module of {self._config.algorithm!r}: {acted[0]} "
                 f"instead of {wanted[0]} for the same observation"
             )
 
     def stop(self) -> None:
-        """End the env runners."""
+        """Stop the env runners."""
         self._algorithm.stop()
-        # a folder in the user's home that RLlib makes for itself, whether it has anything to put there or not
+        # RLlib always makes a log folder in the user's home, even if it stays empty.
         shutil.rmtree(self._algorithm.logdir, ignore_errors=True)
 
 
@@ -403,7 +403,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _finite(value: Any) -> float:
-    """A sum among RLlib's metrics, which is NaN or missing where nothing was added."""
+    """Read a sum among RLlib's metrics, which is NaN or missing where nothing was added."""
     return float(value) if value is not None and math.isfinite(value) else 0.0
 
 
@@ -414,7 +414,7 @@ def _shared(agent: Any, *args: Any, **kwargs: Any) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without RLlib's advice on what is as it should be, such as the API in use."""
+    """Silence RLlib's advice, such as that on the API in use."""
     loggers = [logging.getLogger(name) for name in ("ray.rllib", "ray.tune")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -428,7 +428,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _made(config: RLlibConfig, keys: Mapping[str, Any]) -> Iterator[Any]:
-    """One replica of the environment, for its spaces."""
+    """Make one replica of the environment, for its spaces."""
     env = MultiLoadBalanceVectorEnv(1, **keys) if config.multi_agent else LoadBalanceVectorEnv(1, **keys)
     try:
         yield env
@@ -442,7 +442,7 @@ def _check_options(config: RLlibConfig) -> None:
     for base in kind.__mro__:
         if "training" in vars(base):
             parameters = inspect.signature(vars(base)["training"]).parameters.values()
-            # what is deprecated or of the old API stack has no effect, or an error of its own
+            # Arguments that are deprecated or of the old API stack have no effect or raise errors of their own.
             known |= {p.name for p in parameters if p.default is NotProvided and not p.name.startswith("_")}
     known -= _OWNED
     for name in config.options:
@@ -451,7 +451,7 @@ def _check_options(config: RLlibConfig) -> None:
 
 
 def _check_cpus(config: RLlibConfig) -> None:
-    """Refuse what RLlib would wait for without end."""
+    """Refuse env runners that RLlib would wait for forever."""
     cpus = ray.cluster_resources().get("CPU", 0.0)
     if config.env_runners > cpus:
         raise InvalidOptionError(
@@ -460,12 +460,12 @@ def _check_cpus(config: RLlibConfig) -> None:
 
 
 def _state_folder(path: Path) -> Path:
-    """Where the state of RLlib's algorithm is, beside a checkpoint; RLlib takes a relative path for an address."""
+    """Locate the state of RLlib's algorithm beside a checkpoint; RLlib would take a relative path for an address."""
     return path.absolute().with_suffix(".rllib")
 
 
 def _read_for(config: RLlibConfig, path: Path) -> dict[str, Any]:
-    """A checkpoint to go on with, as far as can be told without the environment."""
+    """Read a checkpoint to resume from; check all that needs no environment."""
     saved = read_checkpoint(path)
     check_recipe(path, saved["algo"], "rllib", config.algorithm)
     check_same(path, saved["config"], config, ("network", "hidden"))
@@ -475,19 +475,3 @@ def _read_for(config: RLlibConfig, path: Path) -> dict[str, Any]:
             f"checkpoint {path} can act, but not be trained further: the state of its training, {state}, is missing"
         )
     return saved
-
-
-def config_of(path: str | os.PathLike[str], algorithm: str | None = None) -> RLlibConfig:
-    """Return the configuration that a checkpoint was trained with.
-
-    Args:
-        path: the checkpoint's file.
-        algorithm: the one it must be of; None: any.
-
-    Raises:
-        CheckpointError: if the file is no checkpoint saved here or of another algorithm, or its configuration had a
-            part with no plain form.
-    """
-    saved = read_checkpoint(path)
-    check_recipe(path, saved["algo"], "rllib", algorithm)
-    return RLlibConfig(**saved_config(saved["config"], path))
