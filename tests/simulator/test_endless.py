@@ -108,13 +108,15 @@ def test_draws_of_events_are_bounded_by_the_horizon() -> None:
 
 
 LONG = """
-import sys
+import signal, sys
 from lbgym.errors import ResetNeeded
 from lbgym.scenarios import default_scenario
 from lbgym.simulator import Simulation
 simulation = Simulation(default_scenario(4), 4, num_threads=int(sys.argv[1]), service=False)
 simulation.reset(range(4))
 simulation.step(None, 1.0)
+# Whoever started the tests in the background has had them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     print("ready", flush=True)
     simulation.step(None, 1e9)
@@ -134,7 +136,10 @@ def test_a_long_step_ends_with_ctrl_c(threads: int) -> None:
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(0.5)  # until it is in the kernel
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
+    try:
+        out, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
     simulation = Simulation(load_scenario("default-4").reference, 4)
     simulation.reset(range(4))
     assert process.returncode == 0 and out == f"{simulation.step(None, 1.0).started.tolist()}\n"
