@@ -332,7 +332,7 @@ def test_drawn_actions_follow_the_seed(trained: ppo.PPOResult) -> None:
 def test_a_batch_of_observations_gets_the_same_actions_as_each_alone() -> None:
     policy = train_ppo(replace(SMALL, total_steps=64)).policy
     rng = np.random.default_rng(0)
-    observations = np.concatenate([np.ones((3, 8)), rng.random((3, 88))], axis=-1).astype(np.float32)
+    observations = np.concatenate([np.ones((3, 8)), rng.random((3, 96))], axis=-1).astype(np.float32)
     weights = rng.uniform(0.5, 2.0, (3, 8))
     policy.reset()
     batch = policy.act(observations, {"weights": weights})
@@ -344,7 +344,7 @@ def test_a_batch_of_observations_gets_the_same_actions_as_each_alone() -> None:
 def test_copies_of_a_policy_do_not_share_their_memory() -> None:
     policy = train_ppo(replace(SMALL, total_steps=64)).policy
     rng = np.random.default_rng(0)
-    one, other = (np.concatenate([np.ones(8), rng.random(88)]).astype(np.float32) for _ in range(2))
+    one, other = (np.concatenate([np.ones(8), rng.random(96)]).astype(np.float32) for _ in range(2))
     info = {"weights": np.ones(8)}
     policy.reset()
     policy.act(one, info)
@@ -359,7 +359,7 @@ def test_copies_of_a_policy_do_not_share_their_memory() -> None:
 def test_act_refuses_an_observation_of_another_width() -> None:
     policy = train_ppo(replace(SMALL, total_steps=64)).policy
     with pytest.raises(
-        CheckpointError, match=r"12 numbers per server; for 8 servers it takes shape \(96,\), got \(120,\)"
+        CheckpointError, match=r"13 numbers per server; for 8 servers it takes shape \(104,\), got \(120,\)"
     ):
         policy.act(np.zeros(120, np.float32), {"weights": np.ones(8)})
 

@@ -447,7 +447,7 @@ def test_checkpoints_of_other_recipes_and_versions_are_refused(trained: Path, tm
 
 
 def test_act_refuses_an_observation_of_another_width(trained: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"12 numbers per server; for 4 servers it takes shape \(48,\)"):
+    with pytest.raises(CheckpointError, match=r"13 numbers per server; for 4 servers it takes shape \(52,\)"):
         load_policy(trained).act(np.zeros(60, np.float32), {"weights": np.ones(4)})
 
 

@@ -222,7 +222,7 @@ def test_the_command_line_trains_resumes_and_refuses(capsys: pytest.CaptureFixtu
     assert (code, json.loads(out)["steps"]) == (0, 96)
 
     for arguments, message in (
-        ((*again, "--algo", "sb3-td3"), "algorithm 'sac', not 'td3'"),
+        ((*again, "--algo", "sb3-td3"), "was trained by recipe 'sb3-sac', not by 'sb3-td3'"),
         ((*again, "--algo", "sb3-sac", "--network", "equivariant"), "network 'mlp', but the configuration has"),
         ((*common, "--algo", "sb3-dqn", "--action-type", "discrete"), "use action_type 'joint'"),
         ((*common, "--algo", "ppo", "--network", "mlp"), "only the sb3-, rllib- and benchmarl- recipes"),

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from gymnasium import spaces
+
 from ..errors import CheckpointError
 from ..policies.action_kind import ActionKind
 from ..policies.checkpoints import contents
@@ -74,6 +77,13 @@ def write_policy(
     write_torch(path, state)
 
 
+def space_text(space: spaces.Space[Any]) -> str:
+    """A space in one line: NumPy prints bounds that differ between columns over many."""
+    if isinstance(space, spaces.Box) and len(np.unique(space.low)) + len(np.unique(space.high)) > 2:
+        return f"Box({space.shape}, {space.dtype})"
+    return str(space)
+
+
 def check_shapes(
     saved: Mapping[str, Any], path: str | os.PathLike[str], here: Mapping[str, Any], keys: Sequence[str]
 ) -> None:
@@ -92,12 +102,12 @@ def check_shapes(
     # In older files the weights in force were no part of the observation, but the networks read them as now.
     there["features"] += saved["inputs"]["weights"]
 
-    def spaces(shapes: Mapping[str, Any]) -> str:
+    def shown(shapes: Mapping[str, Any]) -> str:
         return f" ({shapes['observation']} -> {shapes['action']})" if "observation" in shapes else ""
 
     for key in keys:
         if there[key] != here[key]:
             raise CheckpointError(
-                f"checkpoint {os.fspath(path)} has {key}={there[key]}{spaces(there)}, but the environment to train on "
-                f"needs {key}={here[key]}{spaces(here)}"
+                f"checkpoint {os.fspath(path)} has {key}={there[key]}{shown(there)}, but the environment to train on "
+                f"needs {key}={here[key]}{shown(here)}"
             )

@@ -39,7 +39,7 @@ from ..policies.inputs import Encoder
 from ..policies.networks import ServerNetwork
 from ..policies.neural import PPOPolicy
 from .config import TrainingConfig, plain_config
-from .exported import check_shapes
+from .exported import check_shapes, space_text
 from .loop import Trainer
 from .runs import Budget, Callback, Progress, clone
 
@@ -195,7 +195,7 @@ class _Trainer(Trainer[PPOConfig]):
             "joint": self.kind.joint,
             "hidden": config.hidden,
             "num_servers": self.num_servers,
-            "observation": str(observation),
+            "observation": space_text(observation),
             "action": str(action),
         }
         self.encoder = Encoder(self.features, config.memory)

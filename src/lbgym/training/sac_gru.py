@@ -49,7 +49,7 @@ from ..policies.inputs import server_inputs
 from ..policies.networks import Moments, RecurrentActor, RecurrentNetwork, draw
 from ..policies.neural import SACGRUPolicy
 from .config import TrainingConfig, current_fields, plain_config
-from .exported import check_shapes
+from .exported import check_shapes, space_text
 from .interface import Interface
 from .loop import Trainer
 from .replay import Batch, Replay
@@ -279,7 +279,7 @@ class SACGRUAgent:
             "joint": self.kind.joint,
             "hidden": config.hidden,
             "num_servers": self.num_servers,
-            "observation": str(flat.space),
+            "observation": space_text(flat.space),
             "action": str(space),
         }
         with torch.random.fork_rng(devices=[]):
