@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # The benchmarks and the tests share their closed forms.
@@ -15,3 +19,18 @@ settings.register_profile(
     "lbgym", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lbgym")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    """Every test has the logger as an import leaves it, and leaves no thread of ours behind."""
+    logger = logging.getLogger("lbgym")
+    before = logger.handlers[:], logger.level, logger.propagate
+    running = set(threading.enumerate())
+    logger.handlers[:], logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
+    yield
+    logger.handlers[:], level, logger.propagate = before
+    logger.setLevel(level)
+    left = [new.name for new in set(threading.enumerate()) - running if new.name.startswith("lbgym")]
+    assert not left, f"threads that the test has left behind: {left}"

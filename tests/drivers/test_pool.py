@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,8 @@ def test_what_needs_a_restart_is_said(site: tuple[Path, int, object]) -> None:
         assert pool.reload() == "nothing has changed; restart the driver for publish_interval"
     finally:
         pool.close()
-    with pytest.raises(DriverError, match="no configuration file"):
-        ServerPool(load_config(file)).reload()
+    with closing(ServerPool(load_config(file))) as pool, pytest.raises(DriverError, match="no configuration file"):
+        pool.reload()
 
 
 def test_servers_are_found_while_it_runs(site: tuple[Path, int, object], tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import socket
@@ -185,7 +184,6 @@ def test_no_lease_is_longer_than_the_drivers() -> None:
 
 @pytest.mark.parametrize("error", [DriverError("gone"), ConnectionRefusedError(111, "refused")])
 def test_a_data_plane_that_does_not_answer_is_not_published(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("lbgym").propagate = True
     source = Counting()
     with published(source) as (publisher, observations):
         next(observations)

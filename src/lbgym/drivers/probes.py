@@ -22,6 +22,8 @@ class Probes:
     """
 
     def __init__(self, name: str) -> None:
+        # Of its own: a thread has no business in the random numbers of the process.
+        self._random = random.Random()
         self._tasks: dict[Hashable, asyncio.Task[None]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
@@ -45,7 +47,7 @@ class Probes:
         while True:
             await ask()
             # A tenth more or less, so that many targets are not asked at the same instant for ever.
-            await asyncio.sleep(interval * random.uniform(0.9, 1.1))
+            await asyncio.sleep(interval * self._random.uniform(0.9, 1.1))
 
     def close(self) -> None:
         """End all questions and the thread. Idempotent."""
