@@ -11,7 +11,6 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ..checks import choice, number, whole
@@ -469,12 +468,7 @@ class FlowDispatchVectorEnv(SpecWithLimit, ReplicaVectorEnv):
 
     Args:
         num_envs: replicas.
-        autoreset_mode: NEXT_STEP (a replica whose episode has ended is reset by the next step, which ignores its
-            action and rewards it with 0), SAME_STEP (at once; the last observation and info are in
-            ``info["final_obs"]`` and ``info["final_info"]``) or DISABLED
-            (``reset(options={"reset_mask": bool[num_envs]})``).
-        num_threads: threads that share the replicas; None: one per core, fewer where there is little to share. Results
-            do not depend on it.
+        autoreset_mode, num_threads: as :class:`~lbgym.LoadBalanceVectorEnv`.
         render_mode: None; a single environment has one.
         keys: those of :class:`FlowDispatchEnv`.
 
@@ -503,10 +497,7 @@ class FlowDispatchVectorEnv(SpecWithLimit, ReplicaVectorEnv):
         self.num_servers = self._core.num_servers
         self.max_steps = self._core.max_steps
         self.observation_layout = self._core.layout
-        self.single_observation_space = self._core.layout.space
-        self.single_action_space = self._core.action_space
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._set_spaces(self._core.layout.space, self._core.action_space)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gymnasium.vector import AutoresetMode
 
-from ..checks import whole
+from ..checks import choice, whole
 from ..env.actions import ACTION_TYPES
 from ..errors import CheckpointError, LbgymError, UnsupportedSpaceError
 from ..scenarios import AnyScenario
@@ -127,6 +127,38 @@ class TrainingConfig:
         return LoadBalanceVectorEnv(
             num_envs=self.num_envs, autoreset_mode=self.autoreset_mode, **self.environment_kwargs()
         )
+
+
+@dataclass(kw_only=True)
+class AlgorithmConfig(TrainingConfig):
+    """The configuration of a framework's recipe, which has several algorithms.
+
+    The fields whose default depends on the algorithm hold it once the configuration is made; so ``dataclasses.replace``
+    with another ``algorithm`` keeps those of the first.
+    """
+
+    algorithm: str
+    """a name of the framework's ``ALGORITHMS``"""
+    network: str = "mlp"
+    """"mlp", or "equivariant", parameters shared over the servers"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the algorithm in its framework"""
+
+    #: The algorithms by name; each has ``action_types``, the default first, and defaults for fields.
+    algorithms: ClassVar[Mapping[str, Any]]
+    #: The framework, and an algorithm of it for where joint actions would be too many.
+    framework: ClassVar[tuple[str, str]]
+    #: Fields whose default is the attribute of that name of the algorithm.
+    per_algorithm: ClassVar[tuple[str, ...]] = ("num_envs", "num_steps", "learning_rate")
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        kind = self.algorithms[choice("algorithm", self.algorithm, self.algorithms, where=name)]
+        self.fill_in(action_type=kind.action_types[0], **{key: getattr(kind, key) for key in self.per_algorithm})
+        super().__post_init__()
+        choice("network", self.network, ("mlp", "equivariant"), where=name)
+        framework, other = self.framework
+        self.check_action_type(f"{self.algorithm!r} of {framework}", kind.action_types, other)
 
 
 def plain_config(config: TrainingConfig) -> dict[str, Any]:

@@ -48,9 +48,9 @@ from ..policies.checkpoints import contents, read_checkpoint
 from ..policies.inputs import server_inputs
 from ..policies.networks import Moments, RecurrentActor, RecurrentNetwork, draw
 from ..policies.neural import SACGRUPolicy
+from .checkpoints import check_shapes, network_shapes
 from .config import TrainingConfig, current_fields, plain_config
-from .exported import check_shapes, space_text
-from .interface import Interface
+from .env_interface import EnvInterface
 from .loop import Trainer
 from .replay import Batch, Replay
 from .runs import Budget, Callback, Progress, clone, write_torch
@@ -239,32 +239,32 @@ class SACGRUAgent:
         **changes: Any,
     ) -> None:
         base = config or SACGRUConfig()
-        self.interface = place = Interface.of(env, changes.get("action_weights", base.action_weights))
-        layout = place.layout
-        self.num_envs, self.num_servers = place.num_envs or 1, layout.num_servers
+        self.interface = interface = EnvInterface.of(env, changes.get("action_weights", base.action_weights))
+        layout = interface.layout
+        self.num_envs, self.num_servers = interface.num_envs or 1, layout.num_servers
         given = changes.get("env_kwargs", base.env_kwargs)
         found: dict[str, Any] = {
             "num_servers": self.num_servers,
             "num_envs": self.num_envs,
-            "action_type": place.action_type,
-            "action_weights": place.levels,
+            "action_type": interface.action_type,
+            "action_weights": interface.levels,
             "observe_weights": layout.observe_weights or changes.get("observe_weights", base.observe_weights),
             "env_kwargs": {key: value for key, value in given.items() if key not in _OF_THE_ENVIRONMENT},
         }
-        if place.max_steps is not None:
+        if interface.max_steps is not None:
             # A row of the replay; longer episodes are cut into pieces.
-            found["max_steps"] = min(place.max_steps, changes.get("max_steps", base.max_steps))
+            found["max_steps"] = min(interface.max_steps, changes.get("max_steps", base.max_steps))
         self.config = config = replace(base, **changes | found)
         #: Keys of the environments that the trained policy acts in.
         self.env_kwargs = config.observation_kwargs() | {"normalize": layout.normalize}
         if layout.use_ground_truth:
             self.env_kwargs["use_ground_truth"] = True
-        if place.step_interval is not None:
-            self.env_kwargs["step_interval"] = place.step_interval
+        if interface.step_interval is not None:
+            self.env_kwargs["step_interval"] = interface.step_interval
         # The weights in force, where the environment does not show them.
         self._adds_weights = config.observe_weights and not layout.observe_weights
         self.features = len(layout.columns) + self._adds_weights
-        space = place.codec.space
+        space = interface.codec.space
         self.kind = ActionKind.of(space, self.num_servers)
         flat = ObservationLayout(
             self.num_servers,
@@ -273,15 +273,9 @@ class SACGRUAgent:
             use_ground_truth=layout.use_ground_truth,
             observe_weights=config.observe_weights,
         )
-        self.shapes = {
-            "features": self.features,
-            "choices": self.kind.choices,
-            "joint": self.kind.joint,
-            "hidden": config.hidden,
-            "num_servers": self.num_servers,
-            "observation": space_text(flat.space),
-            "action": str(space),
-        }
+        self.shapes = network_shapes(
+            self.kind, self.num_servers, self.features, hidden=config.hidden, spaces=(flat.space, space)
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.networks = Agent(self.features, config.hidden, self.kind.choices, config.initial_temperature)

@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "training with Stable-Baselines3") from error
 
 from ..atomic import write_whole
-from .config import PER_ALGORITHM, TrainingConfig, check_recipe, check_same, current_fields, plain_config
+from .config import PER_ALGORITHM, AlgorithmConfig, check_recipe, check_same, current_fields, plain_config
 from .runs import Budget, Callback, Progress, Reporter, log_folder, output_file, torch_threads
 
 if TYPE_CHECKING:
@@ -237,11 +237,8 @@ class SB3VecEnv(VecEnv):
 
 
 @dataclass(kw_only=True)
-class SB3Config(TrainingConfig):
+class SB3Config(AlgorithmConfig):
     """The configuration of a training with an algorithm of Stable-Baselines3 or sb3-contrib.
-
-    The fields whose default depends on the algorithm hold it once the configuration is made; so ``dataclasses.replace``
-    with another ``algorithm`` keeps those of the first.
 
     The off-policy algorithms (DQN, SAC, TD3) make one gradient step per 32 transitions, whatever the number of
     replicas: all replicas go ``num_steps`` steps, then ``num_envs num_steps / 32`` gradient steps follow. For 32 to 256
@@ -285,22 +282,13 @@ class SB3Config(TrainingConfig):
     the first thing that dense layers learn is to keep all actions beyond the bounds, where the noise is cut off"""
 
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.SAME_STEP
+    algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
+    framework: ClassVar[tuple[str, str]] = ("Stable-Baselines3", "ppo")
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise UnknownNameError("algorithm", self.algorithm, ALGORITHMS, "SB3Config")
-        kind = ALGORITHMS[self.algorithm]
-        self.fill_in(
-            action_type=kind.action_types[0],
-            num_envs=kind.num_envs,
-            num_steps=kind.num_steps,
-            learning_rate=kind.learning_rate,
-        )
         super().__post_init__()
+        kind = ALGORITHMS[self.algorithm]
         self.env_kwargs = {**kind.env_kwargs, **self.env_kwargs}
-        self.check_action_type(f"{kind.name} of {kind.module}", kind.action_types, "ppo")
-        if self.network not in ("mlp", "equivariant"):
-            raise UnknownNameError("network", self.network, ("mlp", "equivariant"), "SB3Config")
         if self.network not in kind.networks:
             having = [name for name, other in ALGORITHMS.items() if self.network in other.networks]
             raise LbgymError(

@@ -38,8 +38,8 @@ from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
 from ...policies.networks import NETWORKS
 from ...policies.neural import ExportedPolicy
+from ..checkpoints import check_shapes, write_policy
 from ..config import check_recipe, check_same
-from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from ..torchrl_env import GROUP
 from .config import ALGORITHMS, BenchMARLConfig

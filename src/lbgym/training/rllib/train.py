@@ -36,9 +36,9 @@ from ...env.vector import LoadBalanceVectorEnv
 from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
 from ...policies.neural import ExportedPolicy
+from ..checkpoints import check_shapes, write_policy
 from ..cluster import ClusterError, connected
 from ..config import check_recipe, check_same
-from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from . import environment, modules
 from .config import ALGORITHMS, RLlibConfig

@@ -1,4 +1,4 @@
-"""The observations, actions and replicas of an environment, as an agent in the user's own loop needs to know them."""
+"""How an agent in the user's own loop observes an environment and acts on it: :class:`EnvInterface`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..features import FEATURE_NAMES
 
 
 @dataclass(frozen=True)
-class Interface:
+class EnvInterface:
     """How an environment with discrete actions is observed and acted on.
 
     Attributes:
@@ -41,7 +41,7 @@ class Interface:
     @classmethod
     def of(
         cls, env: Env[Any, Any] | VectorEnv[Any, Any, Any] | tuple[Space[Any], Space[Any]], levels: Sequence[float]
-    ) -> Interface:
+    ) -> EnvInterface:
         """The interface of an environment, or of the spaces of one, an observation space and an action space.
 
         Args:
@@ -73,7 +73,7 @@ class Interface:
         return cls(codec, layout, env.num_envs, bare.max_steps, bare.step_interval, mode)
 
     @classmethod
-    def _of_spaces(cls, observed: Space[Any], action: Space[Any], levels: Sequence[float]) -> Interface:
+    def _of_spaces(cls, observed: Space[Any], action: Space[Any], levels: Sequence[float]) -> EnvInterface:
         matrix = observed["features"] if isinstance(observed, spaces.Dict) else observed
         _check_discrete(action)
         shape = matrix.shape or ()
