@@ -440,7 +440,7 @@ def test_a_killed_recorder_leaves_what_it_wrote(tmp_path: Path) -> None:
                 assert time.monotonic() < deadline and recorder.poll() is None
                 rows |= {row.sequence_id: row for row in producer.publish()}
                 time.sleep(0.002)
-            with pytest.raises(RecordingError, match="a recorder is at work in"):
+            with pytest.raises(RecordingError, match="a recorder is using"):
                 finish_recording(out)
             with pytest.raises(RecordingError, match=r"killed, or is still at work.*finish_recording\("):
                 record("lb0", out)
@@ -471,7 +471,7 @@ def test_a_fault_leaves_what_was_recorded(tmp_path: Path, caplog: pytest.LogCapt
 
         with pytest.raises(KeyboardInterrupt):
             recorded(tmp_path / "out.parquet", script)
-    assert "what was recorded until now is in" in caplog.text and "out.parquet.part" in caplog.text
+    assert "the recording so far is in" in caplog.text and "out.parquet.part" in caplog.text
     assert len(load_recording(tmp_path / "out.parquet.part")) == 3
     assert finish_recording(tmp_path / "out.parquet.part") == tmp_path / "out.parquet"
     assert len(load_recording(tmp_path / "out.parquet")) == 3
@@ -502,7 +502,7 @@ def test_a_file_is_not_replaced_unless_told_to(tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     out.write_text("precious")
     with Producer("lb0") as producer:
-        with pytest.raises(RecordingError, match="is there already"):
+        with pytest.raises(RecordingError, match="exists already"):
             record("lb0", out)
         assert out.read_text() == "precious" and [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
         (tmp_path / "out.parquet.part").mkdir()  # of a recorder that was killed early
@@ -550,7 +550,7 @@ def test_it_lasts_as_long_as_asked(tmp_path: Path) -> None:
         assert 0.3 <= summary.seconds <= time.monotonic() - began and summary.observations == 0
         recording = load_recording(tmp_path / "out.parquet")
         assert len(recording) == 0 and recording.episodes == () and recording.stats.shape == (0, 0, 11)
-        with pytest.raises(RecordingError, match="no two that follow each other"):
+        with pytest.raises(RecordingError, match="no two consecutive rows"):
             recording.transitions()
         producer.run(0.01)
         summary = record("lb0", tmp_path / "more.parquet", steps=4)
@@ -572,13 +572,13 @@ def test_what_is_no_recording_is_refused(driven: tuple[Recording, object, object
     bad.write_bytes(out.read_bytes()[:-7])
     assert "cannot be read as Parquet" in refused()
     parquet.write_table(pa.table({"a": [1]}), bad)
-    assert "is no recording of lbgym" in refused()
+    assert "is not a recording of lbgym" in refused()
     parquet.write_table(table.drop_columns(["weights"]), bad)
     assert "no column 'weights'" in refused()
     at = table.schema.get_field_index("fct_std")
     longer = pa.array([[0.0] * 9] * 12, table.schema.field(at).type)
     parquet.write_table(table.set_column(at, table.schema.field(at), longer), bad)
-    assert "'fct_std' has other lengths than num_servers says" in refused()
+    assert "the lengths of column 'fct_std' differ from num_servers" in refused()
 
 
 def test_rewards_and_names_that_there_are_not(driven: tuple[Recording, object, object]) -> None:
@@ -706,7 +706,7 @@ def test_minari_datasets_that_cannot_be(driven: tuple[Recording, object, object]
         with pytest.raises(InvalidOptionError, match="a Minari dataset is named like"):
             to_minari(recording, name)
     to_minari(recording, "lb0-v0")
-    with pytest.raises(RecordingError, match="there is a Minari dataset 'lb0-v0'"):
+    with pytest.raises(RecordingError, match="the Minari dataset 'lb0-v0' exists"):
         to_minari(recording, "lb0-v0")
     # A failure leaves nothing that would block the next try.
     with pytest.raises(UnknownNameError):

@@ -305,7 +305,7 @@ def _show(scenario: Scenario) -> None:
     facts.add_row("dispatch", scenario.dispatch)
     facts.add_row("rejected", f"a rejected or failed flow counts as an FCT of {scenario.reject_timeout:g} s")
     facts.add_row("reservoirs", _reservoirs(scenario.sampling))
-    facts.add_row("duration", f"{scenario.duration:g} s unless told otherwise")
+    facts.add_row("duration", f"{scenario.duration:g} s by default")
     if scenario.events:
         facts.add_row("events", _events(scenario))
     console.print(Padding(facts, (0, 0, 0, 1)))
@@ -365,7 +365,7 @@ def _show_distribution(distribution: ScenarioDistribution, draws: int) -> None:
     fixed.add_row("rejected", f"a rejected or failed flow counts as an FCT of {base.reject_timeout:g} s")
     varies = distribution.sampling.ranges()
     fixed.add_row("reservoirs", f"{base.sampling.capacity} samples" if varies else _reservoirs(base.sampling))
-    fixed.add_row("duration", f"{base.duration:g} s unless told otherwise")
+    fixed.add_row("duration", f"{base.duration:g} s by default")
     if base.events:
         fixed.add_row("events", f"{len(base.events)} of the base, those of servers that were drawn")
     console.print("\nThe same in all")

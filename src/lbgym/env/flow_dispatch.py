@@ -390,7 +390,7 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
         """Begin an episode: empty servers, at the arrival of the first flow.
 
         Args:
-            seed: of this and all following episodes; None: go on with the present generator.
+            seed: of this and all following episodes; None: continue with the present generator.
             options: for this episode only: ``scenario``, ``load`` or ``rate``, ``events``
                 (:func:`lbgym.dataplanes.scenario_with_options`).
 

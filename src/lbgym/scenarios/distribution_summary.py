@@ -1,4 +1,4 @@
-"""What a distribution of scenarios draws, as arrays: to describe it and to plot it."""
+"""Draws of a distribution of scenarios as arrays, to describe and plot it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUANTILES = {"least": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "most": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Scenarios drawn from a distribution with the seeds 0, 1, ...; one entry per draw unless told otherwise.
+    """Scenarios drawn from a distribution with the seeds 0, 1, ...; one entry per draw unless noted.
 
     Attributes:
         servers: int64[D].
@@ -43,7 +43,7 @@ class Draws:
     events: NDArray[np.int64]
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Quantiles of what has one number per draw, by its name and the quantile's."""
+        """Quantiles of the attributes with one number per draw, by attribute and quantile."""
         names = ("servers", "capacity", "load", "rate", "mean_demand", "events")
         return {
             name: {label: float(np.quantile(getattr(self, name), q)) for label, q in QUANTILES.items()}

@@ -162,7 +162,7 @@ class Scenario:
         events: what happens when, in any order.
         reject_timeout: FCT, in seconds, that a rejected or failed flow counts with.
         sampling: the balancers' reservoirs.
-        duration: seconds that an evaluation of the scenario lasts unless told otherwise.
+        duration: seconds that an evaluation of the scenario lasts by default.
     """
 
     name: str = "custom"

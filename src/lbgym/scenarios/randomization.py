@@ -22,7 +22,7 @@ from .dispatch_rules import DISPATCH_RULES
 from .model import MAX_SERVERS, Event, Sampling, Scenario, Server
 from .workload import ARRIVAL_KINDS, DEMAND_KINDS, check_pace
 
-#: Events are drawn up to this time, seconds, unless told otherwise: longer than the longest default episode.
+#: Events are drawn up to this time, seconds, by default: longer than the longest default episode.
 HORIZON = 3600.0
 #: Most occurrences of random events in a draw, in the mean.
 MAX_OCCURRENCES = 100_000

@@ -44,7 +44,7 @@ def write_policy(
 
     Args:
         path: the file, ending in .pt.
-        config: what it was trained with.
+        config: of the training.
         algo: name of the recipe, such as "rllib-ppo".
         network: its name among ``lbgym.policies.networks.NETWORKS``; its input is the flat observation,
             float[B, N (1 + F)].
@@ -53,13 +53,13 @@ def write_policy(
         kind: the kind of its actions.
         num_servers: N it was trained with.
         features: F, columns per server of an observation.
-        squash: whether continuous actions are the hyperbolic tangent of the network's outputs.
+        squash: continuous actions are the hyperbolic tangent of the network's outputs.
         step: environment steps it was trained for.
         seconds: time it was trained for.
-        trainer: tensors and plain data that resuming needs.
+        trainer: tensors and plain data for resuming.
 
     Raises:
-        FileWriteError: if the system refuses.
+        FileWriteError: if the file cannot be written.
     """
     state = contents(
         algo=algo,
@@ -122,7 +122,7 @@ def check_shapes(
         CheckpointError: naming both, for the first one that differs.
     """
     there = dict(saved["shapes"])
-    # In older files the weights in force were no part of the observation, but the networks read them as now.
+    # In older files the weights in force were not part of the observation, but the networks read them as now.
     there["features"] += saved["inputs"]["weights"]
 
     def shown(shapes: Mapping[str, Any]) -> str:

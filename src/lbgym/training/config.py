@@ -42,8 +42,8 @@ class TrainingConfig:
     max_steps: int = 256
     """steps of an episode; it is then truncated, and its last observation has a value like any other"""
     observe_weights: bool = True
-    """observe of each server its weight in force as well; without it a policy could not tell a slow server from one
-    given too much"""
+    """append each server's weight in force to the observation; without it a slow server and an overloaded one look the
+    same"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """further keys of the environment"""
 
@@ -158,7 +158,7 @@ class AlgorithmConfig(TrainingConfig):
         super().__post_init__()
         choice("network", self.network, ("mlp", "equivariant"), where=name)
         framework, other = self.framework
-        self.check_action_type(f"{self.algorithm!r} of {framework}", kind.action_types, other)
+        self.check_action_type(f"{self.algorithm.upper()} of {framework}", kind.action_types, other)
 
 
 def plain_config(config: TrainingConfig) -> dict[str, Any]:
@@ -185,10 +185,10 @@ def current_fields(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def saved_config(plain: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the configuration that a checkpoint was trained with from its plain form in the file ``path``.
+    """Read the configuration of a checkpoint in the file ``path`` from its plain form.
 
     Raises:
-        CheckpointError: if it had a part with no plain form.
+        CheckpointError: if part of it had no plain form.
     """
     for name in ("scenario", "reward_type"):
         if plain[name] is None:
@@ -220,7 +220,7 @@ def check_same(
     Args:
         path: the checkpoint's file.
         plain: its configuration, in plain form.
-        config: the one to go on with.
+        config: of the new run.
         names: of the fields.
 
     Raises:

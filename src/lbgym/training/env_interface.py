@@ -1,4 +1,4 @@
-"""How an agent in the user's own loop observes an environment and acts on it: :class:`EnvInterface`."""
+"""The environment as an agent in the user's own loop sees it: :class:`EnvInterface`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..features import FEATURE_NAMES
 
 @dataclass(frozen=True)
 class EnvInterface:
-    """How an environment with discrete actions is observed and acted on.
+    """The layout, actions and replicas of an environment with discrete actions.
 
     Attributes:
         codec: from actions to weights.
@@ -28,7 +28,7 @@ class EnvInterface:
         num_envs: replicas; None: a single environment.
         max_steps: steps of an episode; None: unknown.
         step_interval: seconds of a step; None: unknown.
-        autoreset: when replicas whose episode has ended are reset; DISABLED: when the loop does it.
+        autoreset: mode of the replicas; DISABLED: the loop resets them.
     """
 
     codec: ActionCodec
@@ -133,7 +133,7 @@ class EnvInterface:
         elif self.layout.observation == "dict":
             mask, features = observation["mask"], observation["features"]
         else:
-            # Rows of inactive servers are zero, but so are those of idle ones.
+            # Rows of inactive servers are zero, as are those of idle ones.
             mask, features = np.ones((rows, n)), observation
         mask, features = np.reshape(mask, (rows, n)), np.reshape(features, (rows, n, -1))
         if weights is not None:

@@ -164,7 +164,7 @@ def train_ppo(
         callback: receives the progress after every update; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
-    If it is interrupted or fails, the state after the last whole update is saved before the exception goes on.
+    If it is interrupted or fails, the state after the last whole update is saved before the exception propagates.
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment.

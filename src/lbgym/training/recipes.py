@@ -104,7 +104,7 @@ def train(
         algo: its name, one of ``RECIPES``.
         config: of the recipe's class; None: the checkpoint's with ``resume_from``, else the defaults.
         out: the checkpoint's file, or a folder for it; None: keep nothing.
-        resume_from: a checkpoint of the same recipe to go on with.
+        resume_from: a checkpoint of the same recipe to continue.
         callback: receives the progress after every update; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
         changes: fields of the configuration over ``config``.
@@ -186,7 +186,7 @@ def check_settings(kind: type[TrainingConfig], values: Mapping[str, Any], where:
     known = {field.name: field.type for field in fields(kind)}
     for name, value in values.items():
         if (now := RENAMED.get(name)) in known:
-            raise InvalidOptionError(f"{name} in {where} is called {now} now: use {now}={value!r}")
+            raise InvalidOptionError(f"{name} in {where} is now called {now}: use {now}={value!r}")
         if name not in known:
             raise UnknownNameError("setting", name, known, where)
         if value is not None and not _fits(value, hints[name]):
@@ -196,7 +196,7 @@ def check_settings(kind: type[TrainingConfig], values: Mapping[str, Any], where:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; TOML has lists for tuples, and whole numbers are also floats."""
+    """Return whether a value is of a type; TOML has lists for tuples, and whole numbers are also floats."""
     if hint is Any:
         return True
     if get_origin(hint) in (Union, UnionType):

@@ -219,8 +219,7 @@ class SACGRUAgent:
         env: a :class:`~lbgym.LoadBalanceEnv` or a :class:`~lbgym.LoadBalanceVectorEnv`, wrapped or not; or the pair of
             spaces (observation, action) of one environment, such as those of one agent of
             :class:`~lbgym.MultiLoadBalanceEnv`.
-        config: how to learn; None: the defaults. What it says of the environment is replaced by what ``env`` is; its
-            budget has no effect.
+        config: None: the defaults. Its keys of the environment give way to those of ``env``; its budget has no effect.
         changes: fields of the configuration over ``config``. With spaces, ``action_weights`` is the environment's.
 
     Attributes:
@@ -418,7 +417,7 @@ class SACGRUAgent:
         if steps < config.warmup * config.max_steps or not bool((replay.filled >= config.sequence_length).any()):
             return dict.fromkeys(LOSSES, 0.0)
         if networks.moments.count == 0:
-            # Scales are kept from here on: values learnt on one scale are wrong on another.
+            # The scales are fixed from here on: values learnt on one scale are wrong on another.
             for row in torch.nonzero(replay.filled).flatten().tolist():
                 seen = slice(0, int(replay.filled[row]))
                 networks.moments.update(replay.inputs[row, seen][replay.active[row, seen]])
@@ -554,7 +553,7 @@ class SACGRUAgent:
             CheckpointError: if the file cannot be read, or does not fit the environment.
         """
         saved = read_checkpoint(path, ALGO)
-        # What a Scenario object was has no part in acting or learning.
+        # Neither acting nor learning needs the scenario, which may have been a Python object.
         plain = saved["config"] | {"scenario": saved["config"]["scenario"] or None}
         agent = cls(env, SACGRUConfig(**current_fields(plain)), **changes)
         agent.restore(saved, path)
@@ -587,7 +586,7 @@ def train_sac_gru(
         callback: receives the progress after every round of updates; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
-    If it is interrupted or fails, the state after the last whole round is saved before the exception goes on.
+    If it is interrupted or fails, the state after the last whole round is saved before the exception propagates.
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment.
@@ -623,7 +622,7 @@ class _Trainer(Trainer[SACGRUConfig]):
         self.budget = Budget(self.config, saved["step"], saved["seconds"])
 
     def begin(self) -> None:
-        """Begin the next episode in all replicas; they have no reason to end at different steps."""
+        """Begin the next episode in all replicas, which end together."""
         seeds = np.random.SeedSequence([self.config.seed, self.episode]).generate_state(self.config.num_envs)
         self.episode += 1
         self.observation, self.info = self.env.reset(seed=[int(s) for s in seeds])

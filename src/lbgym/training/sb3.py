@@ -259,7 +259,7 @@ class SB3Config(AlgorithmConfig):
     """an ``action_type`` of ``LoadBalanceEnv``: any for "ppo", "a2c" and "recurrent-ppo" (default "normalized"),
     "joint" for "dqn", and for "sac" and "td3" either "normalized" (default) or "continuous"."""
     observe_weights: bool = False
-    """observe of each server its weight in force as well"""
+    """append each server's weight in force to the observation"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """further keys of ``LoadBalanceVectorEnv``; "dqn" has ``action_weights`` of 1 and 4 unless given"""
 
@@ -363,18 +363,18 @@ def train_sb3(
     The replay buffer of DQN, SAC and TD3 is saved beside it at the end of the training, and when it is stopped or
     interrupted: ``sb3-sac.replay.pkl`` for ``sb3-sac.zip``. It is not saved with the checkpoints in between, since it
     has up to some hundred megabytes. Without it, as after a crash or with another number of replicas, a resumed
-    training fills a new one with ``learning_starts`` random steps before it goes on learning.
+    training fills a new one with ``learning_starts`` random steps before it continues to learn.
 
     Args:
         config: None: the defaults.
         out: the model's file, ending in .zip, or a folder for ``sb3-ppo.zip`` and so on; always written whole or not at
             all. None: keep nothing.
-        resume_from: a model saved here to go on with, its pickled parts included, so a file you trust: parameters,
+        resume_from: a model saved here to continue, its pickled parts included, so a file you trust: parameters,
             optimiser, step count, scale of the rewards. Everything else is the configuration's.
         callback: receives the progress after every rollout; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the model.
 
-    If it is interrupted or fails, the model is saved before the exception goes on.
+    If it is interrupted or fails, the model is saved before the exception propagates.
 
     Raises:
         CheckpointError: if the model does not fit the environment, or is of another algorithm, network or width.

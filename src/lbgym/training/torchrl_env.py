@@ -54,7 +54,7 @@ class _ReplicaEnv(EnvBase):
         self._next_seeds: list[int | None] = [None] * env.num_envs
 
     def _set_seed(self, seed: int | None) -> None:
-        # Each replica takes its seed at its next reset, which need not be that of the others.
+        # Each replica takes its seed at its next reset; replicas may reset at different times.
         self._next_seeds = [None if seed is None else int(seed) + i for i in range(self.env.num_envs)]
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
@@ -66,24 +66,24 @@ class _ReplicaEnv(EnvBase):
         observation, _ = self.env.reset(seed=self._next_seeds, options=options)
         self._next_seeds = [None if mask[i] else seed for i, seed in enumerate(self._next_seeds)]
         over = np.zeros(self.env.num_envs, np.bool_)
-        return self._told(observation, over, over)
+        return self._result(observation, over, over)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict.get(self.action_key).detach().cpu().numpy()
         observation, rewards, terminated, truncated, _ = self.env.step(action)
-        told = self._told(observation, terminated, truncated)
-        told.set(self.reward_key, self._tensor(rewards.astype(np.float32)).unsqueeze(-1))
-        return told
+        result = self._result(observation, terminated, truncated)
+        result.set(self.reward_key, self._tensor(rewards.astype(np.float32)).unsqueeze(-1))
+        return result
 
-    def _told(self, observation: Any, terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]) -> TensorDictBase:
-        """Observations and ends, in fresh tensors."""
-        told = TensorDict(self._observed(observation), self.batch_size, device=self.device)
+    def _result(self, observation: Any, terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]) -> TensorDictBase:
+        """Return observations and ends in fresh tensors."""
+        result = TensorDict(self._observed(observation), self.batch_size, device=self.device)
         for key, ended in (("terminated", terminated), ("truncated", truncated), ("done", terminated | truncated)):
-            told.set(key, self._tensor(ended).unsqueeze(-1).clone())
-        return told
+            result.set(key, self._tensor(ended).unsqueeze(-1).clone())
+        return result
 
     def _observed(self, observation: Any) -> dict[str, Any]:
-        """Entries of a tensordict, but rewards and ends."""
+        """Return the entries of a tensordict other than rewards and ends."""
         raise NotImplementedError
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:

@@ -30,7 +30,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "normalized": {"min_weight": 0.25, "max_weight": 4.0},
 }
 
-#: Keys of the environment that balancers have together; one that acts alone knows none of them.
+#: Keys of the environment that concern several balancers; a single one has none of them.
 _OF_SEVERAL = ("num_balancers", "reward_sharing", "action_offsets", "action_delay")
 
 
