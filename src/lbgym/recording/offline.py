@@ -235,8 +235,8 @@ class Recording:
 
         Args:
             step: "observation": from each observation to the next; "action": from each observation that an agent acted
-                on to the next such, for agents that act less often than the data plane publishes. Steps during which its
-                weights went out of force are left out.
+                on to the next such, for agents that act less often than the data plane publishes. Steps during which
+                its weights went out of force are left out.
             reward_type: name, mapping or callable; of the next observation.
             reward_field: the column that fairness rewards compare.
             observation: "matrix", "flat" or "dict".
