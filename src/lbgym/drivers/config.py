@@ -162,6 +162,7 @@ class DataPlaneConfig:
         mode: permissions of the region.
         group: owning group of the region; None: the process's.
         discovery: None: the servers are those of the file.
+        health, ground_truth: of servers found by DNS or added while the driver runs; None: not checked, no agent.
         driver: keys of the driver itself, table ``[driver]``, which checks them.
     """
 
@@ -173,6 +174,8 @@ class DataPlaneConfig:
     mode: int = 0o600
     group: str | None = None
     discovery: DiscoverySource | None = None
+    health: HealthCheck | None = None
+    ground_truth: GroundTruthAgent | None = None
     driver: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -184,7 +187,7 @@ class DataPlaneConfig:
 
 
 def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
-    """Read dataplane.toml. ``[health]`` and ``[ground_truth]`` are what all servers have unless they say otherwise.
+    """Read dataplane.toml. ``[health]`` and ``[ground_truth]`` are the defaults of all servers.
 
     Raises:
         InvalidOptionError: for a file that cannot be read, and a key that is missing or has a bad value; the message
@@ -206,7 +209,7 @@ def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
         raise InvalidOptionError(f"{here}: there are no servers: give [[servers]] or [discovery]")
     if "mode" in values:
         values["mode"] = _mode(values["mode"], here)
-    known = {field.name for field in fields(DataPlaneConfig)} | {"health", "ground_truth"}
+    known = [field.name for field in fields(DataPlaneConfig)]
     for key in values:
         if key not in known:
             raise UnknownNameError("key", key, known, where=here)
@@ -217,7 +220,11 @@ def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
             raise InvalidOptionError(f"{here}: {error}") from None
     if "name" not in values:
         raise InvalidOptionError(f"{here}: the key 'name' is missing: the name of the region")
-    return _in(here, lambda: DataPlaneConfig(servers=servers, driver=driver, discovery=discovery, **values))
+    common = {
+        "health": None if health is None else _table(HealthCheck, health, f"{here}, [health]"),
+        "ground_truth": None if truth is None else _table(GroundTruthAgent, truth, f"{here}, [ground_truth]"),
+    }
+    return _in(here, lambda: DataPlaneConfig(servers=servers, driver=driver, discovery=discovery, **common, **values))
 
 
 def read_servers(path: str | os.PathLike[str]) -> tuple[ServerConfig, ...]:
