@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from ..checks import choice, seconds, whole
+from ..checks import boolean, choice, seconds, whole
 from ..errors import InvalidOptionError
 from ..scenarios import DISPATCH_RULES, AnyScenario, ScenarioDistribution, load_scenario
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
@@ -77,7 +77,7 @@ class EnvOptions:
             "observation": observation,
             "normalize": normalize,
             "use_ground_truth": use_ground_truth,
-            "observe_weights": observe_weights,
+            "observe_weights": boolean("observe_weights", observe_weights),
         }
         # Bad keys are refused here, before a simulator is compiled or a region attached to.
         servers = self.num_servers or (1 if self.source is None else self.source.max_servers)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from gymnasium.vector import AutoresetMode
 
-from ..checks import choice, whole
+from ..checks import boolean, choice, whole
 from ..env.actions import ACTION_TYPES
-from ..errors import CheckpointError, LbgymError, UnsupportedSpaceError
+from ..errors import CheckpointError, InvalidOptionError, LbgymError, UnknownNameError, UnsupportedSpaceError
 from ..scenarios import AnyScenario
 from ..snapshot import DEFAULT_STEP_INTERVAL
 
@@ -74,8 +74,27 @@ class TrainingConfig:
     #: Fields that must be whole numbers, and the least they may be.
     whole_numbers: ClassVar[dict[str, int]] = {"max_steps": 1, "num_envs": 1, "num_steps": 1, "hidden": 1}
 
+    #: Keys of observations whose value the recipe needs.
+    needed: ClassVar[dict[str, Any]] = {"observation": "flat", "normalize": True}
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Refuse names that are no field with the nearest one, or with the field's present name."""
+        check_field_names(cls, values, cls.__name__)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         name = type(self).__name__
+        self.observe_weights = boolean(f"{name}.observe_weights", self.observe_weights)
+        if "observe_weights" in self.env_kwargs:
+            raise InvalidOptionError(
+                f"observe_weights={self.env_kwargs['observe_weights']!r} in {name}.env_kwargs: it is a field of "
+                f"{name} itself"
+            )
+        for key, value in self.needed.items():
+            if self.env_kwargs.get(key, value) != value:
+                raise InvalidOptionError(
+                    f"{key}={self.env_kwargs[key]!r} in {name}.env_kwargs: this recipe needs {key}={value!r}"
+                )
         if self.total_steps is None and self.seconds is None:
             raise LbgymError(f"{name} needs total_steps, seconds or both, got neither")
         for key, least in self.whole_numbers.items():
@@ -177,6 +196,21 @@ def plain_config(config: TrainingConfig) -> dict[str, Any]:
 
 #: Fields of configurations by the names they had before.
 RENAMED = {"policy": "network", "sees_weights": "observe_weights"}
+
+
+def check_field_names(kind: type[TrainingConfig], names: Iterable[str], where: str) -> None:
+    """Check names of fields of a configuration.
+
+    Raises:
+        UnknownNameError: for a name that is no field, naming ``where`` it comes from.
+        InvalidOptionError: for the former name of a field, naming the present one.
+    """
+    known = [field.name for field in fields(kind)]
+    for name in names:
+        if (now := RENAMED.get(name)) in known:
+            raise InvalidOptionError(f"{name} in {where} is now called {now}")
+        if name not in known:
+            raise UnknownNameError("setting", name, known, where)
 
 
 def current_fields(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Union, get_args, get_origin, ge
 from ..errors import CheckpointError, InvalidOptionError, MissingExtraError, UnknownNameError
 from ..policies.checkpoints import read_checkpoint
 from ..toml_files import read_toml
-from .config import RENAMED, TrainingConfig, plain_config, saved_config
+from .config import TrainingConfig, check_field_names, plain_config, saved_config
 
 if TYPE_CHECKING:
     from .runs import Callback, Progress
@@ -184,11 +184,8 @@ def check_settings(kind: type[TrainingConfig], values: Mapping[str, Any], where:
     """
     hints = get_type_hints(kind)
     known = {field.name: field.type for field in fields(kind)}
+    check_field_names(kind, values, where)
     for name, value in values.items():
-        if (now := RENAMED.get(name)) in known:
-            raise InvalidOptionError(f"{name} in {where} is now called {now}: use {now}={value!r}")
-        if name not in known:
-            raise UnknownNameError("setting", name, known, where)
         if value is not None and not _fits(value, hints[name]):
             wanted = str(known[name]).replace("bool", "true or false").replace(" | None", "")
             raise InvalidOptionError(f"{name} in {where} must be of type {wanted}, got {value!r}")

@@ -284,6 +284,7 @@ class SB3Config(AlgorithmConfig):
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.SAME_STEP
     algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
     framework: ClassVar[tuple[str, str]] = ("Stable-Baselines3", "ppo")
+    needed: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()

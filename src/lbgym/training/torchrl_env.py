@@ -15,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from ..errors import LbgymError, MissingExtraError, UnsupportedSpaceError
+from ..errors import InvalidOptionError, LbgymError, MissingExtraError, UnsupportedSpaceError
 
 try:
     import torch
@@ -42,7 +42,13 @@ class _ReplicaEnv(EnvBase):
 
     env: ReplicaEnv
 
-    def __init__(self, env: ReplicaEnv, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, env: ReplicaEnv, *, device: torch.device | str = "cpu", **keys: Any) -> None:
+        if keys:
+            given = ", ".join(f"{name}={value!r}" for name, value in keys.items())
+            raise InvalidOptionError(
+                f"{type(self).__name__} takes a vector environment and a device, got {given}: keys such as "
+                "observe_weights belong to the vector environment"
+            )
         mode = env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.DISABLED:
             raise LbgymError(
@@ -142,15 +148,16 @@ class TorchRLEnv(_ReplicaEnv):
 
     Raises:
         LbgymError: for another autoreset mode.
+        InvalidOptionError: for a key of the vector environment.
         UnsupportedSpaceError: for an environment with several balancers.
     """
 
-    def __init__(self, env: LoadBalanceVectorEnv, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, env: LoadBalanceVectorEnv, *, device: torch.device | str = "cpu", **keys: Any) -> None:
         if not isinstance(env, LoadBalanceVectorEnv):
             raise UnsupportedSpaceError(
                 "TorchRLEnv takes a LoadBalanceVectorEnv; for a MultiLoadBalanceVectorEnv use MultiTorchRLEnv"
             )
-        super().__init__(env, device=device)
+        super().__init__(env, device=device, **keys)
         r = self.batch_size
         self.observation_spec = Composite(self._observation_specs(env.single_observation_space, r), shape=r)
         self.action_spec = self._spec(env.single_action_space, r)
@@ -179,12 +186,13 @@ class MultiTorchRLEnv(_ReplicaEnv):
 
     Raises:
         LbgymError: for another autoreset mode.
+        InvalidOptionError: for a key of the vector environment.
     """
 
     env: MultiLoadBalanceVectorEnv
 
-    def __init__(self, env: MultiLoadBalanceVectorEnv, *, device: torch.device | str = "cpu") -> None:
-        super().__init__(env, device=device)
+    def __init__(self, env: MultiLoadBalanceVectorEnv, *, device: torch.device | str = "cpu", **keys: Any) -> None:
+        super().__init__(env, device=device, **keys)
         self.group_map = {GROUP: [f"lb_{b}" for b in range(env.num_balancers)]}
         r = self.batch_size
         agents = torch.Size([*r, env.num_balancers])
