@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lbgym import LoadBalanceEnv
-from lbgym.env.observations import ObservationLayout
+from lbgym.env.observations import ObservationLayout, relative_weights
 from lbgym.env.rewards import make_reward
 from lbgym.errors import (
     InvalidOptionError,
@@ -442,7 +442,7 @@ def test_a_killed_recorder_leaves_what_it_wrote(tmp_path: Path) -> None:
                 time.sleep(0.002)
             with pytest.raises(RecordingError, match="a recorder is using"):
                 finish_recording(out)
-            with pytest.raises(RecordingError, match=r"killed, or is still at work.*finish_recording\("):
+            with pytest.raises(RecordingError, match=r"still runs or was killed.*finish_recording\("):
                 record("lb0", out)
             recorder.kill()
             recorder.wait()
@@ -518,7 +518,7 @@ def test_a_file_is_not_replaced_unless_told_to(tmp_path: Path) -> None:
         part.mkdir()
         descriptor = os.open(part, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(RecordingError, match="still at work"):
+        with pytest.raises(RecordingError, match="still runs"):
             record("lb0", out, overwrite=True)
         os.close(descriptor)
 
@@ -557,6 +557,33 @@ def test_it_lasts_as_long_as_asked(tmp_path: Path) -> None:
         assert summary.observations == 4 == len(load_recording(tmp_path / "more.parquet"))
 
 
+@pytest.mark.parametrize("layout", ["matrix", "flat", "dict"])
+def test_transitions_show_the_weights_in_force(
+    driven: tuple[Recording, list[Published], list[np.ndarray]], layout: str
+) -> None:
+    recording, _, _ = driven
+    plain = recording.transitions(observation=layout)
+    steps = recording.transitions(observation=layout, observe_weights=True)
+    n = recording.active.shape[1]
+
+    def rows_of(observations: Any) -> Any:
+        if layout == "dict":
+            return observations["features"]
+        return observations[:, n:].reshape(len(observations), n, -1) if layout == "flat" else observations
+
+    for seen, without, rows in (
+        (steps.observations, plain.observations, steps.rows),
+        (steps.next_observations, plain.next_observations, steps.next_rows),
+    ):
+        matrix = rows_of(seen)
+        assert np.array_equal(matrix[..., :-1], rows_of(without))
+        assert np.array_equal(matrix[..., -1], relative_weights(recording.weights[rows], recording.active[rows]))
+    # The weights differ, so this is no column of zeros.
+    assert np.ptp(rows_of(steps.next_observations)[..., -1]) > 0.1
+    first = {key: part[0] for key, part in steps.observations.items()} if layout == "dict" else steps.observations[0]
+    assert steps.layout.space.contains(first)
+
+
 def test_what_is_no_recording_is_refused(driven: tuple[Recording, object, object], tmp_path: Path) -> None:
     out, bad = tmp_path / "out.parquet", tmp_path / "bad.parquet"
     table = parquet.read_table(out)
@@ -583,7 +610,7 @@ def test_what_is_no_recording_is_refused(driven: tuple[Recording, object, object
 
 def test_rewards_and_names_that_there_are_not(driven: tuple[Recording, object, object]) -> None:
     recording = driven[0]
-    with pytest.raises(InvalidRewardError, match="which a recording does not have"):
+    with pytest.raises(InvalidRewardError, match="which a recording lacks"):
         recording.transitions(reward_type="p99_fct")
     with pytest.raises(UnknownNameError, match=r"unknown step 'actions'\. Did you mean 'action'"):
         recording.transitions(step="actions")

@@ -14,6 +14,7 @@ import typer
 from ..errors import MissingExtraError, ScenarioError
 from ..scenarios import (
     RULES,
+    AnyScenario,
     Choice,
     LogUniform,
     RandomEvents,
@@ -134,7 +135,7 @@ def describe(
     if as_json and as_toml:
         raise ScenarioError("describe prints --json or --toml, not both")
     loaded = load_scenario(scenario)
-    if isinstance(loaded, Scenario) and not (draw is None and plot is None):
+    if not loaded.varies and not (draw is None and plot is None):
         option = "--plot" if draw is None else "--draw"
         raise ScenarioError(f"{option} needs a distribution, and {loaded.name!r} is a scenario: nothing is drawn")
     if draw is not None:
@@ -154,7 +155,7 @@ def describe(
         typer.echo(json.dumps(_distribution_details(loaded, draws), indent=1))
     else:
         _show_distribution(loaded, draws)
-    if plot is not None and isinstance(loaded, ScenarioDistribution):
+    if plot is not None:
         _plot(loaded, draws, plot, quiet=as_json or as_toml)
 
 
@@ -219,7 +220,7 @@ def _check_plot(file: Path) -> None:
         raise MissingExtraError("matplotlib", "eval", "--plot")
 
 
-def _plot(distribution: ScenarioDistribution, draws: int, file: Path, *, quiet: bool) -> None:
+def _plot(distribution: AnyScenario, draws: int, file: Path, *, quiet: bool) -> None:
     from ..evaluation.distribution_plot import draws_figure
     from ..scenarios.distribution_summary import draw_many
 

@@ -220,7 +220,7 @@ def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
             raise InvalidOptionError(f"{here}: {error}") from None
     if "name" not in values:
         raise InvalidOptionError(f"{here}: the key 'name' is missing: the name of the region")
-    common = {
+    common: dict[str, Any] = {
         "health": None if health is None else _table(HealthCheck, health, f"{here}, [health]"),
         "ground_truth": None if truth is None else _table(GroundTruthAgent, truth, f"{here}, [ground_truth]"),
     }

@@ -108,9 +108,9 @@ class ServerPool:
         if self._path is None:
             raise DriverError("there is no configuration file to reload")
         config = load_config(self._path)
-        fixed = ("name", "publish_interval", "lease", "capacity", "mode", "group", "discovery", "driver")
+        fixed = ["name", "publish_interval", "lease", "capacity", "mode", "group", "discovery", "driver"]
         if self._discovery is not None:
-            fixed += ("health", "ground_truth")
+            fixed += ["health", "ground_truth"]
         different = [key for key in fixed if getattr(config, key) != getattr(self.config, key)]
         changes = self.slots.update(config.servers) if self._discovery is None else Changes()
         self._watch()

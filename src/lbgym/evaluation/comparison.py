@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ScenarioError, UnknownNameError, WorkerLostError
-from ..scenarios import AnyScenario, Scenario, ScenarioDistribution, load_scenario
+from ..scenarios import AnyScenario, Scenario, load_scenario
 from ..simulator import Simulation
 from .contenders import Contender, parse_contenders
 from .results import Comparison, Conditions, Run, RunSettings
@@ -113,7 +113,7 @@ def compare(
         settings=settings,
         runs=runs,
         trace=None if trace is None else trace.source,
-        drawn=isinstance(source, ScenarioDistribution),
+        drawn=source.varies,
     )
 
 

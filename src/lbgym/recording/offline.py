@@ -204,7 +204,7 @@ class Recording:
         if reward.needs_service:
             raise InvalidRewardError(
                 f"reward_type={reward_type!r} needs the FCT of every flow in a step, which a recording lacks; "
-                " use a fairness reward or a function of the Snapshot"
+                "use a fairness reward or a function of the Snapshot"
             )
         if isinstance(reward_type, (str, Mapping, Reward)):
             return np.asarray(reward(self.snapshots), np.float64)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .randomization import ScenarioDistribution
+from .randomization import AnyScenario
 from .workload import ARRIVAL_KINDS, DEMAND_KINDS
 
 #: The quantiles that :meth:`Draws.summary` gives.
@@ -51,12 +51,12 @@ class Draws:
         }
 
 
-def draw_many(distribution: ScenarioDistribution, count: int) -> Draws:
+def draw_many(distribution: AnyScenario, count: int) -> Draws:
     """``count`` draws of at least 1, with the seeds 0, 1, ..."""
     duration = distribution.duration
     drawn = [distribution.draw(seed, horizon=duration) for seed in range(count)]
     every = [server for scenario in drawn for server in scenario.servers]
-    traced = distribution.base.workload.trace is not None
+    traced = distribution.reference.workload.trace is not None
 
     def kinds(part: str, table: dict[str, type]) -> tuple[str, ...]:
         names = {cls: name for name, cls in table.items()}

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-import numpy as np
-
 from ..errors import ScenarioError, UnknownNameError
 from ._validation import MAX_PACKETS, _instance, _integer, _items, _number, _set, _shown, _text
 from .dispatch_rules import DISPATCH_RULES
@@ -241,10 +239,6 @@ class Scenario:
 
     def draw(self, seed: int, *, horizon: float = 0.0) -> Scenario:
         """Itself, whatever the seed and the horizon."""
-        return self
-
-    def sample(self, rng: np.random.Generator, *, horizon: float = 0.0) -> Scenario:
-        """Itself; draws nothing from ``rng``."""
         return self
 
     def with_events(self, events: Iterable[Event]) -> Scenario:
