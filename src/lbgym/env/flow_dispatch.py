@@ -192,9 +192,11 @@ class FlowEnvCore:
             normalize=normalize,
         )
         self.action_space: spaces.Discrete = spaces.Discrete(self.num_servers)
+        from ..dataplanes.simulated import room_for
         from ..simulator import FlowSimulation
 
-        self.simulation = FlowSimulation(shape, num_envs, num_threads=num_threads)
+        with room_for(shape, num_envs):
+            self.simulation = FlowSimulation(shape, num_envs, num_threads=num_threads)
         self.decision: Decision | None = None
         self.steps = np.zeros(num_envs, np.int64)
         self._timeouts = np.full(num_envs, shape.reject_timeout)

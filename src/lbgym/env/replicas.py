@@ -16,6 +16,9 @@ from ..checks import whole
 from ..errors import InvalidOptionError, ResetNeeded, UnknownNameError
 from .options import check_seed
 
+#: Most replicas of a vector environment.
+MAX_REPLICAS = 10_000_000
+
 
 class Replicas:
     """Seeds, masks and final observations of ``num_envs`` replicas in any of Gymnasium's autoreset modes.
@@ -27,7 +30,7 @@ class Replicas:
         autoreset_mode: an ``AutoresetMode`` or the value of one.
 
     Raises:
-        InvalidOptionError: unless ``num_envs`` is a whole number of at least 1.
+        InvalidOptionError: unless ``num_envs`` is a whole number from 1 to ``MAX_REPLICAS``.
         UnknownNameError: for another mode.
     """
 
@@ -38,7 +41,7 @@ class Replicas:
     single_action_space: Space[Any]
 
     def __init__(self, num_envs: int, autoreset_mode: AutoresetMode | str) -> None:
-        self.num_envs = whole("num_envs", num_envs)
+        self.num_envs = whole("num_envs", num_envs, high=MAX_REPLICAS)
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checks import whole
 from ..errors import ScenarioError, UnknownNameError, WorkerLostError
 from ..scenarios import AnyScenario, Scenario, load_scenario
 from ..simulator import Simulation
@@ -122,6 +123,8 @@ def _conditions(scenario: Scenario) -> Conditions:
 
 
 def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(seeds, int):
+        whole("the number of seeds", seeds, high=1_000_000, error=ScenarioError)
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
     if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
         raise ScenarioError(

@@ -19,6 +19,7 @@ from .workload import Workload, check_pace
 
 EVENT_KINDS = ("rate", "speed", "down", "up", "drain")
 MAX_SERVERS = 65_536
+MAX_BALANCERS = 1024
 
 
 # Servers
@@ -200,7 +201,7 @@ class Scenario:
             self,
             servers=servers,
             events=events,
-            balancers=_integer(self.balancers, f"scenario {self.name!r}: balancers", low=1, high=1024),
+            balancers=_integer(self.balancers, f"scenario {self.name!r}: balancers", low=1, high=MAX_BALANCERS),
             reject_timeout=_number(self.reject_timeout, f"scenario {self.name!r}: reject_timeout"),
             duration=_number(self.duration, f"scenario {self.name!r}: duration"),
         )
