@@ -32,7 +32,7 @@ class Network(StrEnum):
 
 
 class Backend(StrEnum):
-    """Where a training runs."""
+    """Places for a training to run."""
 
     LOCAL = "local"
     RAY = "ray"

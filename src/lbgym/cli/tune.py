@@ -97,7 +97,7 @@ def tune(
 
 
 def _share(last: list[Mapping[str, Any]], trials: int) -> float:
-    """How much of all trials is done."""
+    """The share of all trials that is done."""
     return float(sum(result.get("percent", 0) for result in last)) / (100 * max(trials, len(last)))
 
 

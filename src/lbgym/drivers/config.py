@@ -17,7 +17,7 @@ HEALTH_KINDS = ("tcp", "http")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthCheck:
-    """How a server is checked, as HAProxy's ``inter``, ``rise`` and ``fall`` have it.
+    """A health check of a server, as HAProxy's ``inter``, ``rise`` and ``fall`` have it.
 
     Attributes:
         kind: "tcp": a connection is accepted; "http": a GET is answered with a status from 200 to 399.
@@ -52,7 +52,7 @@ class HealthCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroundTruthAgent:
-    """Where an agent on a server answers with its CPU use, memory use and busy workers.
+    """An agent on a server that answers with its CPU use, memory use and busy workers.
 
     Attributes:
         address: None: the server's.
@@ -121,7 +121,7 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscoverySource:
-    """Where servers are looked for while the driver runs, instead of ``[[servers]]``.
+    """A source of servers while the driver runs, instead of ``[[servers]]``.
 
     Attributes:
         kind: "dns" or "file".

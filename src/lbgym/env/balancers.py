@@ -78,7 +78,7 @@ def _check_sharing(options: EnvOptions, reward_sharing: str, num_balancers: int)
 
 
 class CentralState:
-    """All that a central trainer may know of a replica, as one vector.
+    """The state of a replica for a central trainer, as one vector.
 
     Attributes:
         names: of its S numbers.

@@ -393,14 +393,7 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode: empty servers, at the arrival of the first flow.
 
-        Args:
-            seed: of this and all following episodes; None: continue with the present generator.
-            options: for this episode only: ``scenario``, ``load`` or ``rate``, ``events``
-                (:func:`lbgym.dataplanes.scenario_with_options`).
-
-        Raises:
-            UnknownNameError, InvalidOptionError, ScenarioError: for options that make no sense; the episode under way
-                is left as it was.
+        Seeds, options and errors are those of :meth:`LoadBalanceEnv.reset <lbgym.LoadBalanceEnv.reset>`.
         """
         check_seed(seed)
         source = self._core.source_with(options or {})

@@ -273,7 +273,7 @@ class Scenario:
 
     @property
     def core_weights(self) -> tuple[float, ...]:
-        """What an operator knows of the servers: weights in proportion to their cores."""
+        """Weights in proportion to the servers' cores, which an operator knows."""
         return tuple(float(server.cores) for server in self.servers)
 
     def with_changes(self, **changes: Any) -> Scenario:

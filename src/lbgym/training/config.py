@@ -163,12 +163,20 @@ class AlgorithmConfig(TrainingConfig):
     options: dict[str, Any] = field(default_factory=dict)
     """further arguments of the algorithm in its framework"""
 
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate; on-policy algorithms only"""
+    epochs: int = 4
+    """passes over the rollout per update; algorithms of the PPO family only"""
+    minibatches: int = 4
+    """minibatches per pass; algorithms of the PPO family only"""
+
     #: The algorithms by name; each has ``action_types``, the default first, and defaults for fields.
     algorithms: ClassVar[Mapping[str, Any]]
     #: The framework, and an algorithm of it for where joint actions would be too many.
     framework: ClassVar[tuple[str, str]]
     #: Fields whose default is the attribute of that name of the algorithm.
     per_algorithm: ClassVar[tuple[str, ...]] = ("num_envs", "num_steps", "learning_rate")
+    whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {"epochs": 1, "minibatches": 1}
 
     def __post_init__(self) -> None:
         name = type(self).__name__

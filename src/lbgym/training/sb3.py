@@ -269,12 +269,6 @@ class SB3Config(AlgorithmConfig):
     """steps of every replica between two updates; 16 for "ppo" and "recurrent-ppo", 8 for "a2c", 4 for the others"""
     learning_rate: float = PER_ALGORITHM
     """step size of the optimiser; 1e-3, but 7e-4 for "a2c" and 5e-4 for "dqn" and "td3"."""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate; on-policy algorithms only"""
-    epochs: int = 4
-    """passes over the rollout per update; "ppo" and "recurrent-ppo" only"""
-    minibatches: int = 4
-    """minibatches per pass; "ppo" and "recurrent-ppo" only"""
     hidden: int = 64
     """width of the layers, two of them with "mlp", and of the LSTM"""
     log_std: float = -2.0

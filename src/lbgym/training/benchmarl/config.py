@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 from ...env.multi_agent_vector import REWARD_SHARINGS, MultiLoadBalanceVectorEnv
 from ...scenarios import AnyScenario
-from ..config import PER_ALGORITHM, AlgorithmConfig, TrainingConfig
+from ..config import PER_ALGORITHM, AlgorithmConfig
 
 #: Keys of the environment by action type, unless given. Two levels make 2 ** 7 joint actions of the 7 servers
 #: of "marllb-moderate", three would make 2,187; and weights that are too far apart at random overload servers.
@@ -140,18 +140,11 @@ class BenchMARLConfig(AlgorithmConfig):
     """lambda of the generalised advantage estimate; "mappo" and "ippo" only"""
     epochs: int = 2
     """passes over the rollout per update; "mappo" and "ippo" only"""
-    minibatches: int = 4
-    """minibatches per pass; "mappo" and "ippo" only"""
 
     algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
     framework: ClassVar[tuple[str, str]] = ("BenchMARL", "mappo")
     per_algorithm: ClassVar[tuple[str, ...]] = ("num_steps", "learning_rate")
-    whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {
-        "batch_size": 1,
-        "optimizer_steps": 1,
-        "epochs": 1,
-        "minibatches": 1,
-    }
+    whole_numbers: ClassVar[dict[str, int]] = AlgorithmConfig.whole_numbers | {"batch_size": 1, "optimizer_steps": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from gymnasium.vector import AutoresetMode
 
 from ...errors import LbgymError
-from ..config import PER_ALGORITHM, AlgorithmConfig, TrainingConfig
+from ..config import PER_ALGORITHM, AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -182,12 +182,6 @@ class RLlibConfig(AlgorithmConfig):
     """steps of every replica between two updates; 32 for "ppo", 8 for "impala" and "appo", 4 for "dqn" and "sac"."""
     learning_rate: float = PER_ALGORITHM
     """step size of the optimiser; 1e-3, but 5e-4 for "dqn" and "impala"."""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate; "ppo" only"""
-    epochs: int = 4
-    """passes over the rollout per update; "ppo" only"""
-    minibatches: int = 4
-    """minibatches per pass; "ppo" only"""
     hidden: int = 64
     """width of the layers, two of them with "mlp"."""
     log_std: float = -2.0
@@ -198,11 +192,7 @@ class RLlibConfig(AlgorithmConfig):
     algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
     framework: ClassVar[tuple[str, str]] = ("RLlib", "ppo")
     per_algorithm: ClassVar[tuple[str, ...]] = (*AlgorithmConfig.per_algorithm, "env_runners")
-    whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {
-        "env_runners": 0,
-        "epochs": 1,
-        "minibatches": 1,
-    }
+    whole_numbers: ClassVar[dict[str, int]] = AlgorithmConfig.whole_numbers | {"env_runners": 0}
 
     def __post_init__(self) -> None:
         if self.multi_agent:
