@@ -212,7 +212,7 @@ class SharedMemoryRegion(ProducerSide, AgentSide):
             read_only: map it without the right to write; None: only if the file's permissions forbid writing.
 
         Raises:
-            RegionNotFoundError: if there is none (or none that lives) in time.
+            RegionNotFoundError: if there is no region (or no live one) in time.
             RegionFormatError: if the file is no region of this version; the message says what was found.
             RegionError: if permission is denied.
         """
