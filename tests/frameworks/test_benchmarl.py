@@ -235,6 +235,10 @@ def test_refuses_configurations_that_make_no_sense() -> None:
         BenchMARLConfig(algorithm="maddpg", action_type="discrete")
     with pytest.raises(UnknownNameError, match="network"):
         BenchMARLConfig(network="gnn")
+    with pytest.raises(InvalidOptionError, match="sees_weights in BenchMARLConfig is now called observe_weights"):
+        BenchMARLConfig(sees_weights=True)
+    with pytest.raises(InvalidOptionError, match=r"observe_weights=True in BenchMARLConfig.env_kwargs"):
+        BenchMARLConfig(env_kwargs={"observe_weights": True})
     with pytest.raises(UnknownNameError, match="reward sharing"):
         BenchMARLConfig(reward_sharing="all")
     with pytest.raises(InvalidOptionError, match="exploration must be above 0"):

@@ -61,5 +61,5 @@ class ActionKind:
 
 
 def is_normalized(space: gymnasium.Space[Any]) -> bool:
-    """Whether actions are of type "normalized": logarithms of weights, of which only the differences matter."""
+    """True if actions are of type "normalized": logarithms of weights, of which only the differences matter."""
     return isinstance(space, gymnasium.spaces.Box) and bool(np.all(space.low == -1) and np.all(space.high == 1))
