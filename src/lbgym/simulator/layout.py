@@ -22,13 +22,17 @@ from ..features.reservoir_kernel import META_SIZE, RESULT_SIZE
     LSQ,
     SED,
     SED_SCALED,
+    MARGINAL,
+    TABLE,
     P2C,
     P2C_SED,
+    P2C_MARGINAL,
     ORACLE_LSQ,
     ORACLE_SED,
+    ORACLE_MARGINAL,
     ORACLE_LEAST_WORK,
     EXTERNAL,  # whoever calls the kernel; not a rule of a scenario
-) = range(13)
+) = range(17)
 
 POISSON, MODULATED, SINUSOIDAL, TRACE = range(4)
 DETERMINISTIC, EXPONENTIAL, LOGNORMAL, BOUNDED_PARETO, HYPEREXPONENTIAL, EMPIRICAL = range(6)
@@ -151,8 +155,18 @@ V_WORKERS, V_BACKLOG, NUM_VI = range(3)
 # A flow's slot, float64 and int32. Heap position k and the k-th free or waiting slot share the rows.
 F_ARRIVAL, F_DEMAND, F_ID, NUM_FF = range(4)
 F_BALANCER, F_HEAP, F_FREE, F_WAIT, NUM_FI = range(5)
-# A balancer's view of a server.
-B_WEIGHT, B_SCORE, B_CURRENT, B_ALIAS_PROBABILITY, NUM_BF = range(5)
+# A balancer's view of a server. The columns from NUM_BF on are its table of scores: see NUM_SCORES.
+(
+    B_WEIGHT,
+    B_BACKGROUND,  # flows that others are believed to hold there
+    B_SCORE,  # the weight that scores are computed with
+    B_CORES,  # cores that scores are computed with
+    B_CURRENT,
+    B_ALIAS_PROBABILITY,
+    NUM_BF,
+) = range(7)
+#: Least number of scores in a table.
+NUM_SCORES = 2
 B_OPEN, B_ALIAS, NUM_BI = range(3)
 # A recorded flow.
 (
@@ -198,7 +212,7 @@ class State(NamedTuple):
     heap: NDArray[np.float64]  # [R, N, C] virtual finish times
     flow_f: NDArray[np.float64]  # [R, N, C, NUM_FF]
     flow_i: NDArray[np.int32]  # [R, N, C, NUM_FI]
-    bf: NDArray[np.float64]  # [R, m, N, NUM_BF]
+    bf: NDArray[np.float64]  # [R, m, N, NUM_BF + Q], Q scores
     bi: NDArray[np.int64]  # [R, m, N, NUM_BI]
     score: NDArray[np.float64]  # [R, m, N]
     maglev: NDArray[np.int32]  # [R, m, M]
@@ -307,7 +321,7 @@ def allocate_state(
         heap=np.zeros((r, n, flows)),
         flow_f=np.zeros((r, n, flows, NUM_FF)),
         flow_i=np.zeros((r, n, flows, NUM_FI), np.int32),
-        bf=np.zeros((r, m, n, NUM_BF)),
+        bf=np.zeros((r, m, n, NUM_BF + NUM_SCORES)),
         bi=np.zeros((r, m, n, NUM_BI), np.int64),
         score=np.zeros((r, m, n)),
         maglev=np.zeros((r, m, maglev), np.int32),
