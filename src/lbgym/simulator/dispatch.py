@@ -47,6 +47,7 @@ from .layout import (
     V_WORKERS,
     WCMP,
 )
+from .tournament import rebuild
 
 _DISPATCH = np.uint64(0xD1B54A32D192ED03)
 _SECOND = np.uint64(0x8CB92BA72F3D8DD7)
@@ -109,30 +110,6 @@ def flow_score(rule, balancers, held, weight, view):
     if rule == MARGINAL or rule == P2C_MARGINAL or rule == ORACLE_MARGINAL:
         return marginal_cost(flows, view[B_CORES]) / weight
     return (flows + 1.0) / weight
-
-
-@compiled()
-def _minimum(scores, n):
-    """The least of ``n`` scores of at least 0: compared as integers of the same bits, several at a time."""
-    bits = scores.view(np.int64)
-    low = bits[0]
-    for j in range(1, n):
-        low = min(low, bits[j])
-    return low
-
-
-@compiled(inline=True)
-def first_minimum(scores, n, start):
-    """Index of the least of the first ``n`` scores, ties to the first from ``start`` on, cyclically."""
-    low = _minimum(scores, n)
-    bits = scores.view(np.int64)
-    for j in range(start, n):
-        if bits[j] == low:
-            return j
-    for j in range(start):
-        if bits[j] == low:
-            return j
-    return start
 
 
 @compiled(allocates=True)
@@ -211,7 +188,8 @@ def build_maglev(b, size, active, num_active, bf, maglev):
 def refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, sf, si):
     """Rebuild what the rule needs after balancer ``b``'s weights, the active servers or their speeds have changed."""
     num_active = ri[R_ACTIVE]
-    balancers, n = score.shape
+    balancers = score.shape[0]
+    n = si.shape[0]
     if keeps_scores(rule):
         oracle = is_oracle(rule)
         all_zero = not oracle
@@ -229,6 +207,8 @@ def refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, sf,
                 score[b, j] = flow_score(rule, balancers, held, weight, bf[b, j])
             else:
                 score[b, j] = math.inf
+        if score.shape[1] > n:
+            rebuild(score[b], n)
     elif rule == WCMP:
         build_alias(b, active, num_active, bf, bi)
     elif rule == MAGLEV and num_active > 0:

@@ -19,7 +19,6 @@ from .dispatch import (
     better_of_two,
     dispatch_by_hash,
     dispatch_hash,
-    first_minimum,
     flow_score,
     is_oracle,
     is_two_choice,
@@ -134,6 +133,7 @@ from .layout import (
     V_WORKERS,
     WORK_PER_CALL,
 )
+from .tournament import first_due, first_least, first_minimum, renew
 
 FCT, DURATION = 0, 1
 _TINY = 1e-9
@@ -172,7 +172,16 @@ def _count_open(rule, b, j, change, bf, bi, score, si):
         if is_oracle(rule):
             b = 0
             held = si[j, S_SERVED] + si[j, S_WAITING]
+        before = score[b, j]
         score[b, j] = flow_score(rule, score.shape[0], held, bf[b, j, B_SCORE], bf[b, j])
+        if score.shape[1] > si.shape[0]:
+            renew(score[b], si.shape[0], j, before)
+
+
+@compiled(inline=True)
+def _has_tree(rule, departure, si):
+    """True if departures are found by the tree over them, not by a look at every server."""
+    return departure.shape[0] > si.shape[0] and uses_counters(rule)
 
 
 @compiled(inline=True)
@@ -295,6 +304,7 @@ def _depart(
 ):  # fmt: skip
     """Every departure from server ``j`` up to ``until``, in order; its clock stops at the last one."""
     cores = server_f[j, V_CORES]
+    before = departure[j]
     while departure[j] <= until:
         now = departure[j]
         gained = heap[j, 0] - sf[j, S_VIRTUAL]
@@ -328,6 +338,8 @@ def _depart(
         elif si[j, S_SERVED] == 0:
             sf[j, S_WORK_LEFT] = 0.0
         _schedule(j, server_f, sf, si, heap[j], departure)
+    if _has_tree(rule, departure, si):
+        renew(departure, si.shape[0], j, before)
 
 
 @compiled(inline=True)
@@ -361,7 +373,10 @@ def _place(
     if serve:
         _sift_up(heap[j], flow_i[j], served, sf[j, S_VIRTUAL] + demand, slot)
         si[j, S_SERVED] = served + 1
+        before = departure[j]
         _schedule(j, server_f, sf, si, heap[j], departure)
+        if _has_tree(rule, departure, si):
+            renew(departure, si.shape[0], j, before)
     else:
         position = si[j, S_WAIT_HEAD] + waiting
         flow_i[j, position if position < capacity else position - capacity, F_WAIT] = slot
@@ -488,7 +503,10 @@ def _apply_event(
         elif si[j, S_STATUS] == UP:
             si[j, S_STATUS] = DRAINING
         _refresh_active(rule, pi[P_TABLE_SIZE], ri, sf, si, active, bf, bi, score, maglev)
+    before = departure[j]
     _schedule(j, server_f, sf, si, heap[j], departure)
+    if _has_tree(rule, departure, si):
+        renew(departure, si.shape[0], j, before)
 
 
 @compiled()
@@ -508,10 +526,12 @@ def _run(P, S, r, pause):
     values, sample_weights, meta, result = S.values[r], S.sample_weights[r], S.meta[r], S.result[r]
     log, record = S.log[r], S.record[r]
     n = pi[P_SERVERS]
+    room = si.shape[0]
     balancers = score.shape[0]
     rule = pi[P_RULE]
     table_size = pi[P_TABLE_SIZE]
     counters = uses_counters(rule)
+    tree = _has_tree(rule, departure, si)
     two_choice = is_two_choice(rule)
     external = rule == EXTERNAL
     target = rf[R_TARGET]
@@ -565,15 +585,29 @@ def _run(P, S, r, pause):
                 candidates = 1
                 first = dispatch_by_hash(b, rule, table_size, h, ri, active, bf, bi, maglev)
         everyone = candidates == n and (counters or not arrival)
-        for i in range(candidates):
-            k = np.int64(i)
-            if not everyone:
+        i = 0
+        while i < candidates:
+            # The next one that is due, in the order of the servers with and without a tree.
+            if tree:
+                k = first_due(departure, room, now)
+                if k < 0:
+                    break
+            elif everyone:
+                while i < n and not departure[i] <= now:
+                    i += 1
+                if i == n:
+                    break
+                k = np.int64(i)
+                i += 1
+            else:
                 k = first if i == 0 else second
-            if departure[k] <= now:
-                _depart(
-                    k, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
-                    values, sample_weights, meta, result, log, record,
-                )  # fmt: skip
+                i += 1
+                if not departure[k] <= now:
+                    continue
+            _depart(
+                k, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
+                values, sample_weights, meta, result, log, record,
+            )  # fmt: skip
 
         if not arrival:
             for i in range(n):
@@ -606,10 +640,13 @@ def _run(P, S, r, pause):
                 elif rule == ORACLE_LEAST_WORK:
                     start = to_range(h, ri[R_ACTIVE])
                     j = least_work(start, now, demand, ri, active, server_f, server_i, sf, si)
-                elif is_oracle(rule):
-                    j = first_minimum(score[0], n, np.int64(active[to_range(h, ri[R_ACTIVE])]))
                 else:
-                    j = first_minimum(score[b], n, to_range(h, n))
+                    row = b
+                    start = to_range(h, n)
+                    if is_oracle(rule):
+                        row = 0
+                        start = np.int64(active[to_range(h, ri[R_ACTIVE])])
+                    j = first_least(score[row], room, start) if tree else first_minimum(score[row], n, start)
         elif candidates == 2:
             j = better_of_two(b, rule, balancers, first, second, bf, bi)
         if j >= 0:

@@ -21,10 +21,12 @@ from ..scenarios import workload as laws
 from ..snapshot import IntervalStatistics, Snapshot
 from . import layout as at
 from .threads import Workers, available_cores
+from .tournament import TREE_FROM
 
 logger = logging.getLogger("lbgym")
 
-_INITIAL_FLOWS = 32
+#: Flow slots per server; fewer where they are many, which find more of what they need in the processor's cache.
+_INITIAL_FLOWS, _INITIAL_FLOWS_OF_MANY = 32, 8
 _INITIAL_LOG = 256
 #: Servers, over all replicas, from which another thread pays.
 _SERVERS_PER_THREAD = 128
@@ -144,7 +146,7 @@ class Simulation:
             self.num_replicas,
             self.num_servers,
             self.num_balancers,
-            flows=_INITIAL_FLOWS,
+            flows=_INITIAL_FLOWS if self.num_servers < TREE_FROM else _INITIAL_FLOWS_OF_MANY,
             reservoir=self._reservoir_capacity,
             maglev=1,
             log=_INITIAL_LOG if service else 1,
@@ -705,7 +707,8 @@ def _scenario_rows(
     pi[at.P_RESERVOIRS], pi[at.P_SERVICE], pi[at.P_RECORD] = reservoirs, service, record
     pi[at.P_TABLE_SIZE] = maglev_table_size(scenario.num_servers)
     pi[at.P_SERVERS] = scenario.num_servers
-    pi[at.P_COST] = 64 + scenario.num_servers + int(32 * packets)
+    scanned = scenario.num_servers if scenario.num_servers < TREE_FROM else 2 * TREE_FROM
+    pi[at.P_COST] = 64 + scanned + int(32 * packets)
 
     demand_kind, demand = _demand_row(workload.demand)
     levels, first_level, fixed = _modulation(workload.arrivals)
