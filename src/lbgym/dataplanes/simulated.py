@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, InvalidWeightsError, UnknownNameError
-from ..scenarios import AnyScenario, Event, Scenario, load_scenario
+from ..scenarios import RULES, AnyScenario, Event, Scenario, load_scenario
 from ..scenarios.randomization import HORIZON
 from ..simulator import Simulation
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
@@ -151,10 +151,22 @@ class SimulatedDataPlane:
         self._draw(seeds, mask, self._source if source is None else source)
         return self.simulation.reset(seeds, mask)
 
+    @property
+    def has_index(self) -> bool:
+        """True if the dispatch rule counts flows by a formula that takes a background load."""
+        rule = RULES[self.simulation.dispatch]
+        return rule.mechanism in ("index", "two_choices") and not rule.oracle and rule.name != "table"
+
+    @property
+    def no_index_reason(self) -> str:
+        """Names the dispatch rule."""
+        return f"its dispatch rule is {self.simulation.dispatch!r}; give dispatch='marginal' or another that counts"
+
     def step(
         self,
         weights: NDArray[np.float64],
         *,
+        background: NDArray[np.float64] | None = None,
         delays: NDArray[np.float64] | None = None,
         seeds: Sequence[int] | None = None,
         reset: NDArray[np.bool_] | None = None,
@@ -165,7 +177,9 @@ class SimulatedDataPlane:
         if self._slow_maglev:
             self._check_maglev(weights)
         try:
-            return self.simulation.step(weights, self.interval, delays=delays, seeds=seeds, reset=reset)
+            return self.simulation.step(
+                weights, self.interval, background=background, delays=delays, seeds=seeds, reset=reset
+            )
         except MemoryError as error:
             raise _no_room(self._source.reference, self.num_replicas, error) from error
 

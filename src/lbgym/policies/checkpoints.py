@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 FORMAT = "lbgym-policy"
 VERSION = 1
 
-_OBSERVATION_KEYS = ("observation", "normalize", "use_ground_truth", "observe_weights")
-_ACTION_KEYS = ("action_type", "action_weights", "min_weight", "max_weight")
+_OBSERVATION_KEYS = (
+    "observation", "normalize", "use_ground_truth", "observe_weights", "observe_background", "observe_configured",
+)  # fmt: skip
+_ACTION_KEYS = ("action_type", "action_weights", "min_weight", "max_weight", "relative_to_configured")
 
 
 def contents(
