@@ -1,0 +1,1 @@
+"""An L4 balancer for TCP in the kernel, by XDP."""
