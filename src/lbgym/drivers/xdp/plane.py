@@ -316,7 +316,8 @@ class XdpPlane:
         """The VIPs it has."""
         rows = self.shared["vip_table"]
         return [
-            Vip(_address(row["address"].tobytes(), bool(row["is_ipv6"])), int(row["port"])) for row in rows[rows["port"] > 0]
+            Vip(_address(row["address"].tobytes(), bool(row["is_ipv6"])), int(row["port"]))
+            for row in rows[rows["port"] > 0]
         ]
 
     def set_sampling(self, fct: float, duration: float) -> None:
@@ -329,9 +330,7 @@ class XdpPlane:
         expires = time.monotonic_ns() + round(min(seconds, 1e9) * _NS)
         seqlock.store_word(self._words, _EXPIRES, expires)
 
-    def collect(
-        self, *, syn_timeout: float, idle_timeout: float, close_timeout: float, now: int | None = None
-    ) -> None:
+    def collect(self, *, syn_timeout: float, idle_timeout: float, close_timeout: float, now: int | None = None) -> None:
         """Forget flows without a packet for so many seconds: those of only a SYN, open ones, and ended ones.
 
         Args:
