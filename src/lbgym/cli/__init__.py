@@ -39,7 +39,7 @@ def _app() -> typer.Typer:
     from . import shm
     from ._options import options
     from .compare import compare
-    from .dataplane import check, ctl, emulate
+    from .dataplane import check, ctl, emulate, xdp
     from .run import run
     from .scenarios import describe, scenarios
     from .train import train
@@ -58,7 +58,7 @@ def _app() -> typer.Typer:
     for command in (compare, train, tune, run, scenarios, describe):
         app.command(help=_help(command))(command)
     dataplane = typer.Typer(help="Publish a data plane in shared memory, check and change it.", no_args_is_help=True)
-    for work in (emulate, check, ctl):
+    for work in (emulate, xdp, check, ctl):
         dataplane.command(help=_help(work))(work)
     app.add_typer(dataplane, name="dataplane")
     regions = typer.Typer(help="Look at regions of shared memory, record them, remove them.", no_args_is_help=True)

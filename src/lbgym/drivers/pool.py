@@ -25,12 +25,20 @@ class ServerPool:
     Args:
         config: the content of dataplane.toml.
         path: its file, for :meth:`reload`; None: there is none.
+        before: by row the servers of a driver that ran before, of a data plane that has gone on. They keep their rows;
+            those that the configuration does not have any more are being removed.
     """
 
-    def __init__(self, config: DataPlaneConfig, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        config: DataPlaneConfig,
+        path: str | os.PathLike[str] | None = None,
+        before: Sequence[ServerConfig | None] = (),
+    ) -> None:
         self.config, self._path = config, path
         capacity = config.capacity or max(abi.DEFAULT_CAPACITY, len(config.servers))
         self.slots = Slots(capacity)
+        self.slots.seat(before)
         self.slots.update(config.servers)
         self._health, self._truth = HealthChecks(), GroundTruth()
         self._discovery: Discovery | None = None

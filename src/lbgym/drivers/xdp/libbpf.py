@@ -1,4 +1,4 @@
-"""The few functions of libbpf that the driver needs, by ctypes: no compiled extension, and ``libbpf.so.1`` is everywhere.
+"""The few functions of libbpf that the driver needs, by ctypes, so that the package has no compiled extension.
 
 Every function raises OSError with the kernel's reason.
 """
@@ -62,7 +62,7 @@ def _remember(_level: int, form: bytes, values: int) -> int:
 
 @cache
 def library() -> ctypes.CDLL:
-    """libbpf.
+    """Load libbpf.
 
     Raises:
         DriverError: if it is not installed, or too old.

@@ -365,6 +365,12 @@ class XdpPlane:
         """Interfaces that it is attached to."""
         return tuple(self._links)
 
+    def detach_from(self, ifindex: int) -> None:
+        """Leave one interface, which may be gone already."""
+        os.close(self._links.pop(ifindex))
+        if self._pinned is not None:
+            (self._pinned / f"link-{ifindex}").unlink(missing_ok=True)
+
     def attach(self, ifindex: int, name: str, mode: str = "auto") -> str:
         """Attach to an interface of this network namespace; returns "native" or "generic".
 
@@ -384,12 +390,12 @@ class XdpPlane:
             except OSError as error:
                 if error.errno in (errno.EBUSY, errno.EEXIST):
                     raise DriverError(
-                        f"interface {name} already has an XDP program; detach it first (ip link set dev {name} xdp off, "
-                        "or lbgym dataplane xdp --detach)"
+                        f"interface {name} already has an XDP program; detach it first (ip link set dev {name} xdp "
+                        "off, or lbgym dataplane xdp --detach)"
                     ) from error
                 if chosen == modes[-1]:
                     raise DriverError(
-                        f"interface {name} does not take an XDP program in {chosen} mode: {os.strerror(error.errno or 0)}"
+                        f"interface {name} does not take an XDP program in {chosen} mode: {error.strerror}"
                     ) from error
             else:
                 if self._pinned is not None:
@@ -432,12 +438,16 @@ class XdpPlane:
         self._links.clear()
 
     def close(self) -> None:
-        """Close this process's descriptors: what is not pinned ends. The arrays may not be used afterwards. Idempotent."""
+        """Close this process's descriptors: what is not pinned ends. Idempotent.
+
+        The arrays may not be used afterwards.
+        """
         for fd in (*self._links.values(), *self._maps.values(), *self._programs.values()):
             os.close(fd)
         self._links, self._maps, self._programs = {}, {}, {}
         self.shared = None
-        self._words = self._lookups = self._indices = np.zeros(0)
+        for name in ("_words", "_lookups", "_indices"):
+            self.__dict__.pop(name, None)
         for memory in self._memory:
             # Where somebody still holds an array, the memory goes with it.
             with contextlib.suppress(BufferError):
@@ -475,8 +485,8 @@ def _reach(row: Any) -> Reach | None:
 def _check_privileges() -> None:
     if missing := missing_privileges():
         raise DriverError(
-            f"an XDP balancer needs {', '.join(missing)}, which this process has not: run it as root, or give a service "
-            "of its own CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
+            f"an XDP balancer needs {', '.join(missing)}, which this process has not: run it as root, or give its "
+            "service CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON"
         )
 
 
