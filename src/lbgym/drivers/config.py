@@ -167,7 +167,7 @@ class DataPlaneConfig:
 
     name: str
     servers: tuple[ServerConfig, ...] = ()
-    publish_interval: float = 0.25
+    publish_interval: float = 0.2
     lease: float = math.inf
     capacity: int | None = None
     mode: int = 0o600
