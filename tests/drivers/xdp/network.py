@@ -137,11 +137,31 @@ class Network:
             addresses[server] = (f"10.77.2.{i + 1}/16", f"fd77::1:{i + 1}/64")
         for i, part in enumerate(parts[1:]):
             port = f"p{i}"
-            ip("link", "add", "eth0", "netns", self.name(part), "type", "veth", "peer", port, "netns", self.name("fabric"))
+            ip(
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                self.name(part),
+                "type",
+                "veth",
+                "peer",
+                port,
+                "netns",
+                self.name("fabric"),
+            )
             ip("link", "set", port, "master", "bridge0", "up", namespace=self.name("fabric"))
             ip("link", "set", "eth0", "up", namespace=self.name(part))
             for address in addresses[part]:
-                ip("addr", "add", address, "dev", "eth0", *(["nodad"] if ":" in address else []), namespace=self.name(part))
+                ip(
+                    "addr",
+                    "add",
+                    address,
+                    "dev",
+                    "eth0",
+                    *(["nodad"] if ":" in address else []),
+                    namespace=self.name(part),
+                )
         for subnet in ("10.77.0.0/16", "fd77::/64"):
             ip("route", "add", subnet, "dev", "eth0", namespace=self.name("client"))
         for part in ("balancer", *self.servers):
@@ -186,7 +206,14 @@ class Network:
         return process
 
     def clients(
-        self, connections: int, *, lanes: int = 8, lines: int = 2, pause: float = 0.0, host: str = VIP4, port: int = PORT
+        self,
+        connections: int,
+        *,
+        lanes: int = 8,
+        lines: int = 2,
+        pause: float = 0.0,
+        host: str = VIP4,
+        port: int = PORT,
     ) -> subprocess.Popen[str]:
         """Clients at work; :func:`outcome` has what came of it."""
         return self.start("client", sys.executable, "-c", CLIENT, host, port, connections, lanes, lines, pause)

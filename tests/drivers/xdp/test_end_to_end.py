@@ -56,6 +56,12 @@ def driver(net: Network, *arguments: object) -> Iterator[subprocess.Popen[str]]:
             process.wait()
 
 
+def refused(net: Network, message: str, *arguments: object) -> None:
+    """The driver ends before it is ready, with a message."""
+    with pytest.raises(DriverError, match=message), driver(net, *arguments):
+        pass
+
+
 def newest(region: SharedMemoryRegion) -> ObservationBuffer:
     """The next observation that is published from now on."""
     buffer = region.new_buffer()
@@ -185,9 +191,7 @@ def test_traffic_survives_the_driver_and_the_next_one_takes_over(name: str, tmp_
             net.serve(server)
         file = dataplane_toml(tmp_path / "dataplane.toml", name, net.servers, driver={"orphan_timeout": 0.5})
         with driver(net, "--config", file) as process:
-            with pytest.raises(DriverError, match=f"another driver runs the balancer pinned in .*{name}"):
-                with driver(net, "--config", file):
-                    pass
+            refused(net, f"another driver runs the balancer pinned in .*{name}", "--config", file)
             with pytest.raises(DriverError, match="runs; end it first"):
                 detach(name)
             held = net.clients(10, lanes=10, lines=30, pause=0.1)
@@ -212,9 +216,7 @@ def test_traffic_survives_the_driver_and_the_next_one_takes_over(name: str, tmp_
             process.wait()
         # Other sizes cannot be taken over, and what is there stays at work.
         dataplane_toml(file, name, net.servers, driver={"flows": 1024})
-        with pytest.raises(DriverError, match=r"loaded with other sizes \(flows: 262144, not 1024\)"):
-            with driver(net, "--config", file):
-                pass
+        refused(net, r"loaded with other sizes \(flows: 262144, not 1024\)", "--config", file)
         assert outcome(net.clients(20))[1] == []
         assert detach(name) and not has_program(net) and not detach(name)
 
@@ -229,17 +231,13 @@ def test_bad_input_attaches_nothing(name: str, tmp_path: Path) -> None:
         ]
         for keys, message in cases:
             dataplane_toml(file, name, net.servers, driver=keys)
-            with pytest.raises(DriverError, match=message):
-                with driver(net, "--config", file):
-                    pass
+            refused(net, message, "--config", file)
             assert not has_program(net)
         net.run("balancer", "ip", "link", "add", "v0", "type", "veth", "peer", "v1")
         dataplane_toml(file, name, net.servers, driver={"interfaces": ["v0"]})
         with driver(net, "--config", file):
             other = dataplane_toml(tmp_path / "2.toml", f"{name}-2", net.servers, driver={"interfaces": ["eth0", "v0"]})
-            with pytest.raises(DriverError, match="interface v0 already has an XDP program; detach it first"):
-                with driver(net, "--config", other):
-                    pass
+            refused(net, "interface v0 already has an XDP program; detach it first", "--config", other)
             assert not has_program(net)
 
 
