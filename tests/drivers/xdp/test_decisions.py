@@ -110,9 +110,9 @@ def test_entries_of_an_index_table(load: Load) -> None:
         for shift, expected in ((0.5, 1), (-0.5, 0)):
             install(plane, "lsq", np.ones(2))
             bank = plane.bank
-            plane._indices[bank, 0] = 1e9
-            plane._indices[bank, 1] = INDEX_GRID[entry]
-            plane._indices[bank, 0, entry] = INDEX_GRID[entry] + shift
+            plane._indices[bank, :, 0] = 1e9
+            plane._indices[bank, :, 1] = INDEX_GRID[entry]
+            plane._indices[bank, entry, 0] = INDEX_GRID[entry] + shift
             held[0], held[1] = number, 0
             client += 1
             assert server_of(run(tcp4(client, 4000, VIP4, SYN, 1))) == expected, number

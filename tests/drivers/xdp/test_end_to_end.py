@@ -86,8 +86,9 @@ def test_connections_are_balanced_while_weights_change(mode: str, ipv6: bool, na
         file = dataplane_toml(tmp_path / "dataplane.toml", name, net.servers, ipv6=ipv6, driver=keys)
         host = VIP6 if ipv6 else VIP4
         with driver(net, "--config", file) as process, SharedMemoryRegion.attach(name) as region:
+            turn = 1
+            region.write_action(sequence_id=turn, weights=[1.0, 1.0, 1.0], lease=5.0)  # compiled now
             clients = net.clients(1000, host=host, pause=0.01)
-            turn = 0
             while clients.poll() is None:
                 turn += 1
                 region.write_action(sequence_id=turn, weights=np.roll([1.0, 2.0, 7.0], turn), lease=5.0)

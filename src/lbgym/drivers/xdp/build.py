@@ -38,12 +38,17 @@ def cache_folder() -> Path:
     return Path(home if home else Path.home() / ".cache") / "lbgym"
 
 
-def build_object() -> bytes:
+def build_object(*, benchmark: bool = False) -> bytes:
     """The compiled program, from the cache or by clang.
+
+    Args:
+        benchmark: with the programs that the benchmark compares it with; compiled every time.
 
     Raises:
         DriverError: if it has to be compiled, and clang or a header is missing, or does not compile it.
     """
+    if benchmark:
+        return _compile("-DBENCHMARK")
     kept = None
     with contextlib.suppress(OSError, RuntimeError):
         kept = cache_folder() / f"xdp-{object_digest()[:32]}.o"
@@ -58,7 +63,7 @@ def build_object() -> bytes:
     return content
 
 
-def _compile() -> bytes:
+def _compile(*flags: str) -> bytes:
     clang = shutil.which(os.environ.get("CLANG", "clang"))
     if clang is None:
         raise DriverError(
@@ -69,7 +74,7 @@ def _compile() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "balancer.bpf.o")
         command = [
-            clang, *_FLAGS, "-target", "bpfel" if sys.byteorder == "little" else "bpfeb", f"-I{_INCLUDE}",
+            clang, *_FLAGS, *flags, "-target", "bpfel" if sys.byteorder == "little" else "bpfeb", f"-I{_INCLUDE}",
             *([f"-I{system}"] if os.path.isdir(system) else []), f"-ffile-prefix-map={_HERE}=.", "-c",
             str(_SOURCES[0]), "-o", str(out),
         ]  # fmt: skip

@@ -145,12 +145,13 @@ class XdpPlane:
             self._map_tables()
 
     @classmethod
-    def load(cls, sizes: Sizes, content: bytes | None = None) -> Self:
+    def load(cls, sizes: Sizes, content: bytes | None = None, programs: Sequence[str] = ("pass",)) -> Self:
         """Load the program and make its maps.
 
         Args:
             sizes: of the maps.
             content: the object; None: from the cache, or built by clang.
+            programs: of the object to keep, beyond those of a balancer.
 
         Raises:
             DriverError: if something is missing: the message says what.
@@ -182,10 +183,10 @@ class XdpPlane:
             except OSError as error:
                 raise _not_loaded(error) from error
             maps = {name: os.dup(made.map_fd(".bss" if name == "shared" else name)) for name in _MAPS}
-            programs = {name: os.dup(made.program_fd(name)) for name in (*_PROGRAMS, "pass", "bounce")}
+            loaded = {name: os.dup(made.program_fd(name)) for name in (*_PROGRAMS, *programs)}
         finally:
             made.close()
-        plane = cls(maps, programs)
+        plane = cls(maps, loaded)
         settings = plane.shared["settings"]
         settings["capacity"], settings["lookup_size"] = sizes.servers, sizes.lookups
         settings["flows"], settings["syn_flows"], settings["mode"] = sizes.flows, sizes.syn_flows, int(sizes.dnat)
@@ -230,7 +231,7 @@ class XdpPlane:
         self._lookups = self._view(self._maps["lookups"], size)[:size].view(layout.LOOKUP).reshape(2, lookups)
         size = 2 * servers * layout.INDEX_ENTRIES * 8
         self._indices = self._view(self._maps["indices"], size)[:size].view(np.float64)
-        self._indices = self._indices.reshape(2, servers, layout.INDEX_ENTRIES)
+        self._indices = self._indices.reshape(2, layout.INDEX_ENTRIES, servers)
 
     # Tables
 
@@ -259,7 +260,7 @@ class XdpPlane:
         self._lookups[bank]["server"][: len(table.servers)] = table.servers
         self._lookups[bank]["fallback"][: len(fallback)] = fallback
         if table.index is not None:
-            self._indices[bank][: table.rows] = table.index
+            self._indices[bank][:, : table.rows] = table.index
         servers = np.zeros(len(reach), layout.SERVER)
         for row, server in zip(servers, reach, strict=True):
             if server is not None:
@@ -357,7 +358,7 @@ class XdpPlane:
     # Interfaces
 
     def program(self, name: str = "balancer") -> int:
-        """A descriptor of a program: "balancer", "collect" and, where it was loaded here, "pass" and "bounce"."""
+        """A descriptor of a program: "balancer", "collect", and those that :meth:`load` was asked for."""
         return self._programs[name]
 
     @property

@@ -55,7 +55,7 @@ class DispatchTable:
         rows: servers there are.
         aliases: ``ALIAS``[size], for ``ALIAS``.
         servers: uint32[size], for the mechanisms that look one up, and the candidates of two choices.
-        index: float64[rows, INDEX_ENTRIES], for the mechanisms that count.
+        index: float64[INDEX_ENTRIES, rows], for the mechanisms that count.
     """
 
     mechanism: Mechanism
@@ -138,16 +138,16 @@ def _take_turns(ri, active, bf, bi, maglev, taken, unrest):  # type: ignore[no-u
 def index_table(
     rule: str, weights: NDArray[np.float64], active: NDArray[np.bool_], balancers: int
 ) -> NDArray[np.float64]:
-    """Scores by server and entry, float64[N, INDEX_ENTRIES]; infinite where a server takes no flows."""
-    q = INDEX_GRID
+    """Scores by entry and server, float64[INDEX_ENTRIES, N]; infinite where a server takes no flows."""
+    q = INDEX_GRID[:, None]
     if rule in ("lsq", "p2c"):
-        scores = np.tile(q, (len(weights), 1))
+        scores = np.tile(q, len(weights))
     else:
         if MECHANISMS[rule] is Mechanism.INDEX and not weights[active].any():
             weights = np.ones_like(weights)
         with np.errstate(divide="ignore"):
-            scores = ((balancers if rule == "sed_scaled" else 1) * q + 1.0) / weights[:, None]
-    scores[~active] = np.inf
+            scores = ((balancers if rule == "sed_scaled" else 1) * q + 1.0) / weights
+    scores[:, ~active] = np.inf
     return scores
 
 
