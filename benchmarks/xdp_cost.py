@@ -1,8 +1,8 @@
 """Cost of a packet in the XDP balancer: ``python -m benchmarks.xdp_cost``, as root.
 
 By BPF_PROG_TEST_RUN, on one core, without a network: ns per packet, and as a ratio to what every balancer must do at
-least (parse, find the VIP, write the MAC addresses, send). All of a round follow each other; the ratios are of the
-least times over rounds, as the machine may be busy with other things.
+least (parse, find the VIP, write the MAC addresses, send). All of a round follow each other; ratios are medians over
+rounds.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from statistics import median
 import numpy as np
 
 from benchmarks.common import markdown, parser, report
+from lbgym.drivers import DriverError
 from lbgym.drivers.xdp import build_object, libbpf
 from lbgym.drivers.xdp.plane import Sizes, XdpPlane
 from tests.drivers.xdp.packets import ACK, SYN, VIP4, install, tcp4
 
-#: Servers of the index table; the flow table has room for every flow of a round.
-SERVERS, FLOWS = 64, 1 << 18
+#: Servers of the index table, entries of the flow table, and flows that begin before all are forgotten again.
+SERVERS, FLOWS, BATCH = 64, 1 << 18, 4_000
 #: Times the bare packet that each may take.
 LIMITS = {"existing flow": 3.5, "with sampling": 4.5, "new flow, alias table": 25.0, "new flow, index of 64": 32.0}
 #: Instructions that the verifier may look at, by clang 14 of Debian 12.
-LIMIT_VERIFIED = 30_000
+LIMIT_VERIFIED = 60_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(__doc__.splitlines()[0])
     given = options.parse_args(arguments)
-    rounds, hot, fresh = (3, 20_000, 20_000) if given.quick else (9, 500_000, 200_000)
+    rounds, hot, batches = (3, 20_000, 5) if given.quick else (9, 500_000, 50)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     sizes = Sizes(SERVERS, FLOWS, FLOWS)
     plane = XdpPlane.load(sizes, build_object(benchmark=True), ("bounce", "fresh"))
@@ -53,14 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def new(rule: str) -> float:
         plane.set_sampling(0.0, 0.0)
-        # No flow of the last round is left.
-        plane.collect(syn_timeout=0, idle_timeout=0, close_timeout=0, now=time.monotonic_ns() + 10**12)
-        assert plane.flow_count() == 0
         install(plane, rule, np.random.default_rng(0).uniform(0.5, 4.0, SERVERS))
-        before = int(plane.shared["counters"]["started"].sum())
-        took = runs("fresh", syn, fresh)
-        assert int(plane.shared["counters"]["started"].sum()) - before == fresh
-        return took
+        took = 0.0
+        for _ in range(batches):
+            # Servers hold some 60 flows each at the end of a batch, as real ones may.
+            plane.collect(syn_timeout=0, idle_timeout=0, close_timeout=0, now=time.monotonic_ns() + 10**12)
+            assert plane.flow_count() == 0
+            took += runs("fresh", syn, BATCH)
+            assert plane.flow_count() == BATCH
+        return took / batches
 
     measured: dict[str, Callable[[], float]] = {
         "bare packet": lambda: runs("bounce", established, hot),
@@ -76,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             times[name].append(measure())
     verified = libbpf.program_info(plane.program())[1]
     plane.close()
-    bare = min(times["bare packet"])
-    ratios = {name: min(took) / bare for name, took in times.items()}
+    bare = times["bare packet"]
+    ratios = {name: median(a / b for a, b in zip(took, bare, strict=True)) for name, took in times.items()}
     text = markdown(
         [(name, min(took), median(took), ratios[name], LIMITS.get(name)) for name, took in times.items()],
         ("ns per packet", "least", "median", "x bare packet", "at most"),
@@ -90,4 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except DriverError as error:
+        sys.exit(f"not measured: {error}")

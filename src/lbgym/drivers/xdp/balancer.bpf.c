@@ -119,20 +119,18 @@ static __always_inline int row_of(uint32_t at, int fallback)
     return entry ? (int)((fallback ? entry->fallback : entry->server) & (MAX_SERVERS - 1)) : NONE;
 }
 
-/* Not inlined, as it is rare. */
-static __noinline uint32_t shared_entry(uint64_t open)
+/* Of counts that share an entry; rare, and below 0 for a moment where the end of a flow was counted first. */
+__attribute__((noinline)) int shared_entry(uint64_t open)
 {
-    return lbgym_index_entry(open);
+    return (int64_t)open < 0 ? 0 : (int)lbgym_index_entry(open);
 }
 
-static __always_inline uint64_t score_of(uint32_t bank, uint32_t row)
+static __always_inline uint64_t score_of(uint32_t first, uint32_t capacity, uint32_t row)
 {
     uint64_t open = READ(shared.open_flows[row & (MAX_SERVERS - 1)]);
-    uint32_t entry = open;
-    if (UNLIKELY(open >= LBGYM_INDEX_EXACT)) /* below 0 for a moment: the end of a flow was counted before its start */
-        entry = (int64_t)open < 0 ? 0 : shared_entry(open);
+    uint32_t entry = LIKELY(open < LBGYM_INDEX_EXACT) ? (uint32_t)open : (uint32_t)shared_entry(open);
     /* By entry, then by server: counts are alike, and so a scan has few cache lines to read. */
-    uint32_t at = (bank * LBGYM_INDEX_ENTRIES + entry) * shared.settings.capacity + row;
+    uint32_t at = first + entry * capacity + row;
     uint64_t *score = bpf_map_lookup_elem(&indices, &at);
     return score ? *score : LBGYM_INDEX_NEVER;
 }
@@ -148,18 +146,30 @@ enum { ICMPV6_DEST_UNREACH = 1, ICMPV6_PARAMPROB = 4 };
 
 struct scan {
     uint64_t least;
-    uint32_t best, row, rows, bank;
+    uint32_t best, row, rows, first, capacity;
 };
+
+/* Servers looked at by one step of a scan, in registers. */
+#define SCAN_STEP 4
 
 static long scan_step(uint32_t i, struct scan *scan)
 {
-    uint32_t row = scan->row;
-    uint64_t score = score_of(scan->bank, row);
-    if (UNLIKELY(score < scan->least)) {
-        scan->least = score;
-        scan->best = row;
+    uint64_t least = scan->least;
+    uint32_t best = scan->best, row = scan->row, rows = scan->rows;
+    uint32_t first = scan->first, capacity = scan->capacity;
+#pragma unroll
+    for (int k = 0; k < SCAN_STEP; k++) {
+        uint64_t score = score_of(first, capacity, row);
+        if (UNLIKELY(score < least)) {
+            least = score;
+            best = row;
+        }
+        if (UNLIKELY(++row >= rows))
+            row = 0;
     }
-    scan->row = row + 1 < scan->rows ? row + 1 : 0;
+    scan->least = least;
+    scan->best = best;
+    scan->row = row;
     return 0;
 }
 
@@ -168,6 +178,7 @@ __attribute__((noinline)) int choose(uint64_t h, uint32_t bank)
     bank &= 1;
     struct table *table = &shared.settings.tables[bank];
     uint32_t size = table->size, half = bank * shared.settings.lookup_size;
+    uint32_t capacity = shared.settings.capacity, first = bank * LBGYM_INDEX_ENTRIES * capacity;
     switch (table->mechanism) {
     case ALIAS: {
         struct alias *bucket = &shared.aliases[bank][lbgym_to_range(h, size) & (MAX_SERVERS - 1)];
@@ -179,19 +190,23 @@ __attribute__((noinline)) int choose(uint64_t h, uint32_t bank)
         return row_of(half + (uint32_t)(__sync_fetch_and_add(&shared.totals.turn, 1) % (size ? size : 1)), 0);
     case INDEX: {
         /* Ties go to the first from the hashed position on. */
-        struct scan scan = {.least = LBGYM_INDEX_NEVER, .rows = table->rows, .bank = bank};
+        struct scan scan = {.least = LBGYM_INDEX_NEVER, .rows = table->rows, .first = first, .capacity = capacity};
         scan.row = lbgym_to_range(h, scan.rows);
-        bpf_loop(scan.rows < MAX_SERVERS ? scan.rows : MAX_SERVERS, scan_step, &scan, 0);
+        uint32_t rows = scan.rows < MAX_SERVERS ? scan.rows : MAX_SERVERS;
+        /* The last step may look at the first servers again, which are not less than themselves. */
+        bpf_loop((rows + SCAN_STEP - 1) / SCAN_STEP, scan_step, &scan, 0);
         return scan.least < LBGYM_INDEX_NEVER ? (int)(scan.best & (MAX_SERVERS - 1)) : NONE;
     }
     case TWO_CHOICES: {
         uint32_t one = lbgym_to_range(h, size);
-        int first = row_of(half + one, 0);
-        if (size < 2 || first < 0)
-            return first;
+        int taken = row_of(half + one, 0);
+        if (size < 2 || taken < 0)
+            return taken;
         uint32_t two = lbgym_to_range(lbgym_second_hash(h), size - 1);
-        int second = row_of(half + two + (two >= one), 0);
-        return second >= 0 && score_of(bank, second) < score_of(bank, first) ? second : first;
+        int other = row_of(half + two + (two >= one), 0);
+        if (other >= 0 && score_of(first, capacity, other) < score_of(first, capacity, taken))
+            return other;
+        return taken;
     }
     default:
         return NONE;
