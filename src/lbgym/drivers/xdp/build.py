@@ -18,7 +18,13 @@ from ..base import DriverError
 
 _HERE = Path(__file__).parent
 _INCLUDE = _HERE.parents[1] / "include"
-_SOURCES = (_HERE / "balancer.bpf.c", _HERE / "balancer.h", _INCLUDE / "lbgym_dispatch.h")
+_SOURCES = (
+    _HERE / "balancer.bpf.c",
+    _HERE / "flows.bpf.h",
+    _HERE / "dispatch.bpf.h",
+    _HERE / "balancer.h",
+    _INCLUDE / "lbgym_dispatch.h",
+)
 _PACKAGES = "clang, llvm and libbpf-dev"
 # The newest of these instructions, atomic ones, are of version 3.
 _FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-mcpu=v3")
