@@ -156,7 +156,7 @@ class XdpPlane:
         Raises:
             DriverError: if something is missing: the message says what.
         """
-        _check_privileges()
+        check_privileges()
         if content is None:
             content = build_object()
         made = libbpf.Object(content)
@@ -202,7 +202,7 @@ class XdpPlane:
         Raises:
             DriverError: if there is something else.
         """
-        _check_privileges()
+        check_privileges()
         digest = folder / f"version-{object_digest()[:16]}"
         if not digest.exists():
             raise DriverError(
@@ -483,7 +483,8 @@ def _reach(row: Any) -> Reach | None:
     return replace(reach, mac=row["mac"].tobytes(), own_mac=row["own_mac"].tobytes(), ifindex=int(row["ifindex"]))
 
 
-def _check_privileges() -> None:
+def check_privileges() -> None:
+    """Raise DriverError, with the capabilities that are missing."""
     if missing := missing_privileges():
         raise DriverError(
             f"an XDP balancer needs {', '.join(missing)}, which this process has not: run it as root, or give its "

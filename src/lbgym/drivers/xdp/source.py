@@ -24,7 +24,7 @@ from ..pool import ServerPool
 from .layout import MAX_SERVERS
 from .neighbours import Neighbours, NextHop
 from .options import XdpOptions, check_config, check_servers, parse_options
-from .plane import Address, Reach, Sizes, XdpPlane, mount_bpf, unpin
+from .plane import Address, Reach, Sizes, XdpPlane, check_privileges, mount_bpf, unpin
 from .statistics import SampleStatistics
 from .tables import dispatch_table, maglev_table
 
@@ -81,6 +81,7 @@ class XdpBalancer(Source):
 
     def _start(self, config: DataPlaneConfig) -> None:
         options = self.options
+        check_privileges()
         interfaces = {self._neighbours.interface(name): name for name in options.interfaces}
         capacity = config.capacity or max(abi.DEFAULT_CAPACITY, len(config.servers))
         syn_flows = options.syn_flows or max(1, options.flows // 4)
