@@ -75,18 +75,26 @@ cc: # the tests of the C headers need a compiler; where there is none and none c
 	@command -v cc >/dev/null || { apt-get update -qq && apt-get install -qq -y gcc g++ libc6-dev; } || \
 		echo "no C compiler, and no right to install one: the tests of the C headers will be skipped"
 
+XDP_PACKAGES := clang llvm libbpf-dev libbpf1 iproute2 ethtool util-linux procps
+.PHONY: xdp
+xdp: # the tests of XDP need these Debian packages and root; where they cannot be had, they are skipped, but not in CI
+	@command -v clang >/dev/null && command -v llvm-strip >/dev/null && test -e /usr/include/bpf/bpf_helpers.h && \
+		command -v ip >/dev/null && command -v ethtool >/dev/null && command -v nsenter >/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(XDP_PACKAGES); } || { \
+		echo "no clang or libbpf, and no right to install them: the tests of XDP will be skipped"; test -z "$(CI)"; }
+
 .PHONY: warm
 warm: $(VENV)/.dev # or else every process of the tests compiles the simulator at the same time
 	$(BIN)/python -c 'import gymnasium, lbgym; env = gymnasium.make("lbgym/LoadBalance-v0"); env.reset(seed=0); env.step(env.action_space.sample())'
 
 .PHONY: test
-test: cc ## lint, then the tests, also those of the frameworks
+test: cc xdp ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 2 lint warm $(FRAMEWORKS)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(MAKE) test-young-clock test-next test-frameworks
 
 .PHONY: coverage
-coverage: cc $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
+coverage: cc xdp $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
 

@@ -1,4 +1,4 @@
-"""The command line, ``lbgym``: compare, train, tune, run, scenarios, describe, dataplane, shm.
+"""The command line, ``lbgym``: compare, train, tune, run, scenarios, describe, server-agent, dataplane, shm.
 
 Exit codes: 0; 1 for a fault of lbgym; 2 for what the user can put right; 128 + n after signal n (130 after Ctrl-C), 141
 if whoever reads standard output has closed it. Errors are one line on standard error; ``LBGYM_DEBUG=1`` adds the
@@ -39,9 +39,10 @@ def _app() -> typer.Typer:
     from . import shm
     from ._options import options
     from .compare import compare
-    from .dataplane import check, ctl, emulate
+    from .dataplane import check, ctl, emulate, xdp
     from .run import run
     from .scenarios import describe, scenarios
+    from .server_agent import server_agent
     from .train import train
     from .tune import tune
 
@@ -55,10 +56,10 @@ def _app() -> typer.Typer:
     )
 
     app.callback()(options)
-    for command in (compare, train, tune, run, scenarios, describe):
+    for command in (compare, train, tune, run, scenarios, describe, server_agent):
         app.command(help=_help(command))(command)
     dataplane = typer.Typer(help="Publish a data plane in shared memory, check and change it.", no_args_is_help=True)
-    for work in (emulate, check, ctl):
+    for work in (emulate, xdp, check, ctl):
         dataplane.command(help=_help(work))(work)
     app.add_typer(dataplane, name="dataplane")
     regions = typer.Typer(help="Look at regions of shared memory, record them, remove them.", no_args_is_help=True)

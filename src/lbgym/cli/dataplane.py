@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..atomic import check_writable, write_whole
 from ..errors import InvalidOptionError
 from ..scenarios import fixed_scenario
 from ._signals import stop_on_signal
@@ -76,6 +80,119 @@ def emulate(
             "%.6g s emulated, %d observations, %d of them late, clock stood still for %.3g s",
             emulator.time, emulator.observations, emulator.slips, emulator.lost,
         )  # fmt: skip
+
+
+def xdp(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="dataplane.toml, instead of the options below.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the region.")] = None,
+    vip: Annotated[
+        list[str] | None, typer.Option("--vip", help="ADDRESS:PORT that clients connect to; may be repeated.")
+    ] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option("--server", help="NAME=ADDRESS[:PORT][,weight=W][,cores=C][,health=tcp|http]; repeated."),
+    ] = None,
+    interface: Annotated[
+        list[str] | None, typer.Option("--interface", "-i", help="To attach to; may be repeated.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="dsr (direct server return) or dnat.")] = "dsr",
+    rule: Annotated[str, typer.Option(help="Dispatch rule.")] = "sed",
+    attach: Annotated[str, typer.Option(help="native, generic or auto.")] = "auto",
+    publish_interval: Annotated[float, typer.Option(help="Seconds between observations.")] = 0.2,
+    capacity: Annotated[
+        int | None, typer.Option(help="Servers there is room for.", show_default="64, or more if needed")
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="Owning group of the region.", show_default="the user's")] = None,
+    region_mode: Annotated[str, typer.Option(help="Permissions of the region, octal.")] = "600",
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the balancer at work at the end.")] = False,
+    object_file: Annotated[
+        Path | None, typer.Option("--object", help="Compiled program.", show_default="compiled at first use")
+    ] = None,
+    build: Annotated[Path | None, typer.Option("--build", help="Only compile the program into this file.")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Only remove a balancer that a driver left at work.")
+    ] = False,
+) -> None:
+    """Balance TCP connections in the kernel, by XDP, and publish the balancer in shared memory.
+
+    Prints one line as soon as agents can attach. SIGTERM or Ctrl-C end it: interfaces and region are as before, and the
+    exit code is 0. SIGHUP reads --config again. Killed, it leaves the balancer at work for the next driver to take
+    over. Needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; the agent needs neither.
+    """
+    from ..drivers import Publisher
+    from ..drivers.config import DataPlaneConfig, load_config, parse_server
+    from ..drivers.xdp import XdpBalancer, XdpOptions, build_object
+    from ..drivers.xdp import detach as remove
+    from ..drivers.xdp.options import parse_options
+
+    if build is not None:
+        content = build_object()
+        check_writable(build)
+        write_whole(build, lambda stream: stream.write(content))
+        typer.echo(f"{build}: {len(content)} bytes")
+        return
+    if config is not None:
+        if given := [
+            flag for flag, value in (("--vip", vip), ("--server", server), ("--interface", interface)) if value
+        ]:
+            raise InvalidOptionError(f"{', '.join(given)}: the servers, VIPs and interfaces are those of --config")
+        loaded = load_config(config)
+        options = parse_options(loaded.driver, f"{config}, [driver]")
+        if name is not None:
+            loaded = dataclasses.replace(loaded, name=name)
+        if keep:
+            options = dataclasses.replace(options, keep=True)
+    else:
+        if name is None:
+            raise InvalidOptionError("give --config, or --name, --vip, --server and --interface")
+        if detach:
+            if not remove(name):
+                raise InvalidOptionError(f"no driver has left an XDP balancer of the name {name!r} at work")
+            return
+        missing = [
+            flag for flag, value in (("--vip", vip), ("--server", server), ("--interface", interface)) if not value
+        ]
+        if missing:
+            raise InvalidOptionError(f"give {', '.join(missing)}, or --config")
+        options = XdpOptions(
+            vips=tuple(vip or ()),
+            interfaces=tuple(interface or ()),
+            mode=mode,
+            rule=rule,
+            attach=attach,
+            keep=keep,
+            object=None if object_file is None else str(object_file),
+        )
+        loaded = DataPlaneConfig(
+            name=name,
+            servers=tuple(parse_server(text) for text in server or ()),
+            publish_interval=publish_interval,
+            capacity=capacity,
+            mode=_permissions(region_mode),
+            group=group,
+            driver={},
+        )
+    if detach:
+        if not remove(loaded.name, options):
+            raise InvalidOptionError(f"no driver has left an XDP balancer of the name {loaded.name!r} at work")
+        return
+    balancer = XdpBalancer(loaded, options, config)
+    with Publisher(
+        {loaded.name: balancer},
+        publish_interval=loaded.publish_interval,
+        capacity=loaded.capacity,
+        lease=loaded.lease,
+        mode=loaded.mode,
+        group=loaded.group,
+    ) as publisher:
+        typer.echo(
+            f"region {loaded.name}: {', '.join(options.vips)} on {', '.join(options.interfaces)}, {options.mode} to "
+            f"{len(balancer.servers())} servers by {options.rule}, an observation every {loaded.publish_interval:g} s"
+        )
+        sys.stdout.flush()
+        publisher.serve()
 
 
 def check(

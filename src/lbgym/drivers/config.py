@@ -168,7 +168,7 @@ class DataPlaneConfig:
 
     name: str
     servers: tuple[ServerConfig, ...] = ()
-    publish_interval: float = 0.25
+    publish_interval: float = 0.2
     lease: float = math.inf
     capacity: int | None = None
     mode: int = 0o600
@@ -241,6 +241,42 @@ def read_servers(path: str | os.PathLike[str]) -> tuple[ServerConfig, ...]:
     for key in values:
         raise UnknownNameError("key", key, ("servers", "health", "ground_truth"), where=here)
     return servers
+
+
+def parse_server(text: str) -> ServerConfig:
+    """A server as on a command line: NAME=ADDRESS[:PORT], then any of weight, cores and health, separated by commas.
+
+    Raises:
+        InvalidOptionError, UnknownNameError: with the text.
+    """
+    where = f"server {text!r}"
+    place, *rest = text.split(",")
+    name, equals, address = place.partition("=")
+    if not equals or not name or not address:
+        raise InvalidOptionError(f"{where}: must begin with NAME=ADDRESS or NAME=ADDRESS:PORT")
+    values: dict[str, Any] = {"name": name, "address": address}
+    head, colon, port = address.rpartition(":")
+    if colon and (address.startswith("[") or ":" not in head):
+        if not port.isdigit():
+            raise InvalidOptionError(f"{where}: the port must be a whole number, got {port!r}")
+        values |= {"address": head, "port": int(port)}
+    values["address"] = values["address"].removeprefix("[").removesuffix("]")
+    kinds: dict[str, Callable[[str], Any]] = {
+        "weight": float,
+        "cores": int,
+        "health": lambda kind: HealthCheck(kind=kind),
+    }
+    for part in rest:
+        key, _, value = part.partition("=")
+        if key not in kinds:
+            raise UnknownNameError("key", key, kinds, where=where)
+        try:
+            values[key] = kinds[key](value)
+        except LbgymError:
+            raise
+        except ValueError:
+            raise InvalidOptionError(f"{where}: {key} must be a number, got {value!r}") from None
+    return _in(where, lambda: ServerConfig(**values))
 
 
 def _servers(

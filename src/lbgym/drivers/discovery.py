@@ -119,6 +119,12 @@ class Slots:
             for slot in self._rows
         ]
 
+    def seat(self, servers: Sequence[ServerConfig | None]) -> None:
+        """Begin with the rows of a driver that ran before, as servers that are being removed; add them to keep them."""
+        self._rows = [None if server is None else Slot(i, server, removed=True) for i, server in enumerate(servers)]
+        self._rows = self._rows or [None]
+        self._by_name = {slot.server.name: slot for slot in self}
+
     def add(self, server: ServerConfig) -> Slot:
         """Give a server the first free row, or its own back.
 

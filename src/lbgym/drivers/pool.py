@@ -26,12 +26,20 @@ class ServerPool:
     Args:
         config: the content of dataplane.toml.
         path: its file, for :meth:`reload`.
+        before: servers, by row, of a driver that ran before on a data plane that has gone on. They keep their rows;
+            those that the configuration no longer has are being removed.
     """
 
-    def __init__(self, config: DataPlaneConfig, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self,
+        config: DataPlaneConfig,
+        path: str | os.PathLike[str] | None = None,
+        before: Sequence[ServerConfig | None] = (),
+    ) -> None:
         self.config, self._path = config, path
         capacity = config.capacity or max(abi.DEFAULT_CAPACITY, len(config.servers))
         self.slots = Slots(capacity)
+        self.slots.seat(before)
         self.slots.update(config.servers)
         self._health, self._truth = HealthChecks(), GroundTruth()
         self._discovery: Discovery | None = None

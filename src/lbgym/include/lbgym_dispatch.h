@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Dispatch in integers: from the hash of a flow, tables and open flows to a server, bit for bit as lbgym.simulator does.
+ *
+ * For C11, C++17 and BPF. Include the header that defines uint32_t and uint64_t first where there is no <stdint.h>.
+ * Tables are filled in floating point elsewhere: an alias table, a lookup table by hash, or an index table of scores.
+ * Scores are the bits of non-negative float64 numbers, which are ordered as integers are.
+ */
+#ifndef LBGYM_DISPATCH_H
+#define LBGYM_DISPATCH_H
+
+#ifndef __bpf__
+#include <stdint.h>
+#endif
+
+/* Open flows below LBGYM_INDEX_EXACT have an entry each in an index table, more share one with their neighbours: 512 per
+ * power of two, so that an entry is at most 0.2 % off. LBGYM_INDEX_MOST and more share the last one. */
+#define LBGYM_INDEX_EXACT 1024u
+#define LBGYM_INDEX_MOST (1u << 20)
+#define LBGYM_INDEX_ENTRIES 6144u
+/* The bits of an infinite score, of a server that takes no flows. */
+#define LBGYM_INDEX_NEVER 0x7FF0000000000000ull
+
+/** The finaliser of SplitMix64 (Steele, Lea and Flood, 2014). */
+static inline uint64_t lbgym_mix64(uint64_t x)
+{
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
+
+/** The 64-bit hash of a flow: of the client's address, four words of which IPv4 fills the first, and port, all as they
+ * are on the wire, and of a word that stands for the service's address, port and protocol. */
+static inline uint64_t lbgym_flow_hash(uint64_t service, const uint32_t client[4], uint16_t port)
+{
+    uint64_t h = lbgym_mix64(service ^ ((uint64_t)client[1] << 32 | client[0]));
+    h = lbgym_mix64(h ^ ((uint64_t)client[3] << 32 | client[2]));
+    return lbgym_mix64(h ^ port);
+}
+
+/** The part of a flow's hash that chooses the server. */
+static inline uint64_t lbgym_dispatch_hash(uint64_t flow_hash)
+{
+    return lbgym_mix64(flow_hash ^ 0xD1B54A32D192ED03ull);
+}
+
+/** Another one, for the second of two candidates. */
+static inline uint64_t lbgym_second_hash(uint64_t h)
+{
+    return lbgym_mix64(h ^ 0x8CB92BA72F3D8DD7ull);
+}
+
+/** A hash to an index below n, from its high 32 bits. */
+static inline uint32_t lbgym_to_range(uint64_t h, uint32_t n)
+{
+    return (uint32_t)(((h >> 32) * n) >> 32);
+}
+
+/** Whether the bucket of an alias table is left for its alias: `threshold` is 2**32 times the probability to stay, rounded
+ * up. */
+static inline int lbgym_takes_alias(uint64_t h, uint64_t threshold)
+{
+    return (h & 0xFFFFFFFFull) >= threshold;
+}
+
+/** The entry of an index table for a number of open flows. */
+static inline uint32_t lbgym_index_entry(uint64_t open_flows)
+{
+    uint32_t q, shift = 0;
+    if (open_flows < LBGYM_INDEX_EXACT)
+        return (uint32_t)open_flows;
+    q = open_flows < LBGYM_INDEX_MOST ? (uint32_t)open_flows : LBGYM_INDEX_MOST - 1;
+    for (int i = 0; i < 10 && q >= LBGYM_INDEX_EXACT; i++) {
+        q >>= 1;
+        shift++;
+    }
+    return LBGYM_INDEX_EXACT + (shift - 1) * (LBGYM_INDEX_EXACT / 2) + (q - LBGYM_INDEX_EXACT / 2);
+}
+
+#endif /* LBGYM_DISPATCH_H */

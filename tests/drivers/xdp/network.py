@@ -1,0 +1,271 @@
+"""A small network of namespaces: a client, a balancer, servers, and a bridge between them; real TCP."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lbgym.drivers import DriverError
+from lbgym.drivers.xdp import libbpf
+from lbgym.drivers.xdp.plane import Sizes, XdpPlane
+
+TOOLS = ("ip", "ethtool", "nsenter")
+VIP4, VIP6 = "10.77.1.100", "fd77::100"
+PORT = 8080
+#: Answers every line with its name; the third argument, if there is one, has it close after the first.
+SERVER = """
+import asyncio, sys
+name, port, mode = sys.argv[1].encode(), int(sys.argv[2]), sys.argv[3]
+async def serve(reader, writer):
+    try:
+        while line := await reader.readline():
+            await asyncio.sleep(float(line))
+            writer.write(name + b"\\n")
+            await writer.drain()
+            if mode == "close":
+                break
+    except (OSError, ValueError):
+        pass
+    finally:
+        writer.close()
+async def main():
+    servers = [await asyncio.start_server(serve, host, port, backlog=1024) for host in ("0.0.0.0", "::")]
+    print("ready", flush=True)
+    await asyncio.gather(*(server.serve_forever() for server in servers))
+asyncio.run(main())
+"""
+#: Opens connections one after another in each of some lanes; prints how often each server answered, failures, and
+#: connections in which not one server answered all lines.
+CLIENT = """
+import asyncio, collections, json, sys
+host, port, connections, lanes, lines, pause = sys.argv[1], *map(int, sys.argv[2:5]), int(sys.argv[5]), sys.argv[6]
+answered, failed, moved = collections.Counter(), [], 0
+async def one():
+    global moved
+    writer = None
+    try:
+        async with asyncio.timeout(20):
+            reader, writer = await asyncio.open_connection(host, port)
+            names = set()
+            for _ in range(lines):
+                writer.write(pause.encode() + b"\\n")
+                line = await reader.readline()
+                if not line:
+                    raise EOFError("closed early")
+                names.add(line.decode().strip())
+        moved += len(names) > 1
+        answered[names.pop()] += 1
+    except (OSError, EOFError, TimeoutError) as error:
+        failed.append(repr(error))
+    finally:
+        if writer is not None:
+            writer.close()
+async def lane():
+    global connections
+    while connections > 0:
+        connections -= 1
+        await one()
+async def main():
+    await asyncio.gather(*(lane() for _ in range(lanes)))
+asyncio.run(main())
+print(json.dumps({"answered": answered, "failed": failed, "moved": moved}), flush=True)
+"""
+
+
+def missing_tools() -> str:
+    """What a network needs and is not there; empty if nothing."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    return f"no {', '.join(missing)} here: install iproute2, ethtool and util-linux" if missing else ""
+
+
+def ip(*arguments: object, namespace: str | None = None) -> None:
+    command = ["ip", *(["-n", namespace] if namespace else []), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+
+
+@contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """This thread's network namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{namespace}") as other:
+        assert libc.setns(other.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+        try:
+            yield
+        finally:
+            assert libc.setns(before.fileno(), 0) == 0
+
+
+class Network:
+    """Namespaces client, balancer, fabric and server-0 to server-{n-1}, each with an interface eth0.
+
+    Args:
+        servers: n.
+        dnat: servers answer through the balancer; else they have the VIPs.
+    """
+
+    def __init__(self, servers: int, *, dnat: bool = False) -> None:
+        self.prefix = f"lbt{os.getpid()}-"
+        self.servers = [f"server-{i}" for i in range(servers)]
+        self.dnat = dnat
+        self._processes: list[subprocess.Popen[str]] = []
+        self._helper: XdpPlane | None = None
+
+    def name(self, part: str) -> str:
+        return self.prefix + part
+
+    def up(self) -> None:
+        parts = ["fabric", "client", "balancer", *self.servers]
+        for part in parts:
+            ip("netns", "add", self.name(part))
+            self.run(part, "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.default.rp_filter=0")
+            ip("link", "set", "lo", "up", namespace=self.name(part))
+        ip("link", "add", "bridge0", "type", "bridge", namespace=self.name("fabric"))
+        ip("link", "set", "bridge0", "up", namespace=self.name("fabric"))
+        addresses = {"client": ("10.78.0.1/16", "fd78::1/64"), "balancer": ("10.77.0.2/16", "fd77::2/64")}
+        for i, server in enumerate(self.servers):
+            addresses[server] = (f"10.77.2.{i + 1}/16", f"fd77::1:{i + 1}/64")
+        for i, part in enumerate(parts[1:]):
+            port = f"p{i}"
+            ip(
+                "link",
+                "add",
+                "eth0",
+                "netns",
+                self.name(part),
+                "type",
+                "veth",
+                "peer",
+                port,
+                "netns",
+                self.name("fabric"),
+            )
+            ip("link", "set", port, "master", "bridge0", "up", namespace=self.name("fabric"))
+            ip("link", "set", "eth0", "up", namespace=self.name(part))
+            for address in addresses[part]:
+                ip(
+                    "addr",
+                    "add",
+                    address,
+                    "dev",
+                    "eth0",
+                    *(["nodad"] if ":" in address else []),
+                    namespace=self.name(part),
+                )
+        for subnet in ("10.77.0.0/16", "fd77::/64"):
+            ip("route", "add", subnet, "dev", "eth0", namespace=self.name("client"))
+        for part in ("balancer", *self.servers):
+            for subnet, router in (("10.78.0.0/16", "10.77.0.2"), ("fd78::/64", "fd77::2")):
+                via = ["via", router] if self.dnat and part != "balancer" else []
+                ip("route", "add", subnet, *via, "dev", "eth0", namespace=self.name(part))
+        holders = ["balancer"] if self.dnat else ["balancer", *self.servers]
+        for part in holders:
+            device = "eth0" if part == "balancer" else "lo"
+            if device == "lo":
+                for key, value in (("arp_ignore", 1), ("arp_announce", 2)):
+                    self.run(part, "sysctl", "-qw", f"net.ipv4.conf.all.{key}={value}")
+            ip("addr", "add", f"{VIP4}/32", "dev", device, namespace=self.name(part))
+            ip("addr", "add", f"{VIP6}/128", "dev", device, "nodad", namespace=self.name(part))
+        # What is sent by XDP_TX over veth arrives only where the far end has a program, and with whole checksums.
+        self._helper = XdpPlane.load(Sizes(servers=2, flows=16, syn_flows=16))
+        with inside(self.name("fabric")):
+            import socket
+
+            self._link = libbpf.attach(self._helper.program("pass"), socket.if_nametoindex("p1"), libbpf.DRIVER_MODE)
+        self.run("fabric", "ethtool", "-K", "p1", "tx", "off")
+
+    def command(self, part: str, *arguments: object) -> list[str]:
+        return ["nsenter", f"--net=/run/netns/{self.name(part)}", *map(str, arguments)]
+
+    def run(self, part: str, *arguments: object) -> str:
+        done = subprocess.run(self.command(part, *arguments), capture_output=True, text=True)
+        assert done.returncode == 0, f"{arguments}: {done.stderr}"
+        return done.stdout
+
+    def start(self, part: str, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            self.command(part, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        )
+        self._processes.append(process)
+        return process
+
+    def serve(self, server: str, mode: str = "") -> subprocess.Popen[str]:
+        """A TCP server that answers with its name."""
+        process = self.start(server, sys.executable, "-c", SERVER, server, PORT, mode)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        return process
+
+    def clients(
+        self,
+        connections: int,
+        *,
+        lanes: int = 8,
+        lines: int = 2,
+        pause: float = 0.0,
+        host: str = VIP4,
+        port: int = PORT,
+    ) -> subprocess.Popen[str]:
+        """Clients at work; :func:`outcome` has what came of it."""
+        return self.start("client", sys.executable, "-c", CLIENT, host, port, connections, lanes, lines, pause)
+
+    def down(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+        if self._helper is not None:
+            with contextlib.suppress(AttributeError):
+                os.close(self._link)
+            self._helper.close()
+        for part in ("client", "balancer", *self.servers, "fabric"):
+            subprocess.run(["ip", "netns", "delete", self.name(part)], capture_output=True)
+
+
+def outcome(process: subprocess.Popen[str]) -> tuple[Counter[str], list[str], int]:
+    """Answers by server, failures, and connections that changed their server."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    told: Mapping[str, Any] = json.loads(out)
+    return Counter(told["answered"]), told["failed"], told["moved"]
+
+
+@contextmanager
+def network(servers: int, **options: Any) -> Iterator[Network]:
+    if reason := missing_tools():
+        raise DriverError(reason)
+    made = Network(servers, **options)
+    try:
+        made.up()
+        yield made
+    finally:
+        made.down()
+
+
+def dataplane_toml(
+    path: Path,
+    name: str,
+    servers: Sequence[str],
+    *,
+    ipv6: bool = False,
+    head: str = "",
+    driver: Mapping[str, Any] | None = None,
+) -> Path:
+    """A configuration for a network's balancer."""
+    keys: dict[str, Any] = {"vips": [f"{VIP4}:{PORT}", f"[{VIP6}]:{PORT}"], "interfaces": ["eth0"], **(driver or {})}
+    lines = [f'name = "{name}"', "publish_interval = 0.05", head, "[driver]"]
+    lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+    for server in servers:
+        number = int(server.rpartition("-")[2]) + 1
+        address = f"fd77::1:{number}" if ipv6 else f"10.77.2.{number}"
+        lines += ["[[servers]]", f'name = "{server}"', f'address = "{address}"', f"port = {PORT}"]
+    path.write_text("\n".join(lines) + "\n")
+    return path

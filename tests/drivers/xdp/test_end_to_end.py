@@ -1,0 +1,256 @@
+"""Real TCP through the driver, in network namespaces."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lbgym.drivers import DriverError
+from lbgym.drivers.check import check_driver
+from lbgym.drivers.control import control
+from lbgym.drivers.xdp import XdpOptions, detach
+from lbgym.sharedmemory import ObservationBuffer, ServerState, SharedMemoryRegion
+from tests.drivers.test_discovery import eventually
+from tests.drivers.xdp.network import PORT, VIP4, VIP6, Network, dataplane_toml, missing_tools, network, outcome
+
+pytestmark = [pytest.mark.xdp, pytest.mark.slow]
+
+
+@pytest.fixture(autouse=True)
+def _needs_namespaces(_needs_xdp: None) -> None:
+    if reason := missing_tools():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must run the tests of XDP: {reason}")
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """Of a region; nothing is left pinned under it."""
+    chosen = f"xdp-test-{os.getpid()}"
+    yield chosen
+    detach(chosen)
+
+
+@contextmanager
+def driver(net: Network, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    process = net.start("balancer", sys.executable, "-m", "lbgym", "dataplane", "xdp", *arguments)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line.startswith("region"):
+        raise DriverError(process.communicate()[1])
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def refused(net: Network, message: str, *arguments: object) -> None:
+    """The driver ends before it is ready, with a message."""
+    with pytest.raises(DriverError, match=message), driver(net, *arguments):
+        pass
+
+
+def newest(region: SharedMemoryRegion) -> ObservationBuffer:
+    """The next observation that is published from now on."""
+    buffer = region.new_buffer()
+    assert region.read_into(buffer)
+    assert region.wait_observation(buffer.sequence_id, 10.0)
+    assert region.read_into(buffer)
+    return buffer
+
+
+def has_program(net: Network) -> bool:
+    return "xdp" in net.run("balancer", "ip", "link", "show", "dev", "eth0")
+
+
+@pytest.mark.parametrize("ipv6", [False, True], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("mode", ["dsr", "dnat"])
+def test_connections_are_balanced_while_weights_change(mode: str, ipv6: bool, name: str, tmp_path: Path) -> None:
+    with network(3, dnat=mode == "dnat") as net:
+        for server in net.servers:
+            net.serve(server)
+        vip = f"[{VIP6}]:{PORT}" if ipv6 else f"{VIP4}:{PORT}"
+        keys = {"vips": [vip], "mode": mode, "rule": "wcmp", "duration_sampling": 1.0}
+        file = dataplane_toml(tmp_path / "dataplane.toml", name, net.servers, ipv6=ipv6, driver=keys)
+        host = VIP6 if ipv6 else VIP4
+        with driver(net, "--config", file) as process, SharedMemoryRegion.attach(name) as region:
+            turn = 1
+            region.write_action(sequence_id=turn, weights=[1.0, 1.0, 1.0], lease=5.0)  # compiled now
+            clients = net.clients(1000, host=host, pause=0.01)
+            while clients.poll() is None:
+                turn += 1
+                region.write_action(sequence_id=turn, weights=np.roll([1.0, 2.0, 7.0], turn), lease=5.0)
+                time.sleep(0.1)
+            answered, failed, moved = outcome(clients)
+            assert (sum(answered.values()), failed, moved, turn > 3) == (1000, [], 0, True)
+
+            before = newest(region).counters[:3, 0].astype(int)
+            region.write_action(sequence_id=turn + 1, weights=[1.0, 2.0, 7.0], lease=30.0)
+            eventually(lambda: newest(region).applied_sequence_id == turn + 1)
+            answered, failed, moved = outcome(net.clients(1000, host=host))
+            assert (failed, moved) == ([], 0)
+            seen = newest(region)
+            placed = seen.counters[:3, 0].astype(int) - before
+            assert placed.tolist() == [answered[server] for server in net.servers]
+            share = np.array([0.1, 0.2, 0.7])
+            assert (np.abs(placed - 1000 * share) <= 4 * np.sqrt(1000 * share * (1 - share))).all()
+            eventually(lambda: not newest(region).stats[:, 0].any())
+            seen = newest(region)
+            # Of the first thousand each took two pauses of 10 ms and more.
+            assert (seen.stats[:3, 1] > 0.0).all() and (seen.stats[:3, 6] > 0.0).all()
+            assert seen.fct_count == 2000 and seen.fct_sum_ns > 1000 * 20_000_000
+            assert has_program(net)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        assert not has_program(net) and not XdpOptions(vips=(vip,), interfaces=("-",)).pin_folder(name).exists()
+
+
+def test_the_driver_keeps_the_contract(name: str, tmp_path: Path) -> None:
+    with network(2) as net:
+        for server in net.servers:
+            net.serve(server)
+        file = dataplane_toml(tmp_path / "dataplane.toml", name, net.servers, head="[health]\ninterval = 0.1")
+        with driver(net, "--config", file):
+            clients = net.clients(500, lanes=2)
+            verdicts = check_driver(name, end=True)
+            assert [str(verdict) for verdict in verdicts if verdict.passed is False] == []
+            clients.kill()
+
+
+def test_servers_come_and_go_under_load(name: str, tmp_path: Path) -> None:
+    with network(4) as net:
+        processes = {server: net.serve(server) for server in net.servers}
+        file = dataplane_toml(
+            tmp_path / "dataplane.toml", name, net.servers[:3], head="[health]\ninterval = 0.05\nfall = 2\nrise = 1"
+        )
+        with driver(net, "--config", file) as process, SharedMemoryRegion.attach(name) as region:
+
+            def states() -> list[str]:
+                seen = newest(region)
+                return [ServerState(row).name for row in seen.states[: seen.num_servers]]
+
+            def placed() -> np.ndarray:
+                return newest(region).counters[:4, 0].astype(int)
+
+            eventually(lambda: states() == ["UP"] * 3)
+            # Connections that are held meanwhile stay where they are.
+            held = net.clients(30, lanes=30, lines=40, pause=0.1)
+            eventually(lambda: newest(region).stats[:, 0].sum() == 30)
+            load = net.clients(100_000, lanes=4)
+
+            control(name, {"op": "drain", "server": "server-0"})
+            assert states()[0] == "DRAINING"
+            before = placed()
+            time.sleep(0.3)
+            taken = placed() - before
+            assert taken[0] == 0 and (taken[1:3] > 0).all()
+
+            control(name, {"op": "add", "server": "server-3", "address": "10.77.2.4", "port": PORT, "weight": 1.0})
+            eventually(lambda: states() == ["DRAINING", "UP", "UP", "UP"])
+            before = placed()
+            time.sleep(0.3)
+            assert (placed() - before)[3] > 0
+
+            control(name, {"op": "remove", "server": "server-1"})
+            before = placed()
+            time.sleep(0.3)
+            assert (placed() - before)[1] == 0
+            control(name, {"op": "undrain", "server": "server-0"})
+
+            # A file that leaves out server-2: SIGHUP removes it, adds server-1 again, and keeps server-0.
+            dataplane_toml(file, name, ["server-0", "server-1"], head="[health]\ninterval = 0.05\nfall = 2\nrise = 1")
+            process.send_signal(signal.SIGHUP)
+            eventually(lambda: states() == ["UP", "UP", "DRAINING", "DRAINING"])
+            processes["server-1"].kill()
+            eventually(lambda: states() == ["UP", "DOWN", "DRAINING", "DRAINING"])
+            before = placed()
+            time.sleep(0.3)
+            taken = placed() - before
+            assert taken[0] > 0 and not taken[1:].any()
+            load.kill()
+            answered, failed, moved = outcome(held)
+            # Those at the server that was killed could not end well, and they alone.
+            assert moved == 0 and len(failed) <= 11 and sum(answered.values()) + len(failed) == 30
+            assert answered["server-1"] == 0 and answered["server-0"] >= 9 and answered["server-2"] >= 9
+
+
+def test_traffic_survives_the_driver_and_the_next_one_takes_over(name: str, tmp_path: Path) -> None:
+    with network(2) as net:
+        for server in net.servers:
+            net.serve(server)
+        file = dataplane_toml(tmp_path / "dataplane.toml", name, net.servers, driver={"orphan_timeout": 0.5})
+        with driver(net, "--config", file) as process:
+            refused(net, f"another driver runs the balancer pinned in .*{name}", "--config", file)
+            with pytest.raises(DriverError, match="runs; end it first"):
+                detach(name)
+            held = net.clients(10, lanes=10, lines=30, pause=0.1)
+            load = net.clients(1500, lanes=4, pause=0.001)
+            with SharedMemoryRegion.attach(name) as region:
+                eventually(lambda: int(newest(region).counters[:, 0].sum()) > 100)
+            process.kill()
+            process.wait()
+        assert has_program(net)
+        time.sleep(1.0)
+        # In another order, and with one more: rows stay.
+        dataplane_toml(file, name, ["server-1", "server-0"], driver={"orphan_timeout": 0.5})
+        with driver(net, "--config", file) as process, SharedMemoryRegion.attach(name) as region:
+            eventually(lambda: region.server_names == ("server-0", "server-1") and bool(newest(region)))
+            assert int(newest(region).counters[:, 0].sum()) > 100
+            for clients, count in ((load, 1500), (held, 10)):
+                answered, failed, moved = outcome(clients)
+                assert (sum(answered.values()), failed, moved) == (count, [], 0)
+            eventually(lambda: not newest(region).stats[:, 0].any())
+            assert int(newest(region).counters[:, 0].sum()) == 1510
+            process.kill()
+            process.wait()
+        # Other sizes cannot be taken over, and what is there stays at work.
+        dataplane_toml(file, name, net.servers, driver={"flows": 1024})
+        refused(net, r"loaded with other sizes \(flows: 262144, not 1024\)", "--config", file)
+        assert outcome(net.clients(20))[1] == []
+        assert detach(name) and not has_program(net) and not detach(name)
+
+
+def test_bad_input_attaches_nothing(name: str, tmp_path: Path) -> None:
+    with network(2) as net:
+        file = tmp_path / "dataplane.toml"
+        cases = [
+            ({"interfaces": ["eth9"]}, "there is no interface 'eth9'; there are eth0, lo"),
+            ({"interfaces": ["lo"]}, "interface 'lo' is no Ethernet interface"),
+            ({"object": "/nowhere.o"}, "the XDP object /nowhere.o cannot be read: No such file"),
+        ]
+        for keys, message in cases:
+            dataplane_toml(file, name, net.servers, driver=keys)
+            refused(net, message, "--config", file)
+            assert not has_program(net)
+        net.run("balancer", "ip", "link", "add", "v0", "type", "veth", "peer", "v1")
+        dataplane_toml(file, name, net.servers, driver={"interfaces": ["v0"]})
+        with driver(net, "--config", file):
+            other = dataplane_toml(tmp_path / "2.toml", f"{name}-2", net.servers, driver={"interfaces": ["eth0", "v0"]})
+            refused(net, "interface v0 already has an XDP program; detach it first", "--config", other)
+            assert not has_program(net)
+
+
+def test_options_instead_of_a_file(name: str) -> None:
+    with network(2, dnat=True) as net:
+        for server in net.servers:
+            net.serve(server)
+        servers = [f"--server=server-{i}=10.77.2.{i + 1}:{PORT},weight={i + 1}" for i in range(2)]
+        options = ("--name", name, "--vip", f"{VIP4}:80", *servers, "--interface", "eth0", "--mode", "dnat")
+        with driver(net, *options, "--rule", "maglev") as process, SharedMemoryRegion.attach(name) as region:
+            answered, failed, _ = outcome(net.clients(600, port=80))
+            assert failed == [] and abs(answered["server-1"] - 400) < 4 * np.sqrt(600 * 2 / 9)
+            assert region.publish_interval == 0.2 and newest(region).safe_weights[:2].tolist() == [1.0, 2.0]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
