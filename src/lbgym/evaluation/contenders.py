@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import PolicyError, UnknownNameError
-from ..policies import TRAINED_SUFFIXES, weight_policy_names
+from ..policies import TRAINED_SUFFIXES, heuristic
 from ..scenarios import DISPATCH_RULES, WEIGHTED_RULES
 
 #: Short names of common contenders.
@@ -35,7 +35,8 @@ def parse_contender(text: str) -> Contender:
     """Parse a contender.
 
     * ``RULE``: a dispatch rule; where it reads weights they are the servers' cores, as an operator would configure;
-    * ``RULE+POLICY``: with a heuristic's weights (``sed+latency``, ``wcmp+uniform``, ``p2c_sed+random``);
+    * ``RULE+POLICY``: with a heuristic's weights (``sed+latency``, ``wcmp+uniform``, ``p2c_sed+random``,
+      ``sed+slow-start+latency``);
     * ``awcmp`` is ``wcmp+awcmp``, ``wcmp-uniform`` is ``wcmp+uniform``;
     * ``PATH``: a trained model (.pt or .zip) under the rule it was trained with; ``RULE+PATH``: under another;
     * ``LABEL=CONTENDER``: any of these under another name.
@@ -69,10 +70,11 @@ def parse_contender(text: str) -> Contender:
         )
     if _is_model(policy):
         return Contender(f"{rule}+{Path(policy).stem}", rule, path=_existing(policy))
-    name = policy.lower().replace("_", "-")
-    known = (*weight_policy_names(), *(f"PATH{suffix}" for suffix in TRAINED_SUFFIXES))
-    if name not in weight_policy_names():
-        raise UnknownNameError("policy", policy, known, where=f"contender {text!r}")
+    try:
+        name, _ = heuristic(policy)
+    except UnknownNameError as error:
+        known = (*error.known, *(f"PATH{suffix}" for suffix in TRAINED_SUFFIXES))
+        raise UnknownNameError("policy", error.name, known, where=f"contender {text!r}") from None
     return Contender(text.lower(), rule, name)
 
 

@@ -7,29 +7,48 @@ from .base import WeightPolicy
 from .checkpoints import load_policy, read_checkpoint
 from .heuristics import (
     AdaptiveWeights,
+    AIMDWeights,
+    Gradient2Weights,
+    KnapsackWeights,
     LatencyWeights,
     LittlesLawWeights,
+    OrcaWeights,
+    PeakEwmaWeights,
+    PIDCPUWeights,
+    PIDWeights,
     RandomWeights,
+    SlowStartWeights,
     StaticWeights,
     UniformWeights,
 )
-from .registry import make_agent, make_policy, make_weight_policy, weight_policy_names
+from .registry import HEURISTICS, Heuristic, heuristic, make_agent, make_policy, make_weight_policy, weight_policy_names
 from .sb3 import SB3Policy
 from .trained import TRAINED_SUFFIXES, TrainedPolicy
 
 __all__ = [
+    "HEURISTICS",
     "TRAINED_SUFFIXES",
+    "AIMDWeights",
     "AdaptiveWeights",
     "Agent",
+    "Gradient2Weights",
+    "Heuristic",
+    "KnapsackWeights",
     "LatencyWeights",
     "LittlesLawWeights",
+    "OrcaWeights",
+    "PIDCPUWeights",
+    "PIDWeights",
+    "PeakEwmaWeights",
     "Policy",
     "RandomWeights",
     "SB3Policy",
+    "SlowStartWeights",
     "StaticWeights",
     "TrainedPolicy",
     "UniformWeights",
     "WeightPolicy",
+    "heuristic",
     "load_policy",
     "make_agent",
     "make_policy",

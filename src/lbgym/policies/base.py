@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ class WeightPolicy(ABC):
         uses_ground_truth: whether :meth:`weights` needs the three ground-truth columns.
     """
 
-    uses_ground_truth: ClassVar[bool] = False
+    uses_ground_truth: bool = False
 
     def reset(self, seed: int | None = None) -> None:  # noqa: B027 - most heuristics remember nothing
         """Forget the episode so far; a heuristic that draws restarts its stream from ``seed`` if given."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PolicyError, UnknownNameError
@@ -11,9 +13,17 @@ from .base import WeightPolicy
 from .checkpoints import load_policy
 from .heuristics import (
     AdaptiveWeights,
+    AIMDWeights,
+    Gradient2Weights,
+    KnapsackWeights,
     LatencyWeights,
     LittlesLawWeights,
+    OrcaWeights,
+    PeakEwmaWeights,
+    PIDCPUWeights,
+    PIDWeights,
     RandomWeights,
+    SlowStartWeights,
     StaticWeights,
     UniformWeights,
 )
@@ -25,29 +35,141 @@ if TYPE_CHECKING:
 #: Makes a heuristic from a scenario (for what an operator would configure; some need none) and a seed.
 WeightPolicyFactory = Callable[[Any, int | None], WeightPolicy]
 
-_FACTORIES: dict[str, tuple[WeightPolicyFactory, str]] = {
-    "cores": (lambda s, seed: StaticWeights(s.core_weights), "weights in proportion to the cores"),
-    "uniform": (lambda s, seed: UniformWeights(), "every server alike"),
-    "random": (lambda s, seed: RandomWeights(seed=seed), "new weights in [1, 2] at every step"),
-    "awcmp": (lambda s, seed: AdaptiveWeights(s.core_weights), "cores / (busy workers + 1), needs ground truth"),
-    "latency": (lambda s, seed: LatencyWeights(), "inverse of the decayed mean FCT"),
-    "littles-law": (lambda s, seed: LittlesLawWeights(s.core_weights, s.balancers), "capacity from open flows and FCT"),
-}
 
-#: Those that need no scenario.
-_BLIND = ("uniform", "random", "latency")
+@dataclass(frozen=True, slots=True)
+class Heuristic:
+    """An entry of the table of heuristics.
+
+    Attributes:
+        make: makes one.
+        description: one line.
+        source: where its formula is from.
+        configured: whether it must know what an operator configures: cores, number of balancers.
+        ground_truth: whether it reads the ground truth, which no balancer can see by itself.
+    """
+
+    make: WeightPolicyFactory
+    description: str
+    source: str
+    configured: bool = False
+    ground_truth: bool = False
+
+
+#: Every heuristic by its name.
+HEURISTICS: Mapping[str, Heuristic] = MappingProxyType(
+    {
+        "cores": Heuristic(
+            lambda s, seed: StaticWeights(s.core_weights),
+            "weights in proportion to the cores",
+            "an operator's usual configuration",
+            configured=True,
+        ),
+        "uniform": Heuristic(lambda s, seed: UniformWeights(), "every server alike", "the default of most"),
+        "random": Heuristic(
+            lambda s, seed: RandomWeights(seed=seed),
+            "new weights in [1, 2] at every step",
+            "an untrained agent on the default actions",
+        ),
+        "awcmp": Heuristic(
+            lambda s, seed: AdaptiveWeights(s.core_weights),
+            "cores / (busy workers + 1)",
+            "MARLLB (Yao et al., CIKM 2022), section 4",
+            configured=True,
+            ground_truth=True,
+        ),
+        "latency": Heuristic(lambda s, seed: LatencyWeights(), "inverse of the decayed mean FCT", "ours"),
+        "peak-ewma": Heuristic(
+            lambda s, seed: PeakEwmaWeights(),
+            "inverse of a peak-sensitive moving average of the FCT",
+            "Finagle, PeakEwma; tower, peak_ewma",
+        ),
+        "littles-law": Heuristic(
+            lambda s, seed: LittlesLawWeights(s.core_weights, s.balancers),
+            "capacity from open flows and FCT",
+            "Little, Operations Research 9(3), 1961",
+            configured=True,
+        ),
+        "aimd": Heuristic(
+            lambda s, seed: AIMDWeights(),
+            "additive increase, multiplicative decrease against 1.2 times the median FCT",
+            "Chiu and Jain, 1989",
+        ),
+        "gradient2": Heuristic(
+            lambda s, seed: Gradient2Weights(),
+            "concurrency limits from the gradient of the FCT",
+            "Netflix concurrency-limits, Gradient2Limit",
+        ),
+        "pid": Heuristic(
+            lambda s, seed: PIDWeights(),
+            "a PID controller that brings the FCTs together",
+            "Dropbox's Robinhood, on what a balancer sees",
+        ),
+        "pid-cpu": Heuristic(
+            lambda s, seed: PIDCPUWeights(),
+            "a PID controller that brings the CPU use of the servers together",
+            "Dropbox's Robinhood",
+            ground_truth=True,
+        ),
+        "orca": Heuristic(
+            lambda s, seed: OrcaWeights(),
+            "flows per second over the CPU use",
+            "gRPC's weighted_round_robin, gRFC A58",
+            ground_truth=True,
+        ),
+        "knapsack": Heuristic(
+            lambda s, seed: KnapsackWeights(),
+            "the grid's weights of the least latency that fitted curves predict",
+            "after KnapsackLB, arXiv 2404.17783",
+        ),
+        "slow-start": Heuristic(
+            lambda s, seed: SlowStartWeights(StaticWeights(s.core_weights)),
+            "cores, but little by little on servers that join; slow-start+POLICY does so with another policy",
+            "Envoy, slow start",
+            configured=True,
+        ),
+    }
+)
+
+_SLOW_START = "slow-start"
 
 
 def weight_policy_names() -> dict[str, str]:
     """Name and one-line description of every heuristic."""
-    return {name: text for name, (_, text) in _FACTORIES.items()}
+    return {
+        name: entry.description + (", needs ground truth" if entry.ground_truth else "")
+        for name, entry in HEURISTICS.items()
+    }
+
+
+def heuristic(name: str) -> tuple[str, Heuristic]:
+    """The entry of a name, with the name as the table has it.
+
+    Args:
+        name: one of :data:`HEURISTICS`, or ``slow-start+`` and one; underscores and hyphens are alike.
+
+    Raises:
+        UnknownNameError: for another name.
+    """
+    key = name.lower().replace("_", "-")
+    wrapper, plus, inner = (part.strip() for part in key.partition("+"))
+    if wrapper == _SLOW_START and plus:
+        inner, entry = heuristic(inner)
+        return f"{_SLOW_START}+{inner}", replace(
+            entry,
+            make=lambda s, seed: SlowStartWeights(entry.make(s, seed)),
+            description=f"{entry.description}; little by little on servers that join",
+            source=f"{HEURISTICS[_SLOW_START].source}; {entry.source}",
+        )
+    if key not in HEURISTICS:
+        raise UnknownNameError("policy", name, HEURISTICS)
+    return key, HEURISTICS[key]
 
 
 def make_weight_policy(name: str, scenario: Scenario | None, seed: int | None = None) -> WeightPolicy:
     """A heuristic by name.
 
     Args:
-        name: one of :func:`weight_policy_names`; underscores and hyphens are alike.
+        name: as :func:`heuristic` takes it.
         scenario: gives the cores and the number of balancers; None where nothing is known of the cluster.
         seed: of a heuristic that draws.
 
@@ -55,13 +177,10 @@ def make_weight_policy(name: str, scenario: Scenario | None, seed: int | None = 
         UnknownNameError: for another name.
         PolicyError: for one that must know the cluster, without a scenario.
     """
-    key = name.lower().replace("_", "-")
-    factory = _FACTORIES.get(key)
-    if factory is None:
-        raise UnknownNameError("policy", name, _FACTORIES)
-    if scenario is None and key not in _BLIND:
+    _, entry = heuristic(name)
+    if scenario is None and entry.configured:
         raise PolicyError(f"policy {name!r} must know the cores of the servers: give it a scenario")
-    return factory[0](scenario, seed)
+    return entry.make(scenario, seed)
 
 
 def make_policy(name: str, env: Any, seed: int | None = None) -> Agent:
