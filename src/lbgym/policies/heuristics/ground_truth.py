@@ -45,11 +45,12 @@ class OrcaWeights(WeightPolicy):
     qps and utilization above 0 becomes its weight. A weight counts once reports have come for ``blackout`` seconds, and
     no longer when none has come for ``expiration`` seconds; a server without a weight gets the mean of the others'.
 
-    The servers of lbgym report no qps. By Little's law it is their busy workers over the FCT; the utilization is their
-    CPU use; both are means over the period. Errors per second (eps) are not reported, and 0 here. On a
-    processor-sharing server at utilization ρ this is its capacity whatever the load: ρ C / ρ.
+    The servers of lbgym report no qps. Under a rule that follows the weights alone they are in proportion to the weights
+    in force, and only their ratios matter. The utilization is the CPU use; both are means over the period. Errors per
+    second (eps) are not reported, and 0 here.
 
-    gRPC draws from the weights by earliest deadline first; ``round_robin`` is that rule here.
+    gRPC draws from the weights by earliest deadline first; ``round_robin`` is that rule here. Rules that count open
+    flows do not follow the weights alone, and have no use for these.
 
     Args:
         period, blackout, expiration: seconds; the defaults of the gRFC.
@@ -81,25 +82,24 @@ class OrcaWeights(WeightPolicy):
         features = check_features(self, features, active)
         if self._weight is None or self._weight.shape != active.shape:
             self._steps = 0
-            self._weight = np.zeros(active.shape)
-            self._sums = np.zeros((*active.shape, 3))
+            self._weight, self._in_force = np.zeros(active.shape), np.ones(active.shape)
+            self._sums = np.zeros((2, *active.shape))
             # Steps since the first report of a run of them, and since the last one; -1: none yet.
             self._first = self._last = np.full(active.shape, -1)
-        self._sums += features[..., [BUSY, CPU, FCT]]
+        self._sums += self._in_force, features[..., CPU]
         self._steps += 1
         self._first = np.where(self._first >= 0, self._first + 1, -1)
         self._last = np.where(self._last >= 0, self._last + 1, -1)
         if self._steps % self._period == 0:
-            busy, cpu, fct = np.moveaxis(self._sums, -1, 0)
-            reported = (busy > 0) & (cpu > 0) & (fct > 0) & active
-            # The period cancels in busy / FCT.
-            qps = busy / np.where(reported, np.maximum(fct, LEAST_FCT), 1.0)
-            self._weight = np.where(reported, qps / np.where(reported, cpu, 1.0), self._weight)
+            qps, utilization = self._sums
+            reported = (utilization > 0) & active
+            self._weight = np.where(reported, qps / np.where(reported, utilization, 1.0), self._weight)
             self._first = np.where(reported & (self._first < 0), 0, self._first)
             self._last = np.where(reported, 0, self._last)
-            self._sums = np.zeros((*active.shape, 3))
+            self._sums = np.zeros((2, *active.shape))
         self._first = np.where(self._last > self._expiration, -1, self._first)
-        return relative(self._weight, (self._first >= self._blackout) & active)
+        self._in_force = relative(self._weight, (self._first >= self._blackout) & active)
+        return self._in_force.copy()
 
 
 class PIDCPUWeights(PIDWeights):

@@ -24,13 +24,17 @@ class KnapsackWeights(WeightPolicy):
     sum_j w_j l_j(w_j). It is convex, so that handing out the grid's units one by one, each to the server where it costs
     least, is optimal (B. Fox, "Discrete optimization via marginal analysis", 1966).
 
-    Every weight is shifted up and down in turn by ``probe``, since a line cannot be fitted to one point. Flows must
-    follow the weights alone: use it with ``wcmp`` or another rule that counts nothing.
+    Every weight is shifted up and down in turn by ``probe``, since a line cannot be fitted to one point, and each fit
+    gets a point more, at the origin: as long as there is little other evidence, weights move towards equal latencies.
+    A choice is within a factor of ``reach`` of the former one, since the latencies of an overloaded server come late.
+    Flows must follow the weights alone: use it with ``wcmp`` or another rule that counts nothing.
 
     Args:
         levels: units of the grid per mean weight.
         period: seconds between two choices, also of a probe.
         probe: relative size of the probes.
+        reach: factor by which a weight may change at once, above 1.
+        caution: weight of the point at the origin, in periods of evidence, at least 0.
         memory: share of the evidence that a period keeps, in [0, 1).
         step_interval: seconds between two steps.
     """
@@ -38,13 +42,17 @@ class KnapsackWeights(WeightPolicy):
     def __init__(
         self,
         levels: int = 20,
-        period: float = 2.0,
+        period: float = 5.0,
         probe: float = 0.2,
+        reach: float = 1.3,
+        caution: float = 20.0,
         memory: float = 0.9,
         step_interval: float = DEFAULT_STEP_INTERVAL,
     ) -> None:
         self._levels = whole("levels", levels, error=PolicyError)
         self._probe = number("probe", probe, above=0.0, high=0.9, error=PolicyError)
+        self._caution = number("caution", caution, low=0.0, error=PolicyError)
+        self._reach = number("reach", reach, above=1.0, error=PolicyError)
         self._memory = number("memory", memory, low=0.0, high=0.999, error=PolicyError)
         step = seconds("step_interval", step_interval, error=PolicyError)
         self._period = steps_in(seconds("period", period, error=PolicyError), step)
@@ -66,11 +74,18 @@ class KnapsackWeights(WeightPolicy):
             used, known = self._probed(self._steps - 1), (fct > 0) & active
             news = np.stack([np.ones(active.shape), used, used**2, fct, used * fct])
             self._sums = np.where(known, self._memory * self._sums + news, self._sums)
-            base, slope = fitted_lines(self._sums)
+            prior = np.reshape([self._caution, 0.0, 0.0, 0.0, 0.0], (5,) + (1,) * active.ndim)
+            base, slope = fitted_lines(self._sums + prior)
             for place in np.ndindex(active.shape[:-1]):
                 usable = known[place]
                 if usable.any():
-                    self._chosen[place][usable] = grid_weights(base[place][usable], slope[place][usable], self._levels)
+                    self._chosen[place][usable] = grid_weights(
+                        base[place][usable],
+                        slope[place][usable],
+                        self._levels,
+                        self._chosen[place][usable],
+                        self._reach,
+                    )
                 self._chosen[place][~usable] = 1.0
         weights = self._probed(self._steps)
         self._steps += 1
@@ -99,25 +114,33 @@ def fitted_lines(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArra
     return np.maximum(base, 0.0), np.where(base < 0, through, slope)
 
 
-def grid_weights(base: NDArray[np.float64], slope: NDArray[np.float64], levels: int) -> NDArray[np.float64]:
+def grid_weights(
+    base: NDArray[np.float64],
+    slope: NDArray[np.float64],
+    levels: int,
+    former: NDArray[np.float64] | None = None,
+    reach: float = SPREAD,
+) -> NDArray[np.float64]:
     """Weights of mean 1, whole multiples of 1/levels, that minimise sum_j w_j (base_j + slope_j w_j).
-
-    Each is within ``SPREAD`` of the mean weight, rounded to the grid.
 
     Args:
         base: float64[N], of at least 0.
         slope: float64[N], of at least 0.
         levels: units per mean weight.
+        former: float64[N], weights of any scale; each new one is within a factor of ``reach`` of it, rounded outwards to
+            the grid. None: equal ones.
+        reach: above 1.
 
     Returns:
-        float64[N].
+        float64[N], each also within ``SPREAD`` of the mean.
     """
     n = len(base)
-    least, most = max(1, round(levels / SPREAD)), round(levels * SPREAD)
+    near = np.ones(n) if former is None else former / former.mean()
+    least = np.clip(np.floor(levels * near / reach), max(1, round(levels / SPREAD)), None)
+    most = np.clip(np.ceil(levels * near * reach), least + 1, round(levels * SPREAD))
     # What the k-th unit adds to the sum: base / levels + slope ((k / levels)^2 - ((k - 1) / levels)^2), rising in k.
-    k = np.arange(least + 1, most + 1)
+    k = np.arange(1, int(most.max()) + 1)
     added = base[:, None] / levels + slope[:, None] * (2 * k - 1) / levels**2
-    units = n * levels - n * least
-    order = np.argsort(added, axis=None, kind="stable")[:units]
-    taken = np.bincount(order // len(k), minlength=n)
-    return (least + taken) / levels
+    added = np.where(k <= least[:, None], -np.inf, np.where(k > most[:, None], np.inf, added))
+    units = np.argsort(added, axis=None, kind="stable")[: n * levels]
+    return np.bincount(units // len(k), minlength=n) / levels
