@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..policies.checkpoints import load_policy, read_checkpoint
     from ..policies.neural import ExportedPolicy, PPOPolicy, SACGRUPolicy
+    from ..ray_cluster import ClusterError
     from .benchmarl import BenchMARLConfig, BenchMARLResult, LoadBalanceTask, train_benchmarl
-    from .cluster import ClusterError, ClusterResult, train_on_ray
+    from .cluster import ClusterResult, train_on_ray
     from .config import TrainingConfig
     from .networks import FlatServerNetwork
     from .ppo import PPOConfig, PPOResult, train_ppo
@@ -32,7 +33,7 @@ _HOMES = {
     "BenchMARLResult": "benchmarl",
     "LoadBalanceTask": "benchmarl",
     "train_benchmarl": "benchmarl",
-    "ClusterError": "cluster",
+    "ClusterError": ".ray_cluster",
     "ClusterResult": "cluster",
     "train_on_ray": "cluster",
     "TrainingConfig": "config",

@@ -12,7 +12,7 @@ from ...checks import number, seconds
 from ...errors import PolicyError
 from ...snapshot import DEFAULT_STEP_INTERVAL
 from ..base import WeightPolicy, check_features
-from ._estimates import BUSY, CPU, FCT, LEAST_FCT, relative, steps_in
+from ._estimates import BUSY, CPU, relative, steps_in
 from .feedback import PIDWeights
 from .static import StaticWeights, UniformWeights
 
@@ -45,9 +45,9 @@ class OrcaWeights(WeightPolicy):
     qps and utilization above 0 becomes its weight. A weight counts once reports have come for ``blackout`` seconds, and
     no longer when none has come for ``expiration`` seconds; a server without a weight gets the mean of the others'.
 
-    The servers of lbgym report no qps. Under a rule that follows the weights alone they are in proportion to the weights
-    in force, and only their ratios matter. The utilization is the CPU use; both are means over the period. Errors per
-    second (eps) are not reported, and 0 here.
+    The servers of lbgym report no qps. Under a rule that follows the weights alone they are in proportion to the
+    weights in force, and only their ratios matter. The utilization is the CPU use; both are means over the period.
+    Errors per second (eps) are not reported, and 0 here.
 
     gRPC draws from the weights by earliest deadline first; ``round_robin`` is that rule here. Rules that count open
     flows do not follow the weights alone, and have no use for these.

@@ -127,8 +127,8 @@ def grid_weights(
         base: float64[N], of at least 0.
         slope: float64[N], of at least 0.
         levels: units per mean weight.
-        former: float64[N], weights of any scale; each new one is within a factor of ``reach`` of it, rounded outwards to
-            the grid. None: equal ones.
+        former: float64[N], weights of any scale; each new one is within a factor of ``reach`` of it, rounded outwards
+            to the grid. None: equal ones.
         reach: above 1.
 
     Returns:

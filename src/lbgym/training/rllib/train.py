@@ -36,7 +36,7 @@ from ...env.vector import LoadBalanceVectorEnv
 from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
 from ...policies.neural import ExportedPolicy
-from ..cluster import ClusterError, connected
+from ...ray_cluster import ClusterError, connected
 from ..config import check_recipe, check_same
 from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
