@@ -36,7 +36,7 @@ def _colour(scores: Scores, label: str) -> str:
 
 
 def intervals(scores: Scores) -> Figure:
-    """Geometric mean (dot) and interquartile mean (bar) of every contender with their 95 % intervals, the best on top."""
+    """Geometric mean (dot) and interquartile mean (bar) of every contender with 95 % intervals, the best on top."""
     labels = scores.labels[::-1]
     figure = Figure(figsize=(9.6, 1.6 + 0.27 * len(labels)), layout="constrained")
     grid = figure.subplots(1, 2, sharey=True, squeeze=False)[0]

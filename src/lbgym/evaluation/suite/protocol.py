@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from ...errors import ScenarioError, UnknownNameError
-from ...scenarios import Scenario
+from ...scenarios import Scenario, Trace
 from ..results import RunSettings
 
 
@@ -113,6 +113,8 @@ class Protocol:
 
 def _plain(value: Any) -> Any:
     """Plain data of a scenario, for the hash."""
+    if isinstance(value, Trace):
+        raise ScenarioError("a protocol cannot hold a trace: its hash would not cover the flows")
     if is_dataclass(value):
         kept = {item.name: getattr(value, item.name) for item in fields(value) if item.name != "description"}
         changed = {name: item for name, item in kept.items() if item != _default(value, name)}
@@ -121,9 +123,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return _number(value)
-    if value is None or isinstance(value, (str, int)):
-        return value
-    raise ScenarioError(f"a protocol cannot hold {type(value).__name__}, such as a trace: its hash would not cover it")
+    return value
 
 
 def _number(value: float) -> str:
