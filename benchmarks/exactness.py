@@ -416,15 +416,22 @@ def idle_cluster(dispatch: str, rate: float = 1.0, **changes: Any) -> Scenario:
 def idle_shares(dispatch: str, weights: NDArray, servers: Sequence[Server]) -> NDArray:
     """The share of flows each idle server takes, by the definition of the rule."""
     power = np.array([server.capacity for server in servers])
+    cores = np.array([server.cores for server in servers])
     if dispatch in ("wcmp", "round_robin", "maglev"):
         shares = weights
     elif dispatch in ("sed", "sed_scaled"):
         shares = scan_shares(weights == weights.max())
+    elif dispatch == "marginal":
+        # A flow takes one core.
+        shares = scan_shares(weights / cores == (weights / cores).max())
     elif dispatch in ("oracle_sed", "oracle_least_work"):
         shares = scan_shares(power == power.max())
-    elif dispatch == "p2c_sed":
+    elif dispatch == "oracle_marginal":
+        shares = scan_shares(power / cores == (power / cores).max())
+    elif dispatch in ("p2c_sed", "p2c_marginal"):
         # Of a pair the larger weight wins; equal weights share it.
-        shares = np.array([sum(0.5 * (w == v) + (w > v) for v in np.delete(weights, i)) for i, w in enumerate(weights)])
+        each = weights / cores if dispatch == "p2c_marginal" else weights
+        shares = np.array([sum(0.5 * (w == v) + (w > v) for v in np.delete(each, i)) for i, w in enumerate(each)])
     else:
         shares = np.ones(len(servers))
     return shares / shares.sum()

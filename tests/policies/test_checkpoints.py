@@ -61,19 +61,18 @@ def test_policies_of_older_files_act_as_they_did(name: str, recipe: str, tmp_pat
     assert read_checkpoint(path)["algo"] == recipe
     features = 14 if name == "ppo-discrete" else 11
     for servers in (4, 7):
-        for drawn in (False, True):
-            key = f"{name}/{servers}{'/drawn' * drawn}"
-            if key not in recorded:
-                continue
-            policy = load_policy(path, deterministic=not drawn, seed=5)
-            for one in (policy, policy.copy()):
-                got = play(one, servers, features)
-                assert got.dtype == recorded[key].dtype
-                if got.dtype.kind == "i":
-                    np.testing.assert_array_equal(got, recorded[key])
-                else:
-                    # Other processors add up the same products in another order.
-                    np.testing.assert_allclose(got, recorded[key], rtol=1e-5, atol=1e-6)
+        key = f"{name}/{servers}"
+        if key not in recorded:
+            continue
+        policy = load_policy(path)
+        for one in (policy, policy.copy()):
+            got = play(one, servers, features)
+            assert got.dtype == recorded[key].dtype
+            if got.dtype.kind == "i":
+                np.testing.assert_array_equal(got, recorded[key])
+            else:
+                # They acted in torch, which adds up the same products in another order.
+                np.testing.assert_allclose(got, recorded[key], rtol=1e-5, atol=1e-6)
 
 
 def test_older_files_are_resumed_with_all_that_they_hold(tmp_path: Path) -> None:

@@ -47,6 +47,11 @@ def replay(scenario: Scenario, flows: dict, before: Callable[[Replay, int], None
     return model
 
 
+def delay_of(flows: np.ndarray, cores: np.ndarray) -> np.ndarray:
+    """Total time that so many flows of a server take, where one alone takes 1."""
+    return flows * np.maximum(1.0, flows / cores)
+
+
 def lawful(rule: str, weights: np.ndarray, flows: dict) -> Callable[[Replay, int], None]:
     """A check that each flow goes where the rule sends it, by the SimPy model's own counters."""
     balancers = int(flows["balancer"].max()) + 1
@@ -59,8 +64,11 @@ def lawful(rule: str, weights: np.ndarray, flows: dict) -> Callable[[Replay, int
         assert active[chosen]
         if rule.startswith("oracle"):
             speed = np.array([m.speed * min(m.cores, m.workers) for m in model.models])
+            cores = np.array([min(m.cores, m.workers) for m in model.models])
             if rule == "oracle_lsq":
                 score = model.total
+            elif rule == "oracle_marginal":
+                score = (delay_of(model.total + 1, cores) - delay_of(model.total, cores)) * cores / speed
             elif rule == "oracle_sed":
                 score = (model.total + 1) / speed
             else:
@@ -68,9 +76,14 @@ def lawful(rule: str, weights: np.ndarray, flows: dict) -> Callable[[Replay, int
                 score = (left + flows["demand"][i]) / speed
             slack = 1e-9
         else:
+            cores = np.array([min(m.cores, m.workers) for m in model.models])
+            marginal = (delay_of(own + 1, cores) - delay_of(own, cores)) * cores / weights
             score = {
                 "lsq": own,
+                "table": own,
                 "p2c": own,
+                "marginal": marginal,
+                "p2c_marginal": marginal,
                 "sed": (own + 1) / weights,
                 "p2c_sed": (own + 1) / weights,
                 "sed_scaled": (balancers * own + 1) / weights,

@@ -107,12 +107,13 @@ def _list_rules(as_json: bool) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("rule", style="bold", no_wrap=True)
-    for name in ("mechanism", "weights"):
+    for name in ("mechanism", "weights", "oracle"):
         table.add_column(name, no_wrap=True)
     for name in ("choice", "source"):
         table.add_column(name)
     for rule in RULES.values():
-        table.add_row(rule.name, rule.mechanism, "yes" if rule.weighted else "", rule.description, rule.source)
+        flags = ("yes" if flag else "" for flag in (rule.weighted, rule.oracle))
+        table.add_row(rule.name, rule.mechanism, *flags, rule.description, rule.source)
     results_console().print(table)
 
 

@@ -258,7 +258,7 @@ class Controller:
     def _fit(self, plane: SharedMemoryDataPlane) -> None:
         self._servers = plane.num_servers
         for agent in (self._policy, self._fallback):
-            agent.fit(plane.num_servers, ground_truth=plane.has_ground_truth)
+            agent.fit(plane.num_servers, ground_truth=plane.has_ground_truth, index=plane.region.takes_index)
 
     def _set_lease(self, plane: SharedMemoryDataPlane, *, refuse: bool = False) -> None:
         """Set the lease: longer than the longest time between two actions in normal operation."""
@@ -341,9 +341,10 @@ class Controller:
         )  # fmt: skip
         written_at = self._try_policy(plane, snapshot, before, weights) if self._trial_is_due() else None
         after: Snapshot | None = None
+        acting = self._policy if self._distrust is None else self._fallback
         try:
             with self._interruptible():
-                after = plane.step(weights)
+                after = plane.step(weights, index=acting.index(weights))
         except (DataPlaneTimeout, RegionFormatError) as error:
             self._note_silence(error)
         counts.steps += 1

@@ -33,6 +33,14 @@ class BatchedDataPlane(Protocol):
         """True if snapshots have statistics of the flows that ended in the interval."""
 
     @property
+    def has_index(self) -> bool:
+        """True if flows are placed by an index, so that background loads have an effect."""
+
+    @property
+    def no_index_reason(self) -> str:
+        """What stands against an index, for an error message."""
+
+    @property
     def info(self) -> Mapping[str, NDArray[Any]]:
         """Facts about the last reset or step beyond the snapshot, each with leading axes [R, m]."""
 
@@ -61,6 +69,7 @@ class BatchedDataPlane(Protocol):
         self,
         weights: NDArray[np.float64],
         *,
+        background: NDArray[np.float64] | None = None,
         delays: NDArray[np.float64] | None = None,
         seeds: Sequence[int] | None = None,
         reset: NDArray[np.bool_] | None = None,
@@ -69,6 +78,7 @@ class BatchedDataPlane(Protocol):
 
         Args:
             weights: not kept: the caller may reuse the array.
+            background: float64[R, m, N], background loads that go with the weights; None: 0.
             delays: float64[R, m], seconds until the weights come into force; None: 0.
             seeds: of the replicas in ``reset``.
             reset: bool[R], replicas that begin an episode instead.

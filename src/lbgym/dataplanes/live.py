@@ -94,6 +94,7 @@ class SharedMemoryDataPlane:
         self.info: dict[str, Any] = {}
         self._action_id = self._written_at = self._called = self._deadline = 0
         self._weights: NDArray[np.float64] | None = None
+        self._index: NDArray[np.float64] | None = None
         self._restarted = self._jumped = self._warned = False
         seqlock.warm_up()
         self._adopt(self._attach(self.timeout))
@@ -159,37 +160,45 @@ class SharedMemoryDataPlane:
         self._deadline = self._buffer.timestamp_ns
         return self._observed(-1, 0, 0)
 
-    def step(self, weights: NDArray[np.float64]) -> Snapshot:
+    def step(self, weights: NDArray[np.float64], *, index: NDArray[np.float64] | None = None) -> Snapshot:
         """Write float[N] weights, wait for the observation one interval on.
+
+        Args:
+            weights: float[N].
+            index: float[N, 2], each server's speed per core and background load, for a data plane that dispatches by
+                index; None: weights only.
 
         Raises:
             InvalidWeightsError: for weights that are negative, not finite or all 0; nothing has happened then.
+            InvalidOptionError: for an index that is out of range, or that the data plane does not take; nothing has
+                happened then.
             DataPlaneTimeout: if there is no such observation in time; the next step tries anew.
             RegionFormatError: if the data plane publishes what is no observation.
         """
-        self.begin_step(weights)
+        self.begin_step(weights, index=index)
         return self.end_step()
 
-    def begin_step(self, weights: NDArray[np.float64]) -> None:
+    def begin_step(self, weights: NDArray[np.float64], *, index: NDArray[np.float64] | None = None) -> None:
         """The first half of :meth:`step`: write the weights. Whoever has several data planes writes to all first.
 
         Raises:
-            InvalidWeightsError: as :meth:`step`.
+            InvalidWeightsError, InvalidOptionError: as :meth:`step`.
         """
         weights = np.array(weights, np.float64)
-        self.write(weights)
+        self.write(weights, index=index)
         self._weights = weights
+        self._index = None if index is None else np.array(index, np.float64)
         self._called = time.monotonic_ns()
 
-    def write(self, weights: NDArray[np.float64]) -> None:
-        """Write float[N] weights now, and wait for nothing.
+    def write(self, weights: NDArray[np.float64], *, index: NDArray[np.float64] | None = None) -> None:
+        """Write float[N] weights, and perhaps an index as :meth:`step` takes it, now, and wait for nothing.
 
         Raises:
-            InvalidWeightsError: as :meth:`step`.
+            InvalidWeightsError, InvalidOptionError: as :meth:`step`.
         """
         if np.shape(weights) != (self.num_servers,):
             raise InvalidWeightsError(f"weights must have shape ({self.num_servers},), got {np.shape(weights)}")
-        self._write(weights, self._action_id + 1)
+        self._write(weights, self._action_id + 1, index)
         self._action_id += 1
 
     def wait(self) -> Snapshot:
@@ -302,7 +311,8 @@ class SharedMemoryDataPlane:
         try:
             self._adopt(region)
             if self._weights is not None:
-                self._write(self._weights, self._action_id)
+                # A new producer may take no index.
+                self._write(self._weights, self._action_id, self._index if region.takes_index else None)
         except BaseException:
             region.close()
             raise
@@ -380,12 +390,15 @@ class SharedMemoryDataPlane:
 
     # Writing and reporting
 
-    def _write(self, weights: NDArray[np.float64], sequence_id: int) -> None:
+    def _write(self, weights: NDArray[np.float64], sequence_id: int, index: NDArray[np.float64] | None) -> None:
         if self.read_only:
             self._written_at = time.monotonic_ns()
             return
         self._written_at = self._region.write_action(
-            sequence_id=sequence_id, weights=weights[: self._region.capacity], lease=self.lease
+            sequence_id=sequence_id,
+            weights=weights[: self._region.capacity],
+            lease=self.lease,
+            index=None if index is None else index[: self._region.capacity],
         )
 
     def _count(self) -> NDArray[np.int64]:

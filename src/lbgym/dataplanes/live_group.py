@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, UnknownNameError
-from ..scenarios import AnyScenario, Scenario, ScenarioDistribution
+from ..scenarios import AnyScenario, Configured, Scenario, ScenarioDistribution
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .live import SharedMemoryDataPlane
 
@@ -85,6 +85,17 @@ class LiveDataPlanes:
         return all(plane.has_ground_truth for plane in self._planes)
 
     @property
+    def has_index(self) -> bool:
+        """True if every data plane places flows by the index parameters of its agent."""
+        return all(plane.region.takes_index for plane in self._planes)
+
+    @property
+    def no_index_reason(self) -> str:
+        """Names the regions."""
+        names = ", ".join(repr(plane.name) for plane in self._planes if not plane.region.takes_index)
+        return f"region {names} takes weights only"
+
+    @property
     def info(self) -> Mapping[str, NDArray[Any]]:
         """``SharedMemoryDataPlane.info`` of each, in arrays with leading axes [1, m]."""
         infos = [plane.info for plane in self._planes]
@@ -122,6 +133,7 @@ class LiveDataPlanes:
         self,
         weights: NDArray[np.float64],
         *,
+        background: NDArray[np.float64] | None = None,
         delays: NDArray[np.float64] | None = None,
         seeds: Sequence[int] | None = None,
         reset: NDArray[np.bool_] | None = None,
@@ -137,8 +149,11 @@ class LiveDataPlanes:
             raise InvalidOptionError(f"delays={delays.tolist()} for live data planes: they have their own delays")
         if reset is not None and reset.any():
             return self.reset(seeds or (), reset)
-        for plane, row in zip(self._planes, weights[0], strict=True):
-            plane.begin_step(row)
+        index = None
+        if background is not None:
+            index = Configured.of(self._scenario, self.num_servers).index(weights[0], background[0])
+        for b, plane in enumerate(self._planes):
+            plane.begin_step(weights[0, b], index=None if index is None else index[b])
         snapshots: list[Snapshot] = []
         failures: list[Exception] = []
         for plane in self._planes:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, UnknownNameError
-from ..scenarios import AnyScenario, Event, Scenario, load_scenario
+from ..scenarios import RULES, AnyScenario, Event, Scenario, load_scenario
 from ..scenarios.randomization import HORIZON
 from ..simulator import Simulation
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
@@ -119,10 +119,22 @@ class SimulatedDataPlane:
         self._draw(seeds, mask, self._source if source is None else source)
         return self.simulation.reset(seeds, mask)
 
+    @property
+    def has_index(self) -> bool:
+        """True if the dispatch rule counts flows by a formula that takes a background load."""
+        rule = RULES[self.simulation.dispatch]
+        return rule.mechanism in ("index", "two_choices") and not rule.oracle and rule.name != "table"
+
+    @property
+    def no_index_reason(self) -> str:
+        """Names the dispatch rule."""
+        return f"its dispatch rule is {self.simulation.dispatch!r}; give dispatch='marginal' or another that counts"
+
     def step(
         self,
         weights: NDArray[np.float64],
         *,
+        background: NDArray[np.float64] | None = None,
         delays: NDArray[np.float64] | None = None,
         seeds: Sequence[int] | None = None,
         reset: NDArray[np.bool_] | None = None,
@@ -130,7 +142,9 @@ class SimulatedDataPlane:
         """Apply float64[R, m, N] weights, simulate one interval, observe; see :meth:`Simulation.step`."""
         if reset is not None:
             self._draw(seeds or (), reset, self._source)
-        return self.simulation.step(weights, self.interval, delays=delays, seeds=seeds, reset=reset)
+        return self.simulation.step(
+            weights, self.interval, background=background, delays=delays, seeds=seeds, reset=reset
+        )
 
     def _draw(self, seeds: Sequence[int], mask: NDArray[np.bool_] | None, source: AnyScenario) -> None:
         """Give the masked replicas the scenarios of their next episodes."""

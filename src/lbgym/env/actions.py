@@ -13,16 +13,31 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..checks import choice, number
 from ..errors import InvalidActionError, InvalidOptionError
+from ..scenarios import Configured
 
-ACTION_TYPES = ("discrete", "joint", "continuous", "normalized")
+ACTION_TYPES = ("discrete", "joint", "continuous", "normalized", "index")
 MAX_JOINT_ACTIONS = 4096
+#: Largest background load of an index action, flows per core.
+MAX_BACKGROUND = 8.0
 
 
 class ActionCodec(ABC):
-    """Actions of one type on N servers, for one environment or a batch of them."""
+    """Actions of one type on N servers, for one environment or a batch of them.
+
+    Attributes:
+        num_servers: N.
+        configured: what relative actions are relative to, [N] or, for a batch, [num_envs, N]; None: weights and cores
+            of 1. Whoever acts keeps it up to date.
+        needs_configured: whether actions are relative.
+        sets_background: whether actions set background loads besides the weights.
+    """
+
+    needs_configured = False
+    sets_background = False
 
     def __init__(self, num_servers: int) -> None:
         self.num_servers = num_servers
+        self.configured: Configured | None = None
 
     @property
     @abstractmethod
@@ -37,6 +52,14 @@ class ActionCodec(ABC):
             InvalidActionError: for a wrong shape or type, an index out of range, a value that is not finite.
         """
 
+    def to_background(self, action: Any, num_envs: int | None = None) -> NDArray[np.float64] | None:
+        """Background loads in flows, of the same shape as the weights; None: this type of action sets none.
+
+        Raises:
+            InvalidActionError: as :meth:`to_weights`.
+        """
+        return None
+
     @abstractmethod
     def encode(self, weights: ArrayLike) -> Any:
         """The action whose weights come nearest, in ratio, to ``weights`` float[..., N].
@@ -44,8 +67,10 @@ class ActionCodec(ABC):
         Weights are relative, so those outside the allowed range are scaled to its middle.
         """
 
-    def _array(self, action: Any, num_envs: int | None, *, per_server: bool, whole: bool) -> NDArray[Any]:
-        shape = (() if num_envs is None else (num_envs,)) + ((self.num_servers,) if per_server else ())
+    def _array(
+        self, action: Any, num_envs: int | None, *, per_server: bool, whole: bool, columns: tuple[int, ...] = ()
+    ) -> NDArray[Any]:
+        shape = (() if num_envs is None else (num_envs,)) + ((self.num_servers,) if per_server else ()) + columns
         try:
             array = np.asarray(action)
         except (ValueError, TypeError) as error:
@@ -149,8 +174,8 @@ class ContinuousActions(ActionCodec):
     def encode(self, weights: ArrayLike) -> NDArray[np.float32]:
         return _fit(weights, self.low, self.high).astype(np.float32).clip(np.float32(self.low), np.float32(self.high))
 
-    def _finite(self, action: Any, num_envs: int | None) -> NDArray[np.float64]:
-        array = self._array(action, num_envs, per_server=True, whole=False).astype(np.float64)
+    def _finite(self, action: Any, num_envs: int | None, columns: tuple[int, ...] = ()) -> NDArray[np.float64]:
+        array = self._array(action, num_envs, per_server=True, whole=False, columns=columns).astype(np.float64)
         # The sum of finite actions is finite short of 1e308 / N; only then is each looked at.
         if not math.isfinite(array.sum()) and not np.isfinite(array).all():
             bad = array[~np.isfinite(array)].flat[0]
@@ -161,27 +186,79 @@ class ContinuousActions(ActionCodec):
 class NormalizedActions(ContinuousActions):
     """``Box(-1, 1, (N,))``, clipped, then mapped to [min_weight, max_weight] by logarithm.
 
-    -1, 0 and 1 are the least weight, the geometric mean of both and the largest weight.
+    -1, 0 and 1 are the least weight, the geometric mean of both and the largest weight; if ``relative``, times the
+    configured weights.
     """
 
-    def __init__(self, num_servers: int, low: float, high: float) -> None:
+    def __init__(self, num_servers: int, low: float, high: float, *, relative: bool = False) -> None:
         super().__init__(num_servers, low, high)
         self._middle = 0.5 * (math.log(low) + math.log(high))
         self._half = 0.5 * (math.log(high) - math.log(low))
+        self.needs_configured = relative
+        if relative and abs(self._middle) < 1e-12:
+            # The bounds are inverses: 0 is exactly the configured weight, so that equal scores stay equal.
+            self._middle = 0.0
 
     @property
     def space(self) -> spaces.Space[Any]:
         return spaces.Box(-1.0, 1.0, (self.num_servers,), np.float32)
 
     def to_weights(self, action: Any, num_envs: int | None = None) -> NDArray[np.float64]:
-        array = np.minimum(np.maximum(self._finite(action, num_envs), -1.0), 1.0)
-        weights = np.exp(self._middle + self._half * array)
-        return np.minimum(np.maximum(weights, self.low), self.high)
+        weights = self._factors(self._finite(action, num_envs))
+        return weights * self._given("weights", num_envs) if self.needs_configured else weights
 
     def encode(self, weights: ArrayLike) -> NDArray[np.float32]:
+        if self.needs_configured:
+            values = np.asarray(weights, np.float64)
+            weights = values / self._given("weights", None if values.ndim == 1 else len(values))
         fitted = _fit(weights, self.low, self.high)
         scaled = (np.log(fitted) - self._middle) / self._half if self._half > 0.0 else np.zeros_like(fitted)
         return scaled.astype(np.float32).clip(-1.0, 1.0)
+
+    def _factors(self, array: NDArray[np.float64]) -> NDArray[np.float64]:
+        """[-1, 1], clipped, to [min_weight, max_weight]."""
+        clipped = np.minimum(np.maximum(array, -1.0), 1.0)
+        return np.minimum(np.maximum(np.exp(self._middle + self._half * clipped), self.low), self.high)
+
+    def _given(self, name: str, num_envs: int | None) -> NDArray[np.float64]:
+        """The configured weights or cores, for one environment or for a batch."""
+        if self.configured is None:
+            return np.ones(self.num_servers)
+        values: NDArray[np.float64] = getattr(self.configured, name)
+        # The servers of one environment are the same for all its balancers.
+        return values[0] if num_envs is None and values.ndim > 1 else values
+
+
+class IndexActions(NormalizedActions):
+    """``Box(-1, 1, (N, 2))``: per server a weight and a background load, relative to what is configured.
+
+    For rules that count flows (best under ``marginal``). Column 0, clipped, is mapped to [min_weight, max_weight] by
+    logarithm and multiplied by the configured weight: with the default range 0 is that weight itself. Column 1 is the
+    background load, flows that others are believed to hold at the server: -1 is none, 1 ``MAX_BACKGROUND`` per
+    configured core, by log(1 + load) in between, and 0 two per core.
+    """
+
+    sets_background = True
+
+    def __init__(self, num_servers: int, low: float, high: float) -> None:
+        super().__init__(num_servers, low, high, relative=True)
+
+    @property
+    def space(self) -> spaces.Space[Any]:
+        return spaces.Box(-1.0, 1.0, (self.num_servers, 2), np.float32)
+
+    def to_weights(self, action: Any, num_envs: int | None = None) -> NDArray[np.float64]:
+        factors = self._factors(self._finite(action, num_envs, columns=(2,))[..., 0])
+        return factors * self._given("weights", num_envs)
+
+    def to_background(self, action: Any, num_envs: int | None = None) -> NDArray[np.float64]:
+        array = self._finite(action, num_envs, columns=(2,))[..., 1]
+        share = 0.5 * (np.minimum(np.maximum(array, -1.0), 1.0) + 1.0)
+        return np.expm1(share * math.log1p(MAX_BACKGROUND)) * self._given("cores", num_envs)
+
+    def encode(self, weights: ArrayLike) -> NDArray[np.float32]:
+        """The action of these weights without a background load."""
+        return np.stack([speeds := super().encode(weights), np.full_like(speeds, -1.0)], axis=-1)
 
 
 def make_action_codec(
@@ -191,15 +268,28 @@ def make_action_codec(
     action_weights: Sequence[float] = (1.0, 1.5, 2.0),
     min_weight: float = 0.1,
     max_weight: float = 10.0,
+    relative_to_configured: bool = False,
 ) -> ActionCodec:
     """The codec of an ``action_type`` (``ACTION_TYPES``).
+
+    Args:
+        num_servers: N.
+        action_type: by name.
+        action_weights: levels of "discrete" and "joint".
+        min_weight: lower end of the range of the other types.
+        max_weight: upper end of it.
+        relative_to_configured: whether "normalized" weights are times the configured ones.
 
     Raises:
         UnknownNameError: for another action type.
         InvalidOptionError: for weights that are not finite and above 0, an empty list of them, bounds out of order, or
-            more than 4,096 joint actions.
+            more than 4,096 joint actions, or a type other than "normalized" and "index" relative to what is configured.
     """
     choice("action type", action_type, ACTION_TYPES)
+    if relative_to_configured and action_type not in ("normalized", "index"):
+        raise InvalidOptionError(
+            f"relative_to_configured=True is for action_type 'normalized' ('index' always is), got {action_type!r}"
+        )
     if action_type in ("discrete", "joint"):
         if not isinstance(action_weights, Iterable):
             raise InvalidOptionError(f"action_weights must be a list of numbers, got {action_weights!r}")
@@ -210,4 +300,6 @@ def make_action_codec(
     low, high = (number(*each, above=0.0) for each in (("min_weight", min_weight), ("max_weight", max_weight)))
     if low > high:
         raise InvalidOptionError(f"min_weight must be at most max_weight {max_weight}, got {min_weight}")
-    return (ContinuousActions if action_type == "continuous" else NormalizedActions)(num_servers, low, high)
+    if action_type == "normalized":
+        return NormalizedActions(num_servers, low, high, relative=bool(relative_to_configured))
+    return (ContinuousActions if action_type == "continuous" else IndexActions)(num_servers, low, high)

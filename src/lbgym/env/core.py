@@ -11,7 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, InvalidRewardError, ResetNeeded
-from ..scenarios import AnyScenario, Scenario, ScenarioDistribution, default_scenario
+from ..scenarios import AnyScenario, Configured, Scenario, ScenarioDistribution, default_scenario
 from ..snapshot import Snapshot
 from .actions import ActionCodec
 from .info import scenario_facts, step_info
@@ -45,6 +45,7 @@ class EnvCore:
         codec, layout: of one balancer.
         snapshot: the last one; None before the first episode.
         weights: float64[..., N], set by the last action; after a reset those in force.
+        background: float64[..., N], background loads set by the last action; None with actions that set none.
         rewards: float64[...], of the last step.
         over: bool[R], whether the episode has ended, or none has begun.
 
@@ -63,15 +64,18 @@ class EnvCore:
     ) -> None:
         self.options, self.plane, self.view = options, plane, view
         try:
-            _check_capabilities(options, plane)
             self.codec = options.codec(plane.num_servers)
+            _check_capabilities(options, plane, self.codec)
         except BaseException:
             plane.close()
             raise
         self.layout = options.layout(plane.num_servers)
+        sets_background = self.codec.sets_background
+        self._configured: list[Configured] = []
         self.source = plane.source()
         self.snapshot: Snapshot | None = None
         self.weights: NDArray[np.float64] = np.ones((*view.shape, plane.num_servers))
+        self.background: NDArray[np.float64] | None = np.zeros(self.weights.shape) if sets_background else None
         self.rewards: Any = np.zeros(view.shape)
         # Steps so far, and how many there were when each episode began.
         self._clock = 0
@@ -105,6 +109,7 @@ class EnvCore:
     def step(
         self,
         weights: NDArray[np.float64],
+        background: NDArray[np.float64] | None = None,
         *,
         seeds: Sequence[int] | None = None,
         reset: NDArray[np.bool_] | None = None,
@@ -113,6 +118,7 @@ class EnvCore:
 
         Args:
             weights: kept as they are.
+            background: float64[..., N], background loads, if actions set any; kept as they are.
             seeds: of the replicas in ``reset``.
             reset: bool[R], replicas that begin an episode instead, with reward 0.
         """
@@ -123,7 +129,12 @@ class EnvCore:
             delays = self._delays = self._timing.delays(reset)
         self._batch[...] = self.view.spread(weights)
         self.weights = weights
-        batch = self.plane.step(self._batch, delays=delays, seeds=seeds, reset=reset)
+        if background is None:
+            batch = self.plane.step(self._batch, delays=delays, seeds=seeds, reset=reset)
+        else:
+            self.background = background
+            loads = np.broadcast_to(self.view.spread(background), self._batch.shape)
+            batch = self.plane.step(self._batch, background=loads, delays=delays, seeds=seeds, reset=reset)
         snapshot = self.snapshot = self.view.snapshot(batch)
         self._clock += 1
         self.rewards = self._reward(snapshot)
@@ -137,7 +148,13 @@ class EnvCore:
         self._next_end = int(self._began.min()) + self.options.max_steps
         self.over = self.over & ~mask
         self._delays = np.where(mask[:, None], 0.0, self._delays)
+        if self.codec.needs_configured or self.layout.observe_configured:
+            self._configure(mask)
         initial = self.view.of(self.plane.initial_weights())
+        if self.background is not None:
+            self.background = np.where(mask.reshape(-1, *(1,) * len(self.view.shape)), 0.0, self.background).reshape(
+                self.background.shape
+            )
         if self.view.shape:
             self.weights = np.where(mask.reshape(-1, *(1,) * len(self.view.shape)), initial, self.weights)
             self.rewards = np.array(self.rewards, np.float64)
@@ -146,16 +163,37 @@ class EnvCore:
             self.weights, self.rewards = initial, 0.0
         self._viewers = {}
 
+    def _configure(self, mask: NDArray[np.bool_]) -> None:
+        """Hand codec and layout what the operators of the masked replicas' clusters state."""
+        plane = self.plane
+        if not self._configured:
+            self._configured = [Configured.of(None, plane.num_servers, plane.num_balancers)] * plane.num_replicas
+        for i in np.flatnonzero(mask).tolist():
+            self._configured[i] = Configured.of(plane.scenario_of(i), plane.num_servers, plane.num_balancers)
+        if not self.view.shape:
+            self.codec.configured = self.layout.configured = self._configured[0]
+            return
+        each = self.view.shape[1] if len(self.view.shape) > 1 else 1
+        rows = Configured.stack([part for part in self._configured for _ in range(each)])
+        # The codec takes actions one below the other, the layout snapshots with the axes of the view.
+        self.codec.configured = rows
+        shape = self.view.shape
+        self.layout.configured = Configured(
+            rows.weights.reshape(*shape, -1), rows.cores.reshape(*shape, -1), rows.balancers.reshape(shape)
+        )
+
     def observation(self) -> Any:
         """The present observation, in fresh arrays."""
         snapshot = self.snapshot
         assert snapshot is not None
-        return self.layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active, self.weights)
+        return self.layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active, self.weights, self.background)
 
     def info(self) -> dict[str, Any]:
         """The present ``info``, in fresh arrays with the leading axes of the view."""
         assert self.snapshot is not None
         info = step_info(self.snapshot, self.weights)
+        if self.background is not None:
+            info["background"] = self.background.copy()
         if self._timing is not None:
             info["weights_in_force"] = self.view.of(self.plane.weights_in_force())
             info["action_delay"] = self.view.of(self._delays)
@@ -206,8 +244,13 @@ class EnvCore:
         self.plane.close()
 
 
-def _check_capabilities(options: EnvOptions, plane: BatchedDataPlane) -> None:
+def _check_capabilities(options: EnvOptions, plane: BatchedDataPlane, codec: ActionCodec) -> None:
     """Refuse what the data plane does not provide, before an episode begins."""
+    if codec.sets_background and not plane.has_index:
+        raise InvalidOptionError(
+            "action_type 'index' sets background loads, and this data plane does not place flows by an index: "
+            f"{plane.no_index_reason}"
+        )
     reward = options.reward
     if (options.use_ground_truth or reward.needs_ground_truth) and not plane.has_ground_truth:
         raise InvalidOptionError(

@@ -199,13 +199,17 @@ class MultiLoadBalanceEnv(CoreView, _Parallel or object):  # type: ignore[misc]
             raise InvalidActionError(
                 f"actions must be those of {', '.join(self.agents)}, one each, got {', '.join(actions) or 'none'}"
             )
+        codec = self.action_codec
         weights = np.empty((1, self.num_balancers, self.num_servers))
+        background = np.empty_like(weights) if codec.sets_background else None
         for b, agent in enumerate(self.agents):
             try:
-                weights[0, b] = self.action_codec.to_weights(actions[agent])
+                weights[0, b] = codec.to_weights(actions[agent])
+                if background is not None:
+                    background[0, b] = codec.to_background(actions[agent])
             except InvalidActionError as error:
                 raise InvalidActionError(f"{agent}: {error}") from None
-        core.step(weights)
+        core.step(weights, background)
         if self.render_mode == "human":
             core.draw()
         agents, over = self.agents, bool(core.over[0])

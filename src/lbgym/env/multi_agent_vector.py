@@ -144,7 +144,7 @@ class MultiLoadBalanceVectorEnv(ReplicaEnv):
         """
         return self._state.of(self._core.snapshot)
 
-    def _to_weights(self, actions: Any) -> NDArray[np.float64]:
+    def _to_weights(self, actions: Any) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         r, m = self.num_envs, self.num_balancers
         try:
             array = np.asarray(actions)
@@ -153,8 +153,10 @@ class MultiLoadBalanceVectorEnv(ReplicaEnv):
         expected = (r, m, *(self.agent_action_space.shape or ()))
         if array.shape != expected:
             raise InvalidActionError(f"actions must have shape {expected}, got shape {array.shape}")
-        weights = self._core.codec.to_weights(array.reshape(r * m, *expected[2:]), r * m)
-        return weights.reshape(r, m, self.num_servers)
+        rows, codec = array.reshape(r * m, *expected[2:]), self._core.codec
+        weights, background = codec.to_weights(rows, r * m), codec.to_background(rows, r * m)
+        shape = (r, m, self.num_servers)
+        return weights.reshape(shape), None if background is None else background.reshape(shape)
 
     def _final(self, ended: NDArray[np.bool_], observation: Any, info: dict[str, Any]) -> dict[str, Any]:
         final = super()._final(ended, observation, info)

@@ -12,12 +12,17 @@ from numpy.typing import NDArray
 from ..checks import choice
 from ..errors import InvalidOptionError
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
+from ..scenarios import Configured
 
 LAYOUTS = ("matrix", "flat", "dict")
 
 #: The column that ``observe_weights`` adds.
 WEIGHT_NAME = "weight"
-#: Smaller weights count as this one in that column.
+#: The column that ``observe_background`` adds.
+BACKGROUND_NAME = "background"
+#: The columns that ``observe_configured`` adds.
+CONFIGURED_NAMES = ("configured_weight", "cores", "balancers")
+#: Smaller weights count as this one in the columns of weights.
 LEAST_WEIGHT = 1e-6
 
 #: A count c is mapped to log(1 + c) / log(1 + MAX_COUNT), a time t to log(1 + t / TIME_UNIT) / log(1 + MAX_TIME /
@@ -69,7 +74,9 @@ class ObservationLayout:
     C columns: the 11 features, with ``use_ground_truth`` CPU use, memory use and busy workers, and with
     ``observe_weights`` the weight in force: its logarithm relative to the active servers' geometric mean
     (:func:`relative_weights`), without which a policy could not tell a slow server from one given too much. It has
-    either sign and no bounds, and ``normalize`` leaves it as it is.
+    either sign and no bounds. ``observe_background`` adds the background load in force as log(1 + flows), and
+    ``observe_configured`` what the operator knows: the configured weight, on the scale of the weight in force, and the
+    logarithms of the server's cores and of the number of balancers. ``normalize`` leaves all of these as they are.
 
     * "matrix": float32[..., N, C];
     * "flat": float32[..., N + N * C], 0/1 per server, whether it is active, then the matrix row by row;
@@ -77,6 +84,10 @@ class ObservationLayout:
 
     Values are flows and seconds, or with ``normalize`` in [0, 1] on a logarithmic scale that depends on nothing but the
     column (``MAX_COUNT``, ``TIME_UNIT``, ``MAX_TIME``). Rows of inactive servers are zero.
+
+    Attributes:
+        configured: for ``observe_configured``, with axes that broadcast to a snapshot's; None: weights and cores of 1,
+            one balancer. Whoever encodes keeps it up to date.
 
     Raises:
         UnknownNameError: for another layout.
@@ -90,6 +101,8 @@ class ObservationLayout:
         normalize: bool = False,
         use_ground_truth: bool = False,
         observe_weights: bool = False,
+        observe_background: bool = False,
+        observe_configured: bool = False,
     ) -> None:
         choice("observation layout", observation, LAYOUTS)
         self.num_servers = num_servers
@@ -97,9 +110,17 @@ class ObservationLayout:
         self.normalize = normalize
         self.use_ground_truth = use_ground_truth
         self.observe_weights = observe_weights
+        self.observe_background = observe_background
+        self.observe_configured = observe_configured
+        self.configured: Configured | None = None
         scaled = FEATURE_NAMES + (GROUND_TRUTH_NAMES if use_ground_truth else ())
         #: Names of the C columns.
-        self.columns: tuple[str, ...] = scaled + ((WEIGHT_NAME,) if observe_weights else ())
+        self.columns: tuple[str, ...] = (
+            *scaled,
+            *((WEIGHT_NAME,) if observe_weights else ()),
+            *((BACKGROUND_NAME,) if observe_background else ()),
+            *(CONFIGURED_NAMES if observe_configured else ()),
+        )
         self._scaled = len(scaled)
         self._units, self._gains = _scales(scaled)
         self._fractions = [i for i, name in enumerate(scaled) if name in _FRACTIONS]
@@ -110,7 +131,7 @@ class ObservationLayout:
         n, c = self.num_servers, len(self.columns)
         high = 1.0 if self.normalize else np.inf
         matrix = spaces.Box(0.0, high, (n, c), np.float32)
-        if not self.normalize or self.observe_weights:
+        if not self.normalize or self._scaled < c:
             matrix.high[:, self._fractions] = 1.0
             matrix.low[:, self._scaled :], matrix.high[:, self._scaled :] = -np.inf, np.inf
             # A Box compares and prints by these, too.
@@ -129,6 +150,7 @@ class ObservationLayout:
         ground_truth: NDArray[np.float32] | None,
         active: NDArray[np.bool_],
         weights: NDArray[np.float64] | None = None,
+        background: NDArray[np.float64] | None = None,
     ) -> Any:
         """Lay out a snapshot, in fresh arrays.
 
@@ -137,6 +159,7 @@ class ObservationLayout:
             ground_truth: float32[..., N, 3]; None: unknown.
             active: bool[..., N].
             weights: float64[..., N], in force; for ``observe_weights`` only.
+            background: float64[..., N], background loads in force, for ``observe_background``; None: 0.
 
         Raises:
             InvalidOptionError: if ground truth or the weights are to be shown and not given.
@@ -155,12 +178,25 @@ class ObservationLayout:
             if weights is None:
                 raise InvalidOptionError("observe_weights=True, but no weights in force are given")
             features = np.concatenate([features, relative_weights(weights, active)[..., None]], axis=-1)
+        if self.observe_background:
+            loads = np.zeros(active.shape) if background is None else np.where(active, np.log1p(background), 0.0)
+            features = np.concatenate([features, loads[..., None]], axis=-1, dtype=np.float32)
+        if self.observe_configured:
+            features = np.concatenate([features, self._configured_columns(active)], axis=-1)
         if self.observation == "matrix":
             return features
         if self.observation == "dict":
             return {"features": features, "mask": active.astype(np.int8)}
         rows = features.reshape(*features.shape[:-2], -1)
         return np.concatenate([active, rows], axis=-1, dtype=np.float32)
+
+    def _configured_columns(self, active: NDArray[np.bool_]) -> NDArray[np.float32]:
+        known = Configured.of(None, self.num_servers) if self.configured is None else self.configured
+        columns = np.zeros((*active.shape, len(CONFIGURED_NAMES)), np.float32)
+        columns[..., 0] = relative_weights(np.broadcast_to(known.weights, active.shape), active)
+        columns[..., 1] = np.where(active, np.log(known.cores), 0.0)
+        columns[..., 2] = np.where(active, np.log(known.balancers)[..., None], 0.0)
+        return columns
 
     def _normalize(self, features: NDArray[np.float32]) -> None:
         fractions = features[..., self._fractions] if self._fractions else None
@@ -171,8 +207,8 @@ class ObservationLayout:
     def decode(self, observation: Any) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Features float32[..., N, 11 or 14] in flows and seconds, and active bool[..., N], back from an observation.
 
-        The column of the weights is left out. The matrix layout has no mask: there a server counts as inactive when its
-        row is all zero and another's is not, whatever its weight.
+        The columns of weights, background loads and what is configured are left out. The matrix layout has no mask:
+        there a server counts as inactive when its row is all zero and another's is not, whatever its weight.
         """
         n, c = self.num_servers, len(self.columns)
         if self.observation == "dict":

@@ -49,7 +49,10 @@ class EnvOptions:
         max_steps: int = 10_000,
         max_episode_steps: int | None = None,
         use_ground_truth: bool = False,
+        relative_to_configured: bool = False,
         observe_weights: bool = False,
+        observe_background: bool = False,
+        observe_configured: bool = False,
         observation: str = "matrix",
         normalize: bool = False,
         scenario: AnyScenario | str | PathLike[str] | None = None,
@@ -72,12 +75,15 @@ class EnvOptions:
             "action_weights": action_weights,
             "min_weight": min_weight,
             "max_weight": max_weight,
+            "relative_to_configured": relative_to_configured,
         }
         self._observation: dict[str, Any] = {
             "observation": observation,
             "normalize": normalize,
             "use_ground_truth": use_ground_truth,
             "observe_weights": observe_weights,
+            "observe_background": observe_background,
+            "observe_configured": observe_configured,
         }
         # Bad keys are refused here, before a simulator is compiled or a region attached to.
         servers = self.num_servers or (1 if self.source is None else self.source.max_servers)

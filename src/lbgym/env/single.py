@@ -34,7 +34,9 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
     more (its weight). Layouts: see :class:`~lbgym.env.observations.ObservationLayout`.
 
     **Action**: "discrete" ``MultiDiscrete([K] * N)`` into ``action_weights``; "joint" ``Discrete(K ** N)``, at most
-    4,096; "continuous" ``Box(min_weight, max_weight, (N,))``; "normalized" ``Box(-1, 1, (N,))``, mapped by logarithm.
+    4,096; "continuous" ``Box(min_weight, max_weight, (N,))``; "normalized" ``Box(-1, 1, (N,))``, mapped by logarithm;
+    "index" ``Box(-1, 1, (N, 2))``, a weight and a background load per server, relative to what is configured
+    (:class:`~lbgym.env.actions.IndexActions`), for dispatch rules that count flows.
     Continuous actions are clipped to their bounds; anything else that does not fit is an error.
 
     **Reward**: ``reward_type`` of ``reward_field`` over the active servers (:mod:`lbgym.rewards`): a name, a mapping
@@ -44,9 +46,9 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
     steps.
 
     **Info**: ``sequence_id``, ``timestamp`` (s), ``active`` bool[N] and ``active_servers`` (their ids, a list),
-    ``weights`` float64[N], and of the flows that ended during the step ``completed``, ``rejected`` (or failed),
-    ``fct_mean``, ``fct_p50``, ``fct_p90``, ``fct_p99`` (s; a rejected flow counts with the scenario's
-    ``reject_timeout``; 0 if no flow ended).
+    ``weights`` float64[N], with index actions ``background`` float64[N] (flows), and of the flows that ended during
+    the step ``completed``, ``rejected`` (or failed), ``fct_mean``, ``fct_p50``, ``fct_p90``, ``fct_p99`` (s; a rejected
+    flow counts with the scenario's ``reject_timeout``; 0 if no flow ended).
 
     On a scenario with several balancers the environment sees balancer 0, and its weights go to all.
 
@@ -68,10 +70,12 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         num_servers: N of the built-in scenario, 4 by default; with a scenario, its number of servers; with a
             distribution, the largest number it draws, or more. Live: as many as the data plane has, or more, so that
             others can join.
-        action_type: "discrete", "joint", "continuous" or "normalized".
+        action_type: "discrete", "joint", "continuous", "normalized" or "index".
         action_weights: the K levels of a discrete action.
         min_weight: least weight of a continuous action.
         max_weight: largest weight of a continuous action.
+        relative_to_configured: weights of "normalized" are times the configured ones
+            (:attr:`~lbgym.scenarios.Scenario.configured_weights`), as those of "index" always are.
         step_interval: seconds of data-plane time per step.
         reward_type: name, mapping or callable.
         reward_field: the feature or ground-truth column that fairness rewards compare.
@@ -80,6 +84,9 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         use_ground_truth: append the 3 columns that only the servers themselves know.
         observe_weights: append a column ``weight``, the logarithm of the server's weight, ``info["weights"]``, relative
             to the active servers' geometric mean; 0 for inactive servers.
+        observe_background: append a column ``background``, log(1 + background load), ``info["background"]``.
+        observe_configured: append what the operator knows: ``configured_weight`` (as ``weight``), ``cores`` and
+            ``balancers`` (logarithms); 0 for inactive servers.
         observation: "matrix", "flat" or "dict".
         normalize: map every feature to [0, 1] by a fixed logarithmic scale; the weights stay as they are.
         scenario: a Scenario or a distribution of them, the name of one, or the path of a TOML file; None: alternating
@@ -114,7 +121,10 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         max_steps: int = 10_000,
         max_episode_steps: int | None = None,
         use_ground_truth: bool = False,
+        relative_to_configured: bool = False,
         observe_weights: bool = False,
+        observe_background: bool = False,
+        observe_configured: bool = False,
         observation: str = "matrix",
         normalize: bool = False,
         scenario: AnyScenario | str | PathLike[str] | None = None,
@@ -139,7 +149,10 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
             max_steps=max_steps,
             max_episode_steps=max_episode_steps,
             use_ground_truth=use_ground_truth,
+            relative_to_configured=relative_to_configured,
             observe_weights=observe_weights,
+            observe_background=observe_background,
+            observe_configured=observe_configured,
             observation=observation,
             normalize=normalize,
             scenario=scenario,
@@ -186,7 +199,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         if core.over[0]:
             when = "call reset() before step()" if core.snapshot is None else "the episode is over: call reset()"
             raise ResetNeeded(when)
-        core.step(core.codec.to_weights(action))
+        core.step(core.codec.to_weights(action), core.codec.to_background(action))
         if self.render_mode == "human":
             core.draw()
         return core.observation(), float(core.rewards), False, bool(core.over[0]), core.info()

@@ -66,9 +66,9 @@ class ReplicaEnv(CoreView, Replicas):
         core = self._core
         if core.snapshot is None:
             raise ResetNeeded("call reset() before step()")
-        weights = self._to_weights(actions)
+        weights, background = self._to_weights(actions)
         again = self._to_reset()
-        core.step(weights, seeds=None if again is None else self._draw_seeds(again), reset=again)
+        core.step(weights, background, seeds=None if again is None else self._draw_seeds(again), reset=again)
         truncated = core.over
         self._over = truncated
         rewards = np.array(core.rewards, np.float64)
@@ -85,8 +85,8 @@ class ReplicaEnv(CoreView, Replicas):
         return observation, rewards, np.zeros(self.num_envs, np.bool_), truncated.copy(), info
 
     @abstractmethod
-    def _to_weights(self, actions: Any) -> NDArray[np.float64]:
-        """The weights of checked actions, float64[..., N]."""
+    def _to_weights(self, actions: Any) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        """The weights of checked actions, float64[..., N], and the background loads, if they set any."""
 
     def render(self) -> tuple[Any, ...] | None:
         """A frame per replica, as of the single environment; "human" shows replica 0 and returns None."""
@@ -157,5 +157,6 @@ class LoadBalanceVectorEnv(ReplicaEnv, VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
-    def _to_weights(self, actions: Any) -> NDArray[np.float64]:
-        return self._core.codec.to_weights(actions, self.num_envs)
+    def _to_weights(self, actions: Any) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+        codec = self._core.codec
+        return codec.to_weights(actions, self.num_envs), codec.to_background(actions, self.num_envs)

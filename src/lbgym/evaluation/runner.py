@@ -38,7 +38,7 @@ def agents_of(contender: Contender, scenario: Scenario, seed: int, *, num_server
     """
     n, m = num_servers or scenario.num_servers, scenario.balancers
     if contender.path is not None:
-        agent = Agent(_loaded(contender.path), n, name=contender.path)
+        agent = Agent(_loaded(contender.path), n, scenario=scenario, name=contender.path)
         return [agent.copy() for _ in range(m)]
     # The stream of a policy that draws has nothing to do with the flows' seed.
     seeds = np.random.SeedSequence([seed, 0x706F6C69]).generate_state(m)
@@ -65,6 +65,12 @@ def decide(agents: Sequence[Agent], snapshot: Snapshot, weights: NDArray[np.floa
     now = snapshot.part(0)
     now = replace(now, sequence_id=int(now.sequence_id), timestamp=float(now.timestamp))
     return np.stack([agent(replace(now, stats=now.stats[b]), weights[0, b]) for b, agent in enumerate(agents)])[None]
+
+
+def background_of(agents: Sequence[Agent]) -> NDArray[np.float64] | None:
+    """The background loads that go with what :func:`decide` returned, float64[1, m, N]; None: none are set."""
+    loads = [agent.background for agent in agents if agent.background is not None]
+    return np.stack(loads)[None] if loads else None
 
 
 @lru_cache(maxsize=16)
@@ -129,15 +135,16 @@ def simulate(
             now >= deadline or not (simulation.open_flows()["arrival"] < settings.duration).any()
         ):
             break
-        weights = None
+        weights = background = None
         if now >= steps * interval:
             weights = in_force = decide(agents, snapshot, in_force)
+            background = background_of(agents)
             steps += 1
             if series and now < settings.duration:
                 rows.append((now, snapshot, weights[0, 0].copy()))
         # Steps also end exactly at the warm-up and the end, so that contenders of any interval count the same flows.
         target = min([steps * interval, deadline, *(cut for cut in cuts if cut > now)])
-        snapshot = simulation.step(weights, target - now)
+        snapshot = simulation.step(weights, target - now, background=background)
         now = target
     flows = _counted(simulation, scenario, settings)
     cores = np.array([min(s.cores, s.workers or s.cores) for s in scenario.servers], dtype=np.float64)

@@ -33,6 +33,10 @@ class ActionKind:
         """
         if is_normalized(space):
             return cls(0, False)
+        if isinstance(space, gymnasium.spaces.Box) and len(space.shape) > 1:
+            raise LbgymError(
+                f'these networks set one number per server: use action_type="normalized" instead of {space}'
+            )
         if isinstance(space, gymnasium.spaces.Box):
             raise LbgymError(f'these networks act in [-1, 1]: use action_type="normalized" instead of {space}')
         if isinstance(space, gymnasium.spaces.MultiDiscrete):
@@ -62,4 +66,6 @@ class ActionKind:
 
 def is_normalized(space: gymnasium.Space[Any]) -> bool:
     """Whether actions are of type "normalized": logarithms of weights, of which only the differences matter."""
-    return isinstance(space, gymnasium.spaces.Box) and bool(np.all(space.low == -1) and np.all(space.high == 1))
+    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+        return False
+    return bool(np.all(space.low == -1) and np.all(space.high == 1))

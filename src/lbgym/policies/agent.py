@@ -14,10 +14,12 @@ from ..env.info import step_info
 from ..env.observations import ObservationLayout
 from ..errors import PolicyError
 from ..features.columns import GROUND_TRUTH_NAMES
+from ..scenarios import Configured
 from ..snapshot import Snapshot
 from .trained import TrainedPolicy
 
 if TYPE_CHECKING:
+    from ..scenarios import Scenario
     from .base import WeightPolicy
 
 
@@ -64,6 +66,8 @@ class Agent:
         codec: actions of the environment to act in; None: the trained policy's.
         servers: servers that the policy is made for, the first of the data plane's; None: a trained policy's own, or
             any number.
+        scenario: what the operator states of the cluster, for a trained policy that is shown it or acts relative to it;
+            None: nothing is known.
         name: in logs and errors; None: the class of the policy.
 
     Attributes:
@@ -74,6 +78,7 @@ class Agent:
         servers: number of servers that the policy is made for; None: any.
         num_servers: N of the data plane that it is fitted to; None before :meth:`fit`.
         uses_ground_truth: whether the policy reads the ground truth.
+        background: background loads that go with the weights of the last call, float64[N]; None: the policy sets none.
 
     Raises:
         PolicyError: if the policy does not fit so many servers, or needs ground truth that ``layout`` does not show.
@@ -87,9 +92,12 @@ class Agent:
         layout: ObservationLayout | None = None,
         codec: ActionCodec | None = None,
         servers: int | None = None,
+        scenario: Scenario | None = None,
         name: str | None = None,
     ) -> None:
         self.layout, self.codec = layout, codec
+        self.background: NDArray[np.float64] | None = None
+        self._scenario = scenario
         self.name = type(policy).__name__ if name is None else name
         self.servers = servers
         self.num_servers: int | None = None
@@ -121,15 +129,17 @@ class Agent:
         """Seconds per step that the policy was trained with, if recorded."""
         return None if self._trained is None else self._trained.step_interval
 
-    def fit(self, num_servers: int, *, ground_truth: bool = True) -> None:
+    def fit(self, num_servers: int, *, ground_truth: bool = True, index: bool = True) -> None:
         """Decide for the servers of a data plane from now on, and forget the episode so far.
 
         Args:
             num_servers: N of the data plane.
             ground_truth: whether the data plane publishes it.
+            index: whether the data plane dispatches by an index.
 
         Raises:
-            PolicyError: if the policy does not fit so many servers, or needs ground truth and there is none.
+            PolicyError: if the policy does not fit so many servers, or needs ground truth or an index and there is
+                none.
         """
         if self.uses_ground_truth and not ground_truth:
             raise PolicyError(
@@ -138,16 +148,23 @@ class Agent:
             )
         if self._trained is not None:
             self.layout, self.codec = self._trained.codecs(num_servers)
+            self.layout.configured = self.codec.configured = Configured.of(self._scenario, num_servers)
         elif self.layout is not None and self.layout.num_servers != num_servers:
             raise PolicyError(
                 f"the layout of agent {self.name!r} is for {self.layout.num_servers} servers, the data plane has "
                 f"{num_servers}"
+            )
+        if self.codec is not None and self.codec.sets_background and not index:
+            raise PolicyError(
+                f"policy {self.name!r} sets background loads (action_type 'index'), but the data plane takes weights "
+                "only"
             )
         self.num_servers = num_servers
         self.reset()
 
     def reset(self, seed: int | None = None) -> None:
         """Begin an episode: forget the last one, and restart the stream of drawn actions from ``seed`` if given."""
+        self.background = None
         # A policy of the user's own that never draws need not take a seed.
         if seed is None:
             self.policy.reset()
@@ -207,9 +224,21 @@ class Agent:
             raise PolicyError(
                 f"policy {self.name!r} records no environment: give its agent an observation layout and an action codec"
             )
-        observation = self.layout.encode(snapshot.stats, snapshot.ground_truth, snapshot.active, weights)
+        observation = self.layout.encode(
+            snapshot.stats, snapshot.ground_truth, snapshot.active, weights, self.background
+        )
         action = self._policy.act(observation, {**(info or {}), **step_info(snapshot, weights)})
+        self.background = self.codec.to_background(action)
         return self.codec.to_weights(action)
+
+    def index(self, weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        """What goes with float64[N] weights to a live data plane that dispatches by index, float64[N, 2].
+
+        Each server's speed per core and background load; None if the policy sets no background loads.
+        """
+        if self.background is None:
+            return None
+        return Configured.of(self._scenario, len(weights)).index(weights, self.background)
 
     def _weights_of(
         self, heuristic: WeightPolicy, snapshot: Snapshot, weights: NDArray[np.float64]

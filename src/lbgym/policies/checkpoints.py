@@ -14,7 +14,7 @@ A checkpoint is what ``torch.save`` writes of a dictionary of tensors and plain 
 * ``outputs``: whether to ``squash`` continuous actions by the hyperbolic tangent;
 * ``trainer``: what resuming needs beyond that, in the recipe's own form. A policy acts without it.
 
-Only tensors and plain data are unpickled.
+Only tensors and plain data are unpickled. Acting needs NumPy alone, resuming needs torch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 FORMAT = "lbgym-policy"
 VERSION = 1
 
-_OBSERVATION_KEYS = ("observation", "normalize", "use_ground_truth", "observe_weights")
-_ACTION_KEYS = ("action_type", "action_weights", "min_weight", "max_weight")
+_OBSERVATION_KEYS = (
+    "observation", "normalize", "use_ground_truth", "observe_weights", "observe_background", "observe_configured",
+)  # fmt: skip
+_ACTION_KEYS = ("action_type", "action_weights", "min_weight", "max_weight", "relative_to_configured")
 
 
 def contents(
@@ -108,7 +110,16 @@ def read_checkpoint(path: str | os.PathLike[str], algo: str | None = None) -> di
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise MissingExtraError("torch", "train", f"the checkpoint {os.fspath(path)!r}") from error
+        raise MissingExtraError("torch", "train", f"resuming the checkpoint {os.fspath(path)!r}") from error
+
+    def load(content: bytes) -> Any:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+    return _read(path, load, algo)
+
+
+def _read(path: str | os.PathLike[str], load: Callable[[bytes], Any], algo: str | None = None) -> dict[str, Any]:
+    """Read a checkpoint by ``load``, which makes its tensors torch's or NumPy's."""
     where = f"checkpoint {os.fspath(path)}"
     try:
         content = Path(path).read_bytes()
@@ -119,7 +130,7 @@ def read_checkpoint(path: str | os.PathLike[str], algo: str | None = None) -> di
     if not content:
         raise CheckpointError(f"{where} is empty: whatever wrote it did not finish")
     try:
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        saved = load(content)
     except Exception as error:
         raise CheckpointError(f"{where} cannot be read: it is damaged, or was not written by torch.save") from error
     found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
@@ -168,7 +179,7 @@ def load_policy(
     Raises:
         PolicyError: for a file that is missing or no trained model (:class:`~lbgym.errors.CheckpointError` for a .pt),
             or spaces that no lbgym environment has.
-        MissingExtraError: without torch or Stable-Baselines3.
+        MissingExtraError: for a .zip without torch or Stable-Baselines3.
     """
     path = Path(path)
     if not path.is_file():
@@ -181,8 +192,10 @@ def load_policy(
         return load_sb3_policy(
             path, deterministic=deterministic, seed=seed, env_kwargs=env_kwargs or {}, algorithm=algorithm
         )
-    saved = read_checkpoint(path)
     from .neural import POLICIES
+    from .torch_files import load_arrays
+
+    saved = _read(path, load_arrays)
 
     name = saved["network"]["name"]
     if name not in POLICIES:

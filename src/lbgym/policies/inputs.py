@@ -1,4 +1,4 @@
-"""Turn observations into what the networks of :mod:`lbgym.policies.networks` read."""
+"""Turn observations into what networks read, in NumPy."""
 
 from __future__ import annotations
 
@@ -7,34 +7,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MissingExtraError
 
-try:
-    import torch
-    from torch import Tensor
-except ModuleNotFoundError as error:
-    raise MissingExtraError("torch", "train", "a policy in plain torch") from error
-
-
-def server_inputs(observation: Any, features: int) -> tuple[Tensor, Tensor]:
-    """Flat observations [B, N (1 + F)] -> inputs per server [B, N, F] and active bool[B, N]."""
-    flat = torch.from_numpy(np.ascontiguousarray(observation, dtype=np.float32))
+def server_inputs(flat: Any, features: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Flat observations [..., N (1 + F)] -> inputs per server [..., N, F] and active bool[..., N]."""
+    flat = np.ascontiguousarray(flat, np.float32)
     n = flat.shape[-1] // (1 + features)
-    return flat[:, n:].reshape(-1, n, features), flat[:, :n] > 0.5
+    return flat[..., n:].reshape(*flat.shape[:-1], n, features), flat[..., :n] > 0.5
 
 
-def with_weights(observation: Any, weights: Any, features: int) -> NDArray[np.float32]:
+def with_weights(flat: Any, weights: Any, features: int) -> NDArray[np.float32]:
     """Flat observations [B, N (1 + F)] and weights in force [B, N] -> [B, N (2 + F)], as with ``observe_weights=True``.
 
-    For policies from before environments had that key: their actions must not change, so the logarithm is torch's,
-    whose last bit may be another than that of :func:`lbgym.env.observations.relative_weights`.
+    For policies from before environments had that key.
     """
-    rows, active = server_inputs(observation, features)
-    log_w = torch.from_numpy(np.asarray(weights, dtype=np.float32)).clamp(min=1e-6).log_()
-    mask = active.to(log_w.dtype)
-    log_w = (log_w - (log_w * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)) * mask
-    flat: NDArray[np.float32] = torch.cat([mask, torch.cat([rows, log_w.unsqueeze(-1)], -1).flatten(1)], -1).numpy()
-    return flat
+    rows, active = server_inputs(flat, features)
+    mask = active.astype(np.float32)
+    log_w = np.log(np.maximum(np.asarray(weights, np.float32), np.float32(1e-6)))
+    log_w = (log_w - (log_w * mask).sum(-1, keepdims=True) / np.maximum(mask.sum(-1, keepdims=True), 1)) * mask
+    inputs = np.concatenate([rows, log_w[..., None]], -1)
+    return np.concatenate([mask, inputs.reshape(len(inputs), -1)], -1)
 
 
 class Encoder:
@@ -50,7 +41,7 @@ class Encoder:
 
     def __init__(self, features: int, memory: float) -> None:
         self.features, self.memory = features, memory
-        self.average: Tensor | None = None
+        self.average: NDArray[np.float32] | None = None
 
     @property
     def size(self) -> int:
@@ -61,16 +52,18 @@ class Encoder:
         """Forget the moving average."""
         self.average = None
 
-    def __call__(self, observation: Any, fresh: NDArray[np.bool_] | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, observation: Any, fresh: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Observations [B, N (1 + F)] -> inputs [B, N, 2 F] and active [B, N].
 
         Rows of ``fresh`` bool[B] begin an episode; None: none does, except after :meth:`reset`.
         """
         now, active = server_inputs(observation, self.features)
         if self.average is None or self.average.shape != now.shape:
-            self.average = now.clone()
+            self.average = now.copy()
         else:
             if fresh is not None:
-                self.average[torch.from_numpy(fresh)] = now[torch.from_numpy(fresh)]
-            self.average.lerp_(now, 1 - self.memory)
-        return torch.cat([now, self.average], -1), active
+                self.average[fresh] = now[fresh]
+            self.average += np.float32(1 - self.memory) * (now - self.average)
+        return np.concatenate([now, self.average], -1), active

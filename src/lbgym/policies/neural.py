@@ -1,4 +1,4 @@
-"""Policies in plain torch, one class per way of acting; :func:`lbgym.policies.load_policy` reads them from files."""
+"""Trained networks as policies, in NumPy: one class per way of acting, made by :func:`lbgym.policies.load_policy`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError, MissingExtraError
-
-try:
-    import torch
-    from torch import Tensor
-except ModuleNotFoundError as error:
-    raise MissingExtraError("torch", "train", "a policy in plain torch") from error
-
+from ..errors import CheckpointError
+from .acting import ACTING
 from .action_kind import ActionKind
 from .inputs import Encoder, server_inputs, with_weights
-from .networks import NETWORKS, draw
 from .trained import TrainedPolicy
 
 
@@ -40,7 +33,7 @@ class NetworkPolicy(TrainedPolicy):
         config: the configuration it was trained with, as plain data.
         step: environment steps it was trained for.
         algo: the recipe that trained it.
-        network: the torch module.
+        parameters: of the network, by name, float32.
         features: F, columns per server of its observations.
         kind: the kind of its actions.
     """
@@ -68,13 +61,12 @@ class NetworkPolicy(TrainedPolicy):
         self.kind = ActionKind(shapes["choices"], shapes["joint"])
         # Dense layers are for the servers they were trained with, all other networks for any number.
         self._num_servers: int | None = shapes["num_servers"] if network["name"] == "mlp" else None
-        self.network: Any = NETWORKS[network["name"]](**network["arguments"])
-        self.network.load_state_dict(network["parameters"])
-        self.network.requires_grad_(False)
+        self.parameters = {name: np.asarray(value) for name, value in network["parameters"].items()}
+        arguments = {name: value for name, value in network["arguments"].items() if name not in _FOR_TRAINING}
+        self._network: Any = ACTING[network["name"]](self.parameters, **arguments)
         self._seed = seed
-        self._generator = torch.Generator()
+        self._rng = np.random.default_rng(seed)
         self._prepare(state)
-        self._begin_stream()
         self.reset()
 
     @property
@@ -89,9 +81,8 @@ class NetworkPolicy(TrainedPolicy):
     def __copy__(self) -> NetworkPolicy:
         twin: NetworkPolicy = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
-        twin._generator = torch.Generator()
+        twin._rng = np.random.default_rng(self._seed)
         twin._separate()
-        twin._begin_stream()
         twin.reset()
         return twin
 
@@ -100,7 +91,7 @@ class NetworkPolicy(TrainedPolicy):
         if seed is not None:
             self._seed = seed
         if self._seed is not None:
-            self._generator.manual_seed(self._seed)
+            self._rng = np.random.default_rng(self._seed)
         self._forget()
 
     def act(self, observation: Any, info: Mapping[str, Any]) -> Any:
@@ -122,17 +113,22 @@ class NetworkPolicy(TrainedPolicy):
                 f"the policy was trained on flat observations of {1 + self.features} numbers per server; for "
                 f"{n} servers it takes shape ({n * (1 + self.features)},), got {flat.shape}"
             )
-        with torch.inference_mode():
-            rows = np.atleast_2d(flat)
-            if self._adds_weights:
-                rows = with_weights(rows, np.atleast_2d(weights), self.features)
-            choice = self._choose(rows)
-        actions = self.kind.encode(choice.numpy())
+        rows = np.atleast_2d(flat)
+        if self._adds_weights:
+            rows = with_weights(rows, np.atleast_2d(weights), self.features)
+        actions = self.kind.encode(self._choose(rows))
         return actions[0] if single else actions
 
     @abstractmethod
-    def _choose(self, flat: NDArray[Any]) -> Tensor:
+    def _choose(self, flat: NDArray[Any]) -> NDArray[Any]:
         """Choices [B, N] for flat observations [B, N (1 + inputs)]."""
+
+    def _draw(self, logits: NDArray[Any], active: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+        """Choices [...] of logits [..., K]: the most likely ones, or drawn, where active, by adding Gumbel noise."""
+        if not self.deterministic:
+            noise = self._rng.gumbel(size=logits.shape)
+            logits = logits + (noise if active is None else noise * active[..., None])
+        return logits.argmax(-1)
 
     def _prepare(self, state: Mapping[str, Any]) -> None:
         """Set up what a kind of policy has beside its network."""
@@ -142,10 +138,6 @@ class NetworkPolicy(TrainedPolicy):
 
     def _forget(self) -> None:
         """Forget the episode so far."""
-
-    def _begin_stream(self) -> None:
-        if self._seed is None and not self.deterministic:
-            self._generator.seed()
 
 
 class PPOPolicy(NetworkPolicy):
@@ -160,28 +152,28 @@ class PPOPolicy(NetworkPolicy):
     def _forget(self) -> None:
         self.encoder.reset()
 
-    def _choose(self, flat: NDArray[Any]) -> Tensor:
+    def _choose(self, flat: NDArray[Any]) -> NDArray[Any]:
         inputs, active = self.encoder(flat)
-        out, _ = self.network(self.network.scale(inputs, active), active)
+        out: NDArray[Any] = self._network(inputs, active)
+        if self.kind.choices:
+            return self._draw(out, active)
         if self.deterministic:
-            return out.argmax(-1) if self.kind.choices else out
-        drawn: Tensor = self.network.sample(out, active, self._generator)
-        return drawn
+            return out
+        return out + self._network.std * self._rng.standard_normal(out.shape) * active
 
 
 class SACGRUPolicy(NetworkPolicy):
     """Acts by the recurrent actor of SAC-GRU; for any number of servers."""
 
     def _forget(self) -> None:
-        self._memory: Tensor | None = None
+        self._memory: NDArray[np.float32] | None = None
 
-    def _choose(self, flat: NDArray[Any]) -> Tensor:
+    def _choose(self, flat: NDArray[Any]) -> NDArray[Any]:
         inputs, active = server_inputs(flat, self._inputs)
         if self._memory is not None and self._memory.shape[:2] != active.shape:
             self._memory = None
-        logits, self._memory = self.network.logits(inputs, active, self._memory)
-        chosen: Tensor = logits.argmax(-1) if self.deterministic else draw(logits, active, self._generator)
-        return chosen
+        logits, self._memory = self._network(inputs, active, self._memory)
+        return self._draw(logits, active)
 
 
 class ExportedPolicy(NetworkPolicy):
@@ -194,24 +186,21 @@ class ExportedPolicy(NetworkPolicy):
     def _prepare(self, state: Mapping[str, Any]) -> None:
         self.squash: bool = state["outputs"]["squash"]
 
-    def _choose(self, flat: NDArray[Any]) -> Tensor:
-        inputs = torch.from_numpy(np.ascontiguousarray(flat, np.float32))
-        out: Tensor = self.network(inputs)
+    def _choose(self, flat: NDArray[Any]) -> NDArray[Any]:
+        out: NDArray[Any] = self._network(np.ascontiguousarray(flat, np.float32))
         if not self.kind.choices:
-            return out.tanh() if self.squash else out
+            return np.tanh(out) if self.squash else out
         n = flat.shape[-1] // (1 + self._inputs)
-        logits = out if self.kind.joint else out.unflatten(-1, (n, self.kind.choices))
-        if self.deterministic:
-            index = logits.argmax(-1)
-        else:
-            rows = logits.reshape(-1, logits.shape[-1]).softmax(-1)
-            index = torch.multinomial(rows, 1, generator=self._generator).view(logits.shape[:-1])
+        index = self._draw(out if self.kind.joint else out.reshape(*out.shape[:-1], n, self.kind.choices))
         if not self.kind.joint:
             return index
         # Joint choices are numbered with the last server's varying fastest.
-        powers = self.kind.choices ** torch.arange(n - 1, -1, -1)
-        return index.unsqueeze(-1) // powers % self.kind.choices
+        powers = self.kind.choices ** np.arange(n - 1, -1, -1)
+        return index[..., None] // powers % self.kind.choices
 
+
+#: Keywords of networks that matter to their training alone.
+_FOR_TRAINING = ("log_std", "gain", "value")
 
 #: The policy that acts by each of ``NETWORKS``.
 POLICIES: dict[str, type[NetworkPolicy]] = {

@@ -221,4 +221,4 @@ def make_agent(
         name = name or policy
         trained = policy.lower().endswith(TRAINED_SUFFIXES)
         policy = load_policy(policy) if trained else make_weight_policy(policy, scenario, seed)
-    return Agent(policy, num_servers, servers=servers, name=name)
+    return Agent(policy, num_servers, servers=servers, scenario=scenario, name=name)

@@ -12,7 +12,6 @@ import gymnasium
 from ..env.actions import ActionCodec, make_action_codec
 from ..env.observations import ObservationLayout
 from ..errors import PolicyError
-from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH
 
 #: File names that mean a trained model.
 TRAINED_SUFFIXES = (".pt", ".zip")
@@ -74,8 +73,7 @@ class TrainedPolicy(ABC):
         if len(shape) == 2:
             return shape[0]
         # Flat: an active flag and a row of features per server.
-        columns = NUM_FEATURES + (NUM_GROUND_TRUTH if self.uses_ground_truth else 0) + self.observes_weights
-        return shape[0] // (1 + columns)
+        return shape[0] // (1 + len(self._layout(1).columns))
 
     @abstractmethod
     def reset(self, seed: int | None = None) -> None:
@@ -89,6 +87,13 @@ class TrainedPolicy(ABC):
     def copy(self) -> TrainedPolicy:
         """An independent policy with the same network, at the start of an episode."""
 
+    def _layout(self, num_servers: int) -> ObservationLayout:
+        keys = self.env_kwargs
+        names = ("normalize", "use_ground_truth", "observe_weights", "observe_background", "observe_configured")
+        return ObservationLayout(
+            num_servers, keys.get("observation", "matrix"), **{name: bool(keys.get(name, False)) for name in names}
+        )
+
     def codecs(self, num_servers: int) -> tuple[ObservationLayout, ActionCodec]:
         """The layout of its observations and the codec of its actions, for so many servers.
 
@@ -96,14 +101,9 @@ class TrainedPolicy(ABC):
             PolicyError: if the model was trained on other spaces than these.
         """
         keys = self.env_kwargs
-        layout = ObservationLayout(
-            num_servers,
-            keys.get("observation", "matrix"),
-            normalize=bool(keys.get("normalize", False)),
-            use_ground_truth=self.uses_ground_truth,
-            observe_weights=self.observes_weights,
-        )
-        weights = {k: keys[k] for k in ("action_weights", "min_weight", "max_weight") if k in keys}
+        layout = self._layout(num_servers)
+        names = ("action_weights", "min_weight", "max_weight", "relative_to_configured")
+        weights = {k: keys[k] for k in names if k in keys}
         codec = make_action_codec(num_servers, keys.get("action_type", "discrete"), **weights)
         what = "the model" if self.path is None else str(self.path)
         if self.spaces is not None:

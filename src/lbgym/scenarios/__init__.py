@@ -1,5 +1,6 @@
 """Scenarios, and distributions of them, as plain data: built-in ones by name, TOML files, recorded traces."""
 
+from .configured import Configured
 from .dispatch_rules import DISPATCH_RULES, RULES, WEIGHTED_RULES, DispatchRule
 from .files import fixed_scenario, from_toml, load_scenario, read_scenario, to_toml
 from .library import (
@@ -56,6 +57,7 @@ __all__ = [
     "Arrivals",
     "BoundedPareto",
     "Choice",
+    "Configured",
     "Demand",
     "Deterministic",
     "DispatchRule",

@@ -19,7 +19,8 @@ class DispatchRule:
     Attributes:
         name: in scenarios, files and on the command line.
         mechanism: what the data plane does per new flow: draw from an ``alias`` table, ``lookup`` by hash, take
-            turns (``round_robin``), take the least ``index`` of all servers, or the better of ``two_choices``.
+            turns (``round_robin``), take the server with the least ``index`` (a score by the flows it holds), or the
+            better of ``two_choices`` by it.
         weighted: whether the rule reads the weights, so that an agent has an effect.
         oracle: whether it sees what no balancer can: all balancers' flows, true speeds.
         description: one line.
@@ -75,8 +76,23 @@ RULES: dict[str, DispatchRule] = {
             "as sed, if the other balancers hold as many flows there",
             weighted=True,
         ),
+        _rule(
+            "marginal",
+            "index",
+            "least increase of the total delay, own and others': cores / weight while a core is free, then "
+            "(2 q + 1) / weight",
+            "greedy on the sum of delays, docs/theory.md",
+            weighted=True,
+        ),
+        _rule(
+            "table",
+            "index",
+            "least entry, at the own open flows q, of a table per server that is set from outside",
+            "Simulation.step(tables=...); as lsq until one is set",
+        ),
         _rule("p2c", "two_choices", "the one of two servers with fewer own open flows", "Mitzenmacher"),
         _rule("p2c_sed", "two_choices", "the one of two with the less (q + 1) / weight", "as p2c", weighted=True),
+        _rule("p2c_marginal", "two_choices", "the better of two by marginal", "as p2c and marginal", weighted=True),
         _rule(
             "oracle_lsq",
             "index",
@@ -86,8 +102,14 @@ RULES: dict[str, DispatchRule] = {
         _rule(
             "oracle_sed",
             "index",
-            "as sed, with all balancers' flows and true speeds",
+            "as sed, with all balancers' flows and true speeds; no lower bound: a flow takes one core",
             "as sed; needs counters and speeds",
+        ),
+        _rule(
+            "oracle_marginal",
+            "index",
+            "as marginal, with all balancers' flows and true speeds",
+            "as marginal; needs counters and speeds",
         ),
         _rule(
             "oracle_least_work",

@@ -38,6 +38,8 @@ class Server:
         speed: core-seconds of demand one core serves per second, above 0.
         workers: flows served at once; None: unlimited (plain processor sharing).
         backlog: places to wait once every worker is busy; None: unlimited. Without a limit on workers nothing waits.
+        weight: as its operator configures it, right or wrong, above 0; None: its cores. Only agents that are shown it,
+            or whose actions are relative to it, depend on it.
         memory_mb, memory_idle_mb, memory_per_flow_mb: the linear model of ground-truth memory use:
             (idle + per_flow * flows) / memory, at most 1.
     """
@@ -46,6 +48,7 @@ class Server:
     speed: float = 1.0
     workers: int | None = None
     backlog: int | None = None
+    weight: float | None = None
     memory_mb: float = 4096.0
     memory_idle_mb: float = 512.0
     memory_per_flow_mb: float = 16.0
@@ -63,12 +66,18 @@ class Server:
             _set(self, workers=_integer(self.workers, "Server.workers", low=1))
         if self.backlog is not None:
             _set(self, backlog=_integer(self.backlog, "Server.backlog", low=0))
+        if self.weight is not None:
+            _set(self, weight=_number(self.weight, "Server.weight"))
+
+    @property
+    def usable_cores(self) -> int:
+        """Cores that can be busy at once: no more than it has workers."""
+        return self.cores if self.workers is None else min(self.cores, self.workers)
 
     @property
     def capacity(self) -> float:
-        """Core-seconds of demand served per second when every core is busy (workers may limit it)."""
-        usable = self.cores if self.workers is None else min(self.cores, self.workers)
-        return usable * self.speed
+        """Core-seconds of demand served per second when every usable core is busy."""
+        return self.usable_cores * self.speed
 
 
 # Events
@@ -280,6 +289,11 @@ class Scenario:
     def core_weights(self) -> tuple[float, ...]:
         """What an operator knows of the servers: weights in proportion to their cores."""
         return tuple(float(server.cores) for server in self.servers)
+
+    @property
+    def configured_weights(self) -> tuple[float, ...]:
+        """The weights that the operator has configured: the cores where no other is stated."""
+        return tuple(float(server.cores) if server.weight is None else server.weight for server in self.servers)
 
     def with_changes(self, **changes: Any) -> Scenario:
         """A copy with other values; also takes ``load=``, ``rate=`` for the workload.

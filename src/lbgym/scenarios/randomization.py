@@ -179,7 +179,7 @@ class ServerDistribution:
     """What is drawn for each server by itself; None: as in the base scenario.
 
     Attributes:
-        cores, speed, workers, backlog, memory_mb, memory_idle_mb, memory_per_flow_mb: as of
+        cores, speed, workers, backlog, memory_mb, memory_idle_mb, memory_per_flow_mb, weight: as of
             :class:`~lbgym.scenarios.Server`, each a value or a range.
     """
 
@@ -190,6 +190,7 @@ class ServerDistribution:
     memory_mb: float | Range | None = None
     memory_idle_mb: float | Range | None = None
     memory_per_flow_mb: float | Range | None = None
+    weight: float | Range | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.ranges().items():

@@ -15,6 +15,8 @@ from ..features.rng import low_unit, mix64, to_range
 from .layout import (
     B_ALIAS,
     B_ALIAS_PROBABILITY,
+    B_BACKGROUND,
+    B_CORES,
     B_CURRENT,
     B_OPEN,
     B_SCORE,
@@ -23,11 +25,13 @@ from .layout import (
     EXTERNAL,
     LSQ,
     MAGLEV,
+    MARGINAL,
+    NUM_BF,
     ORACLE_LEAST_WORK,
     ORACLE_LSQ,
-    ORACLE_SED,
+    ORACLE_MARGINAL,
     P2C,
-    P2C_SED,
+    P2C_MARGINAL,
     R_ACTIVE,
     S_CLOCK,
     S_PACE,
@@ -36,13 +40,14 @@ from .layout import (
     S_STATUS,
     S_WAITING,
     S_WORK_LEFT,
-    SED,
     SED_SCALED,
+    TABLE,
     UP,
     V_CORES,
     V_WORKERS,
     WCMP,
 )
+from .tournament import rebuild
 
 _DISPATCH = np.uint64(0xD1B54A32D192ED03)
 _SECOND = np.uint64(0x8CB92BA72F3D8DD7)
@@ -63,39 +68,48 @@ def second_hash(h):
 
 
 @compiled(inline=True)
-def flow_score(rule, balancers, open_flows, weight):
-    """The score that ``lsq``, ``sed`` and ``sed_scaled`` minimise, given the flows a server holds of this balancer."""
-    if rule == LSQ or rule == P2C:
-        return np.float64(open_flows)
-    if weight <= 0.0:
-        return math.inf
-    if rule == SED_SCALED:
-        return (balancers * open_flows + 1.0) / weight
-    return (open_flows + 1.0) / weight
+def marginal_cost(flows, cores):
+    """Increase of the total delay by one more flow on a server of total speed 1 that holds ``flows``.
 
-
-@compiled()
-def _minimum(scores, n):
-    """The least of ``n`` scores of at least 0: compared as integers of the same bits, several at a time."""
-    bits = scores.view(np.int64)
-    low = bits[0]
-    for j in range(1, n):
-        low = min(low, bits[j])
-    return low
+    The flows of a server of c cores that holds n take n max(1, n / c) times a flow's own time together, in units of
+    1 / (speed of a core); this is the difference from n to n + 1, over c. ``flows`` need not be whole.
+    """
+    if flows + 1.0 <= cores:
+        return cores
+    if flows >= cores:
+        return 2.0 * flows + 1.0
+    return (flows + 1.0) * (flows + 1.0) - cores * flows
 
 
 @compiled(inline=True)
-def first_minimum(scores, n, start):
-    """Index of the least of the first ``n`` scores, ties to the first from ``start`` on, cyclically."""
-    low = _minimum(scores, n)
-    bits = scores.view(np.int64)
-    for j in range(start, n):
-        if bits[j] == low:
-            return j
-    for j in range(start):
-        if bits[j] == low:
-            return j
-    return start
+def table_score(view, flows):
+    """Entry ``flows`` of the table in a balancer's ``view`` of a server; beyond its end by its last difference."""
+    last = view.shape[0] - NUM_BF - 1
+    if flows <= last:
+        return view[NUM_BF + flows]
+    end = view[NUM_BF + last]
+    return end + (flows - last) * (end - view[NUM_BF + last - 1])
+
+
+@compiled(inline=True)
+def flow_score(rule, balancers, held, weight, view):
+    """A server's index: the score that every rule which counts flows minimises.
+
+    Tables of scores by the flows ``held``, written as formulas where there is one. ``view`` is the balancer's view of
+    the server.
+    """
+    if rule == TABLE:
+        return table_score(view, held)
+    if rule == SED_SCALED:
+        held *= balancers
+    flows = held + view[B_BACKGROUND]
+    if rule == LSQ or rule == P2C or rule == ORACLE_LSQ:
+        return flows
+    if weight <= 0.0:
+        return math.inf
+    if rule == MARGINAL or rule == P2C_MARGINAL or rule == ORACLE_MARGINAL:
+        return marginal_cost(flows, view[B_CORES]) / weight
+    return (flows + 1.0) / weight
 
 
 @compiled(allocates=True)
@@ -171,22 +185,30 @@ def build_maglev(b, size, active, num_active, bf, maglev):
 
 
 @compiled()
-def refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, si):
-    """Rebuild what the rule needs after balancer ``b``'s weights, or the active servers, have changed."""
+def refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, sf, si):
+    """Rebuild what the rule needs after balancer ``b``'s weights, the active servers or their speeds have changed."""
     num_active = ri[R_ACTIVE]
-    balancers, n = score.shape
-    if rule == LSQ or rule == SED or rule == SED_SCALED:
-        all_zero = True
+    balancers = score.shape[0]
+    n = si.shape[0]
+    if keeps_scores(rule):
+        oracle = is_oracle(rule)
+        all_zero = not oracle
         for j in range(n):
             all_zero = all_zero and (si[j, S_STATUS] != UP or bf[b, j, B_WEIGHT] <= 0.0)
         for j in range(n):
             weight = 1.0 if all_zero else bf[b, j, B_WEIGHT]
-            # The weight a score is computed with; inactive servers have an infinite score.
+            held = bi[b, j, B_OPEN]
+            if oracle:
+                weight = sf[j, S_SPEED] * bf[b, j, B_CORES]
+                held = si[j, S_SERVED] + si[j, S_WAITING]
+            # Inactive servers have an infinite score.
             bf[b, j, B_SCORE] = weight if si[j, S_STATUS] == UP else 0.0
             if si[j, S_STATUS] == UP:
-                score[b, j] = flow_score(rule, balancers, bi[b, j, B_OPEN], weight)
+                score[b, j] = flow_score(rule, balancers, held, weight, bf[b, j])
             else:
                 score[b, j] = math.inf
+        if score.shape[1] > n:
+            rebuild(score[b], n)
     elif rule == WCMP:
         build_alias(b, active, num_active, bf, bi)
     elif rule == MAGLEV and num_active > 0:
@@ -230,8 +252,8 @@ def dispatch_by_hash(b, rule, table_size, h, ri, active, bf, bi, maglev):
 @compiled(inline=True)
 def better_of_two(b, rule, balancers, one, two, bf, bi):
     """Power of two choices: the first candidate unless the second is strictly better."""
-    first = flow_score(rule, balancers, bi[b, one, B_OPEN], bf[b, one, B_WEIGHT])
-    second = flow_score(rule, balancers, bi[b, two, B_OPEN], bf[b, two, B_WEIGHT])
+    first = flow_score(rule, balancers, bi[b, one, B_OPEN], bf[b, one, B_WEIGHT], bf[b, one])
+    second = flow_score(rule, balancers, bi[b, two, B_OPEN], bf[b, two, B_WEIGHT], bf[b, two])
     return two if second < first else one
 
 
@@ -242,14 +264,20 @@ def unfinished_work(j, now, sf, si):
 
 
 @compiled(inline=True)
+def usable_cores(j, server_f, server_i):
+    """Cores of server ``j`` that can be busy at once: no more than it has workers."""
+    return min(server_f[j, V_CORES], np.float64(server_i[j, V_WORKERS]))
+
+
+@compiled(inline=True)
 def present_capacity(j, server_f, server_i, sf):
     """Core-seconds per second of server ``j`` at its present speed with every core busy."""
-    return sf[j, S_SPEED] * min(server_f[j, V_CORES], np.float64(server_i[j, V_WORKERS]))
+    return sf[j, S_SPEED] * usable_cores(j, server_f, server_i)
 
 
 @compiled()
-def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i, sf, si):
-    """The server chosen with global counters and true speeds; ties to the first from ``start`` on."""
+def least_work(start, now, demand, ri, active, server_f, server_i, sf, si):
+    """The server that would be done first with its work and the flow; ties to the first from ``start`` on."""
     num_active = ri[R_ACTIVE]
     best = np.int64(active[start])
     low = math.inf
@@ -258,15 +286,7 @@ def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i,
         if k >= num_active:
             k -= num_active
         j = active[k]
-        held = si[j, S_SERVED] + si[j, S_WAITING]
-        if rule == ORACLE_LSQ:
-            score = np.float64(held)
-        else:
-            capacity = present_capacity(j, server_f, server_i, sf)
-            if rule == ORACLE_SED:
-                score = (held + 1.0) / capacity
-            else:
-                score = (unfinished_work(j, now, sf, si) + demand) / capacity
+        score = (unfinished_work(j, now, sf, si) + demand) / present_capacity(j, server_f, server_i, sf)
         if score < low:
             low = score
             best = np.int64(j)
@@ -276,22 +296,22 @@ def dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i,
 @compiled(inline=True)
 def uses_counters(rule):
     """True if every server must be brought up to date before a flow is placed."""
-    return rule == LSQ or rule == SED or rule == SED_SCALED or is_oracle(rule) or rule == EXTERNAL
+    return keeps_scores(rule) or rule == ORACLE_LEAST_WORK or rule == EXTERNAL
 
 
 @compiled(inline=True)
 def is_oracle(rule):
     """True if the rule uses information that no balancer has."""
-    return rule == ORACLE_LSQ or rule == ORACLE_SED or rule == ORACLE_LEAST_WORK
+    return ORACLE_LSQ <= rule <= ORACLE_LEAST_WORK
 
 
 @compiled(inline=True)
 def is_two_choice(rule):
     """True if the rule compares two candidates."""
-    return rule == P2C or rule == P2C_SED
+    return P2C <= rule <= P2C_MARGINAL
 
 
 @compiled(inline=True)
 def keeps_scores(rule):
-    """True if the rule's scores are kept up to date for every server."""
-    return rule == LSQ or rule == SED or rule == SED_SCALED
+    """True if the rule's scores are kept up to date for every server: an oracle's in the row of balancer 0."""
+    return LSQ <= rule <= TABLE or ORACLE_LSQ <= rule <= ORACLE_MARGINAL

@@ -18,19 +18,20 @@ from .arrivals import begin_arrivals, next_arrival
 from .dispatch import (
     better_of_two,
     dispatch_by_hash,
-    dispatch_by_oracle,
     dispatch_hash,
-    first_minimum,
     flow_score,
     is_oracle,
     is_two_choice,
     keeps_scores,
+    least_work,
     refresh_balancer,
     second_hash,
+    usable_cores,
     uses_counters,
 )
 from .layout import (
-    B_CURRENT,
+    B_BACKGROUND,
+    B_CORES,
     B_OPEN,
     B_SCORE,
     B_WEIGHT,
@@ -59,6 +60,8 @@ from .layout import (
     L_ID,
     L_SERVER,
     L_STATUS,
+    NUM_BF,
+    ORACLE_LEAST_WORK,
     P_ALGORITHM,
     P_COST,
     P_LOG_DECAY,
@@ -130,6 +133,7 @@ from .layout import (
     V_WORKERS,
     WORK_PER_CALL,
 )
+from .tournament import first_due, first_least, first_minimum, renew
 
 FCT, DURATION = 0, 1
 _TINY = 1e-9
@@ -161,10 +165,23 @@ def _log_flow(pi, rf, ri, log, record, flow, arrival, fct, demand, server, balan
 
 @compiled(inline=True)
 def _count_open(rule, b, j, change, bf, bi, score, si):
-    """Change balancer ``b``'s count of open flows on server ``j`` and the score that depends on it."""
+    """Change balancer ``b``'s count of open flows on server ``j``, whose own is changed, and the score by them."""
     bi[b, j, B_OPEN] += change
     if keeps_scores(rule) and si[j, S_STATUS] == UP:
-        score[b, j] = flow_score(rule, score.shape[0], bi[b, j, B_OPEN], bf[b, j, B_SCORE])
+        held = bi[b, j, B_OPEN]
+        if is_oracle(rule):
+            b = 0
+            held = si[j, S_SERVED] + si[j, S_WAITING]
+        before = score[b, j]
+        score[b, j] = flow_score(rule, score.shape[0], held, bf[b, j, B_SCORE], bf[b, j])
+        if score.shape[1] > si.shape[0]:
+            renew(score[b], si.shape[0], j, before)
+
+
+@compiled(inline=True)
+def _has_tree(rule, departure, si):
+    """True if departures are found by the tree over them, not by a look at every server."""
+    return departure.shape[0] > si.shape[0] and uses_counters(rule)
 
 
 @compiled(inline=True)
@@ -287,6 +304,7 @@ def _depart(
 ):  # fmt: skip
     """Every departure from server ``j`` up to ``until``, in order; its clock stops at the last one."""
     cores = server_f[j, V_CORES]
+    before = departure[j]
     while departure[j] <= until:
         now = departure[j]
         gained = heap[j, 0] - sf[j, S_VIRTUAL]
@@ -320,6 +338,8 @@ def _depart(
         elif si[j, S_SERVED] == 0:
             sf[j, S_WORK_LEFT] = 0.0
         _schedule(j, server_f, sf, si, heap[j], departure)
+    if _has_tree(rule, departure, si):
+        renew(departure, si.shape[0], j, before)
 
 
 @compiled(inline=True)
@@ -350,19 +370,22 @@ def _place(
     flow_i[j, slot, F_BALANCER] = b
     ri[R_OPEN] += 1
     sf[j, S_WORK_LEFT] += demand
-    _count_open(rule, b, j, 1, bf, bi, score, si)
     if serve:
         _sift_up(heap[j], flow_i[j], served, sf[j, S_VIRTUAL] + demand, slot)
         si[j, S_SERVED] = served + 1
+        before = departure[j]
         _schedule(j, server_f, sf, si, heap[j], departure)
+        if _has_tree(rule, departure, si):
+            renew(departure, si.shape[0], j, before)
     else:
         position = si[j, S_WAIT_HEAD] + waiting
         flow_i[j, position if position < capacity else position - capacity, F_WAIT] = slot
         si[j, S_WAITING] = waiting + 1
+    _count_open(rule, b, j, 1, bf, bi, score, si)
 
 
 @compiled()
-def _refresh_active(rule, table_size, ri, si, active, bf, bi, score, maglev):
+def _refresh_active(rule, table_size, ri, sf, si, active, bf, bi, score, maglev):
     n = si.shape[0]
     count = 0
     for j in range(n):
@@ -371,7 +394,7 @@ def _refresh_active(rule, table_size, ri, si, active, bf, bi, score, maglev):
             count += 1
     ri[R_ACTIVE] = count
     for b in range(score.shape[0]):
-        refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, si)
+        refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, sf, si)
 
 
 @compiled()
@@ -466,6 +489,8 @@ def _apply_event(
     if kind == EVENT_SPEED:
         sf[j, S_SPEED] = server_f[j, V_SPEED] * event[3]
         sf[j, S_INVERSE_SPEED] = 1.0 / sf[j, S_SPEED]
+        if is_oracle(rule):
+            refresh_balancer(0, rule, pi[P_TABLE_SIZE], ri, active, bf, bi, score, maglev, sf, si)
     else:
         if kind == EVENT_DOWN:
             si[j, S_STATUS] = DOWN
@@ -477,8 +502,11 @@ def _apply_event(
             si[j, S_STATUS] = UP
         elif si[j, S_STATUS] == UP:
             si[j, S_STATUS] = DRAINING
-        _refresh_active(rule, pi[P_TABLE_SIZE], ri, si, active, bf, bi, score, maglev)
+        _refresh_active(rule, pi[P_TABLE_SIZE], ri, sf, si, active, bf, bi, score, maglev)
+    before = departure[j]
     _schedule(j, server_f, sf, si, heap[j], departure)
+    if _has_tree(rule, departure, si):
+        renew(departure, si.shape[0], j, before)
 
 
 @compiled()
@@ -498,10 +526,12 @@ def _run(P, S, r, pause):
     values, sample_weights, meta, result = S.values[r], S.sample_weights[r], S.meta[r], S.result[r]
     log, record = S.log[r], S.record[r]
     n = pi[P_SERVERS]
+    room = si.shape[0]
     balancers = score.shape[0]
     rule = pi[P_RULE]
     table_size = pi[P_TABLE_SIZE]
     counters = uses_counters(rule)
+    tree = _has_tree(rule, departure, si)
     two_choice = is_two_choice(rule)
     external = rule == EXTERNAL
     target = rf[R_TARGET]
@@ -555,15 +585,29 @@ def _run(P, S, r, pause):
                 candidates = 1
                 first = dispatch_by_hash(b, rule, table_size, h, ri, active, bf, bi, maglev)
         everyone = candidates == n and (counters or not arrival)
-        for i in range(candidates):
-            k = np.int64(i)
-            if not everyone:
+        i = 0
+        while i < candidates:
+            # The next one that is due, in the order of the servers with and without a tree.
+            if tree:
+                k = first_due(departure, room, now)
+                if k < 0:
+                    break
+            elif everyone:
+                while i < n and not departure[i] <= now:
+                    i += 1
+                if i == n:
+                    break
+                k = np.int64(i)
+                i += 1
+            else:
                 k = first if i == 0 else second
-            if departure[k] <= now:
-                _depart(
-                    k, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
-                    values, sample_weights, meta, result, log, record,
-                )  # fmt: skip
+                i += 1
+                if not departure[k] <= now:
+                    continue
+            _depart(
+                k, now, rule, pf, pi, server_f, rf, ri, sf, si, departure, heap, flow_f, flow_i, bf, bi, score,
+                values, sample_weights, meta, result, log, record,
+            )  # fmt: skip
 
         if not arrival:
             for i in range(n):
@@ -593,11 +637,16 @@ def _run(P, S, r, pause):
                     ri[R_CHOICE] = 0
                     if si[j, S_STATUS] != UP:
                         j = np.int64(-1)
-                elif is_oracle(rule):
+                elif rule == ORACLE_LEAST_WORK:
                     start = to_range(h, ri[R_ACTIVE])
-                    j = dispatch_by_oracle(rule, start, now, demand, ri, active, server_f, server_i, sf, si)
+                    j = least_work(start, now, demand, ri, active, server_f, server_i, sf, si)
                 else:
-                    j = first_minimum(score[b], n, to_range(h, n))
+                    row = b
+                    start = to_range(h, n)
+                    if is_oracle(rule):
+                        row = 0
+                        start = np.int64(active[to_range(h, ri[R_ACTIVE])])
+                    j = first_least(score[row], room, start) if tree else first_minimum(score[row], n, start)
         elif candidates == 2:
             j = better_of_two(b, rule, balancers, first, second, bf, bi)
         if j >= 0:
@@ -616,16 +665,36 @@ def _run(P, S, r, pause):
 
 @compiled()
 def _set_weights(P, S, r, b, weights):
-    """Hand a balancer its weights; rebuilds its table only when they have changed."""
+    """Hand a balancer its weights; rebuilds its table only when they have changed.
+
+    ``weights`` [1, N], or with the background load [2, N], or with a table of scores, too [2 + Q, N].
+    """
     pi, bf = P.pi[r], S.bf[r]
     changed = False
-    for j in range(weights.shape[0]):
-        if bf[b, j, B_WEIGHT] != weights[j]:
-            bf[b, j, B_WEIGHT] = weights[j]
+    rows = weights.shape[0]
+    for j in range(weights.shape[1]):
+        background = weights[1, j] if rows > 1 else 0.0
+        if bf[b, j, B_WEIGHT] != weights[0, j] or bf[b, j, B_BACKGROUND] != background:
+            bf[b, j, B_WEIGHT] = weights[0, j]
+            bf[b, j, B_BACKGROUND] = background
             changed = True
+        for q in range(2, rows):
+            if bf[b, j, NUM_BF + q - 2] != weights[q, j]:
+                bf[b, j, NUM_BF + q - 2] = weights[q, j]
+                changed = True
     if changed:
         refresh_balancer(
-            b, pi[P_RULE], pi[P_TABLE_SIZE], S.ri[r], S.active[r], bf, S.bi[r], S.score[r], S.maglev[r], S.si[r]
+            b,
+            pi[P_RULE],
+            pi[P_TABLE_SIZE],
+            S.ri[r],
+            S.active[r],
+            bf,
+            S.bi[r],
+            S.score[r],
+            S.maglev[r],
+            S.sf[r],
+            S.si[r],
         )
 
 
@@ -798,12 +867,14 @@ def reset_replica(P, S, r, seed):
             S.flow_i[r, j, k, F_FREE] = capacity - 1 - k
         for b in range(balancers):
             S.bf[r, b, j, B_WEIGHT] = 1.0
-            S.bf[r, b, j, B_CURRENT] = 0.0
+            S.bf[r, b, j, B_CORES] = usable_cores(j, P.server_f[r], P.server_i[r])
+            for q in range(S.bf.shape[3] - NUM_BF):
+                S.bf[r, b, j, NUM_BF + q] = q
             if P.pi[r, P_RESERVOIRS] == 1:
                 for metric in range(2):
                     S.meta[r, b, j, metric, RNG] = stream_seed(seed, _RESERVOIR, (b * n + j) * 2 + metric)
     _refresh_active(
-        P.pi[r, P_RULE], P.pi[r, P_TABLE_SIZE], ri, si, S.active[r], S.bf[r], S.bi[r], S.score[r], S.maglev[r]
+        P.pi[r, P_RULE], P.pi[r, P_TABLE_SIZE], ri, sf, si, S.active[r], S.bf[r], S.bi[r], S.score[r], S.maglev[r]
     )
     begin_arrivals(P.pf[r], P.pi[r], P.levels[r], P.first_level[r], P.rate_events[r], P.table, rf, ri)
     next_arrival(P.pf[r], P.pi[r], P.demand[r], P.levels[r], P.rate_events[r], P.table, rf, ri)
@@ -813,8 +884,9 @@ def reset_replica(P, S, r, seed):
 def step_replicas(P, S, out, weights, due, queued, duration, first, last, status):
     """One interval of replicas ``first`` to ``last``: weights, ``duration`` seconds, observation.
 
-    ``weights`` is [R, m, N], or has no replica to keep the present ones. ``queued`` [R, m, Q, N] come into force at the
-    times ``due`` [R, m, Q] on the way; the entries used are set to infinity; no replica: none are queued. A replica
+    ``weights`` is [R, m, rows, N] as for :func:`_set_weights`, or has no replica to keep the present ones. ``queued``
+    [R, m, Q, 2, N] come into force at the times ``due`` [R, m, Q] on the way; the entries used are set to infinity; no
+    replica: none are queued. A replica
     whose ``status`` is DONE is left alone; one whose status is not DONE afterwards needs a larger array or another
     call, and the next call goes on where it stopped.
     """

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH, NUM_SERVICE
 from ..features.reservoir_kernel import META_SIZE, RESULT_SIZE
+from .tournament import row_size
 
 # Dispatch rules, in the order of lbgym.scenarios.DISPATCH_RULES.
 (
@@ -22,13 +23,17 @@ from ..features.reservoir_kernel import META_SIZE, RESULT_SIZE
     LSQ,
     SED,
     SED_SCALED,
+    MARGINAL,
+    TABLE,
     P2C,
     P2C_SED,
+    P2C_MARGINAL,
     ORACLE_LSQ,
     ORACLE_SED,
+    ORACLE_MARGINAL,
     ORACLE_LEAST_WORK,
     EXTERNAL,  # whoever calls the kernel; not a rule of a scenario
-) = range(13)
+) = range(17)
 
 POISSON, MODULATED, SINUSOIDAL, TRACE = range(4)
 DETERMINISTIC, EXPONENTIAL, LOGNORMAL, BOUNDED_PARETO, HYPEREXPONENTIAL, EMPIRICAL = range(6)
@@ -151,8 +156,18 @@ V_WORKERS, V_BACKLOG, NUM_VI = range(3)
 # A flow's slot, float64 and int32. Heap position k and the k-th free or waiting slot share the rows.
 F_ARRIVAL, F_DEMAND, F_ID, NUM_FF = range(4)
 F_BALANCER, F_HEAP, F_FREE, F_WAIT, NUM_FI = range(5)
-# A balancer's view of a server.
-B_WEIGHT, B_SCORE, B_CURRENT, B_ALIAS_PROBABILITY, NUM_BF = range(5)
+# A balancer's view of a server. The columns from NUM_BF on are its table of scores: see NUM_SCORES.
+(
+    B_WEIGHT,
+    B_BACKGROUND,  # flows that others are believed to hold there
+    B_SCORE,  # the weight that scores are computed with
+    B_CORES,  # cores that scores are computed with
+    B_CURRENT,
+    B_ALIAS_PROBABILITY,
+    NUM_BF,
+) = range(7)
+#: Least number of scores in a table.
+NUM_SCORES = 2
 B_OPEN, B_ALIAS, NUM_BI = range(3)
 # A recorded flow.
 (
@@ -193,14 +208,14 @@ class State(NamedTuple):
     ri: NDArray[np.int64]  # [R, NUM_RI]
     sf: NDArray[np.float64]  # [R, N, NUM_SF]
     si: NDArray[np.int64]  # [R, N, NUM_SI]
-    departure: NDArray[np.float64]  # [R, N] time of the next departure
+    departure: NDArray[np.float64]  # [R, N +] time of the next departure; N +: and a tree, see tournament.py
     active: NDArray[np.int32]  # [R, N] the active servers first
     heap: NDArray[np.float64]  # [R, N, C] virtual finish times
     flow_f: NDArray[np.float64]  # [R, N, C, NUM_FF]
     flow_i: NDArray[np.int32]  # [R, N, C, NUM_FI]
-    bf: NDArray[np.float64]  # [R, m, N, NUM_BF]
+    bf: NDArray[np.float64]  # [R, m, N, NUM_BF + Q], Q scores
     bi: NDArray[np.int64]  # [R, m, N, NUM_BI]
-    score: NDArray[np.float64]  # [R, m, N]
+    score: NDArray[np.float64]  # [R, m, N +]
     maglev: NDArray[np.int32]  # [R, m, M]
     values: NDArray[np.float64]  # [R, m, N, 2, K]
     sample_weights: NDArray[np.float64]  # [R, m, N, 2, K] of the samples in values, relative
@@ -296,20 +311,21 @@ def allocate_state(
 ) -> State:
     """Zeroed state; ``flows`` slots per server, 0 or 1 where a part is not in use."""
     r, n, m = replicas, servers, balancers
+    row = row_size(n)
     kept = n if reservoir else 0
     return State(
         rf=np.zeros((r, NUM_RF)),
         ri=np.zeros((r, NUM_RI), np.int64),
         sf=np.zeros((r, n, NUM_SF)),
         si=np.zeros((r, n, NUM_SI), np.int64),
-        departure=np.full((r, n), np.inf),
+        departure=np.full((r, row), np.inf),
         active=np.zeros((r, n), np.int32),
         heap=np.zeros((r, n, flows)),
         flow_f=np.zeros((r, n, flows, NUM_FF)),
         flow_i=np.zeros((r, n, flows, NUM_FI), np.int32),
-        bf=np.zeros((r, m, n, NUM_BF)),
+        bf=np.zeros((r, m, n, NUM_BF + NUM_SCORES)),
         bi=np.zeros((r, m, n, NUM_BI), np.int64),
-        score=np.zeros((r, m, n)),
+        score=np.zeros((r, m, row)),
         maglev=np.zeros((r, m, maglev), np.int32),
         values=np.zeros((r, m, kept, 2, reservoir)),
         sample_weights=np.zeros((r, m, kept, 2, reservoir)),

@@ -123,7 +123,7 @@ def decide_replicas(P, S, out, choices, seeds, begin, final, first, last, status
                 S.rf[r, R_NEXT_ARRIVAL] = math.inf
             if status[r] != DONE or S.rf[r, R_NEXT_ARRIVAL] < math.inf:
                 break
-            target = _last_departure(S.departure[r])
+            target = _last_departure(S.departure[r, : S.si.shape[1]])
         if status[r] == DONE:
             ri[R_RUNNING] = 0
             _ask(P, S, out, r)

@@ -21,10 +21,12 @@ from ..scenarios import workload as laws
 from ..snapshot import IntervalStatistics, Snapshot
 from . import layout as at
 from .threads import Workers, available_cores
+from .tournament import TREE_FROM
 
 logger = logging.getLogger("lbgym")
 
-_INITIAL_FLOWS = 32
+#: Flow slots per server; fewer where they are many, which find more of what they need in the processor's cache.
+_INITIAL_FLOWS, _INITIAL_FLOWS_OF_MANY = 32, 8
 _INITIAL_LOG = 256
 #: Servers, over all replicas, from which another thread pays.
 _SERVERS_PER_THREAD = 128
@@ -134,16 +136,17 @@ class Simulation:
         self._pending = np.full(self.num_replicas, at.PAUSED)
         self._all_started = False
         self._output: at.Output | None = None
-        self._keep_weights = np.empty((0, self.num_balancers, self.num_servers))
-        # Weights on their way: when they come into force, seconds on the replica's clock, or inf for a free place.
+        self._keep_weights = np.empty((0, self.num_balancers, 1, self.num_servers))
+        # Weights and background loads on their way: when they come into force, seconds on the replica's clock, or inf
+        # for a free place.
         self._due = np.empty((0, self.num_balancers, 0))
-        self._queued = np.empty((0, self.num_balancers, 0, self.num_servers))
+        self._queued = np.empty((0, self.num_balancers, 0, 2, self.num_servers))
         self._reservoir_capacity = scenario.sampling.capacity if reservoirs else 0
         self._state = at.allocate_state(
             self.num_replicas,
             self.num_servers,
             self.num_balancers,
-            flows=_INITIAL_FLOWS,
+            flows=_INITIAL_FLOWS if self.num_servers < TREE_FROM else _INITIAL_FLOWS_OF_MANY,
             reservoir=self._reservoir_capacity,
             maglev=1,
             log=_INITIAL_LOG if service else 1,
@@ -307,6 +310,8 @@ class Simulation:
         weights: ArrayLike | None,
         duration: float,
         *,
+        background: ArrayLike | None = None,
+        tables: ArrayLike | None = None,
         delays: NDArray[np.float64] | None = None,
         seeds: Sequence[int] | None = None,
         reset: NDArray[np.bool_] | None = None,
@@ -316,15 +321,21 @@ class Simulation:
         Args:
             weights: of every balancer; None: the present ones, and those on their way, stay.
             duration: seconds; the statistics of the interval cover all of it, whatever comes into force meanwhile.
+            background: float[R, m, N], flows that others are believed to hold at a server, which the rules that count
+                flows add to the balancer's own; goes with ``weights``. None: 0.
+            tables: float[R, m, N, Q], scores by the balancer's own open flows at a server, for the rule ``table``;
+                beyond Q - 1 flows they go on by their last difference, which must not be negative. Only their order
+                matters. Goes with ``weights``. None: the present ones; after a reset the scores 0, 1, 2, ...
             delays: float[R, m], seconds from now until the weights come into force, in this step or in a later one;
                 those of a balancer that would come into force at the same time or after these are dropped. None: 0.
             seeds: of the replicas that begin again.
             reset: bool[R], the replicas that begin again instead.
 
         Raises:
-            InvalidWeightsError: for a wrong shape, or weights that are negative or not finite.
-            ScenarioError: for a bad duration, bad delays, or seeds that are not one per replica; nothing has happened
-                then.
+            InvalidWeightsError: for a wrong shape, or weights, background loads or tables that are negative or not
+                finite.
+            ScenarioError: for a bad duration, bad delays, tables with delays or under another rule, or seeds that are
+                not one per replica; nothing has happened then.
             ResetNeeded: before the first ``reset``.
         """
         if type(duration) is not float or not 0.0 <= duration < math.inf:
@@ -332,21 +343,12 @@ class Simulation:
         ready = self._all_started if reset is None else (self._started | reset).all()
         if not ready:
             raise ResetNeeded("call reset() before step(): no flow has been drawn yet, or a step was interrupted")
-        if weights is None:
-            checked = self._keep_weights
-        else:
-            checked = np.ascontiguousarray(weights, np.float64)
-            shape = (self.num_replicas, self.num_balancers, self.num_servers)
-            if checked.shape != shape:
-                raise InvalidWeightsError(
-                    f"weights must have shape {shape} (replicas, balancers, servers), got {checked.shape}"
-                )
-            # min and max are cheaper than isfinite().all(), and a NaN fails either comparison.
-            if not (checked.min() >= 0.0 and checked.max() < math.inf):
-                raise InvalidWeightsError(f"weights must be finite and at least 0, got {_first_bad(checked)!r}")
+        checked = self._keep_weights if weights is None else self._action(weights, background, tables)
         words = None if reset is None else self.seed_words(seeds or ())
         if weights is not None:
             if delays is not None:
+                if tables is not None:
+                    raise ScenarioError("tables of scores come into force at once: give no delays with tables")
                 self._queue(checked, delays)
                 checked = self._keep_weights
             elif len(self._due):
@@ -357,11 +359,58 @@ class Simulation:
             self._reset(output, words, reset)
         return self._snapshot(output)
 
-    def _queue(self, weights: NDArray[np.float64], delays: NDArray[np.float64]) -> None:
+    def _action(
+        self, weights: ArrayLike, background: ArrayLike | None, tables: ArrayLike | None
+    ) -> NDArray[np.float64]:
+        """The rows that the kernel sets, checked, float64[R, m, rows, N]: weights, background loads, table columns."""
+        checked = self._checked("weights", weights)
+        if background is None and tables is None:
+            return checked[:, :, None]
+        others = np.zeros_like(checked) if background is None else self._checked("background loads", background)
+        rows = np.stack([checked, others], axis=2)
+        return rows if tables is None else np.concatenate([rows, self._table_rows(tables)], axis=2)
+
+    def _checked(self, what: str, values: ArrayLike, columns: tuple[int, ...] = ()) -> NDArray[np.float64]:
+        array = np.ascontiguousarray(values, np.float64)
+        shape = (self.num_replicas, self.num_balancers, self.num_servers, *columns)
+        if array.shape != shape:
+            raise InvalidWeightsError(
+                f"{what} must have shape {shape} (replicas, balancers, servers{', scores' if columns else ''}), "
+                f"got {array.shape}"
+            )
+        # min and max are cheaper than isfinite().all(), and a NaN fails either comparison.
+        if not (array.min() >= 0.0 and array.max() < math.inf):
+            raise InvalidWeightsError(f"{what} must be finite and at least 0, got {_first_bad(array)!r}")
+        return array
+
+    def _table_rows(self, tables: ArrayLike) -> NDArray[np.float64]:
+        """Tables as the kernel takes them, float64[R, m, Q, N], as wide as those in force, which grow if need be."""
+        if "table" not in {self._dispatch or scenario.dispatch for scenario in self._scenarios}:
+            raise ScenarioError(f"tables of scores need the dispatch rule 'table', got {self.dispatch!r}")
+        given = np.shape(tables)
+        if len(given) != 4 or given[3] < at.NUM_SCORES:
+            raise InvalidWeightsError(
+                f"tables must have shape (replicas, balancers, servers, scores) with at least {at.NUM_SCORES} scores, "
+                f"got {given}"
+            )
+        array = self._checked("tables", tables, (given[3],))
+        falling = array[..., -1] < array[..., -2]
+        if falling.any():
+            raise InvalidWeightsError(
+                "tables must not fall at their end, where they go on by their last difference, got "
+                f"{array[falling][0, -2:].tolist()}"
+            )
+        have = self._state.bf.shape[3] - at.NUM_BF
+        if have < given[3]:
+            head, scores = np.split(self._state.bf, [at.NUM_BF], axis=3)
+            self._state = self._state._replace(bf=np.concatenate([head, _continued(scores, given[3])], axis=3))
+        return np.moveaxis(_continued(array, have), 3, 2)
+
+    def _queue(self, rows: NDArray[np.float64], delays: NDArray[np.float64]) -> None:
         """Let weights come into force later, in the place of all that would do so after them."""
-        if delays.shape != weights.shape[:2]:
+        if delays.shape != rows.shape[:2]:
             raise ScenarioError(
-                f"delays must have shape {weights.shape[:2]} (replicas, balancers), got shape {delays.shape}"
+                f"delays must have shape {rows.shape[:2]} (replicas, balancers), got shape {delays.shape}"
             )
         if not (delays.min() >= 0.0 and delays.max() < math.inf):
             raise ScenarioError(f"delays must be finite and at least 0 seconds, got {_first_bad(delays)!r}")
@@ -369,20 +418,26 @@ class Simulation:
         when = self._state.rf[:, at.R_CLOCK, None] + delays
         if not len(self._due):
             self._due = np.full((r, m, 1), math.inf)
-            self._queued = np.ones((r, m, 1, self.num_servers))
+            self._queued = np.zeros((r, m, 1, 2, self.num_servers))
         self._due[self._due >= when[..., None]] = math.inf
         free = np.isinf(self._due)
         if not free.any(axis=-1).all():
             self._due = np.concatenate([self._due, np.full((r, m, 1), math.inf)], axis=-1)
-            self._queued = np.concatenate([self._queued, np.ones((r, m, 1, self.num_servers))], axis=-2)
+            self._queued = np.concatenate([self._queued, np.zeros((r, m, 1, 2, self.num_servers))], axis=2)
             free = np.isinf(self._due)
         place = free.argmax(axis=-1)[..., None]
         np.put_along_axis(self._due, place, when[..., None], axis=-1)
-        np.put_along_axis(self._queued, place[..., None], weights[:, :, None], axis=-2)
+        if rows.shape[2] == 1:
+            rows = np.concatenate([rows, np.zeros_like(rows)], axis=2)
+        np.put_along_axis(self._queued, place[..., None, None], rows[:, :, None], axis=2)
 
     def weights_in_force(self) -> NDArray[np.float64]:
         """The weights that the balancers place flows by now, float64[R, m, N]."""
         return self._state.bf[..., at.B_WEIGHT].copy()
+
+    def background_in_force(self) -> NDArray[np.float64]:
+        """The background loads that the balancers place flows by now, float64[R, m, N]."""
+        return self._state.bf[..., at.B_BACKGROUND].copy()
 
     def observe(self) -> Snapshot:
         """A snapshot of this instant; begins a new interval."""
@@ -584,6 +639,16 @@ def _first_bad(weights: NDArray[np.float64]) -> float:
     return float(bad[0])
 
 
+def _continued(scores: NDArray[np.float64], columns: int) -> NDArray[np.float64]:
+    """Tables of scores [..., Q] with at least so many columns, by their last difference."""
+    more = columns - scores.shape[-1]
+    if more <= 0:
+        return scores
+    last = scores[..., -1:]
+    step = last - scores[..., -2:-1]
+    return np.concatenate([scores, last + step * np.arange(1, more + 1)], axis=-1)
+
+
 def _demand_row(demand: laws.Demand) -> tuple[int, list[float]]:
     match demand:
         case laws.Deterministic():
@@ -642,7 +707,8 @@ def _scenario_rows(
     pi[at.P_RESERVOIRS], pi[at.P_SERVICE], pi[at.P_RECORD] = reservoirs, service, record
     pi[at.P_TABLE_SIZE] = maglev_table_size(scenario.num_servers)
     pi[at.P_SERVERS] = scenario.num_servers
-    pi[at.P_COST] = 64 + scenario.num_servers + int(32 * packets)
+    scanned = scenario.num_servers if scenario.num_servers < TREE_FROM else 2 * TREE_FROM
+    pi[at.P_COST] = 64 + scanned + int(32 * packets)
 
     demand_kind, demand = _demand_row(workload.demand)
     levels, first_level, fixed = _modulation(workload.arrivals)

@@ -264,7 +264,7 @@ class _Trainer(Trainer[PPOConfig]):
             self.encoder.reset()
         options = None if mask is None or mask.all() else {"reset_mask": mask}
         observation, _ = self.env.reset(seed=repeated, options=options)
-        self.inputs, self.active = self.encoder(observation, mask)
+        self.inputs, self.active = map(torch.from_numpy, self.encoder(observation, mask))
 
     @torch.no_grad()
     def collect(self) -> _Rollout:
@@ -282,7 +282,7 @@ class _Trainer(Trainer[PPOConfig]):
             if t:
                 rollout.next_values[t - 1] = rollout.values[t]
             observation, reward, terminated, truncated, info = self.env.step(self.kind.encode(choice.numpy()))
-            self.inputs, self.active = self.encoder(observation)
+            self.inputs, self.active = map(torch.from_numpy, self.encoder(observation))
             rollout.rewards[t] = torch.from_numpy(np.asarray(reward, dtype=np.float32))
             rollout.terminated[t] = torch.from_numpy(terminated)
             ended = terminated | truncated

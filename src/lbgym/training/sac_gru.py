@@ -382,7 +382,7 @@ class SACGRUAgent:
 
     def _encode(self, observation: Any) -> None:
         flat = self.interface.flat(observation, self._weights if self._adds_weights else None)
-        self._inputs, self._active = server_inputs(flat, self.features)
+        self._inputs, self._active = map(torch.from_numpy, server_inputs(flat, self.features))
         self._seen = observation
 
     def _look(self, observation: Any, info: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
