@@ -13,9 +13,14 @@ from lbgym.features.columns import column_index
 from lbgym.policies import (
     HEURISTICS,
     AIMDWeights,
+    C3Weights,
+    FieldWeights,
     Gradient2Weights,
+    HotColdWeights,
+    IdleQueueWeights,
     KnapsackWeights,
     LatencyWeights,
+    NeverQueueWeights,
     OrcaWeights,
     PeakEwmaWeights,
     PIDCPUWeights,
@@ -45,7 +50,9 @@ def step(policy: WeightPolicy, *, active: list[bool] | None = None, **columns: l
 def test_the_table_says_what_a_heuristic_needs() -> None:
     scenario = load_scenario("uniform")
     for name, entry in HEURISTICS.items():
-        assert entry.make(scenario, 0).uses_ground_truth == entry.ground_truth, name
+        policy = entry.make(scenario, 0)
+        sets = policy.uses_ground_truth, policy.sets_background, policy.sets_tables
+        assert sets == (entry.ground_truth, entry.background, entry.tables), name
         assert entry.description and entry.source
         if entry.configured:
             with pytest.raises(PolicyError, match="must know the cores"):
@@ -270,3 +277,113 @@ def test_slow_start_wraps_any_heuristic() -> None:
 def test_parameters_that_make_no_sense_are_refused(make, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         make()
+
+
+def choice(tables: np.ndarray, flows: list[int]) -> list[int]:
+    """Servers of the least score at these open flows."""
+    scores = np.array([tables[j, q] for j, q in enumerate(flows)])
+    return np.flatnonzero(scores == scores.min()).tolist()
+
+
+def tables_of(policy: WeightPolicy, **columns: list[float]) -> np.ndarray:
+    step(policy, **columns)
+    assert policy.tables is not None and (policy.tables >= 0).all()
+    return policy.tables
+
+
+def test_never_queue_takes_an_idle_server_else_the_shortest_expected_delay() -> None:
+    tables = tables_of(NeverQueueWeights([1.0, 2.0, 4.0]), n_flow_on=[0.0, 0.0, 0.0])
+    assert choice(tables, [0, 0, 3]) == [0, 1]
+    # The third is less delayed than the first, which is idle.
+    assert choice(tables, [0, 1, 1]) == [0]
+    # (q + 1) / w: 2, 2, 1.75
+    assert choice(tables, [1, 3, 6]) == [2]
+    assert choice(tables, [1, 3, 7]) == [0, 1, 2]
+
+
+def test_the_idle_queue_takes_an_idle_server_else_any() -> None:
+    tables = tables_of(IdleQueueWeights(), n_flow_on=[0.0, 0.0, 0.0])
+    assert choice(tables, [0, 5, 0]) == [0, 2]
+    assert choice(tables, [1, 5, 60]) == [0, 1, 2]
+
+
+def test_hot_and_cold_is_prequals_order() -> None:
+    fct, flows = [0.3, 0.1, 0.2, 0.0], [1.0, 2.0, 3.0, 9.0]
+    # Two of four servers at most have 2 flows: servers with more are hot.
+    tables = tables_of(HotColdWeights(quantile=0.5), fct_mean_decay=fct, n_flow_on=flows)
+    assert choice(tables, [1, 2, 3, 9]) == [1]
+    assert choice(tables, [1, 3, 2, 9]) == [2]
+    # The unknown one counts with the mean latency, 0.2.
+    assert choice(tables, [1, 3, 3, 2]) == [3]
+    # All hot: the fewest flows.
+    assert choice(tables, [5, 4, 3, 9]) == [2]
+    # A quantile of 0 looks at the flows alone, but for those with as few as the least.
+    tables = tables_of(HotColdWeights(quantile=0.0), fct_mean_decay=fct, n_flow_on=flows)
+    assert choice(tables, [2, 3, 4, 9]) == [0]
+
+
+def test_quantiles_are_of_the_servers_that_are_active() -> None:
+    from lbgym.policies.heuristics.tables import _quantile
+
+    rng = np.random.default_rng(0)
+    values, known = rng.integers(0, 9, (50, 7)).astype(float), rng.random((50, 7)) < 0.6
+    for share in (0.0, 0.3, 0.84, 1.0):
+        expected = [
+            np.quantile(v[k], share, method="inverted_cdf") if k.any() else 0.0
+            for v, k in zip(values, known, strict=True)
+        ]
+        assert _quantile(values, known, share)[:, 0] == pytest.approx(expected)
+
+
+def test_c3_is_the_cubic_rank() -> None:
+    policy = C3Weights([1.0, 2.0], num_balancers=2, smoothing=0.5)
+    # 2 * 2 flows on a core: a service time of 0.4 / 4; 2 flows on two cores: 0.1.
+    step(policy, fct_mean_decay=[0.4, 0.1], n_flow_on=[2.0, 1.0])
+    tables = tables_of(policy, fct_mean_decay=[0.2, 0.1], n_flow_on=[1.0, 0.0])
+    # News of the first alone: R = (0.4 + 0.2) / 2, S = (0.1 + 0.2 / 2) / 2.
+    # Q = ((0 + 4) / 2 + 2) / 2 and ((0 + 2) / 2) / 2.
+    q = np.arange(4)
+    assert tables[0, :4] == pytest.approx(0.3 - 0.1 + 0.1 * (1 + 2 * q + 2.0) ** 3)
+    assert tables[1, :4] == pytest.approx(0.1 - 0.1 + 0.1 * (1 + 2 * q + 0.5) ** 3)
+
+
+def test_the_field_is_what_the_others_hold_by_symmetry() -> None:
+    policy = FieldWeights(StaticWeights([1.0, 2.0]), 3, time_constant=1.0, step_interval=0.5)
+    kept = math.exp(-0.5)
+    assert step(policy, n_flow_on=[4.0, 2.0]).tolist() == [1.0, 2.0]
+    assert policy.background == pytest.approx(2 * (1 - kept) * np.array([4.0, 2.0]))
+    for _ in range(60):
+        step(policy, n_flow_on=[4.0, 2.0])
+    assert policy.background == pytest.approx([8.0, 4.0])
+    alone = FieldWeights(StaticWeights([1.0, 2.0]), 1)
+    step(alone, n_flow_on=[4.0, 2.0])
+    assert alone.background == pytest.approx([0.0, 0.0])
+    name, entry = heuristic("field+core-latency")
+    assert name == "field+core-latency" and entry.background
+    with pytest.raises(PolicyError, match="slow-start is for policies that set weights, and c3 sets tables"):
+        heuristic("slow-start+c3")
+    with pytest.raises(PolicyError, match="and field sets background loads"):
+        heuristic("field+field")
+
+
+def test_latency_with_cores_is_cores_over_fct() -> None:
+    plain, cores = LatencyWeights(), LatencyWeights(cores=[1.0, 4.0])
+    for k in range(40):
+        shown = {"fct_mean_decay": [0.1 + 1e-9 * k, 0.2 + 1e-9 * k]}
+        one, other = step(plain, **shown), step(cores, **shown)
+    assert other == pytest.approx(one * [1.0, 4.0])
+
+
+def test_what_is_more_than_weights_needs_a_data_plane_that_takes_it() -> None:
+    from lbgym import LoadBalanceEnv
+    from lbgym.policies import make_agent, make_policy
+
+    scenario = load_scenario("uniform")
+    with pytest.raises(PolicyError, match="sets tables of scores, which the data plane does not take"):
+        make_agent("c3", scenario=scenario).fit(4, tables=False)
+    with pytest.raises(PolicyError, match="sets background loads, but the data plane takes weights only"):
+        make_agent("field", scenario=scenario).fit(4, index=False)
+    env = LoadBalanceEnv(num_servers=4)
+    for name in ("c3", "field"):
+        with pytest.raises(PolicyError, match="which a heuristic cannot in an environment"):
+            make_policy(name, env)

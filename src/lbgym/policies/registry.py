@@ -14,10 +14,15 @@ from .checkpoints import load_policy
 from .heuristics import (
     AdaptiveWeights,
     AIMDWeights,
+    C3Weights,
+    FieldWeights,
     Gradient2Weights,
+    HotColdWeights,
+    IdleQueueWeights,
     KnapsackWeights,
     LatencyWeights,
     LittlesLawWeights,
+    NeverQueueWeights,
     OrcaWeights,
     PeakEwmaWeights,
     PIDCPUWeights,
@@ -46,6 +51,8 @@ class Heuristic:
         source: where its formula is from.
         configured: whether it must know what an operator configures: cores, number of balancers.
         ground_truth: whether it reads the ground truth, which no balancer can see by itself.
+        background: whether it sets background loads, which rules that count flows add to the own ones.
+        tables: whether it sets tables of scores, for the rule ``table`` alone.
     """
 
     make: WeightPolicyFactory
@@ -53,6 +60,8 @@ class Heuristic:
     source: str
     configured: bool = False
     ground_truth: bool = False
+    background: bool = False
+    tables: bool = False
 
 
 #: Every heuristic by its name.
@@ -78,6 +87,12 @@ HEURISTICS: Mapping[str, Heuristic] = MappingProxyType(
             ground_truth=True,
         ),
         "latency": Heuristic(lambda s, seed: LatencyWeights(), "inverse of the decayed mean FCT", "ours"),
+        "core-latency": Heuristic(
+            lambda s, seed: LatencyWeights(cores=s.core_weights),
+            "cores over the decayed mean FCT: the capacity if a core is free",
+            "ours, for marginal",
+            configured=True,
+        ),
         "peak-ewma": Heuristic(
             lambda s, seed: PeakEwmaWeights(),
             "inverse of a peak-sensitive moving average of the FCT",
@@ -127,10 +142,43 @@ HEURISTICS: Mapping[str, Heuristic] = MappingProxyType(
             "Envoy, slow start",
             configured=True,
         ),
+        "field": Heuristic(
+            lambda s, seed: FieldWeights(StaticWeights(s.core_weights), s.balancers),
+            "cores, and as background load what the other balancers hold by symmetry; field+POLICY with another policy",
+            "ours: mean field",
+            configured=True,
+            background=True,
+        ),
+        "c3": Heuristic(
+            lambda s, seed: C3Weights(s.core_weights, s.balancers),
+            "cubic ranking of response time and queue",
+            "C3 (Suresh et al., NSDI 2015); Elasticsearch, ResponseCollectorService",
+            configured=True,
+            tables=True,
+        ),
+        "hcl-local": Heuristic(
+            lambda s, seed: HotColdWeights(),
+            "least FCT among the servers of few open flows, else fewest open flows",
+            "Prequal (Wydrowski et al., NSDI 2024), without probes",
+            tables=True,
+        ),
+        "jiq-local": Heuristic(
+            lambda s, seed: IdleQueueWeights(),
+            "an idle server, else any",
+            "join idle queue (Lu et al., 2011), without reports",
+            tables=True,
+        ),
+        "never-queue": Heuristic(
+            lambda s, seed: NeverQueueWeights(s.core_weights),
+            "an idle server, else the shortest expected delay",
+            "nq of IPVS",
+            configured=True,
+            tables=True,
+        ),
     }
 )
 
-_SLOW_START = "slow-start"
+_SLOW_START, _FIELD = "slow-start", "field"
 
 
 def weight_policy_names() -> dict[str, str]:
@@ -145,15 +193,29 @@ def heuristic(name: str) -> tuple[str, Heuristic]:
     """The entry of a name, with the name as the table has it.
 
     Args:
-        name: one of :data:`HEURISTICS`, or ``slow-start+`` and one; underscores and hyphens are alike.
+        name: one of :data:`HEURISTICS`, or ``slow-start+`` or ``field+`` and one; underscores and hyphens are alike.
 
     Raises:
         UnknownNameError: for another name.
+        PolicyError: for a wrapper of what it cannot wrap.
     """
     key = name.lower().replace("_", "-")
     wrapper, plus, inner = (part.strip() for part in key.partition("+"))
-    if wrapper == _SLOW_START and plus:
+    if wrapper in (_SLOW_START, _FIELD) and plus:
         inner, entry = heuristic(inner)
+        if entry.tables or (entry.background and wrapper == _FIELD):
+            what = "tables of scores" if entry.tables else "background loads"
+            raise PolicyError(f"{wrapper} is for policies that set weights, and {inner} sets {what}")
+    if wrapper == _FIELD and plus:
+        return f"{_FIELD}+{inner}", replace(
+            entry,
+            make=lambda s, seed: FieldWeights(entry.make(s, seed), s.balancers),
+            description=f"{entry.description}; background load: what the other balancers hold by symmetry",
+            source=f"{entry.source}; mean field",
+            configured=True,
+            background=True,
+        )
+    if wrapper == _SLOW_START and plus:
         return f"{_SLOW_START}+{inner}", replace(
             entry,
             make=lambda s, seed: SlowStartWeights(entry.make(s, seed)),

@@ -106,14 +106,14 @@ class Entry:
 
 def _knows(contender: Contender, *, ground_truth: bool) -> str:
     rule = None if contender.dispatch is None else RULES[contender.dispatch]
+    entry = None if contender.policy is None else heuristic(contender.policy)[1]
     if rule is not None and rule.oracle:
         return "oracle"
-    if rule is not None and not rule.weighted:
+    if rule is not None and not rule.weighted and not (entry is not None and (entry.tables or entry.background)):
         return "nothing"
     if ground_truth:
         return "ground truth"
-    configured = contender.policy is not None and heuristic(contender.policy)[1].configured
-    return "configured" if configured else "nothing"
+    return "configured" if entry is not None and entry.configured else "nothing"
 
 
 @dataclass(frozen=True)

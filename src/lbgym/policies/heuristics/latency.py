@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ...errors import PolicyError
 from ...snapshot import DEFAULT_STEP_INTERVAL
 from ..base import WeightPolicy, check_features
 from ._estimates import FCT, LEAST_FCT, News, Trust, relative, share
+from .static import StaticWeights
 
 
 class LatencyWeights(WeightPolicy):
@@ -20,14 +22,24 @@ class LatencyWeights(WeightPolicy):
     A server from which no flow has come back yet gets the mean weight of the others; a weight departs from it as flows
     confirm it, and returns to it when none does.
 
+    With cores the weights are cores over FCT: where a flow finds a core free, its FCT is that of one core.
+
     Args:
         smoothing: share of the former weight (its logarithm) that a step keeps, in [0, 1). Without it the balancer
             chases its own tail: the FCTs it reads are those of flows it placed by its former weights.
         exponent: weights are FCT to the power of minus this; 0 is uniform.
         half_life: steps without a flow coming back until the logarithm of a weight is halved.
+        cores: of each server, which an operator knows; None: as many everywhere.
     """
 
-    def __init__(self, smoothing: float = 0.9, exponent: float = 1.0, half_life: float = 20.0) -> None:
+    def __init__(
+        self,
+        smoothing: float = 0.9,
+        exponent: float = 1.0,
+        half_life: float = 20.0,
+        cores: Sequence[float] | None = None,
+    ) -> None:
+        self._cores = None if cores is None else StaticWeights(cores)
         self._smoothing = share(smoothing)
         self._exponent = exponent
         self._trust = Trust(half_life)
@@ -47,7 +59,8 @@ class LatencyWeights(WeightPolicy):
         if self._log is not None and self._log.shape == new.shape:
             new = self._smoothing * self._log + (1 - self._smoothing) * new
         self._log = new
-        return np.exp(new * self._trust(fct))
+        weights = np.exp(new * self._trust(fct))
+        return weights if self._cores is None else weights * self._cores.weights(features, active)
 
 
 class PeakEwmaWeights(WeightPolicy):

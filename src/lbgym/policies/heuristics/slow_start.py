@@ -39,7 +39,7 @@ class SlowStartWeights(WeightPolicy):
         step_interval: float = DEFAULT_STEP_INTERVAL,
     ) -> None:
         self.policy = policy
-        self.uses_ground_truth = policy.uses_ground_truth
+        self.uses_ground_truth, self.sets_background = policy.uses_ground_truth, policy.sets_background
         self._window = seconds("window", window, error=PolicyError)
         self._exponent = 1 / number("aggression", aggression, above=0.0, error=PolicyError)
         self._least = number("least_share", least_share, above=0.0, high=1.0, error=PolicyError)
@@ -60,6 +60,7 @@ class SlowStartWeights(WeightPolicy):
     def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Shapes as in :meth:`WeightPolicy.weights`."""
         weights = self.policy.weights(features, active)
+        self.background = self.policy.background
         if self._age is None or self._age.shape != active.shape:
             self._age = np.where(active, self._window, -self._step)
         else:
