@@ -201,6 +201,13 @@ def test_runs_of_something_else_are_not_mixed_in(tmp_path: Path, folder: Path) -
         run_suite(TINY, "sed=sed+uniform", folder, processes=1)
 
 
+def test_a_damaged_journal_is_said_so(tmp_path: Path) -> None:
+    path = journal(tmp_path, 3)
+    path.write_text(path.read_text().replace("fct_mean", '"', 1))
+    with pytest.raises(ResultError, match=r"sed.json.runs' is damaged .*: remove it"):
+        run_suite(TINY, "sed", tmp_path, processes=1)
+
+
 def test_two_processes_do_not_write_the_same_result(tmp_path: Path) -> None:
     import fcntl
 

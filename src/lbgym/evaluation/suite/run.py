@@ -105,10 +105,12 @@ def run_suite(
         for job, run in _made(protocol, jobs, backend, address, processes):
             journal, case = of_label[job.contender.label], protocol.cases[job.setting]
             journal.add(case.name, job.seed, run)
+            if journal.is_full:
+                journal.finish()
             done += 1
             if progress is not None:
                 progress(done, total, job.contender.label, case.name, job.seed)
-        results = {entry.label: journal.finish() for entry, journal in zip(entries, journals, strict=True)}
+        results = {entry.label: read_result(folder / entry.file_name) for entry in entries}
     return [results[label] for label in asked]
 
 
@@ -157,7 +159,7 @@ class _Journal:
     def __enter__(self) -> _Journal:
         if self._result.exists():
             self._take(read_result(self._result))
-        if all((case, seed) in self.runs for case in self._protocol.names for seed in self._seeds):
+        if self.is_full:
             return self
         if self.runs and self._versions != versions():
             raise ResultError(
@@ -168,6 +170,11 @@ class _Journal:
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._recover(self._stream)
+        except ValueError as error:
+            self._stream.close()
+            if isinstance(error, ResultError):
+                raise
+            raise ResultError(f"{str(self._path)!r} is damaged ({error}): remove it") from None
         except BlockingIOError:
             self._stream.close()
             raise ResultError(f"another process is writing {str(self._path)!r}: wait for it, or end it") from None
@@ -179,6 +186,11 @@ class _Journal:
     def __exit__(self, *_: object) -> None:
         if self._stream is not None:
             self._stream.close()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every run that is asked for is there."""
+        return all((case, seed) in self.runs for case in self._protocol.names for seed in self._seeds)
 
     @property
     def _head(self) -> dict[str, Any]:
@@ -215,8 +227,7 @@ class _Journal:
             raise ResultError(
                 f"{str(self._path)!r} has runs of another protocol, contender or version than asked for now: remove it"
             )
-        for line in lines[1:]:
-            case, seed, values = json.loads(line)
+        for case, seed, values in map(json.loads, lines[1:]):
             self.runs[case, seed] = values
         if whole != text:
             stream.truncate(len(whole.encode()))
@@ -234,7 +245,7 @@ class _Journal:
         self.runs[case, seed] = kept(run)
         self._write([case, seed, self.runs[case, seed]])
 
-    def finish(self) -> SuiteResult:
+    def finish(self) -> None:
         """Write the result, and remove the journal."""
         seeds = tuple(
             seed for seed in self._protocol.seeds if all((case, seed) in self.runs for case in self._protocol.names)
@@ -244,8 +255,5 @@ class _Journal:
             for case in self._protocol.names
         }
         result = SuiteResult(self._protocol.version, self._protocol.hash, self._entry, seeds, runs, versions())
-        if self._stream is None:
-            return read_result(self._result)
         result.save(self._result)
         self._path.unlink()
-        return result
