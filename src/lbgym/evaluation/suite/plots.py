@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 _TEXT = "#333333"
 #: By what a contender knows, distinct in hue and lightness (after Okabe and Ito).
 _COLOURS = {"nothing": "#0072b2", "configured": "#009e73", "ground truth": "#e69f00", "oracle": "#8c8c8c"}
+_KINDS = {
+    "nothing": "knows nothing more",
+    "configured": "knows the configuration",
+    "ground truth": "knows the ground truth",
+    "oracle": "oracle",
+}
 _TRAINED = "#d55e00"
 _NAMES = {"fct_mean": "mean FCT", "fct_p99": "p99 FCT"}
 
@@ -61,10 +67,10 @@ def intervals(scores: Scores) -> Figure:
         _dress(axes)
     grid[0].set_yticks(range(len(labels)), labels, fontsize=8.5)
     kinds = dict.fromkeys(
-        "trained" if scores.results[label].entry.model is not None else f"knows {scores.results[label].entry.knows}"
+        "trained" if scores.results[label].entry.model is not None else _KINDS[scores.results[label].entry.knows]
         for label in scores.labels
     )
-    colours = {f"knows {name}": colour for name, colour in _COLOURS.items()} | {"trained": _TRAINED}
+    colours = {_KINDS[name]: colour for name, colour in _COLOURS.items()} | {"trained": _TRAINED}
     handles = [grid[0].plot([], [], "o", color=colours[kind], label=kind)[0] for kind in kinds]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=8.5)
     figure.suptitle(

@@ -170,6 +170,9 @@ class _Journal:
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._recover(self._stream)
+            if self.is_full:
+                # Killed after the last run, before the result was written.
+                self.finish()
         except ValueError as error:
             self._stream.close()
             if isinstance(error, ResultError):

@@ -125,7 +125,7 @@ def _changing_load() -> tuple[Case, ...]:
         _named("bursty", family),
         _named("modulated", family, duration=240.0),
         # At the scenario's own load more than 1 % of the flows are rejected, and p99 is the same for all.
-        _named("flash-crowd", family, load=0.45),
+        _named("flash-crowd", family, load=0.42),
         _named("prequal-ramp", family),
     )
 
