@@ -105,7 +105,7 @@ def run_suite(
         for job, run in _made(protocol, jobs, backend, address, processes):
             journal, case = of_label[job.contender.label], protocol.cases[job.setting]
             journal.add(case.name, job.seed, run)
-            if journal.is_full:
+            if journal.is_full():
                 journal.finish()
             done += 1
             if progress is not None:
@@ -159,7 +159,7 @@ class _Journal:
     def __enter__(self) -> _Journal:
         if self._result.exists():
             self._take(read_result(self._result))
-        if self.is_full:
+        if self.is_full():
             return self
         if self.runs and self._versions != versions():
             raise ResultError(
@@ -170,7 +170,7 @@ class _Journal:
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._recover(self._stream)
-            if self.is_full:
+            if self.is_full():
                 # Killed after the last run, before the result was written.
                 self.finish()
         except ValueError as error:
@@ -190,7 +190,6 @@ class _Journal:
         if self._stream is not None:
             self._stream.close()
 
-    @property
     def is_full(self) -> bool:
         """Whether every run that is asked for is there."""
         return all((case, seed) in self.runs for case in self._protocol.names for seed in self._seeds)
