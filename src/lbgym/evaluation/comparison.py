@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from ..checks import whole
 from ..errors import ScenarioError, UnknownNameError
-from ..scenarios import AnyScenario, Scenario, ScenarioDistribution, load_scenario
+from ..scenarios import AnyScenario, Scenario, load_scenario
 from .contenders import Contender, parse_contenders
 from .pool import Job, run_jobs
 from .results import Comparison, Conditions, Run
@@ -60,9 +61,9 @@ def compare(
     Raises:
         UnknownNameError: for an unknown scenario, rule, policy or baseline.
         PolicyError: for a model that does not fit the scenario.
-        ScenarioError: for a duration, warm-up or number of seeds that makes no sense, or if no flow counts.
+        ScenarioError: for a duration, warm-up or number of seeds out of range, or if no flow counts.
         WorkerLostError: if one of the other processes was killed.
-        KeyboardInterrupt: passed on once the other processes have ended.
+        KeyboardInterrupt: once the other processes have ended.
     """
     source = load_scenario(scenario)
     chosen = parse_contenders(contenders)
@@ -73,7 +74,7 @@ def compare(
     numbers = _seeds(seeds)
     settings = settings_for(source, duration, warmup, drain, interval, keep_flows)
     for contender in chosen:
-        # What is wrong with a policy is said at once, not by the first process that gets to it.
+        # Report a bad policy at once, not from a process.
         agents_of(contender, source.reference, 0)
     conditions = tuple(_conditions(scenario_of_seed(source, seed, settings)) for seed in numbers)
     load = max(condition.load or 0.0 for condition in conditions)
@@ -83,7 +84,7 @@ def compare(
             source.name,
             load,
         )
-    # Seed by seed, so that the time that is left can be told from the time that passed.
+    # Seed by seed, so that the time left can be estimated.
     jobs = [Job(0, contender, seed, series=seed == numbers[0]) for seed in numbers for contender in chosen]
     results: dict[tuple[str, int], Run] = {}
     for _, run in run_jobs([(source, settings)], jobs, processes):
@@ -102,7 +103,7 @@ def compare(
         settings=settings,
         runs=runs,
         trace=None if trace is None else trace.source,
-        drawn=isinstance(source, ScenarioDistribution),
+        drawn=source.varies,
     )
 
 
@@ -111,6 +112,8 @@ def _conditions(scenario: Scenario) -> Conditions:
 
 
 def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(seeds, int):
+        whole("the number of seeds", seeds, high=1_000_000, error=ScenarioError)
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
     if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
         raise ScenarioError(

@@ -100,7 +100,9 @@ def _check_weighted(rule: str, text: str) -> None:
 
 
 def parse_contenders(items: str | Iterable[str | Contender]) -> list[Contender]:
-    """Parse contenders from a comma-separated text or from several texts; models of the same name get their folder's.
+    """Parse contenders from a comma-separated text or from several texts.
+
+    Models of the same file name are prefixed with their folder's.
 
     Raises:
         PolicyError: if the list is empty, or two contenders have the same label.

@@ -122,7 +122,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Start processes with these signals blocked: who sends them to a whole group leaves it to this process to stop."""
+    """Start processes with these signals blocked: if a whole group is signalled, this process stops the others."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -135,7 +135,7 @@ def _interrupts_held_back() -> Iterator[None]:
 
 @contextmanager
 def _single_threaded_children() -> Iterator[None]:
-    """One process per core leaves no core for a second thread of BLAS or torch."""
+    """Limit BLAS and torch to one thread per process: there is a process per core."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     missing = [name for name in names if name not in os.environ]
     os.environ.update(dict.fromkeys(missing, "1"))
@@ -146,7 +146,7 @@ def _single_threaded_children() -> Iterator[None]:
             del os.environ[name]
 
 
-# What a process was started with.
+# Arguments of this process.
 _shared: tuple[Sequence[Setting], Any] | None = None
 
 
@@ -160,7 +160,7 @@ def _begin(settings: Sequence[Setting], stop: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """End when the process that asked for the runs is gone, however it went: nobody else would."""
+    """End when the parent process is gone, however it ended."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
