@@ -21,7 +21,7 @@ from .contenders import Contender
 from .results import Run, RunSettings
 from .runner import scenario_of_seed, simulate
 
-#: What is simulated, and how.
+#: A scenario and how it is run.
 Setting = tuple[AnyScenario, RunSettings]
 
 

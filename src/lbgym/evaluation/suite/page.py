@@ -65,7 +65,7 @@ def family_table(scores: Scores, metric: str) -> Table:
 
 
 def case_table(protocol: Protocol) -> Table:
-    """What a protocol runs, a row per scenario."""
+    """The scenarios of a protocol, a row each."""
     rows = [
         (
             Cell(case.name),

@@ -1,4 +1,4 @@
-"""What a suite runs, as data: scenarios, seeds, windows; a hash says whether two results are of the same."""
+"""Protocols as data: scenarios, seeds, windows; results with the same hash are of the same protocol."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Case:
 
     @property
     def settings(self) -> RunSettings:
-        """How it is run: flows are followed to their end, as in :func:`lbgym.evaluation.compare`."""
+        """Settings of its runs: flows are followed to their end, as in :func:`lbgym.evaluation.compare`."""
         return RunSettings(self.scenario.duration, self.warmup, self.scenario.reject_timeout)
 
 

@@ -26,16 +26,16 @@ from .protocol import Protocol
 #: Version of the files.
 FORMAT = 1
 
-#: What a file keeps of every run.
+#: Metrics and counts of a run that a file keeps.
 KEPT = ("fct_mean", "fct_p99", "rejected_share", "flows")
 
-#: What a contender is given beside what a balancer sees, from the least to the most.
+#: Knowledge of a contender beyond what a balancer sees, from the least to the most.
 KNOWLEDGE = ("nothing", "configured", "ground truth", "oracle")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Who was measured.
+    """A measured contender.
 
     Attributes:
         label: its name in tables.
@@ -118,7 +118,7 @@ def _knows(contender: Contender, *, ground_truth: bool) -> str:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What a contender reached in the runs of a protocol.
+    """The results of a contender in the runs of a protocol.
 
     Attributes:
         protocol: version of the protocol.
@@ -152,7 +152,7 @@ class SuiteResult:
         return np.array([self.runs[name][metric] for name in names], dtype=np.float64).T
 
     def is_complete(self, protocol: Protocol) -> bool:
-        """Whether it has every run of a protocol, and is of that one."""
+        """True if it is of a protocol and has every run of it."""
         return (
             self.protocol_hash == protocol.hash
             and self.seeds == protocol.seeds
@@ -190,7 +190,7 @@ def _short(value: float) -> float | int:
 
 
 def kept(run: Run) -> dict[str, float]:
-    """What a file keeps of a run."""
+    """The metrics and counts of a run that a file keeps."""
     return {name: run.metrics[name] for name in KEPT}
 
 

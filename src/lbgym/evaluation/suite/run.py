@@ -25,7 +25,7 @@ SuiteProgress = Callable[[int, int, str, str, int], None]
 
 
 class Backend(StrEnum):
-    """Where the runs are made."""
+    """The machines that make the runs."""
 
     LOCAL = "local"
     RAY = "ray"
@@ -191,7 +191,7 @@ class _Journal:
             self._stream.close()
 
     def is_full(self) -> bool:
-        """Whether every run that is asked for is there."""
+        """True if every run that is asked for is there."""
         return all((case, seed) in self.runs for case in self._protocol.names for seed in self._seeds)
 
     @property

@@ -196,7 +196,7 @@ class Scores:
 
     @cached_property
     def complete(self) -> bool:
-        """Whether every result has all runs of the protocol."""
+        """True if every result has all runs of the protocol."""
         return all(result.is_complete(self.protocol) for result in self.results.values())
 
 

@@ -31,7 +31,7 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a verification found.
+    """The outcome of a verification.
 
     Attributes:
         runs: how many were repeated.
