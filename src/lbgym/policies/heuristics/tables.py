@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ...checks import number, whole
 from ...errors import PolicyError
 from ..base import WeightPolicy, check_features
-from ._estimates import FCT, LEAST_FCT, OPEN_FLOWS, News, mean_of
+from ._estimates import FCT, LEAST_FCT, OPEN_FLOWS, News, mean_of, share
 from .static import StaticWeights, UniformWeights
 
 #: Scores of a table; beyond, the last difference goes on.
@@ -64,32 +64,47 @@ class HotColdWeights(WeightPolicy):
     if all are hot the one with the fewest requests in flight. Here the balancer's own open flows stand for the requests
     in flight, the decayed mean FCT for the latency, and every server is looked at: no probes, hence "local".
 
-    A server from which no flow has come back yet counts with the mean latency of the others.
+    Prequal takes the latency of requests that met about as many others. So here the FCT is scaled by (q + 1) / (n + 1),
+    n the moving average of the open flows and q their present number; without that the fastest servers fill up to the
+    limit, and raise it. A server from which no flow has come back yet counts with the mean latency of the others.
 
     Args:
         quantile: of the open flows; 2 ** -0.25 in the paper.
+        smoothing: share of the former mean of n that a step keeps, in [0, 1); the default forgets as the FCT does.
     """
 
     sets_tables = True
 
-    def __init__(self, quantile: float = 2**-0.25) -> None:
+    def __init__(self, quantile: float = 2**-0.25, smoothing: float = 0.9**0.25) -> None:
         self._quantile = number("quantile", quantile, low=0.0, high=1.0, error=PolicyError)
+        self._smoothing = share(smoothing)
+        self.reset()
+
+    def reset(self, seed: int | None = None) -> None:
+        """Forget the flows seen."""
+        self._sum: NDArray[np.float64] | None = None
+        self._total = 0.0
 
     def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Ones; shapes as in :meth:`WeightPolicy.weights`.
 
-        The score is a share of the greatest latency, at most 1, at cold counts, and 1 + q at hot ones.
+        The score is below 1 and in proportion to the latency at cold counts, and 1 + q at hot ones.
         """
         features = check_features(self, features, active)
         fct, flows = features[..., FCT], features[..., OPEN_FLOWS]
+        if self._sum is None or self._sum.shape != active.shape:
+            self._sum, self._total = np.zeros(active.shape), 0.0
+        self._sum = self._smoothing * self._sum + (1 - self._smoothing) * flows
+        self._total = self._smoothing * self._total + (1 - self._smoothing)
         known = (fct > 0) & active
-        latency = np.where(known, fct, mean_of(fct, known))
-        greatest = latency.max(axis=-1, keepdims=True)
-        cold = latency / np.where(greatest > 0, greatest, 1.0)
+        latency = np.where(known, fct, mean_of(fct, known)) / (self._sum / self._total + 1)
+        cold = latency[..., None] * (_COUNTS + 1)
+        greatest = cold.max(axis=(-2, -1), keepdims=True)
+        cold = cold / np.where(greatest > 0, greatest, 1.0)
         limit = _quantile(flows, active, self._quantile)
-        # The last column is hot whatever the counts are: tables go on by their last difference.
+        # The last columns are hot whatever the counts are: tables go on by their last difference.
         hot = (limit[..., None] < _COUNTS) | (_COUNTS >= WIDTH - 2)
-        self.tables = np.where(hot, 1.0 + _COUNTS, cold[..., None])
+        self.tables = np.where(hot, 1.0 + _COUNTS, cold)
         return np.ones(active.shape)
 
 
@@ -148,9 +163,9 @@ class C3Weights(WeightPolicy):
         return cores
 
 
-def _quantile(values: NDArray[np.float64], known: NDArray[np.bool_], share: float) -> NDArray[np.float64]:
-    """The least known value that a share of the known ones does not exceed, along the last axis, which is kept."""
+def _quantile(values: NDArray[np.float64], known: NDArray[np.bool_], part: float) -> NDArray[np.float64]:
+    """The least known value that this part of the known ones does not exceed, along the last axis, which is kept."""
     count = known.sum(axis=-1, keepdims=True)
     ordered = np.sort(np.where(known, values, np.inf), axis=-1)
-    place = np.clip(np.ceil(share * count).astype(np.int64) - 1, 0, np.maximum(count - 1, 0))
+    place = np.clip(np.ceil(part * count).astype(np.int64) - 1, 0, np.maximum(count - 1, 0))
     return np.where(count > 0, np.take_along_axis(ordered, place, axis=-1), 0.0)
