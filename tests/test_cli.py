@@ -490,7 +490,7 @@ def test_a_killed_process_of_a_comparison(victim: str, small: Path) -> None:
     out, err = process.communicate(timeout=60)
     if victim == "worker":
         assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
-        assert "one of the 2 processes of the comparison was killed" in err
+        assert "one of the 2 processes that make the runs was killed" in err
     while any(running(worker) for worker in workers):
         assert time.monotonic() < deadline, "a worker outlived the command"
         time.sleep(0.05)

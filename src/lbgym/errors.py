@@ -30,6 +30,7 @@ __all__ = [
     "RegionFormatError",
     "RegionNotFoundError",
     "ResetNeeded",
+    "ResultError",
     "ScenarioError",
     "TraceError",
     "UnknownNameError",
@@ -89,6 +90,10 @@ class ScenarioError(LbgymError, ValueError):
 
 class TraceError(LbgymError, ValueError):
     """A trace file that cannot be read; the message names the file and, where there is one, the line."""
+
+
+class ResultError(LbgymError, ValueError):
+    """A result of a suite that cannot be read, is of another protocol or contender, or is being written elsewhere."""
 
 
 class ResetNeeded(LbgymError, gymnasium.error.ResetNeeded):

@@ -12,6 +12,7 @@ from lbgym.errors import PolicyError, ScenarioError, UnknownNameError
 from lbgym.evaluation import (
     COUNTS,
     METRICS,
+    SHORTHANDS,
     WEIGHTED_RULES,
     Comparison,
     Conditions,
@@ -25,7 +26,7 @@ from lbgym.evaluation import (
 )
 from lbgym.evaluation.runner import agents_of, decide
 from lbgym.evaluation.statistics import fct_histogram
-from lbgym.policies import weight_policy_names
+from lbgym.policies import HEURISTICS
 from lbgym.scenarios import DISPATCH_RULES, Event, Exponential, Scenario, Server, Trace, Workload
 from lbgym.simulator import Simulation
 
@@ -46,7 +47,14 @@ def comparison() -> Comparison:
 
 
 def test_every_contender_sees_the_same_flows() -> None:
-    names = [*DISPATCH_RULES, *(f"{rule}+{policy}" for rule in WEIGHTED_RULES for policy in weight_policy_names())]
+    plain = [name for name, entry in HEURISTICS.items() if not (entry.tables or entry.background)]
+    names = [
+        *DISPATCH_RULES,
+        *(f"{rule}+{name}" for rule in WEIGHTED_RULES for name in plain),
+        *SHORTHANDS,
+        "lsq+field",
+        "marginal+field",
+    ]
     reference = simulate(SMALL, parse_contender("ecmp"), 5, SETTINGS)
     assert reference is not None and reference.flows is not None and len(reference.flows["fct"]) > 300
     fcts = set()

@@ -6,7 +6,7 @@ import pytest
 
 from lbgym.errors import PolicyError, UnknownNameError
 from lbgym.evaluation import WEIGHTED_RULES, Contender, parse_contender, parse_contenders
-from lbgym.policies import weight_policy_names
+from lbgym.policies import HEURISTICS
 from lbgym.scenarios import DISPATCH_RULES
 
 
@@ -16,9 +16,25 @@ def test_every_rule_is_a_contender_with_weights_from_the_cores(rule: str) -> Non
 
 
 @pytest.mark.parametrize("rule", WEIGHTED_RULES)
-@pytest.mark.parametrize("policy", weight_policy_names())
+@pytest.mark.parametrize("policy", [name for name, e in HEURISTICS.items() if not (e.tables or e.background)])
 def test_every_weighted_rule_takes_every_policy(rule: str, policy: str) -> None:
     assert parse_contender(f"{rule}+{policy}") == Contender(f"{rule}+{policy}", rule, policy)
+
+
+@pytest.mark.parametrize("policy", [name for name, entry in HEURISTICS.items() if entry.tables])
+def test_tables_of_scores_have_a_rule_of_their_own(policy: str) -> None:
+    assert parse_contender(policy) == Contender(policy, "table", policy)
+    with pytest.raises(PolicyError, match=f"the policy '{policy}' sets tables of scores, and .* 'sed' does not read"):
+        parse_contender(f"sed+{policy}")
+
+
+def test_background_loads_need_a_rule_that_counts() -> None:
+    assert parse_contender("lsq+field") == Contender("lsq+field", "lsq", "field")
+    assert parse_contender("marginal+field+latency") == Contender("marginal+field+latency", "marginal", "field+latency")
+    with pytest.raises(PolicyError, match="sets background loads, and the dispatch rule 'wcmp' counts no flows"):
+        parse_contender("wcmp+field")
+    with pytest.raises(PolicyError, match="'latency' sets weights, and the dispatch rule 'table' reads tables"):
+        parse_contender("table+latency")
 
 
 @pytest.mark.parametrize(

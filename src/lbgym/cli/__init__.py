@@ -1,4 +1,4 @@
-"""The command line, ``lbgym``: compare, train, tune, run, scenarios, describe, server-agent, dataplane, shm.
+"""The command line, ``lbgym``: compare, train, tune, run, scenarios, describe, suite, server-agent, dataplane, shm.
 
 Exit codes: 0; 1 for a fault of lbgym; 2 for what the user can put right; 128 + n after signal n (130 after Ctrl-C), 141
 if whoever reads standard output has closed it. Errors are one line on standard error; ``LBGYM_DEBUG=1`` adds the
@@ -36,7 +36,7 @@ def _help(command: Callable[..., None]) -> str:
 def _app() -> typer.Typer:
     import typer
 
-    from . import shm
+    from . import shm, suite
     from ._options import options
     from .compare import compare
     from .dataplane import check, ctl, emulate, xdp
@@ -58,6 +58,12 @@ def _app() -> typer.Typer:
     app.callback()(options)
     for command in (compare, train, tune, run, scenarios, describe, server_agent):
         app.command(help=_help(command))(command)
+    benchmark = typer.Typer(
+        help="Run the benchmark with a fixed protocol, and check and show its results.", no_args_is_help=True
+    )
+    for part in (suite.run, suite.verify, suite.table, suite.show):
+        benchmark.command(help=_help(part))(part)
+    app.add_typer(benchmark, name="suite")
     dataplane = typer.Typer(help="Publish a data plane in shared memory, check and change it.", no_args_is_help=True)
     for work in (emulate, xdp, check, ctl):
         dataplane.command(help=_help(work))(work)

@@ -59,9 +59,9 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def show(self, completed: float, status: str) -> None:
-        """Draw the bar anew: steps, or a share of 1, and the status."""
-        self._bar.update(self._task, completed=completed, status=status)
+    def show(self, completed: float, status: str, *, total: float | None = None) -> None:
+        """Draw the bar anew: steps, or a share of 1, the status, and the number of steps where it is known only now."""
+        self._bar.update(self._task, completed=completed, status=status, total=total)
 
 
 class StatusLine:

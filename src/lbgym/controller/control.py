@@ -258,7 +258,9 @@ class Controller:
     def _fit(self, plane: SharedMemoryDataPlane) -> None:
         self._servers = plane.num_servers
         for agent in (self._policy, self._fallback):
-            agent.fit(plane.num_servers, ground_truth=plane.has_ground_truth, index=plane.region.takes_index)
+            agent.fit(
+                plane.num_servers, ground_truth=plane.has_ground_truth, index=plane.region.takes_index, tables=False
+            )
 
     def _set_lease(self, plane: SharedMemoryDataPlane, *, refuse: bool = False) -> None:
         """Set the lease: longer than the longest time between two actions in normal operation."""

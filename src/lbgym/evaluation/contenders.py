@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import PolicyError, UnknownNameError
-from ..policies import TRAINED_SUFFIXES, weight_policy_names
-from ..scenarios import DISPATCH_RULES, WEIGHTED_RULES
+from ..policies import HEURISTICS, TRAINED_SUFFIXES, heuristic
+from ..scenarios import DISPATCH_RULES, RULES, WEIGHTED_RULES
 
 #: Short names of common contenders.
-SHORTHANDS = {"awcmp": "wcmp+awcmp", "wcmp-uniform": "wcmp+uniform"}
+SHORTHANDS = {
+    "awcmp": "wcmp+awcmp",
+    "wcmp-uniform": "wcmp+uniform",
+    **{name: f"table+{name}" for name, entry in HEURISTICS.items() if entry.tables},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,10 @@ def parse_contender(text: str) -> Contender:
     """Parse a contender.
 
     * ``RULE``: a dispatch rule; where it reads weights they are the servers' cores, as an operator would configure;
-    * ``RULE+POLICY``: with a heuristic's weights (``sed+latency``, ``wcmp+uniform``, ``p2c_sed+random``);
-    * ``awcmp`` is ``wcmp+awcmp``, ``wcmp-uniform`` is ``wcmp+uniform``;
+    * ``RULE+POLICY``: with a heuristic's weights (``sed+latency``, ``wcmp+uniform``, ``p2c_sed+random``,
+      ``sed+slow-start+latency``);
+    * ``awcmp`` is ``wcmp+awcmp``, ``wcmp-uniform`` is ``wcmp+uniform``; a heuristic that sets tables of scores (``c3``)
+      is ``table+`` it;
     * ``PATH``: a trained model (.pt or .zip) under the rule it was trained with; ``RULE+PATH``: under another;
     * ``LABEL=CONTENDER``: any of these under another name.
 
@@ -62,18 +68,35 @@ def parse_contender(text: str) -> Contender:
         raise UnknownNameError("dispatch rule" if plus else "contender", head, known)
     if not plus:
         return Contender(text.lower(), rule, "cores")
+    if _is_model(policy):
+        _check_weighted(rule, text)
+        return Contender(f"{rule}+{Path(policy).stem}", rule, path=_existing(policy))
+    try:
+        name, entry = heuristic(policy)
+    except UnknownNameError as error:
+        known = (*error.known, *(f"PATH{suffix}" for suffix in TRAINED_SUFFIXES))
+        raise UnknownNameError("policy", error.name, known, where=f"contender {text!r}") from None
+    if entry.tables != (rule == "table"):
+        sets = "sets tables of scores" if entry.tables else "sets weights"
+        reads = "reads tables of scores alone" if rule == "table" else "does not read them"
+        raise PolicyError(f"contender {text!r}: the policy {name!r} {sets}, and the dispatch rule {rule!r} {reads}")
+    if entry.background and RULES[rule].mechanism not in ("index", "two_choices"):
+        raise PolicyError(
+            f"contender {text!r}: the policy {name!r} sets background loads, and the dispatch rule {rule!r} counts no "
+            "flows"
+        )
+    if not entry.tables and not entry.background:
+        _check_weighted(rule, text)
+    return Contender(text.lower(), rule, name)
+
+
+def _check_weighted(rule: str, text: str) -> None:
+    """Refuse a policy of weights under a rule that reads none."""
     if rule not in WEIGHTED_RULES:
         raise PolicyError(
             f"the dispatch rule {rule!r} reads no weights, so {text!r} would be {rule!r} under another name; "
             f"rules that do: {', '.join(WEIGHTED_RULES)}"
         )
-    if _is_model(policy):
-        return Contender(f"{rule}+{Path(policy).stem}", rule, path=_existing(policy))
-    name = policy.lower().replace("_", "-")
-    known = (*weight_policy_names(), *(f"PATH{suffix}" for suffix in TRAINED_SUFFIXES))
-    if name not in weight_policy_names():
-        raise UnknownNameError("policy", policy, known, where=f"contender {text!r}")
-    return Contender(text.lower(), rule, name)
 
 
 def parse_contenders(items: str | Iterable[str | Contender]) -> list[Contender]:

@@ -73,6 +73,12 @@ def background_of(agents: Sequence[Agent]) -> NDArray[np.float64] | None:
     return np.stack(loads)[None] if loads else None
 
 
+def tables_of(agents: Sequence[Agent]) -> NDArray[np.float64] | None:
+    """The tables of scores that go with what :func:`decide` returned, float64[1, m, N, Q]; None: none are set."""
+    tables = [agent.tables for agent in agents if agent.tables is not None]
+    return np.stack(tables)[None] if tables else None
+
+
 @lru_cache(maxsize=16)
 def _loaded(path: str) -> TrainedPolicy:
     return load_policy(path)
@@ -135,16 +141,16 @@ def simulate(
             now >= deadline or not (simulation.open_flows()["arrival"] < settings.duration).any()
         ):
             break
-        weights = background = None
+        weights = background = tables = None
         if now >= steps * interval:
             weights = in_force = decide(agents, snapshot, in_force)
-            background = background_of(agents)
+            background, tables = background_of(agents), tables_of(agents)
             steps += 1
             if series and now < settings.duration:
                 rows.append((now, snapshot, weights[0, 0].copy()))
         # Steps also end exactly at the warm-up and the end, so that contenders of any interval count the same flows.
         target = min([steps * interval, deadline, *(cut for cut in cuts if cut > now)])
-        snapshot = simulation.step(weights, target - now, background=background)
+        snapshot = simulation.step(weights, target - now, background=background, tables=tables)
         now = target
     flows = _counted(simulation, scenario, settings)
     cores = np.array([min(s.cores, s.workers or s.cores) for s in scenario.servers], dtype=np.float64)

@@ -79,6 +79,7 @@ class Agent:
         num_servers: N of the data plane that it is fitted to; None before :meth:`fit`.
         uses_ground_truth: whether the policy reads the ground truth.
         background: background loads that go with the weights of the last call, float64[N]; None: the policy sets none.
+        tables: tables of scores that go with them, float64[N, Q]; None likewise.
 
     Raises:
         PolicyError: if the policy does not fit so many servers, or needs ground truth that ``layout`` does not show.
@@ -97,6 +98,7 @@ class Agent:
     ) -> None:
         self.layout, self.codec = layout, codec
         self.background: NDArray[np.float64] | None = None
+        self.tables: NDArray[np.float64] | None = None
         self._scenario = scenario
         self.name = type(policy).__name__ if name is None else name
         self.servers = servers
@@ -114,6 +116,13 @@ class Agent:
                 f"{self.name} needs the ground truth ({', '.join(GROUND_TRUTH_NAMES)}), which the environment does not "
                 "show: make it with use_ground_truth=True"
             )
+        if layout is not None and self._heuristic is not None:
+            more = "tables of scores" if self._heuristic.sets_tables else "background loads"
+            if self._heuristic.sets_tables or self._heuristic.sets_background:
+                raise PolicyError(
+                    f"{self.name} sets {more}, which a heuristic cannot in an environment: evaluate it with "
+                    "lbgym.evaluation.compare"
+                )
         if num_servers is None and layout is not None:
             num_servers = layout.num_servers
         if num_servers is not None:
@@ -129,13 +138,14 @@ class Agent:
         """Seconds per step that the policy was trained with, if recorded."""
         return None if self._trained is None else self._trained.step_interval
 
-    def fit(self, num_servers: int, *, ground_truth: bool = True, index: bool = True) -> None:
+    def fit(self, num_servers: int, *, ground_truth: bool = True, index: bool = True, tables: bool = True) -> None:
         """Decide for the servers of a data plane from now on, and forget the episode so far.
 
         Args:
             num_servers: N of the data plane.
             ground_truth: whether the data plane publishes it.
             index: whether the data plane dispatches by an index.
+            tables: whether it takes tables of scores.
 
         Raises:
             PolicyError: if the policy does not fit so many servers, or needs ground truth or an index and there is
@@ -159,12 +169,16 @@ class Agent:
                 f"policy {self.name!r} sets background loads (action_type 'index'), but the data plane takes weights "
                 "only"
             )
+        if self._heuristic is not None and self._heuristic.sets_background and not index:
+            raise PolicyError(f"policy {self.name!r} sets background loads, but the data plane takes weights only")
+        if self._heuristic is not None and self._heuristic.sets_tables and not tables:
+            raise PolicyError(f"policy {self.name!r} sets tables of scores, which the data plane does not take")
         self.num_servers = num_servers
         self.reset()
 
     def reset(self, seed: int | None = None) -> None:
         """Begin an episode: forget the last one, and restart the stream of drawn actions from ``seed`` if given."""
-        self.background = None
+        self.background = self.tables = None
         # A policy of the user's own that never draws need not take a seed.
         if seed is None:
             self.policy.reset()
@@ -262,4 +276,9 @@ class Agent:
                 f"policy {self.name!r} must return finite weights of at least 0, not 0 for all active servers, got "
                 f"{proposed.tolist()}"
             )
-        return proposed if n >= len(snapshot.active) else np.concatenate([proposed, weights[n:]])
+        beyond = len(snapshot.active) - n
+        self.background, self.tables = (
+            part if part is None or beyond <= 0 else np.concatenate([part, np.zeros((beyond, *part.shape[1:]))])
+            for part in (heuristic.background, heuristic.tables)
+        )
+        return proposed if beyond <= 0 else np.concatenate([proposed, weights[n:]])

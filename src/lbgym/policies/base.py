@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,18 @@ class WeightPolicy(ABC):
 
     Attributes:
         uses_ground_truth: whether :meth:`weights` needs the three ground-truth columns.
+        sets_background: whether it sets background loads besides weights.
+        sets_tables: whether it sets tables of scores, for the rule ``table``, which reads no weights.
+        background: float64[..., N], flows that others are believed to hold at a server, as of the last call of
+            :meth:`weights`; None: it sets none.
+        tables: float64[..., N, Q], scores by the balancer's own open flows, likewise.
     """
 
-    uses_ground_truth: ClassVar[bool] = False
+    uses_ground_truth: bool = False
+    sets_background: bool = False
+    sets_tables: bool = False
+    background: NDArray[np.float64] | None = None
+    tables: NDArray[np.float64] | None = None
 
     def reset(self, seed: int | None = None) -> None:  # noqa: B027 - most heuristics remember nothing
         """Forget the episode so far; a heuristic that draws restarts its stream from ``seed`` if given."""

@@ -42,6 +42,12 @@ MARLLB_CPU_SPEED = 0.722
 MARLLB_WORKERS = 32
 MARLLB_BACKLOG = 128
 
+#: Prequal's ramp of the load, as a multiple of what is allocated to the replicas.
+PREQUAL_LOADS = (0.75, 0.83, 0.93, 1.03, 1.14, 1.27, 1.41, 1.57, 1.74)
+# Seconds of a level, and core-seconds per second that are allocated to a replica.
+_PREQUAL_LEVEL = 20.0
+_PREQUAL_ALLOCATION = 2.0
+
 #: A trace of 5,000 synthetic flows that the package ships; see :mod:`lbgym.scenarios.sample`.
 SAMPLE_TRACE = Path(__file__).parent / "data" / "sample_trace.csv.gz"
 
@@ -337,6 +343,49 @@ def marllb_large() -> Scenario:
         servers=servers_of((12, small), (12, replace(small, cores=8))),
         workload=Workload(demand=Exponential(mean=0.2), rate=398.5),
         balancers=6,
+    )
+
+
+@_named("prequal-ramp")
+def prequal_ramp() -> Scenario:
+    """The load ramp of Prequal (Wydrowski et al., NSDI 2024, figure 6), in our model of its machines.
+
+    From the paper: 100 replicas, nine load levels of 0.75 to 1.74 times their allocation, work drawn from a normal law
+    whose standard deviation is its mean, cut off at 0, a deadline of 5 s. Ours: a replica's machine has 2.2 times its
+    allocation to give where its neighbours are quiet, and 1.1 times on the 30 machines where they are not; which ones
+    changes every two levels. 8 balancers stand for the paper's 100 clients, and a level lasts 20 s.
+    """
+
+    def busy(machine: int, level: int) -> bool:
+        return (37 * machine + 45 * (level // 2)) % 100 < 30
+
+    quiet, noisy = 1.1, 0.55
+    machines, cores = 100, 4
+    events = []
+    for level, load in enumerate(PREQUAL_LOADS):
+        time = level * _PREQUAL_LEVEL
+        if level:
+            events.append(Event(time=time, kind="rate", value=load / PREQUAL_LOADS[0]))
+        if level % 2 == 0:
+            events += [
+                Event(time=time, kind="speed", server=j, value=noisy / quiet if busy(j, level) else 1.0)
+                for j in range(machines)
+                if not level or busy(j, level) != busy(j, level - 1)
+            ]
+    normal = NormalDist(0.08, 0.08)
+    demand = Empirical(values=tuple(max(0.0, normal.inv_cdf((i + 0.5) / 256)) for i in range(256)))
+    rate = PREQUAL_LOADS[0] * machines * _PREQUAL_ALLOCATION / demand.mean
+    return Scenario(
+        description=(
+            "100 servers, 30 of them with noisy neighbours that move about, behind 8 balancers; the load rises from "
+            "0.75 to 1.74 times what is allocated, 0.40 to 0.93 of what there is: Prequal's ramp."
+        ),
+        servers=servers_of((machines, Server(cores=cores, speed=quiet))),
+        workload=Workload(demand=demand, rate=rate),
+        balancers=8,
+        events=tuple(events),
+        reject_timeout=5.0,
+        duration=len(PREQUAL_LOADS) * _PREQUAL_LEVEL,
     )
 
 

@@ -14,8 +14,9 @@ from .._lazy import _lazy_names
 if TYPE_CHECKING:
     from ..policies.checkpoints import load_policy, read_checkpoint
     from ..policies.neural import ExportedPolicy, PPOPolicy, SACGRUPolicy
+    from ..ray_cluster import ClusterError
     from .benchmarl import BenchMARLConfig, BenchMARLResult, LoadBalanceTask, train_benchmarl
-    from .cluster import ClusterError, ClusterResult, train_on_ray
+    from .cluster import ClusterResult, train_on_ray
     from .config import TrainingConfig
     from .networks import FlatServerNetwork
     from .ppo import PPOConfig, PPOResult, train_ppo

@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("ray", "rllib", "tuning with Ray Tune") from error
 
-from .cluster import ClusterError, connected
+from ..ray_cluster import ClusterError, connected
 from .config import TrainingConfig
 from .recipes import check_settings, recipe_of, to_toml
 from .recipes import train as run_recipe
@@ -143,7 +143,7 @@ def tune_recipe(
         out: folder for the best trial's checkpoint and its configuration ``best.toml``.
         trials: to draw; a grid has so many for each of its values.
         metric: a name of ``METRICS``, averaged over the last fifth of a trial.
-        address: of a Ray cluster; see :func:`~lbgym.training.cluster.connected`.
+        address: of a Ray cluster; see :func:`~lbgym.ray_cluster.connected`.
         storage: where trials keep their checkpoints, a folder or an address of cloud storage; with several machines one
             that all of them reach. None: a folder ``trials-...`` in ``out``.
         cpus: that a trial takes.

@@ -36,8 +36,8 @@ from ...env.vector import LoadBalanceVectorEnv
 from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
 from ...policies.neural import ExportedPolicy
+from ...ray_cluster import ClusterError, connected
 from ..checkpoints import check_shapes, write_policy
-from ..cluster import ClusterError, connected
 from ..config import check_recipe, check_same
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from . import environment, modules
