@@ -53,7 +53,7 @@ CLUSTERS: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = (
 )
 LOADS = (0.5, 0.8, 0.9)
 #: Most flows per server, by the number of servers and the load.
-MOST = {2: {0.5: 40, 0.8: 60, 0.9: 80}, 3: {0.5: 16, 0.8: 26, 0.9: 36}}
+MOST = {2: {0.5: 40, 0.8: 60, 0.9: 80}, 3: {0.5: 16, 0.8: 22, 0.9: 29}}
 #: Mean demand of the simulated flows, core-seconds; in the process it is 1.
 MEAN = 0.1
 
