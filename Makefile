@@ -80,10 +80,14 @@ warm: $(VENV)/.dev # or else every process of the tests compiles the simulator a
 	$(BIN)/python -c 'import gymnasium, lbgym; env = gymnasium.make("lbgym/LoadBalance-v0"); env.reset(seed=0); env.step(env.action_space.sample())'
 
 .PHONY: test
-test: cc ## lint, then the tests with coverage, also those of the frameworks
+test: cc ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 2 lint warm $(FRAMEWORKS)/.dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(MAKE) test-young-clock test-next test-frameworks
+
+.PHONY: coverage
+coverage: cc $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
-	$(MAKE) test-young-clock test-next
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
 
 # What talks through shared memory, whose clocks begin at the machine's start. They need no more than the core and pytest.

@@ -10,7 +10,7 @@ and started again, and the frameworks that do not fit into one virtual environme
 
 The policies act without RLlib and BenchMARL, which the evaluation therefore does not need. All meet the same flows as
 the heuristics. ± is a 95 % interval: of an algorithm over its training seeds, each the mean over the flow seeds; of a
-heuristic over the flow seeds. Two are told apart when their intervals do not overlap.
+heuristic over the flow seeds. Two differ clearly when their intervals do not overlap.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ EQUIVARIANT = {"network": "equivariant"}
 
 @dataclass(frozen=True)
 class Training:
-    """How an algorithm trains here.
+    """The settings of an algorithm here.
 
     Attributes:
         recipe: a name of :data:`lbgym.training.recipes.RECIPES`.
@@ -167,9 +167,9 @@ def train_one(run: Run, scratch: Path) -> None:
     total = time.perf_counter() - started
     assert result.checkpoint is not None
     os.replace(result.checkpoint, run.checkpoint)
-    # an update in which no episode told a reward adds its steps to those of the next
-    told = [p for p in result.history if math.isfinite(p.reward)]
-    history = [(p.step, round(p.seconds, 3), float(f"{p.reward:.5g}")) for p in told]
+    # An update without a reward adds its steps to those of the next.
+    reported = [p for p in result.history if math.isfinite(p.reward)]
+    history = [(p.step, round(p.seconds, 3), float(f"{p.reward:.5g}")) for p in reported]
     saved = {
         "name": run.name,
         "recipe": training.recipe,
@@ -265,7 +265,7 @@ class Standing:
     minutes: float | None = None
 
     def below(self, other: Standing, metric: str) -> bool:
-        """Whether it has less of a metric, with intervals apart."""
+        """Return whether it has less of a metric, with disjoint intervals."""
         return self.intervals[metric].high < other.intervals[metric].low
 
     def apart(self, other: Standing, metric: str) -> bool:
@@ -322,7 +322,7 @@ def milliseconds(interval: Interval) -> str:
 
 
 def verdict(found: Mapping[str, Standing]) -> str:
-    """Who wins."""
+    """Name the winners."""
     trained = [one for one in found.values() if one.name not in REFERENCES]
     parts = []
     for metric, title in (("fct_mean", "mean"), ("fct_p99", "p99")):
@@ -332,9 +332,11 @@ def verdict(found: Mapping[str, Standing]) -> str:
         part = (
             f"Lowest {title}: {best.name}, below {', '.join(against) if against else 'none of lsq, sed and oracle_sed'}"
         )
-        parts.append(part + (f"; not told apart from it: {', '.join(level)}." if level else "."))
+        parts.append(part + (f"; no clear difference from: {', '.join(level)}." if level else "."))
     worse = [one.name for one in trained if not all(one.apart(found[RANDOM], metric) for metric in METRICS)]
-    parts.append(f"Not told apart from random weights: {', '.join(worse)}." if worse else "All differ from random.")
+    parts.append(
+        f"No clear difference from random weights: {', '.join(worse)}." if worse else "All differ from random."
+    )
     return " ".join(parts)
 
 
@@ -345,7 +347,7 @@ def smoothed(run: Run, steps: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean reward per step about each of ``steps``: over the training from 1/1.2 to 1.2 times as many."""
     history = np.array(run.read()["history"])
     at = np.concatenate([[0.0], history[:, 0]])
-    # an update's reward is the mean over the steps since the one before: of its sum any window's mean can be told
+    # An update's reward is the mean over the steps since the last: its running sum gives any window's mean.
     total = np.concatenate([[0.0], np.cumsum(history[:, 2] * np.diff(at))])
     low, high = steps / 1.2, np.minimum(steps * 1.2, at[-1])
     return (np.interp(high, at, total) - np.interp(low, at, total)) / (high - low)
@@ -488,7 +490,7 @@ def names_in(text: str) -> list[str]:
     """Algorithms separated by commas.
 
     Raises:
-        UnknownNameError: for one that there is not.
+        UnknownNameError: for an unknown one.
     """
     chosen = [part.strip() for part in text.split(",") if part.strip()]
     for name in chosen:

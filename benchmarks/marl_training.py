@@ -6,7 +6,7 @@ BenchMARL's own path for PettingZoo: ``MultiLoadBalanceEnv`` in TorchRL's ``Pett
 Both are measured in turns, so that what else the machine does meets both; steps per second of processor time, all
 threads together, hardly depend on it.
 
-The networks of both paths observe the same but for the weights in force, which PettingZoo's path does not tell.
+The networks of both paths observe the same but for the weights in force, which PettingZoo's path leaves out.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ def steps_per_second(config: BenchMARLConfig, seconds: float, updates: int, *, o
 
     It ends with the first update after ``seconds``, but not before there were ``updates`` more than the first.
     """
-    told = []
+    reports = []
 
     def stop(progress: Any) -> bool:
-        told.append((progress.step, progress.seconds, time.process_time()))
-        return len(told) > updates and progress.seconds - told[0][1] >= seconds
+        reports.append((progress.step, progress.seconds, time.process_time()))
+        return len(reports) > updates and progress.seconds - reports[0][1] >= seconds
 
     task = recipe.LoadBalanceTaskClass
     recipe.LoadBalanceTaskClass = SerialTask if one_by_one else task
@@ -99,7 +99,7 @@ def steps_per_second(config: BenchMARLConfig, seconds: float, updates: int, *, o
             train_benchmarl(config, callback=stop)
     finally:
         recipe.LoadBalanceTaskClass = task
-    steps, clock, processor = (last - first for first, last in zip(told[0], told[-1], strict=True))
+    steps, clock, processor = (last - first for first, last in zip(reports[0], reports[-1], strict=True))
     return steps / clock, steps / processor
 
 

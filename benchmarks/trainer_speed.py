@@ -51,7 +51,7 @@ def speeds(trainer: str, seconds: float, warmup: float) -> list[float]:
         return progress.seconds >= seconds and len(history) >= 3
 
     train(algo, make_config(algo, {"scenario": SCENARIO, "total_steps": 10**9, **changes}), callback=enough)
-    # Stable-Baselines3 tells its first rollout before it has learnt anything.
+    # Stable-Baselines3 reports its first rollout before it has learnt anything.
     return [p.steps_per_second for p in history[1:] if p.seconds > warmup]
 
 

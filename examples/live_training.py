@@ -82,16 +82,16 @@ def train(name: str, steps: int) -> None:
         shm_name=name, action_type="normalized", observation="flat", normalize=True, reward_type="max", shm_timeout=5.0
     )
     model = PPO("MlpPolicy", env, n_steps=256, batch_size=64, n_epochs=4, seed=0, device="cpu")
-    told = Punctuality()
-    model.learn(steps, callback=told)
+    punctuality = Punctuality()
+    model.learn(steps, callback=punctuality)
     env.close()
 
     # From the first observation on, which is that of the first step.
-    missed, late = sum(told.missed[1:]), sum(overrun > 0.0 for overrun in told.overruns[1:])
-    passed = (told.timestamps[-1] - told.timestamps[0]) / 0.25
-    print(f"{len(told.missed) - 1:,} steps in {passed:,.0f} intervals of the data plane's clock")
+    missed, late = sum(punctuality.missed[1:]), sum(overrun > 0.0 for overrun in punctuality.overruns[1:])
+    passed = (punctuality.timestamps[-1] - punctuality.timestamps[0]) / 0.25
+    print(f"{len(punctuality.missed) - 1:,} steps in {passed:,.0f} intervals of the data plane's clock")
     print(f"{missed:,} deadlines missed; at {late:,} steps the agent came too late")
-    delays = np.array(told.delays[1:])
+    delays = np.array(punctuality.delays[1:])
     print(
         f"actions in force after {1e3 * np.nanmedian(delays):.2f} ms (median) of the data plane's clock; "
         f"{np.isnan(delays).sum():,} not yet when observed"

@@ -32,5 +32,8 @@ def _nothing_stays() -> Iterator[None]:
     yield
     logger.handlers[:], level, logger.propagate = before
     logger.setLevel(level)
-    left = [new.name for new in set(threading.enumerate()) - running if new.name.startswith("lbgym")]
+    ours = [new for new in set(threading.enumerate()) - running if new.name.startswith("lbgym-")]
+    for thread in ours:
+        thread.join(10.0)
+    left = [thread.name for thread in ours if thread.is_alive()]
     assert not left, f"threads that the test has left behind: {left}"

@@ -428,8 +428,24 @@ def test_info_has_the_same_keys_and_types_at_every_step() -> None:
             assert truncated == (k == 59)
             assert list(info) == keys
             assert [type(value) for value in info.values()] == types
-        # The wrapper of max_episode_steps ends an episode that the environment would go on with.
-        assert (0.0 < info["fct_p50"] <= info["fct_p90"] <= info["fct_p99"]) == (limit == "max_steps")
+        # Also where the wrapper of max_episode_steps ends an episode that the environment would go on with.
+        assert 0.0 < info["fct_p50"] <= info["fct_p90"] <= info["fct_p99"]
+
+
+def test_quantiles_are_those_of_the_episode_whatever_ends_it() -> None:
+    scenario = small_scenario()
+    env = gymnasium.make(ID, scenario=scenario, max_episode_steps=300)
+    for seed, steps in ((8, 300), (9, 300), (10, 120)):
+        _, info = env.reset(seed=seed)
+        assert info["fct_p50"] == info["fct_p99"] == 0.0
+        for k in range(steps):
+            *_, info = env.step(k % 4)
+        alone = FlowDispatchEnv(scenario=scenario, max_steps=steps)
+        alone.reset(seed=seed)
+        for k in range(steps):
+            *_, wanted = alone.step(k % 4)
+        for name in ("fct_mean", "fct_p50", "fct_p90", "fct_p99"):
+            assert info[name] == wanted[name] > 0.0
 
 
 def test_render_as_text_or_not_at_all() -> None:

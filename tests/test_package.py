@@ -44,7 +44,7 @@ HEAVY = (
 
 #: Every module or package of lbgym by level; a module imports its own level's own package and lower levels.
 LEVELS = (
-    ("errors",),
+    ("_lazy", "errors"),
     ("atomic", "checks", "formatting"),
     ("scenarios", "features", "toml_files"),
     ("snapshot",),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lbgym import LoadBalanceEnv
-from lbgym.env.observations import ObservationLayout
+from lbgym.env.observations import ObservationLayout, relative_weights
 from lbgym.env.rewards import make_reward
 from lbgym.errors import (
     InvalidOptionError,
@@ -440,9 +440,9 @@ def test_a_killed_recorder_leaves_what_it_wrote(tmp_path: Path) -> None:
                 assert time.monotonic() < deadline and recorder.poll() is None
                 rows |= {row.sequence_id: row for row in producer.publish()}
                 time.sleep(0.002)
-            with pytest.raises(RecordingError, match="a recorder is at work in"):
+            with pytest.raises(RecordingError, match="a recorder is using"):
                 finish_recording(out)
-            with pytest.raises(RecordingError, match=r"killed, or is still at work.*finish_recording\("):
+            with pytest.raises(RecordingError, match=r"still runs or was killed.*finish_recording\("):
                 record("lb0", out)
             recorder.kill()
             recorder.wait()
@@ -471,7 +471,7 @@ def test_a_fault_leaves_what_was_recorded(tmp_path: Path, caplog: pytest.LogCapt
 
         with pytest.raises(KeyboardInterrupt):
             recorded(tmp_path / "out.parquet", script)
-    assert "what was recorded until now is in" in caplog.text and "out.parquet.part" in caplog.text
+    assert "the recording so far is in" in caplog.text and "out.parquet.part" in caplog.text
     assert len(load_recording(tmp_path / "out.parquet.part")) == 3
     assert finish_recording(tmp_path / "out.parquet.part") == tmp_path / "out.parquet"
     assert len(load_recording(tmp_path / "out.parquet")) == 3
@@ -502,7 +502,7 @@ def test_a_file_is_not_replaced_unless_told_to(tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     out.write_text("precious")
     with Producer("lb0") as producer:
-        with pytest.raises(RecordingError, match="is there already"):
+        with pytest.raises(RecordingError, match="exists already"):
             record("lb0", out)
         assert out.read_text() == "precious" and [path.name for path in tmp_path.iterdir()] == ["out.parquet"]
         (tmp_path / "out.parquet.part").mkdir()  # of a recorder that was killed early
@@ -518,7 +518,7 @@ def test_a_file_is_not_replaced_unless_told_to(tmp_path: Path) -> None:
         part.mkdir()
         descriptor = os.open(part, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(RecordingError, match="still at work"):
+        with pytest.raises(RecordingError, match="still runs"):
             record("lb0", out, overwrite=True)
         os.close(descriptor)
 
@@ -550,11 +550,38 @@ def test_it_lasts_as_long_as_asked(tmp_path: Path) -> None:
         assert 0.3 <= summary.seconds <= time.monotonic() - began and summary.observations == 0
         recording = load_recording(tmp_path / "out.parquet")
         assert len(recording) == 0 and recording.episodes == () and recording.stats.shape == (0, 0, 11)
-        with pytest.raises(RecordingError, match="no two that follow each other"):
+        with pytest.raises(RecordingError, match="no two consecutive rows"):
             recording.transitions()
         producer.run(0.01)
         summary = record("lb0", tmp_path / "more.parquet", steps=4)
         assert summary.observations == 4 == len(load_recording(tmp_path / "more.parquet"))
+
+
+@pytest.mark.parametrize("layout", ["matrix", "flat", "dict"])
+def test_transitions_show_the_weights_in_force(
+    driven: tuple[Recording, list[Published], list[np.ndarray]], layout: str
+) -> None:
+    recording, _, _ = driven
+    plain = recording.transitions(observation=layout)
+    steps = recording.transitions(observation=layout, observe_weights=True)
+    n = recording.active.shape[1]
+
+    def rows_of(observations: Any) -> Any:
+        if layout == "dict":
+            return observations["features"]
+        return observations[:, n:].reshape(len(observations), n, -1) if layout == "flat" else observations
+
+    for seen, without, rows in (
+        (steps.observations, plain.observations, steps.rows),
+        (steps.next_observations, plain.next_observations, steps.next_rows),
+    ):
+        matrix = rows_of(seen)
+        assert np.array_equal(matrix[..., :-1], rows_of(without))
+        assert np.array_equal(matrix[..., -1], relative_weights(recording.weights[rows], recording.active[rows]))
+    # The weights differ, so this is no column of zeros.
+    assert np.ptp(rows_of(steps.next_observations)[..., -1]) > 0.1
+    first = {key: part[0] for key, part in steps.observations.items()} if layout == "dict" else steps.observations[0]
+    assert steps.layout.space.contains(first)
 
 
 def test_what_is_no_recording_is_refused(driven: tuple[Recording, object, object], tmp_path: Path) -> None:
@@ -572,18 +599,18 @@ def test_what_is_no_recording_is_refused(driven: tuple[Recording, object, object
     bad.write_bytes(out.read_bytes()[:-7])
     assert "cannot be read as Parquet" in refused()
     parquet.write_table(pa.table({"a": [1]}), bad)
-    assert "is no recording of lbgym" in refused()
+    assert "is not a recording of lbgym" in refused()
     parquet.write_table(table.drop_columns(["weights"]), bad)
     assert "no column 'weights'" in refused()
     at = table.schema.get_field_index("fct_std")
     longer = pa.array([[0.0] * 9] * 12, table.schema.field(at).type)
     parquet.write_table(table.set_column(at, table.schema.field(at), longer), bad)
-    assert "'fct_std' has other lengths than num_servers says" in refused()
+    assert "the lengths of column 'fct_std' differ from num_servers" in refused()
 
 
 def test_rewards_and_names_that_there_are_not(driven: tuple[Recording, object, object]) -> None:
     recording = driven[0]
-    with pytest.raises(InvalidRewardError, match="which a recording does not have"):
+    with pytest.raises(InvalidRewardError, match="which a recording lacks"):
         recording.transitions(reward_type="p99_fct")
     with pytest.raises(UnknownNameError, match=r"unknown step 'actions'\. Did you mean 'action'"):
         recording.transitions(step="actions")
@@ -706,7 +733,7 @@ def test_minari_datasets_that_cannot_be(driven: tuple[Recording, object, object]
         with pytest.raises(InvalidOptionError, match="a Minari dataset is named like"):
             to_minari(recording, name)
     to_minari(recording, "lb0-v0")
-    with pytest.raises(RecordingError, match="there is a Minari dataset 'lb0-v0'"):
+    with pytest.raises(RecordingError, match="the Minari dataset 'lb0-v0' exists"):
         to_minari(recording, "lb0-v0")
     # A failure leaves nothing that would block the next try.
     with pytest.raises(UnknownNameError):

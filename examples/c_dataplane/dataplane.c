@@ -253,7 +253,7 @@ int main(int argc, char **argv)
         (void)lbgym_shm_set_server_state(&d.driver.region, i, LBGYM_SHM_UP);
         (void)lbgym_shm_set_active(&d.driver.region, i, true);
     }
-    /* Unless told otherwise, as many flows as keep the servers busy for 70 % of the time. */
+    /* By default, as many flows as keep the servers busy for 70 % of the time. */
     d.rate = d.rate > 0.0 ? d.rate : 0.7 * capacity;
     d.next_arrival = exponential(&d.random, 1.0 / d.rate);
 

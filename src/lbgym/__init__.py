@@ -6,10 +6,11 @@ NumPy and Gymnasium; the simulator, torch, Matplotlib and the rest come when the
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import gymnasium
+
+from ._lazy import _lazy_names
 
 if TYPE_CHECKING:
     from .env import (
@@ -27,21 +28,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "FlowDispatchEnv": "env",
-    "FlowDispatchVectorEnv": "env",
-    "LoadBalanceEnv": "env",
-    "LoadBalanceVectorEnv": "env",
-    "MultiLoadBalanceEnv": "env",
-    "MultiLoadBalanceVectorEnv": "env",
-    "ReservoirSampler": "features",
-    "Scenario": "scenarios",
-    "SharedMemoryRegion": "sharedmemory",
-    "Snapshot": "snapshot",
-    "load_scenario": "scenarios",
-    "scenario_names": "scenarios",
-}
-
 __all__ = [
     "FlowDispatchEnv",
     "FlowDispatchVectorEnv",
@@ -58,16 +44,19 @@ __all__ = [
     "scenario_names",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__ = _lazy_names(
+    __name__,
+    {
+        "env": (
+            "FlowDispatchEnv FlowDispatchVectorEnv LoadBalanceEnv LoadBalanceVectorEnv MultiLoadBalanceEnv "
+            "MultiLoadBalanceVectorEnv"
+        ),
+        "features": "ReservoirSampler",
+        "scenarios": "Scenario load_scenario scenario_names",
+        "sharedmemory": "SharedMemoryRegion",
+        "snapshot": "Snapshot",
+    },
+)
 
 gymnasium.register(
     id="lbgym/LoadBalance-v0",

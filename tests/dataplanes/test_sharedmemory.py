@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 
 import lbgym
 from lbgym.dataplanes import BatchedDataPlane, LiveDataPlanes, SharedMemoryDataPlane
+from lbgym.env.observations import relative_weights
 from lbgym.errors import (
     DataPlaneTimeout,
     InvalidOptionError,
@@ -371,6 +373,34 @@ def test_the_gymnasium_environment() -> None:
                 assert math.isfinite(reward) and not terminated
             assert "live" in env.render()
         np.testing.assert_array_equal(info["weights_in_force"], info["weights"])
+        env.close()
+
+
+@pytest.mark.parametrize("layout", ["matrix", "dict"])
+def test_the_environment_shows_the_weights_in_force(layout: str) -> None:
+    with puppet("lb0") as _:
+        env = lbgym.LoadBalanceEnv(
+            shm_name="lb0",
+            step_interval=INTERVAL,
+            action_type="continuous",
+            observation=layout,
+            observe_weights=True,
+        )
+        assert env.feature_columns[-1] == "weight"
+
+        def shown(observation: Any) -> Any:
+            return (observation["features"] if layout == "dict" else observation)[:, -1]
+
+        observation, info = env.reset()
+        # The safe weights of the data plane, before any action.
+        np.testing.assert_array_equal(info["weights"], [1, 2, 3, 4])
+        for weights in ([1.0, 2.0, 4.0, 8.0], [3.0, 1.0, 1.0, 1.0]):
+            assert np.array_equal(shown(observation), relative_weights(info["weights"], info["active"]))
+            observation, _, _, _, info = env.step(np.array(weights, np.float32))
+            np.testing.assert_array_equal(info["weights_in_force"], weights)
+            assert observation in env.observation_space
+        assert np.array_equal(shown(observation), relative_weights(info["weights"], info["active"]))
+        assert np.ptp(shown(observation)) > 1.0
         env.close()
 
 

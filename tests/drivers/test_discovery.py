@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -154,10 +155,9 @@ def test_discovery_by_a_function_of_ones_own() -> None:
         called.set()
         return [server("mine")]
 
-    discovery = Discovery(find, 100.0)
-    assert called.wait(20)
-    assert [s.name for s in eventually(discovery.poll)] == ["mine"]  # type: ignore[attr-defined]
-    discovery.close()
+    with closing(Discovery(find, 100.0)) as discovery:
+        assert called.wait(20)
+        assert [s.name for s in eventually(discovery.poll)] == ["mine"]  # type: ignore[attr-defined]
 
 
 def test_discovery_by_dns_finds_an_address() -> None:

@@ -101,3 +101,22 @@ def test_servers_are_found_while_it_runs(site: tuple[Path, int, object], tmp_pat
         assert states(pool, (1, 0))[0] == ("a", ServerState.DRAINING)
     finally:
         pool.close()
+
+
+def test_servers_found_by_dns_have_the_checks_of_the_file(site: tuple[Path, int, object]) -> None:
+    file, port, process = site
+    file.write_text(
+        HEAD
+        + '[ground_truth]\naddress = "127.0.0.1"\npath = "/agent"\n'
+        + f"port = {port}\n"
+        + f'[discovery]\nkind = "dns"\nhost = "127.0.0.1"\nport = {port}\ninterval = 0.02\n'
+    )
+    name = f"127.0.0.1:{port}"
+    with closing(ServerPool(load_config(file), file)) as pool:
+        eventually(lambda: states(pool) == [(name, ServerState.UP)])
+        eventually(lambda: np.isfinite(pool.ground_truth()[1]).all())
+        assert pool.ground_truth()[0].tolist() == [[0.5, 0.25, 3.0]]
+        file.write_text(file.read_text().replace("timeout = 5.0", "timeout = 4.0"))
+        assert pool.reload() == "nothing has changed; restart the driver for health"
+        process.send_signal(signal.SIGKILL)  # type: ignore[attr-defined]
+        eventually(lambda: states(pool) == [(name, ServerState.DOWN)])

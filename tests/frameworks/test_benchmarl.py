@@ -143,11 +143,12 @@ def test_permuted_servers_get_permuted_weights(algorithm: str, checkpoints: dict
     policy = load_policy(checkpoints[algorithm])
     env = LoadBalanceEnv(scenario="marllb-moderate", **policy.env_kwargs)
     n, rng = env.num_servers, np.random.default_rng(0)
-    observation = rng.random(n * 12, np.float32)
+    columns = policy.features
+    observation = rng.random(n * (1 + columns), np.float32)
     observation[:n] = 1.0
     weights = rng.uniform(0.5, 2.0, n)
     order = rng.permutation(n)
-    moved = np.concatenate([observation[:n][order], observation[n:].reshape(n, 11)[order].ravel()])
+    moved = np.concatenate([observation[:n][order], observation[n:].reshape(n, columns)[order].ravel()])
 
     def act(flat: Any, in_force: Any) -> Any:
         return env.action_codec.to_weights(policy.act(flat, {"weights": in_force}))
@@ -235,6 +236,10 @@ def test_refuses_configurations_that_make_no_sense() -> None:
         BenchMARLConfig(algorithm="maddpg", action_type="discrete")
     with pytest.raises(UnknownNameError, match="network"):
         BenchMARLConfig(network="gnn")
+    with pytest.raises(InvalidOptionError, match="sees_weights in BenchMARLConfig is now called observe_weights"):
+        BenchMARLConfig(sees_weights=True)
+    with pytest.raises(InvalidOptionError, match=r"observe_weights=True in BenchMARLConfig.env_kwargs"):
+        BenchMARLConfig(env_kwargs={"observe_weights": True})
     with pytest.raises(UnknownNameError, match="reward sharing"):
         BenchMARLConfig(reward_sharing="all")
     with pytest.raises(InvalidOptionError, match="exploration must be above 0"):

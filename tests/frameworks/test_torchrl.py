@@ -15,7 +15,7 @@ import torch
 
 from lbgym import LoadBalanceVectorEnv, MultiLoadBalanceVectorEnv
 from lbgym.env.observations import relative_weights
-from lbgym.errors import LbgymError, UnsupportedSpaceError
+from lbgym.errors import InvalidOptionError, LbgymError, UnsupportedSpaceError
 from lbgym.training.networks import FlatServerNetwork
 from lbgym.training.torchrl_env import MultiTorchRLEnv, TorchRLEnv
 
@@ -55,6 +55,13 @@ def test_torchrls_own_check(make: Any, action_type: str, keys: dict[str, Any]) -
     env = make(action_type=action_type, **keys)
     check_env_specs(env)
     env.close()
+
+
+@pytest.mark.parametrize("key", ["observe_weights", "sees_weights"])
+def test_keys_of_the_vector_environment_are_refused(key: str) -> None:
+    for kind, make in ((TorchRLEnv, LoadBalanceVectorEnv), (MultiTorchRLEnv, MultiLoadBalanceVectorEnv)):
+        with pytest.raises(InvalidOptionError, match=f"{kind.__name__} takes .* got {key}=True: keys such as"):
+            kind(make(2, **KEYS), **{key: True})
 
 
 @pytest.mark.parametrize("layout", ["flat", "matrix", "dict"])

@@ -17,6 +17,7 @@ import pytest
 
 from lbgym.drivers.check import check_driver
 from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion, get_include, seqlock
+from tests.dataplanes.puppet import puppet
 from tests.features.test_c_header import WARNINGS, compiler
 from tests.sharedmemory.native import run_compiler
 
@@ -247,5 +248,53 @@ def test_the_thirty_lines_of_the_document(tmp_path, language):
                 first = buffer.timestamp
                 next_observation(agent, buffer)
                 assert buffer.timestamp > first
+        finally:
+            process.kill()
+
+
+#: The puppet's feature of server i is that of server 0 plus i / 64.
+DECISION_OF_THE_DOCUMENT = """
+#include <lbgym_shm.h>
+
+void decide(const lbgym_shm_observation *observation, double *weights, uint32_t n);
+
+void decide(const lbgym_shm_observation *observation, double *weights, uint32_t n)
+{
+    const float *stats = observation->stats;
+    for (uint32_t i = 0; i < n; i++) {
+        weights[i] = 1.0 + 64.0 * (double)(stats[i * LBGYM_SHM_NUM_FEATURES] - stats[0]);
+    }
+}
+"""
+
+
+@pytest.mark.parametrize("language", ["c", "c++"])
+def test_the_agent_of_the_document(tmp_path: Path, language: str) -> None:
+    text = (EXAMPLE.parents[1] / "docs" / "shared-memory.md").read_text()
+    program = text.split("## An agent in C")[1].split("```c\n")[1].split("```")[0]
+    sources = {"agent.c": program, "decision.c": DECISION_OF_THE_DOCUMENT}
+    for name, source in sources.items():
+        (tmp_path / name).write_text(source)
+        done = run_compiler(language, "-O2", "-c", tmp_path / name, "-o", tmp_path / f"{name}.o")
+        assert (done.returncode, done.stderr) == (0, "")
+    objects = [str(tmp_path / f"{name}.o") for name in sources]
+    subprocess.run([*compiler(language), *objects, "-o", str(tmp_path / "agent")], check=True, timeout=120)
+    with (
+        puppet("marllb_lb0", servers=5) as strings,
+        SharedMemoryRegion.attach("marllb_lb0") as onlooker,
+        subprocess.Popen([str(tmp_path / "agent")], stderr=subprocess.PIPE, text=True) as process,
+    ):
+        try:
+            buffer = onlooker.new_buffer()
+            deadline = time.monotonic() + LONG
+            while buffer.safe or (buffer.applied_sequence_id or 0) < 3:
+                assert time.monotonic() < deadline and process.poll() is None
+                next_observation(onlooker, buffer)
+            assert buffer.weights[:5].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+            assert onlooker.agent_alive
+            # It ends in order with the data plane.
+            strings.tell(close=True)
+            _, errors = process.communicate(timeout=LONG)
+            assert (process.returncode, errors) == (0, "")
         finally:
             process.kill()

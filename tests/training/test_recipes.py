@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import tomllib
 from dataclasses import fields, replace
@@ -105,8 +107,39 @@ def test_names_that_there_are_not(tmp_path: Path) -> None:
 
 def test_a_setting_by_its_former_name_is_refused_with_the_present_one() -> None:
     pytest.importorskip("stable_baselines3")
-    with pytest.raises(InvalidOptionError, match="policy in the configuration of 'sb3-ppo' is called network now"):
+    with pytest.raises(InvalidOptionError, match="policy in the configuration of 'sb3-ppo' is now called network"):
         make_config("sb3-ppo", {"policy": "mlp"})
+
+
+def test_names_that_are_no_field_are_refused_by_the_class() -> None:
+    with pytest.raises(InvalidOptionError, match="sees_weights in PPOConfig is now called observe_weights"):
+        PPOConfig(sees_weights=True)  # type: ignore[call-arg]
+    with pytest.raises(UnknownNameError, match=r"unknown setting 'lerning_rate' in PPOConfig.*'learning_rate'"):
+        PPOConfig(lerning_rate=1.0)  # type: ignore[call-arg]
+    with pytest.raises(InvalidOptionError, match=r"PPOConfig\.observe_weights must be true or false, got 'no'"):
+        PPOConfig(observe_weights="no")  # type: ignore[arg-type]
+    config = pickle.loads(pickle.dumps(PPOConfig(seed=5)))
+    assert replace(copy.deepcopy(config), seed=6) == PPOConfig(seed=6)
+
+
+@pytest.mark.parametrize("algo", INSTALLED)
+def test_keys_that_the_recipe_sets_are_refused(algo: str) -> None:
+    kind: type[TrainingConfig] = RECIPES[algo].load(RECIPES[algo].config)
+    with pytest.raises(
+        InvalidOptionError, match=rf"observe_weights=False in {kind.__name__}.env_kwargs: it is a field"
+    ):
+        kind(env_kwargs={"observe_weights": False})
+    keys = {"observation": "dict", "normalize": False}
+    if RECIPES[algo].module == "sb3":
+        # Every layout will do.
+        assert kind(env_kwargs=keys).environment_kwargs().items() >= keys.items()
+        return
+    for key, value in keys.items():
+        with pytest.raises(
+            InvalidOptionError, match=rf"{key}={value!r} in {kind.__name__}.env_kwargs: .* needs {key}="
+        ):
+            kind(env_kwargs={key: value})
+    assert kind(env_kwargs={"observation": "flat"}).environment_kwargs()["observation"] == "flat"
 
 
 def test_configurations_of_older_checkpoints_are_read() -> None:

@@ -1,4 +1,4 @@
-"""Where results are printed."""
+"""The console for results."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import typer
 
 
 def installed(module: str) -> bool:
-    """Whether a module of an extra can be imported."""
+    """True if a module of an extra can be imported."""
     try:
         return find_spec(module) is not None
     except ImportError:

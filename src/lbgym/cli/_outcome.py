@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and for every error one line on standard error."""
+"""The end of a command: its exit code, and for every error one line on standard error."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _usage(error: BaseException) -> str:
 
 
 def _system(error: OSError) -> str:
-    """What the system refused, and for which file."""
+    """Describe an error of the system, with its file."""
     reason = error.strerror or str(error)
     if error.filename == STANDARD_OUTPUT:
         return f"cannot write to standard output: {reason}"

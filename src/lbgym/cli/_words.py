@@ -14,7 +14,7 @@ SERVER_STYLES = {"up": "green", "draining": "yellow", "down": "bold red", "unkno
 
 
 def lease(whole: float, left: float) -> str:
-    """How long weights are still in force."""
+    """The time that weights are still in force, in words."""
     if math.isinf(whole):
         return "good for ever"
     return f"lease {left:.1f} of {whole:.3g} s left" if left > 0.0 else f"lease of {whole:.3g} s over"

@@ -26,7 +26,7 @@ from ._progress import ProgressBar
 if TYPE_CHECKING:
     from ..evaluation import Comparison
 
-#: A trace is replayed once, but no longer than this unless told otherwise, seconds.
+#: A trace is replayed once, but by default no longer than this, seconds.
 MAX_TRACE_DURATION = 600.0
 
 _POLICIES_HELP = """\

@@ -14,6 +14,7 @@ import typer
 from ..errors import MissingExtraError, ScenarioError
 from ..scenarios import (
     RULES,
+    AnyScenario,
     Choice,
     LogUniform,
     RandomEvents,
@@ -135,7 +136,7 @@ def describe(
     if as_json and as_toml:
         raise ScenarioError("describe prints --json or --toml, not both")
     loaded = load_scenario(scenario)
-    if isinstance(loaded, Scenario) and not (draw is None and plot is None):
+    if not loaded.varies and not (draw is None and plot is None):
         option = "--plot" if draw is None else "--draw"
         raise ScenarioError(f"{option} needs a distribution, and {loaded.name!r} is a scenario: nothing is drawn")
     if draw is not None:
@@ -155,7 +156,7 @@ def describe(
         typer.echo(json.dumps(_distribution_details(loaded, draws), indent=1))
     else:
         _show_distribution(loaded, draws)
-    if plot is not None and isinstance(loaded, ScenarioDistribution):
+    if plot is not None:
         _plot(loaded, draws, plot, quiet=as_json or as_toml)
 
 
@@ -220,7 +221,7 @@ def _check_plot(file: Path) -> None:
         raise MissingExtraError("matplotlib", "eval", "--plot")
 
 
-def _plot(distribution: ScenarioDistribution, draws: int, file: Path, *, quiet: bool) -> None:
+def _plot(distribution: AnyScenario, draws: int, file: Path, *, quiet: bool) -> None:
     from ..evaluation.distribution_plot import draws_figure
     from ..scenarios.distribution_summary import draw_many
 
@@ -306,7 +307,7 @@ def _show(scenario: Scenario) -> None:
     facts.add_row("dispatch", scenario.dispatch)
     facts.add_row("rejected", f"a rejected or failed flow counts as an FCT of {scenario.reject_timeout:g} s")
     facts.add_row("reservoirs", _reservoirs(scenario.sampling))
-    facts.add_row("duration", f"{scenario.duration:g} s unless told otherwise")
+    facts.add_row("duration", f"{scenario.duration:g} s by default")
     if scenario.events:
         facts.add_row("events", _events(scenario))
     console.print(Padding(facts, (0, 0, 0, 1)))
@@ -366,7 +367,7 @@ def _show_distribution(distribution: ScenarioDistribution, draws: int) -> None:
     fixed.add_row("rejected", f"a rejected or failed flow counts as an FCT of {base.reject_timeout:g} s")
     varies = distribution.sampling.ranges()
     fixed.add_row("reservoirs", f"{base.sampling.capacity} samples" if varies else _reservoirs(base.sampling))
-    fixed.add_row("duration", f"{base.duration:g} s unless told otherwise")
+    fixed.add_row("duration", f"{base.duration:g} s by default")
     if base.events:
         fixed.add_row("events", f"{len(base.events)} of the base, those of servers that were drawn")
     console.print("\nThe same in all")

@@ -32,7 +32,7 @@ class Network(StrEnum):
 
 
 class Backend(StrEnum):
-    """Where a training runs."""
+    """Places for a training to run."""
 
     LOCAL = "local"
     RAY = "ray"
@@ -78,7 +78,7 @@ def train(
             help="The checkpoint's file (.pt, .zip), or a folder for it.", show_default="out/train, or --resume"
         ),
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="A checkpoint to go on with.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="A checkpoint to continue.")] = None,
     evaluate: Annotated[
         int, typer.Option(min=0, metavar="SEEDS", help="Then compare it with the usual rules on so many seeds.")
     ] = 0,

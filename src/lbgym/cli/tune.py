@@ -45,7 +45,7 @@ def tune(
     early_stopping: Annotated[bool, typer.Option(help="Stop trials that are worse than most (ASHA).")] = True,
     cpus: Annotated[float, typer.Option(min=0.1, help="Cores that a trial takes.")] = 1.0,
     max_failures: Annotated[
-        int, typer.Option(min=0, help="How often a trial goes on from its checkpoint when its node is lost.")
+        int, typer.Option(min=0, help="How often a trial continues from its checkpoint when its node is lost.")
     ] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     address: Annotated[
@@ -97,7 +97,7 @@ def tune(
 
 
 def _share(last: list[Mapping[str, Any]], trials: int) -> float:
-    """How much of all trials is done."""
+    """The share of all trials that is done."""
     return float(sum(result.get("percent", 0) for result in last)) / (100 * max(trials, len(last)))
 
 

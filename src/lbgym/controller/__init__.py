@@ -1,7 +1,8 @@
 """The agent in production: drives a live data plane by a policy, within bounds, with logs and metrics."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .._lazy import _lazy_names
 from .config import ControllerConfig, config_from
 from .envelope import SafetyEnvelope
 
@@ -10,11 +11,5 @@ if TYPE_CHECKING:
 
 __all__ = ["Controller", "ControllerConfig", "Outcome", "SafetyEnvelope", "config_from"]
 
-
-def __getattr__(name: str) -> Any:
-    # Reading a configuration should not load the compiled protocol.
-    if name in ("Controller", "Outcome"):
-        from . import control
-
-        return getattr(control, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Reading a configuration should not load the compiled protocol.
+__getattr__, __dir__ = _lazy_names(__name__, {"control": "Controller Outcome"})

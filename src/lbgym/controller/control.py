@@ -48,7 +48,7 @@ _MANY_MISSED = 3
 
 
 class Outcome(StrEnum):
-    """Why a controller ended."""
+    """The reason a controller ended."""
 
     STOPPED = "stopped"
     FINISHED = "finished"

@@ -1,7 +1,8 @@
 """The port of the environments: its protocol, the simulator behind it, and real data planes behind shared memory."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .._lazy import _lazy_names
 from ..snapshot import Snapshot
 from .base import BatchedDataPlane
 from .simulated import RESET_OPTIONS, SimulatedDataPlane, scenario_with_options
@@ -20,15 +21,5 @@ __all__ = [
     "scenario_with_options",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # Whoever simulates needs neither shared memory nor an operating system that has it.
-    if name == "SharedMemoryDataPlane":
-        from .live import SharedMemoryDataPlane
-
-        return SharedMemoryDataPlane
-    if name == "LiveDataPlanes":
-        from .live_group import LiveDataPlanes
-
-        return LiveDataPlanes
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Whoever simulates needs neither shared memory nor an operating system that has it.
+__getattr__, __dir__ = _lazy_names(__name__, {"live": "SharedMemoryDataPlane", "live_group": "LiveDataPlanes"})

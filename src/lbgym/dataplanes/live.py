@@ -121,12 +121,12 @@ class SharedMemoryDataPlane:
 
     @property
     def published_at(self) -> int:
-        """When the last observation was published, ns of the monotonic clock."""
+        """Time of the last observation's publication, ns of the monotonic clock."""
         return self._buffer.published_at
 
     @property
     def written_at(self) -> int:
-        """When the last action was written, ns of the monotonic clock."""
+        """Time of the last action, ns of the monotonic clock."""
         return self._written_at
 
     @property
@@ -370,7 +370,7 @@ class SharedMemoryDataPlane:
             )  # fmt: skip
 
     def _instant(self, timestamp: int) -> int:
-        """When the data plane's clock shows ``timestamp``, by the last observation; ns of the monotonic clock."""
+        """Convert ``timestamp`` of the data plane's clock to ns of the monotonic clock, by the last observation."""
         ahead = timestamp - self._buffer.timestamp_ns
         return self._buffer.published_at + int(ahead / self._region.clock_rate)
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, UnknownNameError
-from ..scenarios import AnyScenario, Configured, Scenario, ScenarioDistribution
+from ..scenarios import AnyScenario, Configured, Scenario
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .live import SharedMemoryDataPlane
 
@@ -50,13 +50,13 @@ class LiveDataPlanes:
             raise InvalidOptionError(f"shm_names must be a list of names of regions, one per balancer, got {names!r}")
         if len(set(names)) < len(names):
             raise InvalidOptionError(f"shm_names must name each region once, got {list(names)!r}")
-        if isinstance(scenario, ScenarioDistribution):
+        if scenario is not None and scenario.varies:
             raise InvalidOptionError(
                 f"scenario {scenario.name!r} is a distribution, but the cluster of a live data plane is not drawn; "
                 "give the scenario that describes it, or none"
             )
         self.num_balancers = len(names)
-        self._scenario = scenario
+        self._scenario = None if scenario is None else scenario.reference
         self._planes: list[SharedMemoryDataPlane] = []
         try:
             for name in names:
@@ -69,9 +69,9 @@ class LiveDataPlanes:
                     f"the regions {', '.join(names)} have {', '.join(map(str, counts))} servers; "
                     "say with num_servers how many to act for"
                 )
-            if scenario is not None and scenario.num_servers != counts[0]:
+            if scenario is not None and scenario.max_servers != counts[0]:
                 raise InvalidOptionError(
-                    f"num_servers={counts[0]}, but scenario {scenario.name!r} has {scenario.num_servers} servers; "
+                    f"num_servers={counts[0]}, but scenario {scenario.name!r} has {scenario.max_servers} servers; "
                     "give the scenario that describes the cluster, or none"
                 )
         except BaseException:

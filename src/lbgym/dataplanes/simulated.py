@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidOptionError, UnknownNameError
+from ..errors import InvalidOptionError, InvalidWeightsError, UnknownNameError
 from ..scenarios import RULES, AnyScenario, Event, Scenario, load_scenario
 from ..scenarios.randomization import HORIZON
 from ..simulator import Simulation
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
+
+#: Operations on a Maglev table, each a few ns, above which weights are refused.
+_MAGLEV_OPERATIONS = 5e9
 
 RESET_OPTIONS = ("scenario", "load", "rate", "events")
 
@@ -43,6 +47,27 @@ def scenario_with_options(base: AnyScenario, options: Mapping[str, Any] | None) 
             raise InvalidOptionError(f"the option events must be a list of lbgym.scenarios.Event, got {events!r}")
         scenario = scenario.with_events(events)
     return scenario.with_changes(**changes) if changes else scenario
+
+
+@contextmanager
+def room_for(scenario: Scenario, num_replicas: int) -> Iterator[None]:
+    """Make a simulator of a scenario.
+
+    Raises:
+        InvalidOptionError: in place of a MemoryError.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise _no_room(scenario, num_replicas, error) from error
+
+
+def _no_room(scenario: Scenario, num_replicas: int, error: MemoryError) -> InvalidOptionError:
+    return InvalidOptionError(
+        f"not enough memory for {num_replicas:,} replicas of {scenario.num_servers:,} servers behind "
+        f"{scenario.balancers:,} balancers, their open flows and reservoirs of {scenario.sampling.capacity:,} samples"
+        f"{f': {error}' if str(error) else ''}"
+    )
 
 
 class SimulatedDataPlane:
@@ -79,17 +104,24 @@ class SimulatedDataPlane:
         horizon: float = HORIZON,
         num_threads: int | None = 1,
     ) -> None:
-        self._balancers = num_balancers
+        self._balancers, self._dispatch = num_balancers, dispatch
         self._source = self._behind(source)
         self.horizon = horizon
         self.info: Mapping[str, NDArray[Any]] = {}
         self.interval = interval
-        self.simulation = Simulation(
-            self._source.reference, num_replicas, num_servers=num_servers, dispatch=dispatch, num_threads=num_threads
-        )
+        with room_for(self._source.reference, num_replicas):
+            self.simulation = Simulation(
+                self._source.reference,
+                num_replicas,
+                num_servers=num_servers,
+                dispatch=dispatch,
+                num_threads=num_threads,
+            )
         self.num_replicas = self.simulation.num_replicas
         self.num_balancers = self.simulation.num_balancers
         self.num_servers = self.simulation.num_servers
+        # Whether some weights could take too long.
+        self._slow_maglev = 100.0 * self.num_servers**2 > _MAGLEV_OPERATIONS
 
     def source(self, options: Mapping[str, Any] | None = None) -> AnyScenario:
         """The source of episodes with these options; options and errors: :func:`scenario_with_options`.
@@ -142,9 +174,31 @@ class SimulatedDataPlane:
         """Apply float64[R, m, N] weights, simulate one interval, observe; see :meth:`Simulation.step`."""
         if reset is not None:
             self._draw(seeds or (), reset, self._source)
-        return self.simulation.step(
-            weights, self.interval, background=background, delays=delays, seeds=seeds, reset=reset
-        )
+        if self._slow_maglev:
+            self._check_maglev(weights)
+        try:
+            return self.simulation.step(
+                weights, self.interval, background=background, delays=delays, seeds=seeds, reset=reset
+            )
+        except MemoryError as error:
+            raise _no_room(self._source.reference, self.num_replicas, error) from error
+
+    def _check_maglev(self, weights: NDArray[np.float64]) -> None:
+        """Refuse weights whose Maglev tables would take more than a few seconds each.
+
+        A table of 100 N entries is filled in rounds; in each, every server earns its weight over the largest one.
+        """
+        n = self.num_servers
+        per_round = weights.sum(axis=-1) / np.maximum(weights.max(axis=-1), np.finfo(np.float64).tiny)
+        operations = 100.0 * n * n / np.maximum(per_round, 1.0)
+        if operations.max() > _MAGLEV_OPERATIONS and any(
+            (self._dispatch or self.scenario_of(i).dispatch) == "maglev" for i in range(self.num_replicas)
+        ):
+            b = np.unravel_index(operations.argmax(), operations.shape)
+            raise InvalidWeightsError(
+                f"a Maglev table of {n:,} servers takes too long where one weight dominates: the largest is "
+                f"{weights[b].max():g}, the mean {weights[b].mean():g}; use weights that are closer together"
+            )
 
     def _draw(self, seeds: Sequence[int], mask: NDArray[np.bool_] | None, source: AnyScenario) -> None:
         """Give the masked replicas the scenarios of their next episodes."""

@@ -145,7 +145,7 @@ class Source:
 
     @property
     def reloads(self) -> bool:
-        """Whether SIGHUP reads a configuration again; otherwise it ends the driver."""
+        """True if SIGHUP reads a configuration again; otherwise it ends the driver."""
         return type(self).reload is not Source.reload
 
     def close(self) -> None:

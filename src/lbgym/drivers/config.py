@@ -17,7 +17,7 @@ HEALTH_KINDS = ("tcp", "http")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthCheck:
-    """How a server is checked, as HAProxy's ``inter``, ``rise`` and ``fall`` have it.
+    """A health check of a server, as HAProxy's ``inter``, ``rise`` and ``fall`` have it.
 
     Attributes:
         kind: "tcp": a connection is accepted; "http": a GET is answered with a status from 200 to 399.
@@ -52,7 +52,7 @@ class HealthCheck:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroundTruthAgent:
-    """Where an agent on a server answers with its CPU use, memory use and busy workers.
+    """An agent on a server that answers with its CPU use, memory use and busy workers.
 
     Attributes:
         address: None: the server's.
@@ -121,7 +121,7 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscoverySource:
-    """Where servers are looked for while the driver runs, instead of ``[[servers]]``.
+    """A source of servers while the driver runs, instead of ``[[servers]]``.
 
     Attributes:
         kind: "dns" or "file".
@@ -162,6 +162,7 @@ class DataPlaneConfig:
         mode: permissions of the region.
         group: owning group of the region; None: the process's.
         discovery: None: the servers are those of the file.
+        health, ground_truth: of servers found by DNS or added while the driver runs; None: not checked, no agent.
         driver: keys of the driver itself, table ``[driver]``, which checks them.
     """
 
@@ -173,6 +174,8 @@ class DataPlaneConfig:
     mode: int = 0o600
     group: str | None = None
     discovery: DiscoverySource | None = None
+    health: HealthCheck | None = None
+    ground_truth: GroundTruthAgent | None = None
     driver: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -184,7 +187,7 @@ class DataPlaneConfig:
 
 
 def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
-    """Read dataplane.toml. ``[health]`` and ``[ground_truth]`` are what all servers have unless they say otherwise.
+    """Read dataplane.toml. ``[health]`` and ``[ground_truth]`` are the defaults of all servers.
 
     Raises:
         InvalidOptionError: for a file that cannot be read, and a key that is missing or has a bad value; the message
@@ -206,7 +209,7 @@ def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
         raise InvalidOptionError(f"{here}: there are no servers: give [[servers]] or [discovery]")
     if "mode" in values:
         values["mode"] = _mode(values["mode"], here)
-    known = {field.name for field in fields(DataPlaneConfig)} | {"health", "ground_truth"}
+    known = [field.name for field in fields(DataPlaneConfig)]
     for key in values:
         if key not in known:
             raise UnknownNameError("key", key, known, where=here)
@@ -217,7 +220,11 @@ def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
             raise InvalidOptionError(f"{here}: {error}") from None
     if "name" not in values:
         raise InvalidOptionError(f"{here}: the key 'name' is missing: the name of the region")
-    return _in(here, lambda: DataPlaneConfig(servers=servers, driver=driver, discovery=discovery, **values))
+    common: dict[str, Any] = {
+        "health": None if health is None else _table(HealthCheck, health, f"{here}, [health]"),
+        "ground_truth": None if truth is None else _table(GroundTruthAgent, truth, f"{here}, [ground_truth]"),
+    }
+    return _in(here, lambda: DataPlaneConfig(servers=servers, driver=driver, discovery=discovery, **common, **values))
 
 
 def read_servers(path: str | os.PathLike[str]) -> tuple[ServerConfig, ...]:

@@ -1,4 +1,4 @@
-"""Which servers there are: :class:`Slots`, the stable rows of a region, and where lists of servers come from."""
+"""The servers of a driver: :class:`Slots`, the stable rows of a region, and sources of lists of servers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Slot:
 
     @property
     def active(self) -> bool:
-        """Whether it takes new flows."""
+        """True if it takes new flows."""
         return self.state in TAKES_FLOWS
 
 

@@ -182,7 +182,7 @@ class Publisher:
                 self._publish(due, last)
 
     def _due(self) -> int:
-        """When the next publication is due, ns of the monotonic clock."""
+        """Time of the next publication, ns of the monotonic clock."""
         return self._origin + self._real((self._tick + 1) * self._interval)
 
     def _real(self, shown: float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ class ServerPool:
 
     Args:
         config: the content of dataplane.toml.
-        path: its file, for :meth:`reload`; None: there is none.
+        path: its file, for :meth:`reload`.
     """
 
     def __init__(self, config: DataPlaneConfig, path: str | os.PathLike[str] | None = None) -> None:
@@ -35,7 +36,7 @@ class ServerPool:
         self._health, self._truth = HealthChecks(), GroundTruth()
         self._discovery: Discovery | None = None
         if config.discovery is not None:
-            self._discovery = _discovery(config.discovery)
+            self._discovery = _discovery(config.discovery, config)
         self._watch()
 
     def _watch(self) -> None:
@@ -69,10 +70,20 @@ class ServerPool:
         return self._truth.values([row.name for row in self.slots.rows])
 
     def add(self, server: str, *, address: str, port: int | None, weight: float, cores: int | None) -> None:
-        """Add a server, checked as the first one of the configuration is; raises DriverError if there is no room."""
-        like = self.config.servers[0] if self.config.servers else None
-        health = like.health if like is not None and port is not None else None
-        self.slots.add(ServerConfig(name=server, address=address, port=port, weight=weight, cores=cores, health=health))
+        """Add a server with the checks of the configuration.
+
+        Raises:
+            DriverError: if there is no room.
+            InvalidOptionError: for a bad value.
+        """
+        health, truth = self.config.health, self.config.ground_truth
+        if health is not None and health.port is None and port is None:
+            health = None
+        self.slots.add(
+            ServerConfig(
+                name=server, address=address, port=port, weight=weight, cores=cores, health=health, ground_truth=truth
+            )
+        )
         self._watch()
 
     def drain(self, server: str) -> None:
@@ -97,10 +108,14 @@ class ServerPool:
         if self._path is None:
             raise DriverError("there is no configuration file to reload")
         config = load_config(self._path)
-        fixed = ("name", "publish_interval", "lease", "capacity", "mode", "group", "discovery", "driver")
+        fixed = ["name", "publish_interval", "lease", "capacity", "mode", "group", "discovery", "driver"]
+        if self._discovery is not None:
+            fixed += ["health", "ground_truth"]
         different = [key for key in fixed if getattr(config, key) != getattr(self.config, key)]
         changes = self.slots.update(config.servers) if self._discovery is None else Changes()
         self._watch()
+        if self._discovery is None:
+            self.config = replace(self.config, health=config.health, ground_truth=config.ground_truth)
         later = f"; restart the driver for {', '.join(different)}" if different else ""
         return f"{changes}{later}"
 
@@ -112,9 +127,16 @@ class ServerPool:
             self._discovery.close()
 
 
-def _discovery(source: DiscoverySource) -> Discovery:
+def _discovery(source: DiscoverySource, config: DataPlaneConfig) -> Discovery:
     if source.kind == "file":
         assert source.path is not None
         return Discovery(in_file(source.path), source.interval)
     assert source.host is not None and source.port is not None
-    return Discovery(in_dns(source.host, source.port), source.interval)
+    template = ServerConfig(
+        name="template",
+        address=source.host,
+        port=source.port,
+        health=config.health,
+        ground_truth=config.ground_truth,
+    )
+    return Discovery(in_dns(source.host, source.port, template), source.interval)

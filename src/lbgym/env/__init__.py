@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import _lazy_names
 
 if TYPE_CHECKING:
     from .flow_dispatch import FlowDispatchEnv, FlowDispatchVectorEnv
@@ -11,15 +12,6 @@ if TYPE_CHECKING:
     from .multi_agent_vector import MultiLoadBalanceVectorEnv
     from .single import LoadBalanceEnv
     from .vector import LoadBalanceVectorEnv
-
-_HOMES = {
-    "FlowDispatchEnv": "flow_dispatch",
-    "FlowDispatchVectorEnv": "flow_dispatch",
-    "LoadBalanceEnv": "single",
-    "LoadBalanceVectorEnv": "vector",
-    "MultiLoadBalanceEnv": "multi_agent",
-    "MultiLoadBalanceVectorEnv": "multi_agent_vector",
-}
 
 __all__ = [
     "FlowDispatchEnv",
@@ -30,8 +22,13 @@ __all__ = [
     "MultiLoadBalanceVectorEnv",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = _lazy_names(
+    __name__,
+    {
+        "flow_dispatch": "FlowDispatchEnv FlowDispatchVectorEnv",
+        "single": "LoadBalanceEnv",
+        "vector": "LoadBalanceVectorEnv",
+        "multi_agent": "MultiLoadBalanceEnv",
+        "multi_agent_vector": "MultiLoadBalanceVectorEnv",
+    },
+)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..checks import choice, whole
 from ..errors import InvalidOptionError, InvalidRewardError, ResetNeeded
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES, NUM_FEATURES
+from ..scenarios.model import MAX_BALANCERS
 from ..snapshot import Snapshot
 from .core import EnvCore, live_plane, simulated_plane
 from .observations import ObservationLayout
@@ -44,7 +45,7 @@ def balancers_core(
     """
     choice("reward sharing", reward_sharing, REWARD_SHARINGS)
     if num_balancers is not None:
-        num_balancers = whole("num_balancers", num_balancers)
+        num_balancers = whole("num_balancers", num_balancers, high=MAX_BALANCERS)
     if shm_names is None:
         wanted = num_balancers or (DEFAULT_BALANCERS if options.source is None else options.source.balancers)
         _check_sharing(options, reward_sharing, wanted)
@@ -77,7 +78,7 @@ def _check_sharing(options: EnvOptions, reward_sharing: str, num_balancers: int)
 
 
 class CentralState:
-    """All that a central trainer may know of a replica, as one vector.
+    """The state of a replica for a central trainer, as one vector.
 
     Attributes:
         names: of its S numbers.

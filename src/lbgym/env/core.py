@@ -202,8 +202,8 @@ class EnvCore:
         return info
 
     def facts(self, mask: NDArray[np.bool_]) -> dict[str, Any]:
-        """Facts about the scenarios that the masked replicas' episodes have drawn; none without a distribution."""
-        if not isinstance(self.source, ScenarioDistribution):
+        """Facts about the scenarios that the masked replicas' episodes have drawn; none if nothing is drawn."""
+        if self.source is None or not self.source.varies:
             return {}
         each = {}
         for i in np.flatnonzero(mask).tolist():
@@ -340,7 +340,8 @@ class CoreView(SpecWithLimit):
     @property
     def scenario(self) -> Scenario | None:
         """The scenario of all episodes; None with a distribution, or if nothing is known of a live cluster."""
-        return self._core.source if isinstance(self._core.source, Scenario) else None
+        source = self._core.source
+        return None if source is None or source.varies else source.reference
 
     @property
     def distribution(self) -> ScenarioDistribution | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ..checks import choice, number, whole
@@ -35,7 +35,7 @@ SERVER_FIELDS = ("work", "delay", "open_flows", "active")
 #: before it, is known to a balancer.
 FLOW_FIELDS = ("demand", "gap")
 
-_QUANTILES = ("fct_p50", "fct_p90", "fct_p99")
+_QUANTILES = {"fct_p50": 0.5, "fct_p90": 0.9, "fct_p99": 0.99}
 
 
 class FlowObservation:
@@ -192,9 +192,11 @@ class FlowEnvCore:
             normalize=normalize,
         )
         self.action_space: spaces.Discrete = spaces.Discrete(self.num_servers)
+        from ..dataplanes.simulated import room_for
         from ..simulator import FlowSimulation
 
-        self.simulation = FlowSimulation(shape, num_envs, num_threads=num_threads)
+        with room_for(shape, num_envs):
+            self.simulation = FlowSimulation(shape, num_envs, num_threads=num_threads)
         self.decision: Decision | None = None
         self.steps = np.zeros(num_envs, np.int64)
         self._timeouts = np.full(num_envs, shape.reject_timeout)
@@ -314,9 +316,8 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
     and ``active_servers`` (their ids, a list), flows ``completed`` and ``rejected`` (or failed or unrouted),
     ``fct_mean`` (s, over both; a rejected flow counts with the scenario's ``reject_timeout``), and ``fct_p50``,
     ``fct_p90`` and ``fct_p99`` (s). These take a pass over the flows of the episode, with 8 bytes of memory for each,
-    and are 0 except at its last step. The keys are the same at every step. ``gymnasium.make(...,
-    max_episode_steps=...)`` adds a wrapper that ends episodes unknown to the environment, without the quantiles;
-    ``gymnasium.make(..., max_steps=...)`` gives them.
+    and are 0 except at its last step. Environments of ``gymnasium.make``, whose wrappers may end an episode at any
+    step, keep them up to date at all steps. The keys are the same at every step.
 
     With a distribution of scenarios each episode draws its own, and N is the largest number of servers that it draws;
     servers an episode does not have are inactive.
@@ -386,18 +387,13 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
         self.action_space = self._core.action_space
         self._over = np.ones(1, np.bool_)
         self._one = np.ones(1, np.bool_)
+        # FCTs of the episode in ascending order, where they are kept.
+        self._fcts: list[float] = []
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode: empty servers, at the arrival of the first flow.
 
-        Args:
-            seed: of this and all following episodes; None: go on with the present generator.
-            options: for this episode only: ``scenario``, ``load`` or ``rate``, ``events``
-                (:func:`lbgym.dataplanes.scenario_with_options`).
-
-        Raises:
-            UnknownNameError, InvalidOptionError, ScenarioError: for options that make no sense; the episode under way
-                is left as it was.
+        Seeds, options and errors are those of :meth:`LoadBalanceEnv.reset <lbgym.LoadBalanceEnv.reset>`.
         """
         check_seed(seed)
         source = self._core.source_with(options or {})
@@ -406,6 +402,7 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
             self._np_random_seed = int(seed)
         self._core.begin([int(self.np_random.integers(1 << 63))], self._one, source)
         self._over = ~self._one
+        self._fcts = []
         return self._observation(), self._info()
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -454,7 +451,23 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
     def _info(self) -> dict[str, Any]:
         batch = self._core.info(self._over)
         info = {name: part[0].item() if part.ndim == 1 else part[0] for name, part in batch.items()}
+        if self._spec is not None and not self._over[0]:
+            info |= self._quantiles()
         return info | {"active_servers": active_ids(info["active"])}
+
+    def _quantiles(self) -> dict[str, float]:
+        """The quantiles as of now, from FCTs that are kept in order: a few of them end in a step."""
+        fcts = self._fcts
+        for fct in self._core.simulation.ended_fcts(since=len(fcts)).tolist():
+            insort(fcts, fct)
+        last = len(fcts) - 1
+        quantiles = {}
+        for name, share in _QUANTILES.items():
+            # NumPy's linear interpolation, in the kernel's order of operations.
+            position = share * last
+            low = int(position)
+            quantiles[name] = fcts[low] + (position - low) * (fcts[min(low + 1, last)] - fcts[low]) if fcts else 0.0
+        return quantiles
 
 
 class FlowDispatchVectorEnv(SpecWithLimit, ReplicaVectorEnv):
@@ -469,12 +482,7 @@ class FlowDispatchVectorEnv(SpecWithLimit, ReplicaVectorEnv):
 
     Args:
         num_envs: replicas.
-        autoreset_mode: NEXT_STEP (a replica whose episode has ended is reset by the next step, which ignores its
-            action and rewards it with 0), SAME_STEP (at once; the last observation and info are in
-            ``info["final_obs"]`` and ``info["final_info"]``) or DISABLED
-            (``reset(options={"reset_mask": bool[num_envs]})``).
-        num_threads: threads that share the replicas; None: one per core, fewer where there is little to share. Results
-            do not depend on it.
+        autoreset_mode, num_threads: as :class:`~lbgym.LoadBalanceVectorEnv`.
         render_mode: None; a single environment has one.
         keys: those of :class:`FlowDispatchEnv`.
 
@@ -503,10 +511,7 @@ class FlowDispatchVectorEnv(SpecWithLimit, ReplicaVectorEnv):
         self.num_servers = self._core.num_servers
         self.max_steps = self._core.max_steps
         self.observation_layout = self._core.layout
-        self.single_observation_space = self._core.layout.space
-        self.single_action_space = self._core.action_space
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._set_spaces(self._core.layout.space, self._core.action_space)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None

@@ -157,7 +157,7 @@ class MultiLoadBalanceEnv(CoreView, _Parallel or object):  # type: ignore[misc]
         """Begin an episode of all agents, as :meth:`lbgym.LoadBalanceEnv.reset`.
 
         Args:
-            seed: of this and all following episodes; None: go on with the present generator.
+            seed: of this and all following episodes; None: continue with the present generator.
             options: for this episode only: ``scenario``, ``load`` or ``rate``, ``events``. Another scenario gets as
                 many balancers as there are agents.
 

@@ -10,9 +10,8 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..errors import InvalidActionError, InvalidOptionError
+from ..errors import InvalidActionError
 from .balancers import CentralState, balancers_core
-from .options import EnvOptions
 from .sharing import REWARD_SHARINGS
 from .single import LoadBalanceEnv
 from .vector import ReplicaEnv
@@ -94,12 +93,7 @@ class MultiLoadBalanceVectorEnv(ReplicaEnv):
         **keys: Any,
     ) -> None:
         super().__init__(num_envs, autoreset_mode)
-        if keys.get("shm_name") is not None:
-            raise InvalidOptionError(
-                f"shm_name={keys['shm_name']!r}: a region is one data plane, not {num_envs} replicas; "
-                "MultiLoadBalanceEnv takes shm_names, one for each balancer"
-            )
-        options = EnvOptions(**{key: value for key, value in keys.items() if key not in ("shm_name", "shm_timeout")})
+        options = self._options(keys, "MultiLoadBalanceEnv takes shm_names, one for each balancer")
         core = self._core = balancers_core(
             options,
             self.num_envs,
@@ -114,10 +108,10 @@ class MultiLoadBalanceVectorEnv(ReplicaEnv):
         self.reward_sharing = reward_sharing
         self.agent_observation_space = core.layout.space
         self.agent_action_space = core.codec.space
-        self.single_observation_space = batch_space(self.agent_observation_space, self.num_balancers)
-        self.single_action_space = batch_space(self.agent_action_space, self.num_balancers)
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._set_spaces(
+            batch_space(self.agent_observation_space, self.num_balancers),
+            batch_space(self.agent_action_space, self.num_balancers),
+        )
         self._state = CentralState(core)
         #: Box(S,), the space of :meth:`state` of one replica.
         self.state_space = self._state.space

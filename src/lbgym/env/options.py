@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from ..checks import choice, seconds, whole
+from ..checks import boolean, choice, seconds, whole
 from ..errors import InvalidOptionError
-from ..scenarios import DISPATCH_RULES, AnyScenario, ScenarioDistribution, load_scenario
+from ..scenarios import DISPATCH_RULES, AnyScenario, load_scenario
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .actions import ActionCodec, make_action_codec
 from .observations import ObservationLayout
@@ -81,9 +81,9 @@ class EnvOptions:
             "observation": observation,
             "normalize": normalize,
             "use_ground_truth": use_ground_truth,
-            "observe_weights": observe_weights,
-            "observe_background": observe_background,
-            "observe_configured": observe_configured,
+            "observe_weights": boolean("observe_weights", observe_weights),
+            "observe_background": boolean("observe_background", observe_background),
+            "observe_configured": boolean("observe_configured", observe_configured),
         }
         # Bad keys are refused here, before a simulator is compiled or a region attached to.
         servers = self.num_servers or (1 if self.source is None else self.source.max_servers)
@@ -107,17 +107,15 @@ class EnvOptions:
         wanted, source = self.num_servers, self.source
         if wanted is None or source is None:
             return
-        if isinstance(source, ScenarioDistribution):
-            if wanted < source.max_servers:
-                raise InvalidOptionError(
-                    f"num_servers={wanted}, but distribution {source.name!r} draws up to {source.max_servers} servers; "
-                    "leave num_servers out, or give at least as many"
-                )
-        elif wanted != source.num_servers:
-            raise InvalidOptionError(
-                f"num_servers={wanted}, but scenario {source.name!r} has {source.num_servers} servers; leave "
-                "num_servers out, or give it no scenario"
-            )
+        name, most = source.name, source.max_servers
+        # Servers that a distribution does not draw are inactive.
+        if wanted == most or (wanted > most and source.varies):
+            return
+        if source.varies:
+            has, rest = f"distribution {name!r} draws up to {most} servers", "give at least as many"
+        else:
+            has, rest = f"scenario {name!r} has {most} servers", "give it no scenario"
+        raise InvalidOptionError(f"num_servers={wanted}, but {has}; leave num_servers out, or {rest}")
 
 
 def check_seed(seed: Any) -> None:

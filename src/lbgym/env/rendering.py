@@ -53,7 +53,7 @@ class Frame:
         weights: float[N].
         open_flows: float[N], what the balancer counts (``n_flow_on``).
         fct, duration: float[N], seconds (``fct_mean_decay``, ``duration_mean_decay``).
-        new_flows: int[N], flows started since the frame before.
+        new_flows: int[N], flows started since the previous frame.
         cpu: float[N] in 0..1 and busy: float[N], flows in service; None where the data plane has no ground truth.
         cores: int[N], or None.
         completed, rejected: flows since reset; rejected includes failed and unrouted ones.
@@ -92,7 +92,7 @@ class Frame:
 
 
 class Viewer:
-    """Draws snapshots in one render mode and remembers what it drew.
+    """Draws snapshots in one render mode and keeps a history for the curves.
 
     Args:
         render_mode: "human" (a table on standard output, in place on a terminal), "ansi" (the table as a string) or
@@ -150,7 +150,7 @@ class Viewer:
         """
         frame = self.frame(snapshot, weights=weights, reward=reward, step=step)
         if self._history and self._history[-1].step == frame.step:
-            self._history.pop()  # the same instant drawn twice is one point of the curves
+            self._history.pop()  # The same instant drawn twice is one point of the curves.
         else:
             self._started = np.array(snapshot.started)
         self._history.append(frame)
@@ -162,7 +162,7 @@ class Viewer:
         return None
 
     def frame(self, snapshot: Snapshot, *, weights: NDArray[np.float64], reward: float | None, step: int) -> Frame:
-        """The view of a snapshot, with copies of its arrays, of the servers that exist."""
+        """Make the frame of a snapshot: copies of its arrays, for the servers that exist."""
         n = len(snapshot.active) if self._cores is None else len(self._cores)
         if self._history and self._history[-1].step == step:
             new_flows = self._history[-1].new_flows
@@ -207,16 +207,16 @@ _WARM, _HOT = 0.7, 0.9
 
 
 def render_ansi(frame: Frame, *, color: bool = False, unicode: bool = True, max_rows: int = 40) -> str:
-    """The frame as an aligned table with bars.
+    """Draw the frame as an aligned table with bars.
 
     Args:
         frame: what to draw.
         color: add ANSI colours.
         unicode: draw bars with block elements; else with ``#``.
-        max_rows: servers listed; of a larger cluster the first ones and a line on the rest.
+        max_rows: servers listed; the rest of a larger cluster are summed up in a line.
 
     Returns:
-        Lines that end with a newline each.
+        Lines, each ending with a newline.
     """
 
     def paint(text: str, *codes: str) -> str:
@@ -271,12 +271,12 @@ def render_ansi(frame: Frame, *, color: bool = False, unicode: bool = True, max_
 
 
 def show(frame: Frame, stream: TextIO | None = None) -> None:
-    """Write the frame to a stream (standard output); on a terminal each frame replaces the one before."""
+    """Write the frame to a stream (standard output); on a terminal each frame replaces the previous one."""
     out = sys.stdout if stream is None else stream
     terminal = out.isatty()
     text = render_ansi(frame, color=terminal and "NO_COLOR" not in os.environ, unicode=_can_encode(out, BLOCKS))
     if terminal:
-        # Home, then clear to the end of each line and of the screen: no flicker, as clearing everything first would.
+        # Home, then clear to the end of each line and of the screen: clearing everything first would flicker.
         text = "\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[J"
     else:
         text += "\n"
@@ -295,7 +295,7 @@ def _can_encode(stream: TextIO, text: str) -> bool:
 
 
 def _largest(values: NDArray[Any], mask: NDArray[np.bool_]) -> float:
-    """The largest masked value, or 1 where that would be 0: a scale for bars."""
+    """Return the largest masked value, or 1 if that is 0: the scale of bars."""
     return float(np.max(values, where=mask, initial=0.0)) or 1.0
 
 
@@ -313,14 +313,14 @@ _MIN_ROW, _MAX_ROW = 13, 52
 def render_rgb(
     frame: Frame, width: int = DEFAULT_SIZE[0], height: int = DEFAULT_SIZE[1], *, history: Sequence[Frame] = ()
 ) -> NDArray[np.uint8]:
-    """The frame as a dashboard.
+    """Draw the frame as a dashboard.
 
     A row of bars per server, or for large clusters a strip of bars per quantity; below, the last steps' reward and
     FCT.
 
     Args:
         frame: what to draw.
-        width: pixels, at least 320. A picture smaller than ``DEFAULT_SIZE`` is the same one, scaled down.
+        width: pixels, at least 320. A picture smaller than ``DEFAULT_SIZE`` is scaled down.
         height: pixels, at least 180.
         history: earlier frames, oldest first, for the curves; a trailing ``frame`` is not drawn twice.
 
@@ -442,10 +442,10 @@ def _draw_heading(canvas: _Canvas, frame: Frame) -> None:
 
 
 def _draw_rows(canvas: _Canvas, panel: _Box, frame: Frame, past: Sequence[Frame]) -> None:
-    """A row per server: name, weight, share of new flows, open flows, CPU, FCT, and the open flows of late."""
+    """A row per server: name, weight, share of new flows, open flows, CPU, FCT, and recent open flows."""
     x0, y0, x1, y1 = panel
     has_cpu = frame.cpu is not None
-    # Share of the width of each column; the bars take what is left.
+    # Share of the width of each column; the bars take the rest.
     columns = [("server", 0.13), ("weight", 0.165), ("new flows", 0.165), ("open flows", 0.165)]
     columns += [("CPU", 0.155)] if has_cpu else []
     columns += [("FCT", 0.08), ("open flows of late", 0.14 if has_cpu else 0.295)]
@@ -544,7 +544,7 @@ def _draw_curves(
     *,
     from_zero: bool,
 ) -> None:
-    """A panel of lines over the last steps, scaled to what it holds."""
+    """A panel of lines over the last steps, scaled to its data."""
     x0, y0, x1, y1 = box
     canvas.box(box, _PANEL, radius=8)
     canvas.text((x0 + 12, y0 + 14), title, 11, _MUTED)

@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium import Space
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ..checks import whole
 from ..errors import InvalidOptionError, ResetNeeded, UnknownNameError
 from .options import check_seed
+
+#: Most replicas of a vector environment.
+MAX_REPLICAS = 10_000_000
 
 
 class Replicas:
@@ -25,14 +30,18 @@ class Replicas:
         autoreset_mode: an ``AutoresetMode`` or the value of one.
 
     Raises:
-        InvalidOptionError: unless ``num_envs`` is a whole number of at least 1.
+        InvalidOptionError: unless ``num_envs`` is a whole number from 1 to ``MAX_REPLICAS``.
         UnknownNameError: for another mode.
     """
 
     metadata: dict[str, Any]
+    observation_space: Space[Any]
+    action_space: Space[Any]
+    single_observation_space: Space[Any]
+    single_action_space: Space[Any]
 
     def __init__(self, num_envs: int, autoreset_mode: AutoresetMode | str) -> None:
-        self.num_envs = whole("num_envs", num_envs)
+        self.num_envs = whole("num_envs", num_envs, high=MAX_REPLICAS)
         try:
             self.autoreset_mode = AutoresetMode(autoreset_mode)
         except ValueError:
@@ -43,6 +52,12 @@ class Replicas:
         self._over = np.ones(self.num_envs, np.bool_)
         self._all = np.ones(self.num_envs, np.bool_)
         self._generators: list[np.random.Generator | None] = [None] * self.num_envs
+
+    def _set_spaces(self, observation: Space[Any], action: Space[Any]) -> None:
+        """Set the spaces, from those of one replica."""
+        self.single_observation_space, self.single_action_space = observation, action
+        self.observation_space = batch_space(observation, self.num_envs)
+        self.action_space = batch_space(action, self.num_envs)
 
     def _split(self, options: Mapping[str, Any] | None) -> tuple[NDArray[np.bool_], dict[str, Any]]:
         """The replicas that a reset with these ``options`` is for, and the other options."""

@@ -380,7 +380,7 @@ class Reward:
         """
         if self.needs_ground_truth and snapshot.ground_truth is None:
             raise InvalidRewardError(
-                f"reward {self.description!r} needs ground truth, which this data plane does not have; "
+                f"reward {self.description!r} needs ground truth, which this data plane does not publish; "
                 f"use a field that a balancer observes: {', '.join(FEATURE_NAMES)}"
             )
         if self.needs_service and snapshot.interval is None:
@@ -404,11 +404,11 @@ def make_reward(
             "jain:n_flow_on": 0.5}``, where ``name:field`` overrides ``reward_field``; or a callable that takes a
             snapshot and returns float[...] over its leading axes (a number for an environment, ``[R]`` for a vector
             environment of R replicas).
-        reward_field: feature or ground-truth field that fairness metrics look at; aliases are fine.
+        reward_field: feature or ground-truth field that fairness metrics compare, or an alias.
         k: rate of ``var_exp`` and ``max_exp``.
 
     Returns:
-        A callable of snapshots. It raises if a data plane does not provide what it needs.
+        A callable of snapshots, which raises if the data plane lacks what it needs.
 
     Raises:
         UnknownNameError: for an unknown reward or field.
@@ -416,7 +416,7 @@ def make_reward(
             reward, a ``k`` that is not a positive number, or a ``reward_type`` of another type.
     """
     k = number("k", k, above=0.0, error=InvalidRewardError)
-    _column(reward_field)  # a misspelt field is an error even where no term looks at it
+    _column(reward_field)  # A misspelt field is an error even if no term uses it.
     if isinstance(reward_type, str):
         return _term(reward_type, reward_field, k)
     if isinstance(reward_type, Mapping):
@@ -449,7 +449,7 @@ def _term(name: str, reward_field: str, k: float) -> Reward:
     if info.kind == "service":
         if colon:
             raise InvalidRewardError(
-                f"reward {name!r}: {base!r} looks at the flows that ended and takes no field; "
+                f"reward {name!r}: {base!r} is computed from the flows that ended and takes no field; "
                 f"rewards of a field: {', '.join(FAIRNESS_REWARDS)}"
             )
         return Reward(functools.partial(_of_interval, function), base, needs_service=True)

@@ -169,7 +169,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         """Begin an episode: empty servers, unit weights.
 
         Args:
-            seed: of this and all following episodes; None: go on with the present generator.
+            seed: of this and all following episodes; None: continue with the present generator.
             options: for this episode only: ``scenario``, ``load`` or ``rate``, ``events``
                 (:func:`lbgym.dataplanes.scenario_with_options`).
 

@@ -1,4 +1,4 @@
-"""When the weights of several balancers come into force: :class:`ActionTiming`."""
+"""Delays until the weights of several balancers come into force: :class:`ActionTiming`."""
 
 from __future__ import annotations
 

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, ResetNeeded
@@ -25,13 +23,22 @@ class ReplicaEnv(CoreView, Replicas):
 
     render_mode: str | None = None
     closed = False
-    observation_space: spaces.Space[Any]
-    action_space: spaces.Space[Any]
-    single_observation_space: spaces.Space[Any]
-    single_action_space: spaces.Space[Any]
 
     def __init__(self, num_envs: int, autoreset_mode: AutoresetMode | str) -> None:
         Replicas.__init__(self, num_envs, autoreset_mode)
+
+    def _options(self, keys: Mapping[str, Any], live: str) -> EnvOptions:
+        """Check the keys of :class:`LoadBalanceEnv`.
+
+        Args:
+            keys: the keys.
+            live: the environment to use for a live data plane instead, for the message.
+        """
+        if keys.get("shm_name") is not None:
+            raise InvalidOptionError(
+                f"shm_name={keys['shm_name']!r}: a region is one data plane, not {self.num_envs} replicas; {live}"
+            )
+        return EnvOptions(**{key: value for key, value in keys.items() if key not in ("shm_name", "shm_timeout")})
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: Mapping[str, Any] | None = None
@@ -143,19 +150,11 @@ class LoadBalanceVectorEnv(ReplicaEnv, VectorEnv[Any, Any, Any]):
         **keys: Any,
     ) -> None:
         super().__init__(num_envs, autoreset_mode)
-        if keys.get("shm_name") is not None:
-            raise InvalidOptionError(
-                f"shm_name={keys['shm_name']!r}: a region is one data plane, not {num_envs} replicas; with "
-                'vectorization_mode="sync" each LoadBalanceEnv can have one of its own'
-            )
-        options = EnvOptions(**{key: value for key, value in keys.items() if key not in ("shm_name", "shm_timeout")})
+        options = self._options(keys, 'with vectorization_mode="sync" each LoadBalanceEnv can have one of its own')
         plane = simulated_plane(options, self.num_envs, num_threads=num_threads)
         core = self._core = EnvCore(options, plane, ReplicasView(self.num_envs))
         self.render_mode = options.render_mode
-        self.single_observation_space = core.layout.space
-        self.single_action_space = core.codec.space
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._set_spaces(core.layout.space, core.codec.space)
 
     def _to_weights(self, actions: Any) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         codec = self._core.codec

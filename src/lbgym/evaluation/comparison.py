@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checks import whole
 from ..errors import ScenarioError, UnknownNameError, WorkerLostError
-from ..scenarios import AnyScenario, Scenario, ScenarioDistribution, load_scenario
+from ..scenarios import AnyScenario, Scenario, load_scenario
 from ..simulator import Simulation
 from .contenders import Contender, parse_contenders
 from .results import Comparison, Conditions, Run, RunSettings
@@ -69,9 +70,9 @@ def compare(
     Raises:
         UnknownNameError: for an unknown scenario, rule, policy or baseline.
         PolicyError: for a model that does not fit the scenario.
-        ScenarioError: for a duration, warm-up or number of seeds that makes no sense, or if no flow counts.
+        ScenarioError: for a duration, warm-up or number of seeds out of range, or if no flow counts.
         WorkerLostError: if one of the other processes was killed.
-        KeyboardInterrupt: passed on once the other processes have ended.
+        KeyboardInterrupt: once the other processes have ended.
     """
     source = load_scenario(scenario)
     chosen = parse_contenders(contenders)
@@ -82,7 +83,7 @@ def compare(
     numbers = _seeds(seeds)
     settings = settings_for(source, duration, warmup, drain, interval, keep_flows)
     for contender in chosen:
-        # What is wrong with a policy is said at once, not by the first process that gets to it.
+        # Report a bad policy at once, not from a process.
         agents_of(contender, source.reference, 0)
     conditions = tuple(_conditions(scenario_of_seed(source, seed, settings)) for seed in numbers)
     load = max(condition.load or 0.0 for condition in conditions)
@@ -92,7 +93,7 @@ def compare(
             source.name,
             load,
         )
-    # Seed by seed, so that the time that is left can be told from the time that passed.
+    # Seed by seed, so that the time left can be estimated.
     jobs = [(contender, seed) for seed in numbers for contender in chosen]
     processes = _processes(processes, len(jobs))
     results: dict[tuple[str, int], Run] = {}
@@ -113,7 +114,7 @@ def compare(
         settings=settings,
         runs=runs,
         trace=None if trace is None else trace.source,
-        drawn=isinstance(source, ScenarioDistribution),
+        drawn=source.varies,
     )
 
 
@@ -122,6 +123,8 @@ def _conditions(scenario: Scenario) -> Conditions:
 
 
 def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(seeds, int):
+        whole("the number of seeds", seeds, high=1_000_000, error=ScenarioError)
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
     if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
         raise ScenarioError(
@@ -196,7 +199,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Start processes with these signals blocked: who sends them to a whole group leaves it to this process to stop."""
+    """Start processes with these signals blocked: if a whole group is signalled, this process stops the others."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -209,7 +212,7 @@ def _interrupts_held_back() -> Iterator[None]:
 
 @contextmanager
 def _single_threaded_children() -> Iterator[None]:
-    """One process per core leaves no core for a second thread of BLAS or torch."""
+    """Limit BLAS and torch to one thread per process: there is a process per core."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     missing = [name for name in names if name not in os.environ]
     os.environ.update(dict.fromkeys(missing, "1"))
@@ -220,7 +223,7 @@ def _single_threaded_children() -> Iterator[None]:
             del os.environ[name]
 
 
-# What a process was started with.
+# Arguments of this process.
 _shared: tuple[AnyScenario, RunSettings, Any] | None = None
 
 
@@ -234,7 +237,7 @@ def _begin(scenario: AnyScenario, settings: RunSettings, stop: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """End when the process that asked for the runs is gone, however it went: nobody else would."""
+    """End when the parent process is gone, however it ended."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -77,7 +77,9 @@ def parse_contender(text: str) -> Contender:
 
 
 def parse_contenders(items: str | Iterable[str | Contender]) -> list[Contender]:
-    """Parse contenders from a comma-separated text or from several texts; models of the same name get their folder's.
+    """Parse contenders from a comma-separated text or from several texts.
+
+    Models of the same file name are prefixed with their folder's.
 
     Raises:
         PolicyError: if the list is empty, or two contenders have the same label.

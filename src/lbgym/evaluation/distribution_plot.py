@@ -1,4 +1,4 @@
-"""What a distribution of scenarios draws, as a picture."""
+"""A figure of the draws of a distribution of scenarios."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BINS = 24
-#: Whole numbers over a wider range than this are drawn like others.
+#: Whole numbers over a wider range are binned like others.
 _MAX_BARS = 40
-#: From this ratio of the largest to the least value on, the axis is logarithmic.
+#: Ratio of the largest to the least value above which the axis is logarithmic.
 _LOG_RATIO = 3.0
 
 

@@ -1,4 +1,4 @@
-"""Files of a comparison; each is whole or not there."""
+"""Files of a comparison, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .results import COUNTS, METRICS, Comparison
 
 
 def save(comparison: Comparison, folder: str | Path, *, plots: bool = True) -> list[Path]:
-    """Write a comparison into a folder, made if need be; each file is whole or not there.
+    """Write a comparison into a folder, created if need be, each file whole or not at all.
 
     ``results.parquet`` (``results.csv`` without pyarrow): one row per run; ``flows.parquet``: one row per flow, if
     flows were kept; ``summary.json``; ``fct_distribution.png`` and ``load_and_weights.png``.

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Distinct in hue and in lightness, so that they stay apart in grey and for the colour-blind (after Okabe and Ito).
+# Distinct in hue and lightness, also in grey and for the colour-blind (after Okabe and Ito).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#8c8c8c")
 _STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _TEXT = "#333333"
 
-#: Servers that are drawn as lines; more become a picture of one row each.
+#: Most servers drawn as lines; more become rows of an image.
 MAX_LINES = 8
 MAX_PANELS = 4
 
@@ -90,7 +90,7 @@ def _line(i: int) -> dict[str, Any]:
 
 
 def _agent_line(i: int) -> dict[str, Any]:
-    """Trained models are what one looks for: black, heavier, on top."""
+    """Style of a trained model: black, heavier, on top."""
     return {"color": "black", "linestyle": _STYLES[i % len(_STYLES)], "linewidth": 2.2, "zorder": 3}
 
 
@@ -98,9 +98,8 @@ def load_and_weights(comparison: Comparison, labels: Sequence[str] | None = None
     """Open flows of every server and balancer 0's weights over time, first seed, one column per contender.
 
     Args:
-        comparison: of which the runs of the first seed carry time series.
-        labels: which contenders; None: the baseline, trained models, the best and those whose weights change, four in
-            all.
+        comparison: whose runs of the first seed have time series.
+        labels: contenders; None: up to four of the baseline, trained models, the best, and those whose weights change.
 
     Raises:
         ScenarioError: if none of them has a time series.
@@ -155,7 +154,7 @@ def _lines(figure: Figure, grid: Any, panels: _Panels, most: float, factor: floa
         _dress(load)
         _dress(weight)
     load, weight = grid[:, 0]
-    # Linear while it fits, since a few flows more or less is what there is to see; never a queue that hides all others.
+    # Linear if it fits, to show a few flows more or less; logarithmic if one queue would hide all others.
     if most > 50:
         load.set_yscale("symlog", linthresh=10, linscale=1.6)
         load.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
@@ -175,7 +174,7 @@ def _pictures(figure: Figure, grid: Any, panels: _Panels, most: float, factor: f
     """A row of pixels per server."""
     from matplotlib.colors import LogNorm, SymLogNorm
 
-    # Beyond a factor of 10 a colour says no more than "far off".
+    # Beyond a factor of 10 colours saturate.
     factor = min(factor, 10.0)
     load_norm, weight_norm = SymLogNorm(5, vmin=0, vmax=max(most, 10.0)), LogNorm(1 / factor, factor, clip=True)
     for column, (run, series) in enumerate(panels):

@@ -42,7 +42,7 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A run over time, at every control step from 0 to ``duration``.
+    """Time series of a run, at every control step from 0 to ``duration``.
 
     Attributes:
         time: float64[T], seconds.
@@ -64,11 +64,11 @@ class Run:
     Attributes:
         label, seed: contender and seed.
         dispatch: the dispatch rule that placed the flows.
-        metrics: ``METRICS``, and ``COUNTS`` as whole numbers; NaN for what was not measured.
+        metrics: ``METRICS``, and ``COUNTS`` as whole numbers; NaN if not measured.
         utilization: float64[N], busy time of each server's usable cores from the warm-up to the end; NaN for a server
             that the seed's scenario does not have, or that was not measured.
         histogram: counts of FCTs; see :func:`lbgym.evaluation.statistics.fct_histogram`.
-        series: over time, if it was asked for.
+        series: if asked for.
         flows: every flow that counts, in order of arrival, if kept: ``flow_id``, ``arrival``, ``fct``, ``demand``,
             ``server``, ``balancer``, ``status`` (0 completed, 1 rejected, 2 failed, 3 unrouted, 4 open at the end).
     """
@@ -85,7 +85,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """The conditions of all runs of one seed; None for what is not known, as on a testbed.
+    """The conditions of all runs of one seed; None where unknown, as on a testbed.
 
     Attributes:
         servers: how many.
@@ -178,7 +178,7 @@ class Comparison:
         return HISTOGRAM_EDGES, longer
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but flows and time series, as plain data; None for what is not known.
+        """Return everything but flows and time series as plain data; None where unknown.
 
         Where each seed has its own conditions, the scenario's are None and those of the seeds are in ``draws``.
         """

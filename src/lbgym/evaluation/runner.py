@@ -30,8 +30,8 @@ def agents_of(contender: Contender, scenario: Scenario, seed: int, *, num_server
         contender: whose policy.
         scenario: what is simulated.
         seed: of the flows; the streams of policies that draw differ between seeds and balancers.
-        num_servers: N, of which the scenario's servers are the first; None: the scenario's. Trained models see all of
-            them with a mask, heuristics those that exist.
+        num_servers: N, of which the scenario's servers are the first; None: the scenario's. Trained models see all
+            of them with a mask, heuristics only those that exist.
 
     Raises:
         PolicyError: for a model that does not fit the scenario.
@@ -79,7 +79,7 @@ def _loaded(path: str) -> TrainedPolicy:
 
 
 def scenario_of_seed(scenario: AnyScenario, seed: int, settings: RunSettings) -> Scenario:
-    """The scenario that every contender meets on a seed, drawn from a distribution."""
+    """Return the scenario of a seed, the same for every contender."""
     return scenario.draw(seed, horizon=settings.duration + settings.drain)
 
 

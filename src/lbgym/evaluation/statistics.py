@@ -37,17 +37,17 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of 0; False without an interval."""
+        """True if the whole interval lies on one side of 0; False without an interval."""
         return bool(self.low > 0 or self.high < 0)
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """Plain numbers; None for what is not known."""
+        """Return plain numbers; None where unknown."""
         values = {"mean": self.mean, "low": self.low, "high": self.high}
         return {**{k: v if np.isfinite(v) else None for k, v in values.items()}, "n": self.n}
 
 
 def mean_interval(values: NDArray[Any] | list[float], confidence: float = CONFIDENCE) -> Interval:
-    """Mean and Student-t interval of independent values, one per seed; values that are not finite are left out.
+    """Mean and Student-t interval of independent values, one per seed; non-finite values are left out.
 
     Raises:
         MissingExtraError: without SciPy.
@@ -111,7 +111,7 @@ def jain_index(loads: NDArray[Any]) -> float:
     return 1.0 if square == 0 else float(x.sum()) ** 2 / (len(x) * square)
 
 
-#: Upper edges of the FCT histogram that runs hand back: 1 % wide from 1 microsecond to 100,000 s.
+#: Upper edges of the FCT histogram of a run: 1 % wide from 1 microsecond to 100,000 s.
 HISTOGRAM_EDGES: NDArray[np.float64] = np.geomspace(1e-6, 1e5, 2546)
 
 

@@ -28,7 +28,7 @@ MORE_IS_BETTER = ("jain",)
 
 
 class Verdict(StrEnum):
-    """What a cell says about its row's contender."""
+    """The verdict of a cell on its row's contender."""
 
     NONE = ""
     BEST = "best"
@@ -107,7 +107,7 @@ class Table:
 
 
 class Measured(Protocol):
-    """What the tables are made of; see :class:`lbgym.evaluation.Comparison`."""
+    """The data of the tables; see :class:`lbgym.evaluation.Comparison`."""
 
     @property
     def labels(self) -> list[str]: ...
@@ -180,7 +180,7 @@ def _seeds(comparison: Measured) -> str:
 
 
 def _unit(comparison: Measured) -> tuple[str, float]:
-    """Milliseconds as long as the smallest mean FCT is below a second."""
+    """Unit of FCTs: milliseconds if the smallest mean FCT is below a second."""
     return (
         ("ms", 1e3)
         if min(comparison.interval(label, "fct_mean").mean for label in comparison.labels) < 1
@@ -214,7 +214,7 @@ def _cell(interval: Interval, scale: float, decimals: int, verdict: Verdict, *, 
 
 
 def _decimals(mean: float, half: float) -> int:
-    """Three significant digits of the mean, and one or two more while they hide the half width."""
+    """Decimals for three significant digits of the mean, and up to two more if they would hide the half width."""
     if mean == 0 or not math.isfinite(mean):
         return 2 if half > 0 else 0
     decimals = max(0, 2 - math.floor(math.log10(abs(mean))))

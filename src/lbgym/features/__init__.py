@@ -1,4 +1,4 @@
-"""What a balancer observes: the columns, and the reservoirs their statistics are drawn from."""
+"""The observation of a balancer: the columns, and the reservoirs their statistics are drawn from."""
 
 from .columns import (
     FEATURE_ALIASES,

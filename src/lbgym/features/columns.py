@@ -7,7 +7,7 @@ from ..errors import UnknownNameError
 #: Statistics of one reservoir, in column order.
 STATISTICS = ("mean", "p90", "std", "mean_decay", "p90_decay")
 
-#: What a balancer observes per server, in column order. Counts and seconds.
+#: Features per server, in column order. Counts and seconds.
 FEATURE_NAMES = (
     "n_flow_on",
     *(f"fct_{s}" for s in STATISTICS),
@@ -15,7 +15,7 @@ FEATURE_NAMES = (
 )
 NUM_FEATURES = len(FEATURE_NAMES)
 
-#: What a server knows of itself: CPU use (0..1), memory use (0..1), flows in service.
+#: Ground truth of a server: CPU use (0..1), memory use (0..1), flows in service.
 GROUND_TRUTH_NAMES = ("cpu_usage", "memory_usage", "busy_workers")
 NUM_GROUND_TRUTH = len(GROUND_TRUTH_NAMES)
 

@@ -141,7 +141,7 @@ class KernelCache(FunctionCache):
         self._cache_file = _Files(self._cache_path, self._impl.filename_base, file)
 
     def __bool__(self) -> bool:
-        """Whether any form of the function, as it is now, is on disk."""
+        """True if any form of the function, as it is now, is on disk."""
         return bool(self._cache_file._load_index())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -169,7 +169,7 @@ class NoCache(NullCache):
 
 
 def cache_of(function: Any) -> KernelCache | NoCache:
-    """Where the compiled forms of a function are kept."""
+    """The cache of a function's compiled forms."""
     try:
         return KernelCache(function)
     except (RuntimeError, OSError):
@@ -177,10 +177,10 @@ def cache_of(function: Any) -> KernelCache | NoCache:
 
 
 def is_compiled(function: Any) -> bool:
-    """Whether calling a kernel for the first time loads it, or needs no compiler at all."""
+    """True if calling a kernel for the first time loads it, or needs no compiler at all."""
     return bool(getattr(function, "_cache", True))
 
 
 def is_kept(function: Any) -> bool:
-    """Whether a kernel, once compiled, stays so for other processes."""
+    """True if a kernel, once compiled, stays so for other processes."""
     return not isinstance(getattr(function, "_cache", None), NoCache)

@@ -29,7 +29,7 @@
 #ifndef LBGYM_FEATURES_H
 #define LBGYM_FEATURES_H
 
-/* Not for this file, but for lbgym_shm.h, should that come later. */
+/* Needed by lbgym_shm.h, if it is included later. */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
@@ -62,7 +62,7 @@ extern "C" {
 /* n_flow_on, then the five of FCT (fct_mean ...), then the five of durations (duration_mean ...) */
 #define LBGYM_SERVER_FEATURES 11
 
-/** What a full reservoir does with a sample that it takes. */
+/** How a full reservoir makes room for a sample. */
 typedef enum lbgym_algorithm {
     /* Every sample goes to a random slot: after n further ones it is still there with probability (1 - 1/capacity)^n,
      * so that the reservoir forgets exponentially. */
@@ -88,7 +88,7 @@ typedef struct lbgym_reservoir {
     lbgym_sample slots[LBGYM_RESERVOIR_SLOTS];
 } lbgym_reservoir;
 
-/** What a balancer keeps per server. */
+/** A balancer's state per server. */
 typedef struct lbgym_server {
     int64_t open_flows;
     lbgym_reservoir fct;      /* flow completion times */
@@ -117,8 +117,8 @@ static inline uint64_t lbgym_next(uint64_t *state)
 }
 
 /** Empties the reservoir and begins the random sequence of `seed`. The capacity is from 1 to LBGYM_RESERVOIR_SLOTS, the
- * probability with which an offered sample is taken above 0 and at most 1. Where an argument is outside its range the
- * result is false, and the reservoir is one that takes no sample, as is one of zeroed memory. */
+ * probability with which an offered sample is taken above 0 and at most 1. With an argument out of
+ * range the result is false and the reservoir takes no samples, like one of zeroed memory. */
 static inline bool lbgym_reservoir_init(lbgym_reservoir *r, uint64_t seed, size_t capacity, double probability,
                                         lbgym_algorithm algorithm)
 {
@@ -140,8 +140,8 @@ static inline bool lbgym_reservoir_init(lbgym_reservoir *r, uint64_t seed, size_
     return true;
 }
 
-/** Offers a sample. Any numbers will do: a time before that of earlier samples makes an older sample. One that is far in
- * the future makes all others old, so that the features with decay are its alone until its slot is overwritten. */
+/** Offers a sample. Times need not be in order. A sample far in the future makes all others old, so that it alone
+ * determines the decayed features until its slot is overwritten. */
 static inline void lbgym_reservoir_add(lbgym_reservoir *r, uint64_t value_ns, uint64_t time_ns)
 {
     uint64_t slot;
@@ -184,7 +184,7 @@ static inline void lbgym_heap_sink(lbgym_weighted_sample *heap, size_t n, size_t
 
 /** The statistics of `n` samples, in seconds: mean, 90th percentile (linear interpolation), population standard
  * deviation; and mean and 90th percentile (inverted distribution function) under weights decay^(age in seconds) divided
- * by their sum. Ages count from the newest of the samples, so that an idle server keeps its features. Always finite; 0
+ * by their sum. Ages count from the newest sample, so an idle server keeps its features. Always finite; 0
  * without samples. `decay` is above 0 and at most 1, and is moved there if it is not. `scratch` has room for n. */
 static inline void lbgym_sample_features(const lbgym_sample *samples, size_t n, double decay,
                                          lbgym_weighted_sample *scratch, float out[LBGYM_RESERVOIR_FEATURES])
@@ -286,14 +286,14 @@ static inline uint64_t lbgym_elapsed(uint64_t from_ns, uint64_t to_ns)
     return to_ns > from_ns ? to_ns - from_ns : 0;
 }
 
-/** A packet, at `now_ns`, of a flow that was opened at `opened_ns` and goes on. */
+/** A packet, at `now_ns`, of an open flow that began at `opened_ns`. */
 static inline void lbgym_server_packet(lbgym_server *server, uint64_t opened_ns, uint64_t now_ns)
 {
     lbgym_reservoir_add(&server->duration, lbgym_elapsed(opened_ns, now_ns), now_ns);
 }
 
-/** The end of a flow. Once for every flow that was opened, also for one that timed out (then with the time of its last
- * packet), or the count of open flows stays too high for ever. */
+/** The end of a flow. Call it once per opened flow, also for flows that time out (with the time of the last packet), or
+ * the count of open flows stays too high for ever. */
 static inline void lbgym_server_flow_closed(lbgym_server *server, uint64_t opened_ns, uint64_t now_ns)
 {
     lbgym_reservoir_add(&server->fct, lbgym_elapsed(opened_ns, now_ns), now_ns);

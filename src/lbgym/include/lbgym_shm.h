@@ -10,12 +10,12 @@
  *     if (lbgym_shm_create(&region, "marllb_lb0", &options) < 0) {
  *         fprintf(stderr, "%s\n", region.message);
  *     }
- *     lbgym_shm_set_active(&region, i, true);             whenever something changes; what is set stays so
+ *     lbgym_shm_set_active(&region, i, true);             on changes; values persist
  *     lbgym_shm_set_stats(&region, i, stats);
  *     lbgym_shm_publish(&region, now_ns);                 once per interval
- *     lbgym_shm_poll_action(&region);                     before that, and when lbgym_shm_wait_action says so
+ *     lbgym_shm_poll_action(&region);                     before that, and when lbgym_shm_wait_action returns 1
  *     server = lbgym_shm_pick(&region, hash);             per flow: alias table of the weights in force
- *     weight = region.observation.weights[i];             or whatever rule on these weights
+ *     weight = region.observation.weights[i];             or any rule on these weights
  *     lbgym_shm_unlink(&region);
  *     lbgym_shm_close(&region);
  *
@@ -23,14 +23,14 @@
  *
  *     lbgym_shm_attach(&region, "marllb_lb0", LBGYM_SHM_READ_WRITE)
  *     lbgym_shm_wait_observation(&region, region.observation.frame->sequence_id, timeout_ns)
- *     lbgym_shm_read(&region)                             region.observation is a private copy then
+ *     lbgym_shm_read(&region)                             region.observation is now a private copy
  *     lbgym_shm_write_action(&region, sequence_id, weights, n, lease_ns)
  *     lbgym_shm_close(&region)
  *
  * Functions return 0 or more, or a negative lbgym_shm_code, with a sentence in region.message. None aborts, blocks
  * longer than its timeout, prints or keeps anything outside the region it is given. Times are ns; "now" is
- * CLOCK_MONOTONIC. A region is for one thread at a time and is not to be copied. After fork the child shares the
- * kernel's locks with its parent: let it call lbgym_shm_forget at once.
+ * CLOCK_MONOTONIC. Use a region from one thread at a time, and do not copy it. After fork the child shares the
+ * kernel's locks with its parent: it must call lbgym_shm_forget at once.
  *
  * Where it is included does not matter, but with -std=c11 and the like, which hide POSIX: then include it before any
  * other header, or define _GNU_SOURCE on the command line. With -ffast-math alias tables may differ from those of other
@@ -400,23 +400,23 @@ static inline uint64_t lbgym_shm_total_size(uint32_t capacity)
  * of a dead producer holds that region's lock for a moment. */
 #define LBGYM_SHM_LOOKS 10
 
-/* What lbgym_shm_pick returns if no server is active. */
+/* Returned by lbgym_shm_pick if no server is active. */
 #define LBGYM_SHM_NO_SERVER UINT32_MAX
 
-/** What functions return: 0 or more, or one of these. */
+/** Return values of functions: 0 or more, or one of these. */
 typedef enum lbgym_shm_code {
     LBGYM_SHM_OK = 0,
-    LBGYM_SHM_NAME = -1,       /* no name that a region may have */
+    LBGYM_SHM_NAME = -1,       /* not a valid name of a region */
     LBGYM_SHM_NOT_FOUND = -2,  /* there is no region of that name */
-    LBGYM_SHM_EXISTS = -3,     /* the name belongs to a live region, or to a file that is none */
-    LBGYM_SHM_FORMAT = -4,     /* no region, or of another version, or with contents that nobody may write */
+    LBGYM_SHM_EXISTS = -3,     /* the name belongs to a live region, or to another file */
+    LBGYM_SHM_FORMAT = -4,     /* not a region, of another version, or with invalid contents */
     LBGYM_SHM_PERMISSION = -5, /* of the file, its directory, or of a region attached to read only */
-    LBGYM_SHM_NO_ROOM = -6,    /* no memory for it */
+    LBGYM_SHM_NO_ROOM = -6,    /* not enough memory */
     LBGYM_SHM_BUSY = -7,       /* the region has another agent, or is written to faster than it can be read */
     LBGYM_SHM_WEIGHTS = -8,    /* weights that are negative, not finite, all zero, or not one per server */
-    LBGYM_SHM_OPTION = -9,     /* another argument outside its range */
-    LBGYM_SHM_ROLE = -10,      /* the region is closed, or it is the other side that may do this */
-    LBGYM_SHM_SYSTEM = -11     /* the operating system says no; errno has why */
+    LBGYM_SHM_OPTION = -9,     /* an argument out of range */
+    LBGYM_SHM_ROLE = -10,      /* the region is closed, or attached as the other side */
+    LBGYM_SHM_SYSTEM = -11     /* an error of the operating system; see errno */
 } lbgym_shm_code;
 
 /** A sentence for a code; region.message says more. */
@@ -450,7 +450,7 @@ static inline const char *lbgym_shm_strerror(int code)
     }
 }
 
-/** How a region is attached. */
+/** Modes of attaching. */
 typedef enum lbgym_shm_access {
     LBGYM_SHM_ANY = 0,       /* read and write, or read only if the file's permissions forbid to write */
     LBGYM_SHM_READ_WRITE = 1,
@@ -514,14 +514,14 @@ typedef struct lbgym_shm_options {
     uint64_t publish_interval_ns; /* on the data plane's clock, as planned: 1 us to 1 day */
     double clock_rate;            /* seconds of the data plane's clock per second; 1 unless time is scaled */
     const double *safe_weights;   /* [num_servers], in force without an agent's; NULL: all 1 */
-    const char *driver;           /* what kind of data plane this is, at most 24 printable bytes of UTF-8; for people */
+    const char *driver;           /* kind of data plane, at most 24 printable bytes of UTF-8; for people */
     mode_t mode;                  /* permissions of the file */
     gid_t gid;                    /* owning group; (gid_t)-1: the process's */
     uint32_t features;            /* columns that are measured; bits as in the header. LBGYM_SHM_ALL_FEATURES: all */
     bool takes_index;             /* the data plane dispatches by index parameters where an action gives them */
 } lbgym_shm_options;
 
-/** The defaults for so many servers; change what is to differ. */
+/** The default options for a number of servers. */
 static inline lbgym_shm_options lbgym_shm_default_options(uint32_t num_servers)
 {
     lbgym_shm_options options;
@@ -546,7 +546,7 @@ static inline uint64_t lbgym_shm_now(void)
     return (uint64_t)now.tv_sec * LBGYM_SHM_SECOND + (uint64_t)now.tv_nsec;
 }
 
-/* Leaves a sentence in the region and returns the code. */
+/* Writes a message to the region and returns the code. */
 __attribute__((cold, format(printf, 3, 4))) static inline int lbgym_shm_fail(lbgym_shm_region *region, int code,
                                                                              const char *format, ...)
 {
@@ -559,11 +559,11 @@ __attribute__((cold, format(printf, 3, 4))) static inline int lbgym_shm_fail(lbg
     return code;
 }
 
-/* What a 64-bit or 32-bit number in shared memory is seen as, whatever type it is written as. */
+/* 64-bit and 32-bit numbers in shared memory, which may alias any type. */
 typedef uint32_t __attribute__((may_alias)) lbgym_shm_bits32;
 typedef uint64_t __attribute__((may_alias)) lbgym_shm_bits64;
 
-/* Whether all are finite and at least 0. Compared as integers, which vectorises, and which -ffast-math does not touch;
+/* True if all are finite and at least 0. Compared as integers, which vectorises, and which -ffast-math does not touch;
  * -0.0 is at least 0. */
 static inline bool lbgym_shm_floats_good(const float *values, size_t n)
 {
@@ -587,7 +587,7 @@ static inline bool lbgym_shm_doubles_good(const double *values, size_t n)
     return bad == 0;
 }
 
-/* The largest weight; -1 if one is negative, infinite or no number. */
+/* The largest weight; -1 if one is negative, infinite or NaN. */
 static inline double lbgym_shm_largest(const double *weights, size_t n)
 {
     double largest = 0.0;
@@ -639,7 +639,7 @@ static inline void lbgym_shm_alias_table(const double *weights, uint32_t n, uint
             stack[small++] = j;
         }
     }
-    /* What is left has its share exactly, but for rounding. */
+    /* The rest have exactly their share, but for rounding. */
     while (large < n) {
         i = stack[large++];
         threshold[i] = UINT32_MAX;
@@ -734,18 +734,18 @@ static inline int lbgym_shm_begin(lbgym_shm_region *region, const char *name)
     return LBGYM_SHM_OK;
 }
 
-/* Why this file is no region that can be used. */
+/* Says why this file is not a usable region. */
 #define LBGYM_SHM_REFUSE(region, format, ...)                                                                          \
     lbgym_shm_fail(region, LBGYM_SHM_FORMAT, "%s is no region that this program can use: " format, (region)->path,    \
                    __VA_ARGS__)
 
-/* Whether actions have the section index. */
+/* True if actions have the section index. */
 static inline bool lbgym_shm_has_index(const lbgym_shm_header *header)
 {
     return header->version_minor > 0 && (header->options & LBGYM_SHM_OPTION_INDEX) != 0;
 }
 
-/* Copies the header of the open file to `constant`, if it is one of a region that can be read. */
+/* Copies the header of the open file to `constant`, if it is a readable region. */
 static inline int lbgym_shm_check(lbgym_shm_region *region, const struct stat *status)
 {
     lbgym_shm_header *const h = &region->constant;
@@ -858,7 +858,7 @@ static inline int lbgym_shm_map(lbgym_shm_region *region)
     return LBGYM_SHM_OK;
 }
 
-/* Whether this region is open, and of the side that is asked for. */
+/* Checks that this region is open, on the given side. */
 static inline int lbgym_shm_must_be(lbgym_shm_region *region, bool producer)
 {
     if (region->header == NULL) {
@@ -871,7 +871,7 @@ static inline int lbgym_shm_must_be(lbgym_shm_region *region, bool producer)
     return LBGYM_SHM_OK;
 }
 
-/* Whether the name belongs to this file (1), to another one (-1), or to none (0). */
+/* 1 if the name belongs to this file, -1 if to another, 0 if to none. */
 static inline int lbgym_shm_name_owner(const lbgym_shm_region *region)
 {
     struct stat status;
@@ -881,20 +881,20 @@ static inline int lbgym_shm_name_owner(const lbgym_shm_region *region)
     return status.st_dev == region->device && status.st_ino == region->inode ? 1 : -1;
 }
 
-/** Whether the name now belongs to another file. */
+/** True if the name now belongs to another file. */
 static inline bool lbgym_shm_replaced(const lbgym_shm_region *region)
 {
     return lbgym_shm_name_owner(region) < 0;
 }
 
-/* Marks a region as one that is published no more; those who wait are to be woken then, to look up its name again. */
+/* Marks a region as retired; wake the waiters afterwards, so that they look up its name again. */
 static inline void lbgym_shm_retire(lbgym_shm_region *region)
 {
     __atomic_store_n(&region->header->state, LBGYM_SHM_STATE_CLOSED, __ATOMIC_RELEASE);
     (void)__atomic_fetch_add(&region->header->observation_event, 1, __ATOMIC_SEQ_CST);
 }
 
-/** Lets the region go and changes nothing in it: for a child after fork, which would else keep the locks of a parent
+/** Unmaps the region without changing it: for a child after fork, which would otherwise keep the locks of a parent
  * that is killed. */
 static inline void lbgym_shm_forget(lbgym_shm_region *region)
 {
@@ -913,14 +913,14 @@ static inline void lbgym_shm_forget(lbgym_shm_region *region)
     region->is_producer = region->is_agent = false;
 }
 
-/** Gives the region up, with its locks; a producer also announces that it publishes no more. A closed one may be closed
- * again, and so may one that could not be created or attached. */
+/** Closes the region and releases its locks; a producer also marks it as retired. A region may be closed twice, and
+ * after a failed create or attach. */
 static inline void lbgym_shm_close(lbgym_shm_region *region)
 {
     if (region->header != NULL && region->is_producer) {
         lbgym_shm_retire(region);
         lbgym_shm_futex_wake(&region->header->observation_event);
-        /* Explicitly, for a child may have a copy of the descriptor. */
+        /* Explicitly: a child may have a copy of the descriptor. */
         (void)lbgym_shm_lock(region->descriptor, F_UNLCK, LBGYM_SHM_PRODUCER_LOCK);
     }
     if (region->header != NULL && region->is_agent) {
@@ -929,7 +929,7 @@ static inline void lbgym_shm_close(lbgym_shm_region *region)
     lbgym_shm_forget(region);
 }
 
-/** Removes the region's name, unless it belongs to another file by now; who is attached stays so. */
+/** Removes the region's name, unless it belongs to another file by now; attached processes keep the region. */
 static inline int lbgym_shm_unlink(lbgym_shm_region *region)
 {
     if (lbgym_shm_name_owner(region) != 1 || unlink(region->path) == 0 || errno == ENOENT) {
@@ -938,7 +938,7 @@ static inline int lbgym_shm_unlink(lbgym_shm_region *region)
     return lbgym_shm_fail(region, LBGYM_SHM_SYSTEM, "cannot remove %s: %s", region->path, strerror(errno));
 }
 
-/** Opens a region that exists, as its agent or to look at it. Whether its producer lives is another question. */
+/** Opens an existing region, as its agent or as an observer. Its producer need not be alive. */
 static inline int lbgym_shm_attach(lbgym_shm_region *region, const char *name, lbgym_shm_access access)
 {
     const int flags = O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK;
@@ -997,14 +997,14 @@ static inline uint64_t lbgym_shm_latest(const lbgym_shm_region *region)
     return region->header == NULL ? 0 : __atomic_load_n(&region->header->latest, __ATOMIC_ACQUIRE);
 }
 
-/** Whether the producer has said that it will publish no more, or another region has taken the name. */
+/** True if the producer has closed the region, or another region has taken the name. */
 static inline bool lbgym_shm_is_retired(const lbgym_shm_region *region)
 {
     return region->header == NULL ||
            __atomic_load_n(&region->header->state, __ATOMIC_ACQUIRE) != LBGYM_SHM_STATE_RUNNING;
 }
 
-/** 1 if the producer's process lives and has not closed the region, 0 if not. */
+/** 1 if the producer's process is alive and has not closed the region, else 0. */
 static inline int lbgym_shm_producer_alive(lbgym_shm_region *region)
 {
     const int code = lbgym_shm_must_be(region, false);
@@ -1017,7 +1017,7 @@ static inline int lbgym_shm_producer_alive(lbgym_shm_region *region)
             return locked;
         }
     }
-    /* After the lock: whoever replaces a dead producer's region holds that for a moment, and says so here first. */
+    /* After the lock: a process that replaces a dead producer's region holds it for a moment, after marking the region. */
     return !lbgym_shm_is_retired(region);
 }
 
@@ -1031,7 +1031,7 @@ static inline int lbgym_shm_agent_alive(lbgym_shm_region *region)
     return region->is_agent ? 1 : lbgym_shm_is_locked(region->descriptor, LBGYM_SHM_AGENT_LOCK);
 }
 
-/** ns since the producer's last sign of life; UINT64_MAX if the region is closed. */
+/** ns since the producer's last heartbeat; UINT64_MAX if the region is closed. */
 static inline uint64_t lbgym_shm_heartbeat_age(const lbgym_shm_region *region)
 {
     uint64_t beat, now;
@@ -1043,7 +1043,7 @@ static inline uint64_t lbgym_shm_heartbeat_age(const lbgym_shm_region *region)
     return now > beat ? now - beat : 0;
 }
 
-/** ns since the agent's last sign of life; UINT64_MAX if there never was one. */
+/** ns since the agent's last heartbeat; UINT64_MAX if there never was one. */
 static inline uint64_t lbgym_shm_agent_heartbeat_age(const lbgym_shm_region *region)
 {
     const uint64_t beat =
@@ -1092,7 +1092,7 @@ static inline int lbgym_shm_wait(lbgym_shm_region *region, const uint64_t *word,
     }
 }
 
-/* Adds 1 to the event, and wakes those who wait for it. */
+/* Adds 1 to the event and wakes its waiters. */
 static inline void lbgym_shm_tell(uint32_t *event, uint32_t *waiters)
 {
     (void)__atomic_fetch_add(event, 1, __ATOMIC_SEQ_CST);
@@ -1119,7 +1119,7 @@ static inline void lbgym_shm_end_write(uint64_t *lock, uint64_t even)
     __atomic_store_n(lock, even, __ATOMIC_RELEASE);
 }
 
-/* Begins a copy; false if the writer is at it. */
+/* Begins a copy; false while the writer is writing. */
 static inline bool lbgym_shm_begin_read(const uint64_t *lock, uint64_t *seen)
 {
     *seen = __atomic_load_n(lock, __ATOMIC_ACQUIRE);
@@ -1130,7 +1130,7 @@ static inline bool lbgym_shm_begin_read(const uint64_t *lock, uint64_t *seen)
 #endif
 }
 
-/* Whether nothing was written since the copy began. LBGYM_SHM_UNSAFE_NO_LOCK exists for one test, which must find torn
+/* True if nothing was written since the copy began. LBGYM_SHM_UNSAFE_NO_LOCK exists for one test, which must find torn
  * copies without this check: it makes readers return any mixture of old and new. Never define it. */
 static inline bool lbgym_shm_end_read(const uint64_t *lock, uint64_t seen)
 {
@@ -1182,7 +1182,7 @@ static inline void lbgym_shm_copy_frame(unsigned char *to, const unsigned char *
     }
 }
 
-/* Gives a private copy what its region cannot say, and takes unknown states for what they are. */
+/* Fills in what an older region lacks, and maps states of later versions to unknown. */
 static inline void lbgym_shm_complete_frame(lbgym_shm_observation *o, uint32_t minor)
 {
     for (uint32_t i = 0; i < o->frame->num_servers; i++) {
@@ -1211,7 +1211,7 @@ static inline void lbgym_shm_copy_action(unsigned char *to, const unsigned char 
     }
 }
 
-/* Whether index parameters can be dispatched by: finite, at least 0, and a speed wherever there is a weight. */
+/* True if index parameters are valid: finite, at least 0, and a speed above 0 wherever there is a weight. */
 static inline bool lbgym_shm_index_good(const double *index, const double *weights, uint32_t n)
 {
     bool good = lbgym_shm_doubles_good(index, 2 * (size_t)n);
@@ -1221,7 +1221,7 @@ static inline bool lbgym_shm_index_good(const double *index, const double *weigh
     return good;
 }
 
-/* Whether a private copy holds what a data plane may publish. Counters, times and ids are below 2^63. */
+/* True if a private copy is a valid observation. Counters, times and ids are below 2^63. */
 static inline bool lbgym_shm_frame_good(const lbgym_shm_observation *o)
 {
     const lbgym_shm_frame *f = o->frame;
@@ -1248,7 +1248,7 @@ static inline char *lbgym_shm_name_row(const lbgym_shm_region *region, uint32_t 
     return (char *)region->names + sizeof(lbgym_shm_names) + (size_t)server * LBGYM_SHM_NAME_SIZE;
 }
 
-/* The agent's side, and that of those who look */
+/* The agent's side, and observers */
 
 /* One copy of the frame in slot `sequence_id` to `observation`: 1 if it is whole, 0 if not; `fits` if it could be. */
 static inline int lbgym_shm_copy_observation(lbgym_shm_region *region, uint64_t sequence_id, bool *fits)
@@ -1277,16 +1277,16 @@ static inline int lbgym_shm_copy_observation(lbgym_shm_region *region, uint64_t 
     return 1;
 }
 
-/* What a region must not hold was found. */
+/* Reports invalid contents. */
 static inline int lbgym_shm_bad_contents(lbgym_shm_region *region, const char *what)
 {
     return lbgym_shm_fail(region, LBGYM_SHM_FORMAT, "region '%s' holds %s", region->name, what);
 }
 
 /** Copies the newest observation to region.observation: 1, or 0 if none was published yet. After 0 or an error the copy
- * is of no use. Rows of servers that are not active may hold anything. LBGYM_SHM_FORMAT if no data plane may publish
- * what is there, LBGYM_SHM_BUSY if the producer overwrote it during every one of 1,000 copies. Not for the producer,
- * whose copy is the one it publishes. */
+ * is undefined. Rows of inactive servers may hold anything. LBGYM_SHM_FORMAT if the observation is invalid,
+ * LBGYM_SHM_BUSY if the producer overwrote it during each of 1,000 copies. Not for the producer, whose copy is the
+ * one it publishes. */
 static inline int lbgym_shm_read(lbgym_shm_region *region)
 {
     int code = lbgym_shm_must_be(region, false);
@@ -1311,7 +1311,7 @@ static inline int lbgym_shm_read(lbgym_shm_region *region)
             return 1;
         }
         code = LBGYM_SHM_FORMAT;
-        /* The ring may have gone once round since `latest` was read; if not, this is what the region says. */
+        /* The ring may have wrapped since `latest` was read; if not, the region itself is invalid. */
         if (__atomic_load_n(&region->header->latest, __ATOMIC_ACQUIRE) == latest) {
             break;
         }
@@ -1345,8 +1345,8 @@ static inline int lbgym_shm_read_earlier(lbgym_shm_region *region, uint64_t sequ
 }
 
 /** Copies the servers' names to the region if they have changed: 1, or 0 if no server was ever named.
- * lbgym_shm_server_name gives them then. Call it after lbgym_shm_read whenever observation.frame->names_version is
- * another one. LBGYM_SHM_FORMAT and LBGYM_SHM_BUSY as lbgym_shm_read. */
+ * lbgym_shm_server_name returns them. Call it after lbgym_shm_read whenever observation.frame->names_version has
+ * changed. LBGYM_SHM_FORMAT and LBGYM_SHM_BUSY as lbgym_shm_read. */
 static inline int lbgym_shm_read_names(lbgym_shm_region *region)
 {
     const int code = lbgym_shm_must_be(region, false);
@@ -1394,15 +1394,15 @@ static inline int lbgym_shm_read_names(lbgym_shm_region *region)
                           region->name);
 }
 
-/** A server's name as it was read or set last; "" if it has none. Valid until the names are read or set again. Another
- * process wrote it: it may hold control characters. */
+/** A server's name as last read or set; "" if it has none. Valid until the names are read or set again. Written by
+ * another process: it may hold control characters. */
 static inline const char *lbgym_shm_server_name(const lbgym_shm_region *region, uint32_t server)
 {
     return region->names != NULL && server < region->names->num_servers ? lbgym_shm_name_row(region, server) : "";
 }
 
-/** Whether the data plane measures a feature, by enum lbgym_shm_feature, or ground truth i, as
- * LBGYM_SHM_GROUND_TRUTH_BIT + i; the others are 0. True for all in regions of version 1.0, which cannot say. */
+/** True if the data plane measures a feature, by enum lbgym_shm_feature, or ground truth i, as
+ * LBGYM_SHM_GROUND_TRUTH_BIT + i; the others are 0. Always true in regions of version 1.0, which do not say. */
 static inline bool lbgym_shm_is_real(const lbgym_shm_region *region, unsigned column)
 {
     return region->constant.version_minor == 0 || (column < 32 && ((region->constant.features >> column) & 1) != 0);
@@ -1420,7 +1420,7 @@ static inline int lbgym_shm_wait_observation(lbgym_shm_region *region, uint64_t 
                           &region->header->observation_waiters, after, timeout);
 }
 
-/** Become the region's agent. */
+/** Makes this process the region's agent. */
 static inline int lbgym_shm_lock_agent(lbgym_shm_region *region)
 {
     int code = lbgym_shm_must_be(region, false);
@@ -1451,7 +1451,7 @@ static inline int lbgym_shm_lock_agent(lbgym_shm_region *region)
     return LBGYM_SHM_OK;
 }
 
-/** Let another agent have the region. */
+/** Releases the region for another agent. */
 static inline void lbgym_shm_unlock_agent(lbgym_shm_region *region)
 {
     if (region->is_agent) {
@@ -1460,7 +1460,7 @@ static inline void lbgym_shm_unlock_agent(lbgym_shm_region *region)
     }
 }
 
-/** Writes the last action again, so that its weights are good for another lease from now on. */
+/** Writes the last action again, which renews its lease from now on. */
 static inline int lbgym_shm_renew(lbgym_shm_region *region)
 {
     const int code = lbgym_shm_must_be(region, false);
@@ -1491,10 +1491,9 @@ static inline int lbgym_shm_renew(lbgym_shm_region *region)
     return LBGYM_SHM_OK;
 }
 
-/** Gives the data plane n weights and their alias table; n up to the capacity, further servers have their safe weights.
- * The first call makes this process the region's agent. Without another action the data plane goes back to its safe
- * weights after `lease` ns, below 2^63; 0: never. Observations say by `sequence_id`, below 2^63, which action they
- * reflect. `index`, [n][2], gives each server's speed per core (above 0 where the weight is) and background load (flows
+/** Writes n weights and their alias table; n up to the capacity, further servers keep their safe weights. The first
+ * call makes this process the region's agent. Without another action the data plane returns to its safe weights after
+ * `lease` ns, below 2^63; 0: never. Observations name the action they reflect by its `sequence_id`, below 2^63. `index`, [n][2], gives each server's speed per core (above 0 where the weight is) and background load (flows
  * of others) to a data plane that takes them; NULL: none. */
 static inline int lbgym_shm_write_index(lbgym_shm_region *region, uint64_t sequence_id, const double *weights,
                                         const double *index, uint32_t n, uint64_t lease)
@@ -1571,8 +1570,8 @@ static inline void lbgym_shm_combine(lbgym_shm_region *region)
     }
 }
 
-/** Servers join or leave, n up to the capacity. Those that join have a safe weight of 1 and zeros otherwise: they are
- * not active until told so. Safe weights that would be all 0 become all 1. */
+/** Sets the number of servers, up to the capacity. New ones have a safe weight of 1 and zeros otherwise: they are
+ * inactive until lbgym_shm_set_active. Safe weights that would be all 0 become all 1. */
 static inline int lbgym_shm_set_num_servers(lbgym_shm_region *region, uint32_t n)
 {
     lbgym_shm_observation *const o = &region->observation;
@@ -1600,7 +1599,7 @@ static inline int lbgym_shm_set_num_servers(lbgym_shm_region *region, uint32_t n
     }
     if (n > region->names->num_servers) {
         region->names->num_servers = n;
-        /* Where no server was ever named, there is nothing to say. */
+        /* Nothing to write if no server was ever named. */
         region->names_changed |= region->names->version > 0;
     }
     if (n != o->frame->num_servers) {
@@ -1615,7 +1614,7 @@ static inline int lbgym_shm_set_num_servers(lbgym_shm_region *region, uint32_t n
     return LBGYM_SHM_OK;
 }
 
-/** Changes the weights that are in force without an agent's, one per server. */
+/** Sets the weights in force while no agent's are, one per server. */
 static inline int lbgym_shm_set_safe_weights(lbgym_shm_region *region, const double *weights, uint32_t n)
 {
     const int code = lbgym_shm_must_be(region, true);
@@ -1632,7 +1631,7 @@ static inline int lbgym_shm_set_safe_weights(lbgym_shm_region *region, const dou
     return LBGYM_SHM_OK;
 }
 
-/* Why the file could not be made. */
+/* Reports why the file could not be made. */
 static inline int lbgym_shm_cannot_create(lbgym_shm_region *region, int error)
 {
     errno = error;
@@ -1656,8 +1655,8 @@ static inline int lbgym_shm_cannot_create(lbgym_shm_region *region, int error)
     }
 }
 
-/* An unnamed file with all its memory reserved, so that nothing is left if we die now, and no write to a page that a
- * full file system cannot provide kills the process later. */
+/* An unnamed file with all its memory reserved: nothing is left behind if the process dies now, and no page fault on a
+ * full file system kills it later. */
 static inline int lbgym_shm_make_file(lbgym_shm_region *region, mode_t mode, gid_t gid)
 {
     const size_t folder = strlen(region->path) - strlen(region->name) - 1;
@@ -1687,7 +1686,7 @@ static inline int lbgym_shm_make_file(lbgym_shm_region *region, mode_t mode, gid
     return LBGYM_SHM_OK;
 }
 
-/* Gives the new file its name, in place of a region whose producer is gone. */
+/* Names the new file, replacing a region whose producer is gone. */
 static inline int lbgym_shm_take_name(lbgym_shm_region *region)
 {
     lbgym_shm_region *old = (lbgym_shm_region *)malloc(sizeof *old);
@@ -1764,7 +1763,7 @@ static inline uint64_t lbgym_shm_random(void)
     return number >> 1;
 }
 
-/* The header of a new region, from options that are in their ranges. */
+/* The header of a new region, from checked options. */
 static inline int lbgym_shm_fill_header(lbgym_shm_region *region, const lbgym_shm_options *options)
 {
     lbgym_shm_header *const h = &region->constant;
@@ -1833,8 +1832,8 @@ static inline int lbgym_shm_fill_header(lbgym_shm_region *region, const lbgym_sh
     return LBGYM_SHM_OK;
 }
 
-/** A new region, as its producer. A region whose producer is gone is replaced, a live one never. The file appears under
- * its name when it is complete, and with all its memory reserved. No server is active yet. */
+/** Creates a region, as its producer. A region whose producer is gone is replaced, a live one never. The file appears
+ * under its name when complete, with all its memory reserved. No server is active yet. */
 static inline int lbgym_shm_create(lbgym_shm_region *region, const char *name, const lbgym_shm_options *options)
 {
     int code = lbgym_shm_begin(region, name);
@@ -1870,7 +1869,7 @@ static inline int lbgym_shm_create(lbgym_shm_region *region, const char *name, c
     return LBGYM_SHM_OK;
 }
 
-/* Whether a server's row may be written. */
+/* Checks that a server's row may be written. */
 static inline int lbgym_shm_must_know(lbgym_shm_region *region, uint32_t server)
 {
     const int code = lbgym_shm_must_be(region, true);
@@ -1890,9 +1889,9 @@ static inline int lbgym_shm_bad_number(lbgym_shm_region *region, const char *wha
                           what, (unsigned)server, region->name);
 }
 
-/* What follows is for the next observation, and stays until it is set again. Values that are refused change nothing. */
+/* The next observation; values persist until set again. Refused values change nothing. */
 
-/** Whether the server takes new flows; lbgym_shm_pick knows at once. */
+/** Sets whether the server takes new flows; lbgym_shm_pick respects it at once. */
 static inline int lbgym_shm_set_active(lbgym_shm_region *region, uint32_t server, bool active)
 {
     const int code = lbgym_shm_must_know(region, server);
@@ -1918,7 +1917,7 @@ static inline int lbgym_shm_set_stats(lbgym_shm_region *region, uint32_t server,
     return LBGYM_SHM_OK;
 }
 
-/** CPU and memory in use, 0 to 1, and flows in service: for data planes that know. */
+/** CPU and memory in use, 0 to 1, and flows in service, if known. */
 static inline int lbgym_shm_set_ground_truth(lbgym_shm_region *region, uint32_t server, float cpu_usage,
                                              float memory_usage, float busy_workers)
 {
@@ -1936,8 +1935,8 @@ static inline int lbgym_shm_set_ground_truth(lbgym_shm_region *region, uint32_t 
     return LBGYM_SHM_OK;
 }
 
-/** When the ground truth that was set last was measured, ns as lbgym_shm_now gives them. Observations say how old it is,
- * which is unknown unless this is called after each lbgym_shm_set_ground_truth. */
+/** The time when the ground truth last set was measured, ns of lbgym_shm_now. Observations carry its age, which is
+ * unknown unless this is called after each lbgym_shm_set_ground_truth. */
 static inline int lbgym_shm_set_ground_truth_time(lbgym_shm_region *region, uint32_t server, uint64_t measured_at)
 {
     const int code = lbgym_shm_must_know(region, server);
@@ -1947,7 +1946,7 @@ static inline int lbgym_shm_set_ground_truth_time(lbgym_shm_region *region, uint
     return code;
 }
 
-/** How a server is, by enum lbgym_shm_state; LBGYM_SHM_UNKNOWN until it is set, and when the server has left. */
+/** A server's state, of enum lbgym_shm_state; LBGYM_SHM_UNKNOWN until set, and after the server has left. */
 static inline int lbgym_shm_set_server_state(lbgym_shm_region *region, uint32_t server, enum lbgym_shm_state state)
 {
     const int code = lbgym_shm_must_know(region, server);
@@ -1963,8 +1962,8 @@ static inline int lbgym_shm_set_server_state(lbgym_shm_region *region, uint32_t 
     return LBGYM_SHM_OK;
 }
 
-/** A server's address or label, at most 63 printable bytes of UTF-8; "": unnamed, as are all until they are named and
- * when they have left. */
+/** A server's address or label, at most 63 printable bytes of UTF-8; "": unnamed, as all are at first and
+ * after they have left. */
 static inline int lbgym_shm_set_server_name(lbgym_shm_region *region, uint32_t server, const char *name)
 {
     const int code = lbgym_shm_must_know(region, server);
@@ -2009,8 +2008,8 @@ static inline int lbgym_shm_set_counters(lbgym_shm_region *region, uint32_t serv
     return LBGYM_SHM_OK;
 }
 
-/** Since the producer started: flows that found no active server; flows that ended and whose FCT is known; and the sum
- * of those FCTs, ns. */
+/** Totals since the producer started: flows that found no active server, flows of known FCT that ended, and the sum of
+ * their FCTs, ns. */
 static inline int lbgym_shm_set_totals(lbgym_shm_region *region, uint64_t unrouted, uint64_t fct_count,
                                        uint64_t fct_sum)
 {
@@ -2044,9 +2043,8 @@ static inline void lbgym_shm_publish_names(lbgym_shm_region *region)
     region->names_changed = false;
 }
 
-/** Publishes what was set, as of `timestamp` (ns on the data plane's clock, below 2^63): 1. Its sequence id is in
- * region.sequence_id then, one more than the last. Which action is in force, and since when, is what
- * lbgym_shm_poll_action last found. */
+/** Publishes the observation, as of `timestamp` (ns on the data plane's clock, below 2^63): 1. Its sequence id, one
+ * more than the last, is in region.sequence_id. It reports the action that lbgym_shm_poll_action last found. */
 static inline int lbgym_shm_publish(lbgym_shm_region *region, uint64_t timestamp)
 {
     const int code = lbgym_shm_must_be(region, true);
@@ -2089,7 +2087,7 @@ static inline int lbgym_shm_publish(lbgym_shm_region *region, uint64_t timestamp
     return 1;
 }
 
-/** Says that the producer lives, though it has nothing to publish. */
+/** Updates the heartbeat without publishing. */
 static inline int lbgym_shm_heartbeat(lbgym_shm_region *region)
 {
     const int code = lbgym_shm_must_be(region, true);
@@ -2099,8 +2097,8 @@ static inline int lbgym_shm_heartbeat(lbgym_shm_region *region)
     return code;
 }
 
-/* Copies the newest action to region.action unless it is the `known`-th. `number`: action_count at the time; 0: there
- * is none newer than `known`. */
+/* Copies the newest action to region.action unless it is the `known`-th. `number`: action_count at the time; 0: nothing
+ * newer than `known`. */
 static inline int lbgym_shm_read_action(lbgym_shm_region *region, uint64_t known, uint64_t *number)
 {
     lbgym_shm_weights *const mine = &region->action;
@@ -2130,7 +2128,7 @@ static inline int lbgym_shm_read_action(lbgym_shm_region *region, uint64_t known
             continue;
         }
         if (!lbgym_shm_has_index(&region->constant)) {
-            /* Bytes that were reserved in version 1.0. */
+            /* Reserved bytes in version 1.0. */
             mine->action->flags = 0;
         } else if (fits && (mine->action->flags & LBGYM_SHM_FLAG_INDEX) != 0) {
             fits = lbgym_shm_index_good(mine->index, mine->weights, n);
@@ -2151,9 +2149,9 @@ static inline int lbgym_shm_read_action(lbgym_shm_region *region, uint64_t known
                           region->name);
 }
 
-/** Puts in force what is to be dispatched by now: the newest action while its lease lasts, else the safe weights; an
- * action that cannot be read is ignored. region.observation.weights has them, region.safe says which. 1 if they may
- * have changed, else 0. Call it before each publication and whenever lbgym_shm_wait_action says so. */
+/** Puts weights in force: those of the newest action while its lease lasts, else the safe weights; an unreadable action
+ * is ignored. They are in region.observation.weights; region.safe is true if they are the safe ones. 1 if they may
+ * have changed, else 0. Call it before each publication and whenever lbgym_shm_wait_action returns 1. */
 static inline int lbgym_shm_poll_action(lbgym_shm_region *region)
 {
     const int code = lbgym_shm_must_be(region, true);
@@ -2166,12 +2164,12 @@ static inline int lbgym_shm_poll_action(lbgym_shm_region *region)
     now = lbgym_shm_now();
     seen = __atomic_load_n(&region->header->action_count, __ATOMIC_ACQUIRE);
     if (lbgym_shm_read_action(region, region->action_known, &found) < 0) {
-        /* The copy now holds what no agent may write. */
+        /* The copy now holds an invalid action. */
         region->action_known = 0;
     }
     region->action_seen = found != 0 ? found : seen;
     if (found != 0) {
-        /* From now on if it says that it was written later, as on the clock of another namespace. */
+        /* From now on if it was written "later", as by the clock of another time namespace. */
         const uint64_t latest = lbgym_shm_now();
         const uint64_t begin = action->written_at < latest ? action->written_at : latest;
         region->action_known = found;
@@ -2216,9 +2214,9 @@ static inline int lbgym_shm_wait_action(lbgym_shm_region *region, uint64_t timeo
 
 /** The server for a flow, in proportion to the weights in force, from 64 well-mixed bits of its hash: two table
  * look-ups. A server that is not active is passed over by drawing again, from bits derived from the first, so that the
- * active ones share its flows in proportion to their weights; flows of the same hash take the same way. Eight draws are
- * not enough only where most of the weight is on servers that are not active; then a walk over all of them finds one.
- * LBGYM_SHM_NO_SERVER if none is active. A server of weight 0 is taken only where no other is active. */
+ * active ones share its flows in proportion to their weights; equal hashes give equal servers. After eight draws,
+ * needed only where most of the weight is on inactive servers, a walk over all servers finds one.
+ * LBGYM_SHM_NO_SERVER if none is active. A server of weight 0 is chosen only if no other is active. */
 static inline uint32_t lbgym_shm_pick(const lbgym_shm_region *region, uint64_t hash)
 {
     const lbgym_shm_observation *const o = &region->observation;

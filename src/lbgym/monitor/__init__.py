@@ -1,4 +1,4 @@
-"""What a live region shows over time, as plain data: for ``lbgym shm watch``, dashboards and metrics. Only looks."""
+"""A live region over time, as plain data, for ``lbgym shm watch``, dashboards and metrics. Read only."""
 
 from .follow import Follower
 from .region import (

@@ -111,7 +111,7 @@ class Follower:
     def _bad(self, number: int) -> None:
         self.invalid += 1
         if self.invalid == 1:
-            logger.warning("region %r: observation %d is none that a data plane may publish", self.name, number)
+            logger.warning("region %r: observation %d is invalid", self.name, number)
 
     def _follow(self) -> bool:
         """Attach to the region that has taken the name; false if none has."""

@@ -24,7 +24,7 @@ WINDOW = 2.0
 _LOOK = 0.05
 #: A live producer is silent if its newest observation is older than this, and than three intervals; seconds.
 _SILENT = 1.0
-#: How many actions' times of writing are remembered.
+#: Actions whose times of writing are remembered.
 _REMEMBERED = 64
 
 _CPU = GROUND_TRUTH_NAMES.index("cpu_usage")
@@ -132,7 +132,7 @@ class ObservationView:
 
 @dataclass(frozen=True, slots=True)
 class RegionView:
-    """What there is to see of a region at one instant.
+    """The visible state of a region at one instant.
 
     Attributes:
         name, driver: of the region.
@@ -165,13 +165,13 @@ class RegionView:
 
     @property
     def stale(self) -> bool:
-        """Whether the observation is what is left of a data plane that publishes no more."""
+        """True if the observation is the last of a data plane that has ended."""
         return self.silent is not None or self.producer != "alive"
 
 
 @dataclass(frozen=True, slots=True)
 class _Instant:
-    """What rates are made of."""
+    """Counters that rates are computed from."""
 
     published_at: int
     timestamp: int
@@ -284,7 +284,7 @@ class RegionMonitor:
             self.look()
 
     def view(self) -> RegionView:
-        """What was seen so far, as of now."""
+        """The view as of now."""
         region = self._follower.region
         now, state = time.monotonic_ns(), producer_state(region)
         since = (now - self._past[-1].published_at) / _NS if self._past else math.inf

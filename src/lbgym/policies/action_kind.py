@@ -65,7 +65,7 @@ class ActionKind:
 
 
 def is_normalized(space: gymnasium.Space[Any]) -> bool:
-    """Whether actions are of type "normalized": logarithms of weights, of which only the differences matter."""
+    """True if actions are of type "normalized": logarithms of weights, of which only the differences matter."""
     if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
         return False
     return bool(np.all(space.low == -1) and np.all(space.high == 1))

@@ -197,7 +197,7 @@ def _inferred_env_kwargs(observation: Any, action: Any, path: Path) -> dict[str,
 
 
 def _serves(action: Any, num_servers: int) -> bool:
-    """Whether an action space fits so many servers."""
+    """True if an action space fits so many servers."""
     if isinstance(action, gymnasium.spaces.Discrete):
         return round(float(action.n) ** (1 / num_servers)) ** num_servers == int(action.n)
     return tuple(action.shape) == (num_servers,)

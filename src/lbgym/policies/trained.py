@@ -53,12 +53,12 @@ class TrainedPolicy(ABC):
 
     @property
     def uses_ground_truth(self) -> bool:
-        """Whether its observations include the ground truth."""
+        """True if its observations include the ground truth."""
         return bool(self.env_kwargs.get("use_ground_truth", False))
 
     @property
     def observes_weights(self) -> bool:
-        """Whether its observations include the weights in force."""
+        """True if its observations include the weights in force."""
         return bool(self.env_kwargs.get("observe_weights", False))
 
     @property

@@ -1,4 +1,4 @@
-"""What a live data plane publishes, kept for later: recordings in Parquet, transitions, Minari datasets."""
+"""Recordings of live data planes: Parquet files, transitions for offline training, Minari datasets."""
 
 from .offline import Recording, Transitions, check_dataset_id, load_recording, to_minari
 from .recorder import Summary, finish_recording, record, recording_schema

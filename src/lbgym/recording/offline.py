@@ -28,7 +28,7 @@ from .recorder import METADATA_KEY, part_of, recording_schema, require_pyarrow, 
 
 _NS = 1_000_000_000
 
-#: What a transition may be from and to.
+#: Units of a transition.
 STEPS = ("observation", "action")
 
 #: An interval between two rows of more than this, in planned intervals, is a gap.
@@ -37,7 +37,7 @@ LONGEST_STEP = 2.0
 
 @dataclass(frozen=True, eq=False)
 class Transitions:
-    """M steps, in order, for offline training.
+    """M transitions, in order, for offline training.
 
     Attributes:
         observations, next_observations: [M, ...] in the layout asked for; of "dict" a dictionary of arrays.
@@ -45,11 +45,11 @@ class Transitions:
         rewards: float64[M], of the next observation.
         terminated: bool[M], all false: balancing load never ends by itself.
         truncated: bool[M], true at the end of an episode, where the recording has a gap.
-        weights: float64[M, N], what the actions encode.
+        weights: float64[M, N], which the actions encode.
         episodes: int64[M], the number of the episode, from 0.
-        rows, next_rows: int64[M], the rows of the recording that have the observation and the next one.
-        layout: how observations are laid out, and their space.
-        codec: how weights are encoded as actions, and their space.
+        rows, next_rows: int64[M], rows of the observation and of the next one in the recording.
+        layout: of the observations, with their space.
+        codec: from weights to actions, with their space.
     """
 
     observations: Any
@@ -73,26 +73,26 @@ class Transitions:
 class Recording:
     """T observations of a data plane, in the order of publication. N is the largest number of servers among them.
 
-    Where there are fewer servers, the others are inactive, and zero everywhere.
+    In rows with fewer servers the others are inactive and zero everywhere.
 
     Attributes:
-        metadata: what the recorder wrote of itself and of the producers it saw.
-        instance: int64[T], another number for each producer.
+        metadata: about the recorder and the producers it recorded.
+        instance: int64[T], identifies the producer.
         sequence_id: int64[T].
-        missed: int64[T], rows that are missing before this one.
+        missed: int64[T], rows missing before this one.
         timestamp: float64[T], seconds on the data plane's clock.
         published_at: int64[T], ns of the recording machine's monotonic clock.
-        applied_sequence_id: int64[T], of the action in force; -1 if there was none yet.
-        applied_at: int64[T], ns of the monotonic clock when it was put in force; -1 if there was none yet.
-        safe: bool[T], whether the safe weights were in force instead.
+        applied_sequence_id: int64[T], of the action in force; -1 before the first.
+        applied_at: int64[T], ns of the monotonic clock when it came into force; -1 before the first.
+        safe: bool[T], true if the safe weights were in force instead.
         num_servers: int64[T], known to the data plane.
-        names_version: int64[T], another number for other names of the same producer; see :meth:`server_names`.
+        names_version: int64[T], identifies the names among those of one producer; see :meth:`server_names`.
         unrouted: int64[T], flows that found no active server, since the producer started.
         fct_count, fct_sum: int64[T], flows of known FCT since the producer started, and the sum of their FCTs in ns.
         active: bool[T, N].
         stats: float32[T, N, 11], columns of ``lbgym.features.FEATURE_NAMES``; zero rows for inactive servers.
         states: uint8[T, N], of :class:`~lbgym.sharedmemory.ServerState`.
-        ground_truth: float32[T, N, 3], or None if a row has none.
+        ground_truth: float32[T, N, 3], or None if a row lacks it.
         ground_truth_age: float64[T, N], seconds from the measurement to the publication; NaN where unknown.
         started, completed, rejected, failed: int64[T, N], flows since the producer started.
         weights: float64[T, N], in force.
@@ -147,7 +147,7 @@ class Recording:
 
     @property
     def real_features(self) -> frozenset[str]:
-        """Features and ground truth that every producer measured; the other columns are zeros without a meaning."""
+        """Features and ground truth that every producer measured; the other columns are meaningless zeros."""
         every = (*FEATURE_NAMES, *GROUND_TRUTH_NAMES)
         return frozenset(every).intersection(*(p.get("real_features", every) for p in self.metadata["producers"]))
 
@@ -174,7 +174,7 @@ class Recording:
     def episodes(self) -> tuple[range, ...]:
         """Rows that follow each other without a gap, at least two each.
 
-        A gap is: another producer, missed observations, a jump of the data plane's clock or sequence, more than two
+        A gap is a new producer, missed observations, a jump of the data plane's clock or sequence, more than two
         intervals without an observation, another number of servers.
         """
         if len(self) < 2:
@@ -192,7 +192,7 @@ class Recording:
         return tuple(range(first, stop) for first, stop in pairwise(edges) if stop - first > 1)
 
     def _intervals(self) -> NDArray[np.float64]:
-        """Seconds that there are to be between a row and the one before, float64[T]."""
+        """Planned seconds between a row and the previous one, float64[T]."""
         asked = self.metadata["interval"] or 0.0
         planned = {p["instance"]: max(p["publish_interval"], asked) for p in self.metadata["producers"]}
         found, where = np.unique(self.instance, return_inverse=True)
@@ -203,12 +203,12 @@ class Recording:
         reward = make_reward(reward_type, reward_field)
         if reward.needs_service:
             raise InvalidRewardError(
-                f"reward_type={reward_type!r} looks at the FCT of every flow in a step, which a recording does not "
-                "have; use a fairness reward or a function of the Snapshot"
+                f"reward_type={reward_type!r} needs the FCT of every flow in a step, which a recording lacks; "
+                "use a fairness reward or a function of the Snapshot"
             )
         if isinstance(reward_type, (str, Mapping, Reward)):
             return np.asarray(reward(self.snapshots), np.float64)
-        # A user's function knows one snapshot at a time, as in the environment.
+        # A user's function takes one snapshot at a time, as in the environment.
         return np.array([float(reward(self._snapshot(row))) for row in range(len(self))], np.float64)
 
     def transitions(
@@ -228,15 +228,15 @@ class Recording:
     ) -> Transitions:
         """Steps of all episodes: observation, action, reward, next observation.
 
-        The keys are those of :class:`~lbgym.LoadBalanceEnv` and mean the same, so that what is trained on the result
-        fits an environment made with them. The action of a step is the weights that were in force at the observation
-        after its first: those that an agent which acts on the first chose there. They are encoded as the nearest
-        action; weights are relative, so those that are out of the action's range are scaled into it.
+        The keys are those of :class:`~lbgym.LoadBalanceEnv`, so that a policy trained on the result fits an environment
+        made with them. The action of a step is the weights in force at the observation after its first, which an agent
+        chose on the first. They are encoded as the nearest action; weights are relative, so those out of the action's
+        range are scaled into it.
 
         Args:
-            step: "observation": each observation with the next one; "action": from one observation that an agent acted
-                on to the next such, as an agent sees it that acts less often than the data plane publishes. Steps
-                during which its weights went out of force are left out.
+            step: "observation": from each observation to the next; "action": from each observation that an agent acted
+                on to the next such, for agents that act less often than the data plane publishes. Steps during which
+                its weights went out of force are left out.
             reward_type: name, mapping or callable; of the next observation.
             reward_field: the column that fairness rewards compare.
             observation: "matrix", "flat" or "dict".
@@ -250,7 +250,7 @@ class Recording:
 
         Raises:
             UnknownNameError, InvalidOptionError, InvalidRewardError: as the environment.
-            RecordingError: if no two observations follow each other.
+            RecordingError: if no two observations are consecutive.
         """
         n = self.active.shape[1]
         layout = ObservationLayout(
@@ -269,7 +269,7 @@ class Recording:
         if step == "action":
             runs = [run for rows in runs for run in self._acted_on(rows)]
         if not runs:
-            raise RecordingError(f"{self!r} has no two that follow each other in steps of an {step}")
+            raise RecordingError(f"{self!r} has no two consecutive rows in steps of an {step}")
         rows = np.concatenate([run[:-1] for run in runs])
         next_rows = np.concatenate([run[1:] for run in runs])
         lengths = [len(run) - 1 for run in runs]
@@ -277,7 +277,7 @@ class Recording:
         truncated[np.cumsum(lengths) - 1] = True
         observations = layout.encode(self.stats, self.ground_truth, self.active, self.weights)
         weights = self.weights[rows + 1]
-        # A server that the data plane does not know has no weight, and so does not count for the range of the others.
+        # Servers unknown to the data plane have no weight and must not affect the range of the others.
         unknown = np.arange(n) >= self.num_servers[rows, None]
         return Transitions(
             observations=_at(observations, rows),
@@ -295,9 +295,9 @@ class Recording:
         )
 
     def _acted_on(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Runs, of two or more, of the rows after which another action came in force that lasted until the next."""
+        """Runs of at least two rows after each of which a new action came into force and lasted until the next."""
         acted = rows[:-1][np.diff(self.applied_sequence_id[rows]) != 0]
-        # Rows up to and including the next one that were under safe weights.
+        # Rows under safe weights after an acted-on row, up to and including the next.
         safe = np.concatenate([[0], np.cumsum(self.safe)])
         broken = safe[acted[1:] + 1] - safe[acted[:-1] + 1] > 0
         return [run for run in np.split(acted, np.flatnonzero(broken) + 1) if len(run) > 1]
@@ -310,10 +310,10 @@ def _at(observations: Any, rows: Any) -> Any:
 
 
 def load_recording(path: str | os.PathLike[str]) -> Recording:
-    """Read a recording, or the folder of one that was not finished.
+    """Read a recording, or the folder of an unfinished one.
 
     Raises:
-        RecordingError: if it is none; the message says why.
+        RecordingError: if it is not a recording; the message says why.
         MissingExtraError: without pyarrow.
     """
     pa = require_pyarrow()
@@ -328,8 +328,8 @@ def load_recording(path: str | os.PathLike[str]) -> Recording:
         files = [path]
     elif part_of(path).is_dir():
         raise RecordingError(
-            f"there is no {path}, but {part_of(path)} of a recording that is not finished; load that, or make it one "
-            f"file with lbgym.recording.finish_recording({str(path)!r})"
+            f"{path} does not exist, but the unfinished recording {part_of(path)} does; load that, or merge it with "
+            f"lbgym.recording.finish_recording({str(path)!r})"
         )
     else:
         raise RecordingError(f"there is no recording {path}")
@@ -340,7 +340,7 @@ def load_recording(path: str | os.PathLike[str]) -> Recording:
     # The newest segment knows all producers.
     description = (tables[-1].schema.metadata or {}).get(METADATA_KEY)
     if description is None:
-        raise RecordingError(f"{path} is no recording of lbgym: its metadata have no {METADATA_KEY.decode()!r}")
+        raise RecordingError(f"{path} is not a recording of lbgym: its metadata lack {METADATA_KEY.decode()!r}")
     metadata = json.loads(description)
     schema = recording_schema()
     for table in tables:
@@ -364,13 +364,13 @@ def _recording(path: Path, table: Any, metadata: dict[str, Any]) -> Recording:
             there = np.asarray(column.is_valid().to_numpy())
             values = _flat(column)
             if len(values) != int(servers[there].sum()):
-                raise RecordingError(f"{path}: column {name!r} has other lengths than num_servers says")
+                raise RecordingError(f"{path}: the lengths of column {name!r} differ from num_servers")
             out[..., j][known & there[:, None]] = values
         return out
 
     active = per_server(("active",), bool)[..., 0]
     stats = per_server(FEATURE_NAMES, np.float32)
-    # The contract has zero rows for inactive servers, whatever a data plane may publish there.
+    # Rows of inactive servers are zero by contract, whatever the data plane publishes there.
     stats[~active] = 0.0
     truth = None
     if not any(table.column(name).null_count for name in GROUND_TRUTH_NAMES):
@@ -432,26 +432,26 @@ def to_minari(
     """Write a recording as a Minari dataset, which ``minari.load_dataset(dataset_id)`` then reads.
 
     Its steps and episodes are those of :meth:`Recording.transitions`. ``infos`` has, per observation, ``sequence_id``,
-    ``timestamp`` (s), ``active``, ``applied_sequence_id`` and ``safe_weights`` as in the environment's. As the
-    environment to evaluate in (``dataset.recover_environment(eval_env=True)``) it names the simulator with the same
-    keys, unless the reward is a function.
+    ``timestamp`` (s), ``active``, ``applied_sequence_id`` and ``safe_weights`` as in the environment's. Its
+    evaluation environment (``dataset.recover_environment(eval_env=True)``) is the simulator with the same keys, unless
+    the reward is a function.
 
     Args:
         recording: the recording or its path.
-        dataset_id: as "balancers/lb0-v0"; there must be no dataset of that name.
-        algorithm_name: which policy set the weights.
-        author: who made the dataset.
-        author_email: how to reach them.
-        code_permalink: how it was made.
-        description: what it is; None: which region was recorded, and how the rewards are made.
+        dataset_id: such as "balancers/lb0-v0"; no dataset of that name may exist.
+        algorithm_name: the policy that set the weights.
+        author: of the dataset.
+        author_email: of the author.
+        code_permalink: link to the code that made it.
+        description: None: the region recorded and the reward.
         **keys: those of :meth:`Recording.transitions`.
 
     Returns:
         The ``minari.MinariDataset``.
 
     Raises:
-        RecordingError: if there is such a dataset, or no transition to write.
-        InvalidOptionError: for what cannot be a dataset id.
+        RecordingError: if the dataset exists, or there is no transition to write.
+        InvalidOptionError: for an invalid dataset id.
         MissingExtraError: without minari, h5py or Pillow.
     """
     folder = check_dataset_id(dataset_id)
@@ -491,7 +491,7 @@ def to_minari(
             f"{', '.join(producers)}; reward {reward_name}"
         )
     try:
-        # Minari warns of every description that is left out; that is for who publishes a dataset.
+        # Minari warns of every missing description, which matters only when publishing a dataset.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             return minari.create_dataset_from_buffers(
                 dataset_id,
@@ -518,15 +518,15 @@ def _appended(observations: Any, last: Any) -> Any:
 
 
 def check_dataset_id(dataset_id: str) -> Path:
-    """Refuse a dataset that :func:`to_minari` cannot write, before there is anything to write.
+    """Refuse a dataset id that :func:`to_minari` cannot write, before there is anything to write.
 
     Returns:
-        The folder that it will have.
+        The folder of the dataset.
 
     Raises:
         InvalidOptionError, RecordingError, MissingExtraError: as :func:`to_minari`.
     """
-    # Minari's HDF5 storage imports Pillow and does not say so.
+    # Minari's HDF5 storage imports Pillow without declaring it.
     for module in ("minari", "h5py", "PIL"):
         try:
             __import__(module)
@@ -545,7 +545,7 @@ def check_dataset_id(dataset_id: str) -> Path:
     folder: Path = get_dataset_path(dataset_id)
     if folder.exists():
         raise RecordingError(
-            f"there is a Minari dataset {dataset_id!r} in {folder} already; use another name or version"
+            f"the Minari dataset {dataset_id!r} exists already in {folder}; use another name or version"
         )
     return folder
 

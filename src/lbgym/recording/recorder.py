@@ -1,9 +1,9 @@
 """Record the observations of a data plane: :func:`record`, and the Parquet files it writes.
 
 A recording in progress is a folder beside the file it will become, ``NAME.parquet.part``, with segments that are each a
-whole Parquet file. A recorder that is killed loses what came after the last segment, half a minute at most; what it
-wrote is read by :func:`lbgym.recording.load_recording` (or anything that reads a folder of Parquet files) and made one
-file by :func:`finish_recording`. A recorder that is stopped does so itself, and the file appears when it is whole.
+whole Parquet file. A recorder that is killed loses the rows after the last segment, at most half a minute; the rest
+is read by :func:`lbgym.recording.load_recording` (or anything that reads a folder of Parquet files) and merged
+into one file by :func:`finish_recording`. A recorder that is stopped merges them itself; the file appears when whole.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ class Summary:
 def recording_schema() -> pyarrow.Schema:
     """The columns of a recording, each with its description.
 
-    A row is an observation. Columns have the names and units of the binary interface: what is one number there is one
-    here, and what is one per server is a list with ``num_servers`` entries; features, ground truth and counters have a
-    column per name. Two columns are the recorder's own: ``instance``, a number for each creation of the region, and
-    ``missed``, the rows that are missing between this and the one before. The servers' names are in the description of
-    their producer, by ``names_version``.
+    A row is an observation. Columns have the names and units of the binary interface: a number is a number, values per
+    server are a list with ``num_servers`` entries; features, ground truth and counters have a
+    column per name. Two columns are the recorder's own: ``instance``, a number that identifies the producer,
+    and ``missed``, the rows missing before this one. The servers' names are in the description of their producer, by
+    ``names_version``.
     """
     pa = require_pyarrow()
 
@@ -95,25 +95,25 @@ def recording_schema() -> pyarrow.Schema:
 
     heads = {field.name: field.doc for field in abi.FRAME.fields}
     sections = {section.name: section.doc for section in abi.FRAME_SECTIONS}
-    none = "; null: none so far"
+    none = "; null: none yet"
     return pa.schema(
         [
-            column("instance", pa.int64(), "another number for each creation of the region"),
+            column("instance", pa.int64(), "number that identifies the producer"),
             column("sequence_id", pa.int64(), heads["sequence_id"]),
-            column("missed", pa.int64(), "rows that are missing between this one and the one before"),
+            column("missed", pa.int64(), "rows missing between the previous one and this"),
             column("timestamp", pa.int64(), heads["timestamp"]),
             column("published_at", pa.int64(), heads["published_at"]),
             column("applied_sequence_id", pa.int64(), heads["applied_sequence_id"] + none, True),
             column("applied_at", pa.int64(), heads["applied_at"] + none, True),
-            column("safe", pa.bool_(), "whether the safe weights are in force"),
+            column("safe", pa.bool_(), "true if the safe weights are in force"),
             column("num_servers", pa.int32(), heads["num_servers"]),
             column("names_version", pa.int64(), "key of the servers' names in the producer's description; 0: unnamed"),
             column("unrouted", pa.int64(), heads["unrouted"]),
             column("fct_count", pa.int64(), heads["fct_count"]),
             column("fct_sum", pa.int64(), heads["fct_sum"]),
-            per_server("active", pa.bool_(), "whether the server takes new flows"),
+            per_server("active", pa.bool_(), "true if the server takes new flows"),
             *(per_server(name, pa.float32(), "feature: flows or seconds") for name in FEATURE_NAMES),
-            *(per_server(name, pa.float32(), "ground truth; null: not known", True) for name in GROUND_TRUTH_NAMES),
+            *(per_server(name, pa.float32(), "ground truth; null: unknown", True) for name in GROUND_TRUTH_NAMES),
             per_server("states", pa.uint8(), sections["states"]),
             per_server("ground_truth_age", pa.int64(), "ns from the measurement to published_at; -1: unknown", True),
             *(per_server(name, pa.int64(), "flows since the producer started") for name in abi.COUNTER_NAMES),
@@ -134,26 +134,26 @@ def record(
     stop: Callable[[], bool] | None = None,
     progress: Callable[[Summary], None] | None = None,
 ) -> Summary:
-    """Record the observations of a region from now on, also of producers that take over, until it is stopped.
+    """Record the observations of a region, also across restarts of its producer, until stopped.
 
     The region is opened read-only. After an exception or an interrupt, the folder ``path`` + ".part" keeps everything
     recorded so far.
 
     Args:
-        name: of the region, which must be there.
-        path: of the Parquet file; it appears when it is whole.
+        name: of the region, which must exist.
+        path: of the Parquet file; it appears when whole.
         duration: seconds to record; None: until ``steps`` or ``stop``.
         steps: observations to record.
-        interval: seconds of the data plane's clock between observations, of which the first in each interval is taken;
-            None: every observation.
-        overwrite: replace a file, and an unfinished recording, that is there.
-        stop: called ten times a second or more; the recording ends when it returns true.
-        progress: called as often, with a summary.
+        interval: seconds of the data plane's clock; the first observation of each interval is recorded. None: every
+            observation.
+        overwrite: replace an existing file or unfinished recording.
+        stop: called at least ten times a second; returning true ends the recording.
+        progress: called about ten times a second with a summary.
 
     Raises:
-        RegionNotFoundError, RegionFormatError, RegionError: if there is no such region.
-        RecordingError: if the file is there, or cannot be written.
-        InvalidOptionError: for a value out of its range.
+        RegionNotFoundError, RegionFormatError, RegionError: if the region does not exist or cannot be read.
+        RecordingError: if the file exists or cannot be written.
+        InvalidOptionError: for a value out of range.
         MissingExtraError: without pyarrow.
     """
     require_pyarrow()
@@ -167,22 +167,22 @@ def record(
         began = time.monotonic()
         sieve = _Sieve(interval)
         segments.begin(follower.region)
-        told, gone = -math.inf, False
+        reported, gone = -math.inf, False
         while steps is None or summary.observations < steps:
             now = time.monotonic()
             summary.seconds = now - began
             left = math.inf if duration is None else duration - summary.seconds
             if left <= 0.0 or (stop is not None and stop()):
                 break
-            if progress is not None and now - told >= _POLL:
-                told = now
+            if progress is not None and now - reported >= _POLL:
+                reported = now
                 progress(summary)
             segments.tick(now)
             if not follower.wait(min(left, _POLL)):
                 if not gone and not follower.region.producer_alive:
                     gone = True
                     pid = follower.region.producer_pid
-                    logger.warning("the producer of region %r (process %d) is gone; waiting for another", name, pid)
+                    logger.warning("the producer of region %r (process %d) is gone; waiting for a new one", name, pid)
                 continue
             if follower.restarts != summary.restarts:
                 region = follower.region
@@ -213,7 +213,7 @@ class _Sieve:
         self._published_at = 0
 
     def missed_before(self, follower: Follower) -> int | None:
-        """Rows that are missing before what was read last; None if that is not taken."""
+        """Rows missing before the last observation read; None if that is not recorded."""
         interval, buffer, region = self._interval, follower.buffer, follower.region
         if interval is None:
             return follower.missed
@@ -223,7 +223,7 @@ class _Sieve:
             slack = round(_SLACK * min(interval, region.publish_interval * _NS))
             if now < self._deadline - slack:
                 return None
-            # As many as both clocks say: if the data plane's jumped, nothing is missing.
+            # The smaller of both clocks' counts: if the data plane's clock jumped, nothing is missing.
             skipped = (now + slack - self._deadline) // interval
             elapsed = int((buffer.published_at - self._published_at) * region.clock_rate)
             missed = max(0, min(skipped, elapsed // interval))
@@ -247,7 +247,7 @@ class _Segments:
             "region": name,
             "interval": interval,
             "started_at": time.time(),
-            # Add it to an instant of CLOCK_MONOTONIC to have one of CLOCK_REALTIME, as of the beginning.
+            # CLOCK_REALTIME minus CLOCK_MONOTONIC at the start.
             "realtime_offset": time.time_ns() - time.monotonic_ns(),
             "producers": [],
         }
@@ -259,15 +259,15 @@ class _Segments:
         self._instance = 0
         self._pending: Future[None] | None = None
         if not overwrite and path.exists():
-            raise RecordingError(f"{path} is there already; remove it, or choose another name")
+            raise RecordingError(f"{path} exists already; remove it, or choose another name")
         if path.is_dir():
             raise RecordingError(f"{path} is a folder")
         try:
             self._lock = _make_folder(self.folder, overwrite)
         except FileExistsError:
             raise RecordingError(
-                f"{self.folder} is what a recorder left that was killed, or is still at work; load_recording reads it, "
-                f"lbgym.recording.finish_recording({str(path)!r}) makes it one file, or remove it"
+                f"{self.folder} belongs to a recorder that still runs or was killed; read it with load_recording, "
+                f"merge it with lbgym.recording.finish_recording({str(path)!r}), or remove it"
             ) from None
         except OSError as error:
             raise RecordingError(f"cannot record to {path}: {error.strerror or error}") from error
@@ -275,7 +275,7 @@ class _Segments:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="lbgym-recorder")
 
     def begin(self, region: SharedMemoryRegion) -> None:
-        """Begin with the observations of another region."""
+        """Start on the observations of a new producer."""
         self.flush()
         # Observations are copied in the layout of this version, whatever the region's is.
         self._layout, self._instance = region.layout.private, region.instance
@@ -297,7 +297,7 @@ class _Segments:
         )
 
     def add(self, follower: Follower, missed: int) -> None:
-        """Add a copy of the observation that was read last."""
+        """Add a copy of the last observation read."""
         self._note_names(follower)
         if not self._rows:
             self._opened = time.monotonic()
@@ -307,9 +307,9 @@ class _Segments:
             self.flush()
 
     def _note_names(self, follower: Follower) -> None:
-        """Describe the names of a version that was not seen before.
+        """Store the names of a version not seen before.
 
-        Names that have changed again since the observation was published are lost: its servers count as unnamed.
+        Names that changed again since the observation was published are lost: its servers count as unnamed.
         """
         region, version = follower.region, follower.buffer.names_version
         names: dict[str, list[str]] = self._description["producers"][-1]["names"]
@@ -324,14 +324,14 @@ class _Segments:
             names[str(version)] = found if region.names_version == version else []
 
     def tick(self, now: float) -> None:
-        """Close a segment in time, and raise an error from writing another."""
+        """Close a segment that is due, and raise an error from writing the previous one."""
         if now - self._opened >= SEGMENT_SECONDS:
             self.flush()
         elif self._pending is not None and self._pending.done():
             self._wait()
 
     def flush(self) -> None:
-        """Write the rows since the last segment as another one, in the background."""
+        """Write the rows since the last segment as a new segment, in the background."""
         self._wait()
         if not self._rows:
             return
@@ -350,7 +350,7 @@ class _Segments:
         try:
             pending.result()
         except OSError as error:
-            before = "; what was recorded before is there" if segments_of(self.folder) else ""
+            before = "; earlier segments are intact" if segments_of(self.folder) else ""
             raise RecordingError(f"cannot write to {self.folder}: {error.strerror or error}{before}") from error
 
     def finish(self) -> None:
@@ -367,7 +367,7 @@ class _Segments:
             if kind is not None and not issubclass(kind, RecordingError):
                 self.flush()
                 self._wait()
-                logger.warning("what was recorded until now is in %s", self.folder)
+                logger.warning("the recording so far is in %s", self.folder)
         finally:
             self._writer.shutdown()
             if self.folder.is_dir() and not segments_of(self.folder):
@@ -379,13 +379,13 @@ def finish_recording(path: str | os.PathLike[str]) -> Path:
     """Merge the folder of a recorder that was killed into one file.
 
     Args:
-        path: of the file that was to be written, or of the folder.
+        path: of the intended file, or of the folder.
 
     Returns:
         The file's path.
 
     Raises:
-        RecordingError: if there is no such folder, if a recorder is at work in it, or if the file is there already.
+        RecordingError: if the folder does not exist or a recorder is using it, or if the file exists already.
         MissingExtraError: without pyarrow.
     """
     require_pyarrow()
@@ -395,13 +395,13 @@ def finish_recording(path: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         raise RecordingError(f"there is no unfinished recording {folder}")
     if target.exists():
-        raise RecordingError(f"{target} is there already; move it away first")
+        raise RecordingError(f"{target} exists already; move it away first")
     lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RecordingError(f"a recorder is at work in {folder}; stop it, and it will finish the file") from None
+            raise RecordingError(f"a recorder is using {folder}; stop it, and it will finish the file") from None
         _merge(folder, target, None)
     finally:
         os.close(lock)
@@ -507,14 +507,14 @@ def _table(frames: NDArray[np.uint64], missed: NDArray[np.int64], layout: abi.La
 
 
 def _merge(folder: Path, target: Path, description: str | None) -> None:
-    """Write all segments to one file, put that in its place, and remove the folder."""
+    """Merge all segments into one file and remove the folder."""
     pa = require_pyarrow()
     from pyarrow import parquet
 
     files = segments_of(folder)
     if description is None:
         if not files:
-            raise RecordingError(f"there is nothing in {folder}")
+            raise RecordingError(f"{folder} is empty")
         # The newest one knows all producers.
         description = parquet.read_schema(files[-1]).metadata[METADATA_KEY].decode()
     schema = recording_schema().with_metadata({METADATA_KEY: description.encode()})
@@ -533,13 +533,13 @@ def _merge(folder: Path, target: Path, description: str | None) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RecordingError(
-            f"cannot write {target}: {error.strerror or error}; what was recorded is in {folder}"
+            f"cannot write {target}: {error.strerror or error}; the recording is in {folder}"
         ) from error
     shutil.rmtree(folder)
 
 
 def upgraded(table: pyarrow.Table) -> pyarrow.Table:
-    """A table of any format with the columns of this one: unnamed servers, states and ages unknown."""
+    """Convert a table of an older format to this one: servers unnamed, states and ages unknown."""
     pa = require_pyarrow()
     if "names_version" in table.schema.names or "num_servers" not in table.schema.names:
         return table

@@ -1,4 +1,4 @@
-"""What a distribution of scenarios draws, as arrays: to describe it and to plot it."""
+"""Draws of a distribution of scenarios as arrays, to describe and plot it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .randomization import ScenarioDistribution
+from .randomization import AnyScenario
 from .workload import ARRIVAL_KINDS, DEMAND_KINDS
 
 #: The quantiles that :meth:`Draws.summary` gives.
@@ -17,7 +17,7 @@ QUANTILES = {"least": 0.0, "p10": 0.1, "median": 0.5, "p90": 0.9, "most": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Scenarios drawn from a distribution with the seeds 0, 1, ...; one entry per draw unless told otherwise.
+    """Scenarios drawn from a distribution with the seeds 0, 1, ...; one entry per draw unless noted.
 
     Attributes:
         servers: int64[D].
@@ -43,7 +43,7 @@ class Draws:
     events: NDArray[np.int64]
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Quantiles of what has one number per draw, by its name and the quantile's."""
+        """Quantiles of the attributes with one number per draw, by attribute and quantile."""
         names = ("servers", "capacity", "load", "rate", "mean_demand", "events")
         return {
             name: {label: float(np.quantile(getattr(self, name), q)) for label, q in QUANTILES.items()}
@@ -51,12 +51,12 @@ class Draws:
         }
 
 
-def draw_many(distribution: ScenarioDistribution, count: int) -> Draws:
+def draw_many(distribution: AnyScenario, count: int) -> Draws:
     """``count`` draws of at least 1, with the seeds 0, 1, ..."""
     duration = distribution.duration
     drawn = [distribution.draw(seed, horizon=duration) for seed in range(count)]
     every = [server for scenario in drawn for server in scenario.servers]
-    traced = distribution.base.workload.trace is not None
+    traced = distribution.reference.workload.trace is not None
 
     def kinds(part: str, table: dict[str, type]) -> tuple[str, ...]:
         names = {cls: name for name, cls in table.items()}

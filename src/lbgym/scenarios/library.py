@@ -61,7 +61,7 @@ def named_scenario(name: str) -> Scenario:
     """The built-in scenario of that name.
 
     Raises:
-        UnknownNameError: there is none; the message lists those there are.
+        UnknownNameError: if the name is unknown; the message lists the known ones.
     """
     if name not in _BUILDERS:
         raise UnknownNameError("scenario", name, _BUILDERS)
@@ -78,7 +78,7 @@ def named_distribution(name: str) -> ScenarioDistribution:
     """The built-in distribution of scenarios of that name.
 
     Raises:
-        UnknownNameError: there is none; the message lists those there are.
+        UnknownNameError: if the name is unknown; the message lists the known ones.
     """
     if name not in _DISTRIBUTIONS:
         raise UnknownNameError("distribution", name, _DISTRIBUTIONS)

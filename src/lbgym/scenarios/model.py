@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, Literal
 
-import numpy as np
-
 from ..errors import ScenarioError, UnknownNameError
 from ._validation import MAX_PACKETS, _instance, _integer, _items, _number, _set, _shown, _text
 from .dispatch_rules import DISPATCH_RULES
@@ -21,6 +19,7 @@ from .workload import Workload, check_pace
 
 EVENT_KINDS = ("rate", "speed", "down", "up", "drain")
 MAX_SERVERS = 65_536
+MAX_BALANCERS = 1024
 
 
 # Servers
@@ -171,7 +170,7 @@ class Scenario:
         events: what happens when, in any order.
         reject_timeout: FCT, in seconds, that a rejected or failed flow counts with.
         sampling: the balancers' reservoirs.
-        duration: seconds that an evaluation of the scenario lasts unless told otherwise.
+        duration: seconds that an evaluation of the scenario lasts by default.
     """
 
     name: str = "custom"
@@ -211,7 +210,7 @@ class Scenario:
             self,
             servers=servers,
             events=events,
-            balancers=_integer(self.balancers, f"scenario {self.name!r}: balancers", low=1, high=1024),
+            balancers=_integer(self.balancers, f"scenario {self.name!r}: balancers", low=1, high=MAX_BALANCERS),
             reject_timeout=_number(self.reject_timeout, f"scenario {self.name!r}: reject_timeout"),
             duration=_number(self.duration, f"scenario {self.name!r}: duration"),
         )
@@ -252,10 +251,6 @@ class Scenario:
         """Itself, whatever the seed and the horizon."""
         return self
 
-    def sample(self, rng: np.random.Generator, *, horizon: float = 0.0) -> Scenario:
-        """Itself; draws nothing from ``rng``."""
-        return self
-
     def with_events(self, events: Iterable[Event]) -> Scenario:
         """A copy with these events, and no other ones."""
         return replace(self, events=tuple(events))
@@ -287,7 +282,7 @@ class Scenario:
 
     @property
     def core_weights(self) -> tuple[float, ...]:
-        """What an operator knows of the servers: weights in proportion to their cores."""
+        """Weights in proportion to the servers' cores, which an operator knows."""
         return tuple(float(server.cores) for server in self.servers)
 
     @property

@@ -22,7 +22,7 @@ from .dispatch_rules import DISPATCH_RULES
 from .model import MAX_SERVERS, Event, Sampling, Scenario, Server
 from .workload import ARRIVAL_KINDS, DEMAND_KINDS, check_pace
 
-#: Events are drawn up to this time, seconds, unless told otherwise: longer than the longest default episode.
+#: Events are drawn up to this time, seconds, by default: longer than the longest default episode.
 HORIZON = 3600.0
 #: Most occurrences of random events in a draw, in the mean.
 MAX_OCCURRENCES = 100_000
@@ -77,7 +77,7 @@ class Choice:
         _set(self, values=values, probabilities=_probabilities(self.probabilities, len(values), "Choice"))
 
 
-#: What a parameter of a distribution may be: a range, or a value that does not vary.
+#: A parameter of a distribution: a range, or a value that does not vary.
 Range = Uniform | LogUniform | Choice
 RANGE_KINDS: dict[str, type] = {"uniform": Uniform, "log_uniform": LogUniform, "choice": Choice}
 
@@ -176,7 +176,7 @@ def _copied(instance: Any, values: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerDistribution:
-    """What is drawn for each server by itself; None: as in the base scenario.
+    """Attributes drawn for each server by itself; None: as in the base scenario.
 
     Attributes:
         cores, speed, workers, backlog, memory_mb, memory_idle_mb, memory_per_flow_mb, weight: as of
@@ -200,7 +200,7 @@ class ServerDistribution:
                 replace(Server(), **{name: extreme})
 
     def ranges(self) -> dict[str, Any]:
-        """What varies, by the names of a server's attributes."""
+        """The attributes of a server that vary, with their ranges."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
     def sample(self, rng: np.random.Generator, base: Sequence[Server]) -> tuple[Server, ...]:
@@ -307,7 +307,7 @@ class RandomEvents:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDistribution:
-    """How balancers sample, drawn once per episode; None: as in the base scenario.
+    """The sampling of balancers, drawn once per episode; None: as in the base scenario.
 
     Attributes:
         probability, decay, packets_per_flow, algorithm: as of :class:`~lbgym.scenarios.Sampling`, each a value or a
@@ -325,7 +325,7 @@ class SamplingDistribution:
                 replace(Sampling(), **{name: extreme})
 
     def ranges(self) -> dict[str, Any]:
-        """What varies, by the names of the attributes of a sampling."""
+        """The attributes of a sampling that vary, with their ranges."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
 
@@ -448,7 +448,7 @@ class ScenarioDistribution:
         self._check_draws(where, sum(self._rate_of(e, float(min(_extremes(e.every)))) for e in self.events), HORIZON)
 
     def _rate_of(self, event: RandomEvents, every: float) -> float:
-        """How often one kind of event is drawn per second, whether or not what it hits is well."""
+        """Draws of one kind of event per second, including those without effect."""
         return (1 if event.kind == "rate" else self.max_servers) / every
 
     @staticmethod

@@ -406,7 +406,7 @@ def check_pace(
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What arrives: flows per second and the demand of each.
+    """The arriving flows: their rate and the demand of each.
 
     Attributes:
         arrivals: their shape in time. A trace replaces both ``arrivals`` and ``demand``.

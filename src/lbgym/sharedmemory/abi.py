@@ -44,7 +44,7 @@ STATE_CLOSED = 2
 
 
 class ServerState(IntEnum):
-    """What the data plane knows of a server's health; :attr:`UNKNOWN` where it does not say."""
+    """A server's health as the data plane reports it; :attr:`UNKNOWN` if it does not."""
 
     UNKNOWN = 0
     UP = 1
@@ -296,7 +296,7 @@ def _section_offsets(head: int, sections: tuple[Section, ...], layout: Layout) -
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything is in a region for ``capacity`` servers; all numbers are bytes.
+    """The offsets and sizes of a region for ``capacity`` servers, in bytes.
 
     Args:
         capacity: servers.

@@ -168,7 +168,7 @@ class ObservationBuffer:
 
     @property
     def safe(self) -> bool:
-        """Whether the safe weights were in force."""
+        """True if the safe weights were in force."""
         return bool(self.flags & abi.FLAG_SAFE)
 
     @property
@@ -178,7 +178,7 @@ class ObservationBuffer:
 
     @property
     def applied_at(self) -> int | None:
-        """When that was, ns of the monotonic clock."""
+        """Time when it came into force, ns of the monotonic clock."""
         return self._integers[_APPLIED_AT] if self.flags & abi.FLAG_APPLIED else None
 
     @property
@@ -347,5 +347,5 @@ class Action:
 
     @property
     def has_index(self) -> bool:
-        """Whether the agent gave index parameters besides the weights."""
+        """True if the agent gave index parameters besides the weights."""
         return bool((self._integers[_ACTION_COUNTS] >> 32) & abi.FLAG_INDEX)

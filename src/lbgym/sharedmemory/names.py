@@ -32,7 +32,7 @@ from .region import DAY, NS, checked_timeout, checked_weights, feature_bits, per
 
 #: Errors of the system where a file may not be written to.
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-#: How often a name is looked up while waiting for a region, seconds.
+#: Seconds between looks for a region.
 _LOOK_UP = 0.01
 #: Looks at a name that belongs to somebody, a millisecond apart, before it counts as taken: whoever replaces the region
 #: of a dead producer holds that region's lock for a moment.
@@ -212,7 +212,7 @@ class SharedMemoryRegion(ProducerSide, AgentSide):
             read_only: map it without the right to write; None: only if the file's permissions forbid writing.
 
         Raises:
-            RegionNotFoundError: if there is none (or none that lives) in time.
+            RegionNotFoundError: if there is no region (or no live one) in time.
             RegionFormatError: if the file is no region of this version; the message says what was found.
             RegionError: if permission is denied.
         """
@@ -312,7 +312,7 @@ def _require_unused(name: str, descriptor: int) -> None:
         with SharedMemoryRegion.attach(name, read_only=True) as region:
             pid = region.producer_pid
     except RegionFormatError as error:
-        raise RegionFormatError(f"{error}; whether it is in use cannot be told, --force removes it") from None
+        raise RegionFormatError(f"{error}; it may be in use; --force removes it") from None
     if not system.try_lock(descriptor, abi.PRODUCER_LOCK):
         raise RegionBusyError(
             f"region {name!r} has a live producer (process {pid}); stop that one, or take the region from it "
@@ -321,7 +321,7 @@ def _require_unused(name: str, descriptor: int) -> None:
 
 
 def _is_region(path: Path) -> bool:
-    """Whether a file begins as regions of all versions do."""
+    """True if a file begins as regions of all versions do."""
     if not stat.S_ISREG(path.lstat().st_mode):
         return False
     with path.open("rb") as file:

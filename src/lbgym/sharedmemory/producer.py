@@ -186,7 +186,7 @@ class ProducerSide(Region):
 
     @property
     def safe_weights_in_force(self) -> bool:
-        """Whether :meth:`weights_in_force` last found no action with a lease that lasts."""
+        """True if :meth:`weights_in_force` last found no action with a lease that lasts."""
         return self._safe
 
     @property

@@ -84,7 +84,7 @@ class Region:
         _open_regions.add(self)
 
     def _plan(self, header: Any, offset: str, size: str, count: str, sections: dict[str, int]) -> NDArray[np.int64]:
-        """Where frames or actions are, for the functions of ``seqlock``."""
+        """The plan of frames or actions, for the functions of ``seqlock``."""
         first, stride = int(header[offset]) // 8, int(header[size]) // 8
         return np.array([first, stride, int(header[count]), self.capacity, len(sections)])
 
@@ -114,12 +114,12 @@ class Region:
 
     @property
     def closed_by_producer(self) -> bool:
-        """Whether the producer has said that it will publish no more, or another region has taken the name."""
+        """True if the producer has said that it will publish no more, or another region has taken the name."""
         return int(self._state[0]) != abi.STATE_RUNNING
 
     @property
     def producer_alive(self) -> bool:
-        """Whether the producer's process lives and has not closed the region."""
+        """True if the producer's process lives and has not closed the region."""
         self._require_open()
         if not self.is_producer and not system.is_locked(self._descriptor, abi.PRODUCER_LOCK):
             return False
@@ -127,13 +127,13 @@ class Region:
 
     @property
     def agent_alive(self) -> bool:
-        """Whether an agent (this one or another) holds the region."""
+        """True if an agent (this one or another) holds the region."""
         self._require_open()
         return self._agent or system.is_locked(self._descriptor, abi.AGENT_LOCK)
 
     @property
     def replaced(self) -> bool:
-        """Whether the name now belongs to another file."""
+        """True if the name now belongs to another file."""
         found = self._found_at_name()
         return found is not None and found != self._identity
 
@@ -149,7 +149,7 @@ class Region:
 
     @property
     def names_version(self) -> int:
-        """How often the servers' names have changed; 0: no server was ever named."""
+        """Number of changes of the servers' names; 0: no server was ever named."""
         memory = self._memory
         return int(seqlock.load_word(memory, seqlock.NAMES_VERSION)) if self.layout.names_size else 0
 
@@ -359,7 +359,7 @@ class Region:
 
     @property
     def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
+        """True if :meth:`close` was called."""
         return self._words is None
 
     def __enter__(self) -> Self:

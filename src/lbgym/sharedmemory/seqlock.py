@@ -1,7 +1,7 @@
 """The protocol, compiled: sequence locks around copies between a region and private buffers.
 
 A region, a frame and an action are arrays of uint64 words here, and every struct and section begins on a word. Payloads
-are copied without atomicity; what makes a copy good is its lock: even before the copy, and the same after it. The
+are copied without atomicity; a copy is valid if its lock was even before it and is the same after it. The
 fences are those of Boehm, "Can seqlocks get along with programming language memory models?" (MSPC 2012), so this holds
 on weakly ordered machines, too.
 
@@ -20,7 +20,7 @@ from . import abi
 
 OK, NOTHING, BUSY, INVALID = 0, 1, 2, 3
 
-#: Copies that may go wrong before a reader gives up; each takes longer than a writer needs for its next frame.
+#: Failed copies before a reader gives up; each takes longer than a writer needs for its next frame.
 _TRIES = 1000
 
 
@@ -146,9 +146,9 @@ def _copy(source, at, target, to, count):
 
 @compiled(inline=True)
 def _begin_write(words, at):
-    """Make the lock at ``words[at]`` odd, also if a writer that died left it so, and return the even value to end with.
+    """Make the lock at ``words[at]`` odd, even if a dead writer left it odd, and return the even value to end with.
 
-    Another value than before either way: a reader that copies meanwhile sees that it changed.
+    The value changes either way, so a reader that is copying notices.
     """
     lock = _load(words, at)
     odd = (lock + _ONE) | _ONE
@@ -179,7 +179,7 @@ def _copy_frame(source, at, target, to, sections, n, present):
 
 @compiled(inline=True)
 def _complete_frame(frame, sections, n, present):
-    """Give a private copy what its region cannot say, and take unknown states for what they are."""
+    """Fill in what an older region lacks, and map states of later versions to unknown."""
     states = frame.view(np.uint8)
     first = sections[_STATES] * 8
     if present <= _FRAME_SECTIONS_1_0:
@@ -204,7 +204,7 @@ def _copy_action(source, at, target, to, sections, n, present):
 
 @compiled(inline=True)
 def _in_range(values, first, count, high):
-    """Whether all are at least 0 and at most ``high``, which no NaN is."""
+    """True if all are from 0 to ``high``; False for NaN."""
     good = True
     for k in range(first, first + count):
         good &= (values[k] >= 0.0) & (values[k] <= high)
@@ -213,7 +213,7 @@ def _in_range(values, first, count, high):
 
 @compiled(inline=True)
 def _is_valid(frame, sections, n):
-    """Whether a private copy holds what a data plane may publish."""
+    """True if a private copy is a valid observation."""
     bytes_, floats, doubles = frame.view(np.uint8), frame.view(np.float32), frame.view(np.float64)
     good = True
     first = sections[0] * 8
@@ -222,7 +222,7 @@ def _is_valid(frame, sections, n):
     good &= _in_range(floats, sections[1] * 2, n * _FLOATS, _LARGEST32)
     if (frame[_FRAME_COUNTS] >> np.uint64(32)) & _HAS_TRUTH:
         good &= _in_range(floats, sections[2] * 2, n * _TRUTHS, _LARGEST32)
-    # Counters, times and ids fit int64, as NumPy and Python's users have them.
+    # Counters, times and ids must fit int64, NumPy's default.
     top = np.uint64(0)
     for k in range(sections[3], sections[3] + n * _COUNTERS):
         top |= frame[k]
@@ -269,7 +269,7 @@ def read_frame(words, plan, sections, frame):
             _complete_frame(frame, sections, n, plan[_SECTIONS])
         if fits and frame[_SEQUENCE_ID] == latest and _is_valid(frame, sections, n):
             return OK
-        # The ring may have gone once round since ``latest`` was read; if not, this is what the region says.
+        # The ring may have wrapped since ``latest`` was read; if not, the region itself is invalid.
         if _load(words, LATEST) == latest:
             return INVALID
         found = INVALID
@@ -278,7 +278,7 @@ def read_frame(words, plan, sections, frame):
 
 @compiled()
 def read_earlier_frame(words, plan, sections, frame, sequence_id):
-    """Copy observation ``sequence_id`` (1 or more) into ``frame``; OK, INVALID, or NOTHING if the ring has it not."""
+    """Copy observation ``sequence_id`` (1 or more) into ``frame``; OK, INVALID, or NOTHING if it has left the ring."""
     slot = np.int64(np.uint64(sequence_id) & np.uint64(plan[_COUNT] - 1))
     at = plan[_FIRST] + slot * plan[_STRIDE]
     lock = _load(words, at + _LOCK)
@@ -299,13 +299,13 @@ def read_earlier_frame(words, plan, sections, frame, sequence_id):
 
 @compiled()
 def frame_is_valid(sections, frame):
-    """Whether a frame may be published."""
+    """True if a frame may be published."""
     return _is_valid(frame, sections, np.int64(frame[_FRAME_COUNTS] & _LOW32))
 
 
 @compiled()
 def publish_frame(words, plan, sections, frame, sequence_id, now):
-    """Write ``frame`` as observation ``sequence_id`` (1 or more); true if somebody waits to be woken."""
+    """Write ``frame`` as observation ``sequence_id`` (1 or more); true if a waiter must be woken."""
     slot = np.int64(np.uint64(sequence_id) & np.uint64(plan[_COUNT] - 1))
     at = plan[_FIRST] + slot * plan[_STRIDE]
     n = np.int64(frame[_FRAME_COUNTS] & _LOW32)
@@ -363,7 +363,7 @@ def alias_table(weights, threshold, alias, stack, share):
             large += 1
             stack[small] = j
             small += 1
-    # What is left has its share exactly, but for rounding.
+    # The rest have exactly their share, but for rounding.
     while large < n:
         i = stack[large]
         threshold[i] = np.uint32(0xFFFFFFFF)
@@ -379,7 +379,7 @@ def alias_table(weights, threshold, alias, stack, share):
 
 @compiled(inline=True)
 def _largest_good(weights):
-    """The largest weight; -1 if one is negative, infinite or no number."""
+    """The largest weight; -1 if one is negative, infinite or NaN."""
     largest = 0.0
     good = True
     for i in range(weights.shape[0]):
@@ -390,7 +390,7 @@ def _largest_good(weights):
 
 @compiled(inline=True)
 def _is_index(doubles, sections, n):
-    """Whether index parameters can be dispatched by: finite, at least 0, and a speed wherever there is a weight."""
+    """True if index parameters are valid: finite, at least 0, and a speed above 0 wherever there is a weight."""
     first = sections[_INDEX]
     good = _in_range(doubles, first, 2 * n, _LARGEST64)
     for i in range(n):
@@ -403,7 +403,7 @@ def write_action(words, plan, sections, weights, index, sequence_id, lease, now,
     """Write weights and their alias table as the newest action, and index parameters, float64[n, 2], unless n is 0.
 
     Returns -1 for weights that are not all finite and at least 0, or all 0; nothing has been written then. Else 1 if
-    somebody waits to be woken, 0 if not.
+    a waiter must be woken, 0 if not.
     """
     if _largest_good(weights) <= 0.0:
         return -1
@@ -435,7 +435,7 @@ def write_action(words, plan, sections, weights, index, sequence_id, lease, now,
 def read_action(words, plan, sections, action, known):
     """Copy the newest action into ``action``, unless it is the ``known``-th; its number, or minus a status.
 
-    A number is ``action_count`` at the time, at least 1; 0 means that there is none newer than ``known``.
+    A number is ``action_count`` at the time, at least 1; 0 means nothing newer than ``known``.
     """
     doubles, halves = action.view(np.float64), action.view(np.uint32)
     for _ in range(_TRIES):
@@ -468,7 +468,7 @@ def read_action(words, plan, sections, action, known):
         if farthest >= n:
             return np.int64(-INVALID)
         if plan[_SECTIONS] <= _INDEX:
-            # The bytes of the flags were reserved in 1.0.
+            # These bytes were reserved in 1.0.
             action[_ACTION_COUNTS] = np.uint64(n)
         elif (action[_ACTION_COUNTS] >> np.uint64(32)) & _HAS_INDEX and not _is_index(doubles, sections, n):
             return np.int64(-INVALID)
@@ -518,7 +518,7 @@ def read_names(words, plan, table):
 
 @compiled()
 def raise_flag(words, event):
-    """Say that somebody is about to wait for ``words[event]``'s low half, and return that half."""
+    """Announce a waiter for ``words[event]``'s low half, and return that half."""
     return _raise(words, event)
 
 
@@ -537,18 +537,18 @@ def _raise(typing_context, array, index):
 
 @compiled()
 def load_word(words, at):
-    """A word, so that what was written before it is seen."""
+    """Load a word; earlier writes are then visible, too."""
     return _load(words, at)
 
 
 @compiled()
 def store_word(words, at, value):
-    """A word, so that what was written before it is seen with it."""
+    """Store a word; whoever sees it sees earlier writes, too."""
     _store(words, at, np.uint64(value))
 
 
 def warm_up() -> None:
-    """Compile everything, or load it from disk, so that no first call is late."""
+    """Compile everything, or load it from disk, so that no first call is slow."""
     layout = abi.Layout(1)
     words = np.zeros(layout.total_size // 8, np.uint64)
     frame = np.zeros(layout.frame_size // 8, np.uint64)

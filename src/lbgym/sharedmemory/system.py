@@ -1,4 +1,4 @@
-"""What the operating system is asked for: files in shared memory, locks that die with their holder, futexes (Linux)."""
+"""Calls to the operating system: files in shared memory, locks that die with their holder, futexes (Linux)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DIRECTORY_VARIABLE = "LBGYM_SHM_DIR"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
-#: Seconds; also an infinite wait fits the system's clock.
+#: Seconds; an infinite wait would not fit the system's clock.
 _LONGEST_WAIT = 1e6
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98, "loongarch64": 98}.get(platform.machine())
 # short type, short whence, off_t start, off_t length, pid_t pid, padding
@@ -39,7 +39,7 @@ def _syscall() -> ctypes._NamedFuncPointer:
 
 
 def directory() -> Path:
-    """Where regions are files: /dev/shm, or what the environment variable ``LBGYM_SHM_DIR`` says."""
+    """The folder of regions: /dev/shm, or that of the environment variable ``LBGYM_SHM_DIR``."""
     return Path(os.environ.get(DIRECTORY_VARIABLE) or "/dev/shm")
 
 
@@ -47,7 +47,7 @@ def path_of(name: str) -> Path:
     """The file of a region.
 
     Raises:
-        RegionError: for a name that is no plain file name of letters, digits, dot, hyphen and underscore.
+        RegionError: unless the name is a plain file name of letters, digits, dot, hyphen and underscore.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RegionError(
@@ -58,7 +58,7 @@ def path_of(name: str) -> Path:
 
 
 def require_linux() -> None:
-    """Refuse with a sentence where there are no futexes or open file description locks."""
+    """Raise RegionError on systems without futexes or open file description locks."""
     if not sys.platform.startswith("linux") or _SYS_FUTEX is None:
         raise RegionError(
             f"shared memory regions need Linux on x86-64 or arm64, this is {sys.platform} on {platform.machine()}"
@@ -80,7 +80,7 @@ class Futex:
         self._timeout_pointer = ctypes.byref(self._timeout)
 
     def wait(self, value: int, timeout: float) -> None:
-        """Sleep while the word is ``value``, at most ``timeout`` seconds; may return earlier, as at a signal."""
+        """Sleep while the word is ``value``, at most ``timeout`` seconds; may wake early, as at a signal."""
         nanoseconds = max(0, int(min(timeout, _LONGEST_WAIT) * 1e9))
         self._timeout.seconds, self._timeout.nanoseconds = divmod(nanoseconds, 1_000_000_000)
         self._call(
@@ -89,7 +89,7 @@ class Futex:
         )  # fmt: skip
 
     def wake(self) -> None:
-        """Wake everybody who waits."""
+        """Wake all waiters."""
         self._call(
             self._number, self._address, ctypes.c_int(_FUTEX_WAKE), ctypes.c_int(0x7FFFFFFF), None, None,
             ctypes.c_int(0),
@@ -97,7 +97,7 @@ class Futex:
 
 
 def try_lock(descriptor: int, byte: int) -> bool:
-    """Take the lock at a byte of a file for this open file description; false if another one holds it.
+    """Take the lock at a byte of a file for this open file description; false if another holds it.
 
     The kernel drops it when the last copy of the descriptor is closed, however the process ends.
     """
@@ -111,21 +111,21 @@ def try_lock(descriptor: int, byte: int) -> bool:
 
 
 def unlock(descriptor: int, byte: int) -> None:
-    """Give a lock up."""
+    """Release a lock."""
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))
 
 
 def is_locked(descriptor: int, byte: int) -> bool:
-    """Whether another open file description holds the lock at a byte."""
+    """True if another open file description holds the lock at a byte."""
     answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def unnamed_file(folder: Path, size: int, mode: int, group: int) -> int:
-    """A descriptor of a new file of ``size`` bytes that has no name yet, so that nothing is left if we die now.
+    """Open a new file of ``size`` bytes without a name, so that nothing is left behind if the process dies now.
 
     Raises:
-        OSError: as the system says; ENOSPC if there is no room for all of it.
+        OSError: from the system; ENOSPC if there is no room for all of it.
     """
     descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -144,7 +144,7 @@ def give_name(descriptor: int, path: Path) -> None:
     """Link an unnamed file to a path.
 
     Raises:
-        FileExistsError: if there is such a path.
+        FileExistsError: if the path exists.
     """
     # linkat with AT_SYMLINK_FOLLOW; os.link without a descriptor would call link, which does not follow.
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

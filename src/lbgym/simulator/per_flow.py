@@ -179,6 +179,15 @@ class FlowSimulation:
         fct_quantiles(self._simulation.kernel_arrays()[1], mask, out)
         return out
 
+    def ended_fcts(self, replica: int = 0, since: int = 0) -> NDArray[np.float64]:
+        """The FCTs, float64[...] seconds, that :meth:`fct_quantiles` counts, from number ``since`` on as flows ended.
+
+        In that order only until :meth:`fct_quantiles` has sorted them.
+        """
+        state = self._simulation.kernel_arrays()[1]
+        fcts: NDArray[np.float64] = state.log[replica, since : state.ri[replica, at.R_LOGGED]]
+        return fcts.copy()
+
     def take_flows(self, replica: int = 0) -> dict[str, NDArray[Any]]:
         """See :meth:`Simulation.take_flows`."""
         return self._simulation.take_flows(replica)

@@ -7,8 +7,9 @@ need when first used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import _lazy_names
 
 if TYPE_CHECKING:
     from ..policies.checkpoints import load_policy, read_checkpoint
@@ -26,54 +27,6 @@ if TYPE_CHECKING:
     from .sb3_policies import EquivariantExtractor, EquivariantPolicy, EquivariantQPolicy, EquivariantSACPolicy
     from .torchrl_env import MultiTorchRLEnv, TorchRLEnv
     from .tuning import TuningResult, parse_space, tune_recipe
-
-_HOMES = {
-    "BenchMARLConfig": "benchmarl",
-    "BenchMARLResult": "benchmarl",
-    "LoadBalanceTask": "benchmarl",
-    "train_benchmarl": "benchmarl",
-    "ClusterError": "cluster",
-    "ClusterResult": "cluster",
-    "train_on_ray": "cluster",
-    "TrainingConfig": "config",
-    "ExportedPolicy": ".policies.neural",
-    "FlatServerNetwork": "networks",
-    "PPOConfig": "ppo",
-    "PPOPolicy": ".policies.neural",
-    "PPOResult": "ppo",
-    "train_ppo": "ppo",
-    "RECIPES": "recipes",
-    "TrainingResult": "recipes",
-    "algo_of": "recipes",
-    "make_config": "recipes",
-    "read_config": "recipes",
-    "to_toml": "recipes",
-    "train": "recipes",
-    "RLlibConfig": "rllib",
-    "RLlibResult": "rllib",
-    "train_rllib": "rllib",
-    "Progress": "runs",
-    "load_policy": ".policies.checkpoints",
-    "read_checkpoint": ".policies.checkpoints",
-    "SACGRUAgent": "sac_gru",
-    "SACGRUConfig": "sac_gru",
-    "SACGRUPolicy": ".policies.neural",
-    "SACGRUResult": "sac_gru",
-    "train_sac_gru": "sac_gru",
-    "SB3Config": "sb3",
-    "SB3Result": "sb3",
-    "SB3VecEnv": "sb3",
-    "train_sb3": "sb3",
-    "EquivariantExtractor": "sb3_policies",
-    "EquivariantPolicy": "sb3_policies",
-    "EquivariantQPolicy": "sb3_policies",
-    "EquivariantSACPolicy": "sb3_policies",
-    "TorchRLEnv": "torchrl_env",
-    "MultiTorchRLEnv": "torchrl_env",
-    "TuningResult": "tuning",
-    "parse_space": "tuning",
-    "tune_recipe": "tuning",
-}
 
 __all__ = [
     "RECIPES",
@@ -123,12 +76,23 @@ __all__ = [
     "tune_recipe",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = _lazy_names(
+    __name__,
+    {
+        "benchmarl": "BenchMARLConfig BenchMARLResult LoadBalanceTask train_benchmarl",
+        "cluster": "ClusterError ClusterResult train_on_ray",
+        "config": "TrainingConfig",
+        ".policies.neural": "ExportedPolicy PPOPolicy SACGRUPolicy",
+        "networks": "FlatServerNetwork",
+        "ppo": "PPOConfig PPOResult train_ppo",
+        "recipes": "RECIPES TrainingResult algo_of make_config read_config to_toml train",
+        "rllib": "RLlibConfig RLlibResult train_rllib",
+        "runs": "Progress",
+        ".policies.checkpoints": "load_policy read_checkpoint",
+        "sac_gru": "SACGRUAgent SACGRUConfig SACGRUResult train_sac_gru",
+        "sb3": "SB3Config SB3Result SB3VecEnv train_sb3",
+        "sb3_policies": "EquivariantExtractor EquivariantPolicy EquivariantQPolicy EquivariantSACPolicy",
+        "torchrl_env": "TorchRLEnv MultiTorchRLEnv",
+        "tuning": "TuningResult parse_space tune_recipe",
+    },
+)

@@ -1,7 +1,7 @@
 """Any recipe on a Ray cluster: it trains on whichever node is free, and survives the loss of that node.
 
 The training runs in an actor; its checkpoints come back to this process through Ray and are written here, so the nodes
-share no storage. When the actor is lost with its node, another one goes on from the last checkpoint.
+share no storage. When the actor is lost with its node, another one continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -134,11 +134,11 @@ def train_on_ray(
         cpus: that the training takes on its node. RLlib's env runners take theirs beside it.
         max_restarts: how often the training may be lost before that is an error.
         out: the checkpoint's file, or a folder for it, on this machine; None: keep nothing.
-        resume_from: a checkpoint of the same recipe, on this machine, to go on with.
+        resume_from: a checkpoint of the same recipe, on this machine, to continue.
         callback: receives the progress after every update; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
-    If it is interrupted, the training is asked to stop, and its checkpoint is written before the exception goes on.
+    If it is interrupted, the training is asked to stop, and its checkpoint is written before the exception propagates.
 
     Raises:
         ClusterError: without a cluster, or if the training is lost more than ``max_restarts`` times.

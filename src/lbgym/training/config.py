@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from gymnasium.vector import AutoresetMode
 
-from ..checks import whole
+from ..checks import boolean, choice, whole
 from ..env.actions import ACTION_TYPES
-from ..errors import CheckpointError, LbgymError, UnsupportedSpaceError
+from ..errors import CheckpointError, InvalidOptionError, LbgymError, UnknownNameError, UnsupportedSpaceError
 from ..scenarios import AnyScenario
 from ..snapshot import DEFAULT_STEP_INTERVAL
 
@@ -42,8 +42,8 @@ class TrainingConfig:
     max_steps: int = 256
     """steps of an episode; it is then truncated, and its last observation has a value like any other"""
     observe_weights: bool = True
-    """observe of each server its weight in force as well; without it a policy could not tell a slow server from one
-    given too much"""
+    """append each server's weight in force to the observation; without it a slow server and an overloaded one look the
+    same"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """further keys of the environment"""
 
@@ -74,8 +74,27 @@ class TrainingConfig:
     #: Fields that must be whole numbers, and the least they may be.
     whole_numbers: ClassVar[dict[str, int]] = {"max_steps": 1, "num_envs": 1, "num_steps": 1, "hidden": 1}
 
+    #: Keys of observations whose value the recipe needs.
+    needed: ClassVar[dict[str, Any]] = {"observation": "flat", "normalize": True}
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        """Refuse names that are no field with the nearest one, or with the field's present name."""
+        check_field_names(cls, values, cls.__name__)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         name = type(self).__name__
+        self.observe_weights = boolean(f"{name}.observe_weights", self.observe_weights)
+        if "observe_weights" in self.env_kwargs:
+            raise InvalidOptionError(
+                f"observe_weights={self.env_kwargs['observe_weights']!r} in {name}.env_kwargs: it is a field of "
+                f"{name} itself"
+            )
+        for key, value in self.needed.items():
+            if self.env_kwargs.get(key, value) != value:
+                raise InvalidOptionError(
+                    f"{key}={self.env_kwargs[key]!r} in {name}.env_kwargs: this recipe needs {key}={value!r}"
+                )
         if self.total_steps is None and self.seconds is None:
             raise LbgymError(f"{name} needs total_steps, seconds or both, got neither")
         for key, least in self.whole_numbers.items():
@@ -129,6 +148,46 @@ class TrainingConfig:
         )
 
 
+@dataclass(kw_only=True)
+class AlgorithmConfig(TrainingConfig):
+    """The configuration of a framework's recipe, which has several algorithms.
+
+    The fields whose default depends on the algorithm hold it once the configuration is made; so ``dataclasses.replace``
+    with another ``algorithm`` keeps those of the first.
+    """
+
+    algorithm: str
+    """a name of the framework's ``ALGORITHMS``"""
+    network: str = "mlp"
+    """"mlp", or "equivariant", parameters shared over the servers"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the algorithm in its framework"""
+
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate; on-policy algorithms only"""
+    epochs: int = 4
+    """passes over the rollout per update; algorithms of the PPO family only"""
+    minibatches: int = 4
+    """minibatches per pass; algorithms of the PPO family only"""
+
+    #: The algorithms by name; each has ``action_types``, the default first, and defaults for fields.
+    algorithms: ClassVar[Mapping[str, Any]]
+    #: The framework, and an algorithm of it for where joint actions would be too many.
+    framework: ClassVar[tuple[str, str]]
+    #: Fields whose default is the attribute of that name of the algorithm.
+    per_algorithm: ClassVar[tuple[str, ...]] = ("num_envs", "num_steps", "learning_rate")
+    whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {"epochs": 1, "minibatches": 1}
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        kind = self.algorithms[choice("algorithm", self.algorithm, self.algorithms, where=name)]
+        self.fill_in(action_type=kind.action_types[0], **{key: getattr(kind, key) for key in self.per_algorithm})
+        super().__post_init__()
+        choice("network", self.network, ("mlp", "equivariant"), where=name)
+        framework, other = self.framework
+        self.check_action_type(f"{self.algorithm.upper()} of {framework}", kind.action_types, other)
+
+
 def plain_config(config: TrainingConfig) -> dict[str, Any]:
     """Convert a configuration to plain data. A Scenario object or a callable reward has no plain form: None."""
     plain = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -147,16 +206,31 @@ def plain_config(config: TrainingConfig) -> dict[str, Any]:
 RENAMED = {"policy": "network", "sees_weights": "observe_weights"}
 
 
+def check_field_names(kind: type[TrainingConfig], names: Iterable[str], where: str) -> None:
+    """Check names of fields of a configuration.
+
+    Raises:
+        UnknownNameError: for a name that is no field, naming ``where`` it comes from.
+        InvalidOptionError: for the former name of a field, naming the present one.
+    """
+    known = [field.name for field in fields(kind)]
+    for name in names:
+        if (now := RENAMED.get(name)) in known:
+            raise InvalidOptionError(f"{name} in {where} is now called {now}")
+        if name not in known:
+            raise UnknownNameError("setting", name, known, where)
+
+
 def current_fields(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration's plain form by the present names of its fields."""
     return {RENAMED.get(name, name): value for name, value in plain.items()}
 
 
 def saved_config(plain: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the configuration that a checkpoint was trained with from its plain form in the file ``path``.
+    """Read the configuration of a checkpoint in the file ``path`` from its plain form.
 
     Raises:
-        CheckpointError: if it had a part with no plain form.
+        CheckpointError: if part of it had no plain form.
     """
     for name in ("scenario", "reward_type"):
         if plain[name] is None:
@@ -188,7 +262,7 @@ def check_same(
     Args:
         path: the checkpoint's file.
         plain: its configuration, in plain form.
-        config: the one to go on with.
+        config: of the new run.
         names: of the fields.
 
     Raises:

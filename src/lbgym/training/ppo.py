@@ -38,8 +38,8 @@ from ..policies.checkpoints import contents
 from ..policies.inputs import Encoder
 from ..policies.networks import ServerNetwork
 from ..policies.neural import PPOPolicy
+from .checkpoints import check_shapes, network_shapes
 from .config import TrainingConfig, plain_config
-from .exported import check_shapes, space_text
 from .loop import Trainer
 from .runs import Budget, Callback, Progress, clone
 
@@ -164,7 +164,7 @@ def train_ppo(
         callback: receives the progress after every update; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
-    If it is interrupted or fails, the state after the last whole update is saved before the exception goes on.
+    If it is interrupted or fails, the state after the last whole update is saved before the exception propagates.
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment.
@@ -189,15 +189,9 @@ class _Trainer(Trainer[PPOConfig]):
         assert observation.shape is not None
         self.features = observation.shape[0] // self.num_servers - 1
         self.kind = ActionKind.of(action, self.num_servers)
-        self.shapes = {
-            "features": self.features,
-            "choices": self.kind.choices,
-            "joint": self.kind.joint,
-            "hidden": config.hidden,
-            "num_servers": self.num_servers,
-            "observation": space_text(observation),
-            "action": str(action),
-        }
+        self.shapes = network_shapes(
+            self.kind, self.num_servers, self.features, hidden=config.hidden, spaces=(observation, action)
+        )
         self.encoder = Encoder(self.features, config.memory)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Union, get_args, get_origin, ge
 from ..errors import CheckpointError, InvalidOptionError, MissingExtraError, UnknownNameError
 from ..policies.checkpoints import read_checkpoint
 from ..toml_files import read_toml
-from .config import RENAMED, TrainingConfig, plain_config, saved_config
+from .config import TrainingConfig, check_field_names, plain_config, saved_config
 
 if TYPE_CHECKING:
     from .runs import Callback, Progress
@@ -104,7 +104,7 @@ def train(
         algo: its name, one of ``RECIPES``.
         config: of the recipe's class; None: the checkpoint's with ``resume_from``, else the defaults.
         out: the checkpoint's file, or a folder for it; None: keep nothing.
-        resume_from: a checkpoint of the same recipe to go on with.
+        resume_from: a checkpoint of the same recipe to continue.
         callback: receives the progress after every update; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
         changes: fields of the configuration over ``config``.
@@ -184,11 +184,8 @@ def check_settings(kind: type[TrainingConfig], values: Mapping[str, Any], where:
     """
     hints = get_type_hints(kind)
     known = {field.name: field.type for field in fields(kind)}
+    check_field_names(kind, values, where)
     for name, value in values.items():
-        if (now := RENAMED.get(name)) in known:
-            raise InvalidOptionError(f"{name} in {where} is called {now} now: use {now}={value!r}")
-        if name not in known:
-            raise UnknownNameError("setting", name, known, where)
         if value is not None and not _fits(value, hints[name]):
             wanted = str(known[name]).replace("bool", "true or false").replace(" | None", "")
             raise InvalidOptionError(f"{name} in {where} must be of type {wanted}, got {value!r}")
@@ -196,7 +193,7 @@ def check_settings(kind: type[TrainingConfig], values: Mapping[str, Any], where:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; TOML has lists for tuples, and whole numbers are also floats."""
+    """Return whether a value is of a type; TOML has lists for tuples, and whole numbers are also floats."""
     if hint is Any:
         return True
     if get_origin(hint) in (Union, UnionType):

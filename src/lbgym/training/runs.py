@@ -57,7 +57,7 @@ Callback = Callable[[Progress], bool | None]
 
 
 class Budget:
-    """The steps and seconds that a training has used of those it may use.
+    """The steps and seconds that a training has used of its limits.
 
     Args:
         config: has the limits, ``total_steps`` and ``seconds``.
@@ -88,7 +88,7 @@ class Budget:
 
     @property
     def used_up(self) -> bool:
-        """Whether the training is over."""
+        """True if no budget is left."""
         return self.fraction >= 1.0
 
 
@@ -127,11 +127,11 @@ class Reporter:
     def report(self, *, reward: float, fct_mean: float, losses: dict[str, float]) -> bool:
         """Report an update.
 
-        A checkpoint that cannot be written in between is a warning, since the next one may be; the last one, which the
-        recipe writes at its end, is an error.
+        A checkpoint that cannot be written meanwhile is only a warning, since the next one may succeed; the last one is
+        an error.
 
         Returns:
-            Whether to stop: the budget is used up or the callback asked for it.
+            True to stop: the budget is used up, or the callback asked for it.
         """
         budget, (step, seconds) = self._budget, self._last
         progress = Progress(
@@ -162,13 +162,12 @@ class Reporter:
 
     @contextmanager
     def saving(self, last: Callable[[], object] | None = None) -> Iterator[None]:
-        """Write the last checkpoint when the block ends, in whatever way.
+        """Write the last checkpoint when the block ends, is interrupted or fails.
 
-        Also when it is interrupted or fails, unless that was before the first update: what was in the file's place is
-        then worth more.
+        A failure before the first update writes nothing, which keeps an earlier file.
 
         Args:
-            last: writes it; None: as those in between.
+            last: writes it; None: ``save``.
         """
         save = last or self._save or (lambda: None)
         try:
@@ -203,7 +202,7 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def log_folder(checkpoint: Path | None, tensorboard: bool) -> Path | None:
-    """The folder of a training's logs, beside its checkpoint; None if nothing is to be logged."""
+    """Return the folder of a training's logs, beside its checkpoint; None if nothing is logged."""
     return checkpoint.parent / "tensorboard" if checkpoint is not None and tensorboard else None
 
 
@@ -224,7 +223,7 @@ def summary_writer(folder: Path | None) -> Iterator[Any]:
         try:
             writer.close()
         except OSError as error:
-            logger.warning("the end of the log in %s could not be written: %s", folder, error.strerror)
+            logger.warning("cannot write the end of the log in %s: %s", folder, error.strerror)
 
 
 def log(writer: Any, progress: Progress) -> None:
@@ -241,7 +240,7 @@ def output_file(out: str | os.PathLike[str] | None, name: str) -> Path | None:
     """The file to write: ``out`` if it ends as ``name`` does, else ``name`` in the folder ``out``, which is made.
 
     Raises:
-        FileWriteError: if it cannot be written, before any time is spent on training.
+        FileWriteError: if it cannot be written.
     """
     if out is None:
         return None
@@ -256,7 +255,7 @@ def write_torch(path: Path, state: Any) -> None:
     """Write tensors and plain data, whole or not at all.
 
     Raises:
-        FileWriteError: if the system refuses.
+        FileWriteError: if the file cannot be written.
     """
     # On a full disk torch's own writer raises an internal error.
     buffer = io.BytesIO()

@@ -48,9 +48,9 @@ from ..policies.checkpoints import contents, read_checkpoint
 from ..policies.inputs import server_inputs
 from ..policies.networks import Moments, RecurrentActor, RecurrentNetwork, draw
 from ..policies.neural import SACGRUPolicy
+from .checkpoints import check_shapes, network_shapes
 from .config import TrainingConfig, current_fields, plain_config
-from .exported import check_shapes, space_text
-from .interface import Interface
+from .env_interface import EnvInterface
 from .loop import Trainer
 from .replay import Batch, Replay
 from .runs import Budget, Callback, Progress, clone, write_torch
@@ -219,8 +219,7 @@ class SACGRUAgent:
         env: a :class:`~lbgym.LoadBalanceEnv` or a :class:`~lbgym.LoadBalanceVectorEnv`, wrapped or not; or the pair of
             spaces (observation, action) of one environment, such as those of one agent of
             :class:`~lbgym.MultiLoadBalanceEnv`.
-        config: how to learn; None: the defaults. What it says of the environment is replaced by what ``env`` is; its
-            budget has no effect.
+        config: None: the defaults. Its keys of the environment give way to those of ``env``; its budget has no effect.
         changes: fields of the configuration over ``config``. With spaces, ``action_weights`` is the environment's.
 
     Attributes:
@@ -239,32 +238,32 @@ class SACGRUAgent:
         **changes: Any,
     ) -> None:
         base = config or SACGRUConfig()
-        self.interface = place = Interface.of(env, changes.get("action_weights", base.action_weights))
-        layout = place.layout
-        self.num_envs, self.num_servers = place.num_envs or 1, layout.num_servers
+        self.interface = interface = EnvInterface.of(env, changes.get("action_weights", base.action_weights))
+        layout = interface.layout
+        self.num_envs, self.num_servers = interface.num_envs or 1, layout.num_servers
         given = changes.get("env_kwargs", base.env_kwargs)
         found: dict[str, Any] = {
             "num_servers": self.num_servers,
             "num_envs": self.num_envs,
-            "action_type": place.action_type,
-            "action_weights": place.levels,
+            "action_type": interface.action_type,
+            "action_weights": interface.levels,
             "observe_weights": layout.observe_weights or changes.get("observe_weights", base.observe_weights),
             "env_kwargs": {key: value for key, value in given.items() if key not in _OF_THE_ENVIRONMENT},
         }
-        if place.max_steps is not None:
+        if interface.max_steps is not None:
             # A row of the replay; longer episodes are cut into pieces.
-            found["max_steps"] = min(place.max_steps, changes.get("max_steps", base.max_steps))
+            found["max_steps"] = min(interface.max_steps, changes.get("max_steps", base.max_steps))
         self.config = config = replace(base, **changes | found)
         #: Keys of the environments that the trained policy acts in.
         self.env_kwargs = config.observation_kwargs() | {"normalize": layout.normalize}
         if layout.use_ground_truth:
             self.env_kwargs["use_ground_truth"] = True
-        if place.step_interval is not None:
-            self.env_kwargs["step_interval"] = place.step_interval
+        if interface.step_interval is not None:
+            self.env_kwargs["step_interval"] = interface.step_interval
         # The weights in force, where the environment does not show them.
         self._adds_weights = config.observe_weights and not layout.observe_weights
         self.features = len(layout.columns) + self._adds_weights
-        space = place.codec.space
+        space = interface.codec.space
         self.kind = ActionKind.of(space, self.num_servers)
         flat = ObservationLayout(
             self.num_servers,
@@ -273,15 +272,9 @@ class SACGRUAgent:
             use_ground_truth=layout.use_ground_truth,
             observe_weights=config.observe_weights,
         )
-        self.shapes = {
-            "features": self.features,
-            "choices": self.kind.choices,
-            "joint": self.kind.joint,
-            "hidden": config.hidden,
-            "num_servers": self.num_servers,
-            "observation": space_text(flat.space),
-            "action": str(space),
-        }
+        self.shapes = network_shapes(
+            self.kind, self.num_servers, self.features, hidden=config.hidden, spaces=(flat.space, space)
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.networks = Agent(self.features, config.hidden, self.kind.choices, config.initial_temperature)
@@ -424,7 +417,7 @@ class SACGRUAgent:
         if steps < config.warmup * config.max_steps or not bool((replay.filled >= config.sequence_length).any()):
             return dict.fromkeys(LOSSES, 0.0)
         if networks.moments.count == 0:
-            # Scales are kept from here on: values learnt on one scale are wrong on another.
+            # The scales are fixed from here on: values learnt on one scale are wrong on another.
             for row in torch.nonzero(replay.filled).flatten().tolist():
                 seen = slice(0, int(replay.filled[row]))
                 networks.moments.update(replay.inputs[row, seen][replay.active[row, seen]])
@@ -560,7 +553,7 @@ class SACGRUAgent:
             CheckpointError: if the file cannot be read, or does not fit the environment.
         """
         saved = read_checkpoint(path, ALGO)
-        # What a Scenario object was has no part in acting or learning.
+        # Neither acting nor learning needs the scenario, which may have been a Python object.
         plain = saved["config"] | {"scenario": saved["config"]["scenario"] or None}
         agent = cls(env, SACGRUConfig(**current_fields(plain)), **changes)
         agent.restore(saved, path)
@@ -593,7 +586,7 @@ def train_sac_gru(
         callback: receives the progress after every round of updates; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
-    If it is interrupted or fails, the state after the last whole round is saved before the exception goes on.
+    If it is interrupted or fails, the state after the last whole round is saved before the exception propagates.
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment.
@@ -629,7 +622,7 @@ class _Trainer(Trainer[SACGRUConfig]):
         self.budget = Budget(self.config, saved["step"], saved["seconds"])
 
     def begin(self) -> None:
-        """Begin the next episode in all replicas; they have no reason to end at different steps."""
+        """Begin the next episode in all replicas, which end together."""
         seeds = np.random.SeedSequence([self.config.seed, self.episode]).generate_state(self.config.num_envs)
         self.episode += 1
         self.observation, self.info = self.env.reset(seed=[int(s) for s in seeds])

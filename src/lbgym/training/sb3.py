@@ -40,7 +40,7 @@ except ModuleNotFoundError as error:
     raise MissingExtraError("stable_baselines3", "sb3", "training with Stable-Baselines3") from error
 
 from ..atomic import write_whole
-from .config import PER_ALGORITHM, TrainingConfig, check_recipe, check_same, current_fields, plain_config
+from .config import PER_ALGORITHM, AlgorithmConfig, check_recipe, check_same, current_fields, plain_config
 from .runs import Budget, Callback, Progress, Reporter, log_folder, output_file, torch_threads
 
 if TYPE_CHECKING:
@@ -237,11 +237,8 @@ class SB3VecEnv(VecEnv):
 
 
 @dataclass(kw_only=True)
-class SB3Config(TrainingConfig):
+class SB3Config(AlgorithmConfig):
     """The configuration of a training with an algorithm of Stable-Baselines3 or sb3-contrib.
-
-    The fields whose default depends on the algorithm hold it once the configuration is made; so ``dataclasses.replace``
-    with another ``algorithm`` keeps those of the first.
 
     The off-policy algorithms (DQN, SAC, TD3) make one gradient step per 32 transitions, whatever the number of
     replicas: all replicas go ``num_steps`` steps, then ``num_envs num_steps / 32`` gradient steps follow. For 32 to 256
@@ -262,7 +259,7 @@ class SB3Config(TrainingConfig):
     """an ``action_type`` of ``LoadBalanceEnv``: any for "ppo", "a2c" and "recurrent-ppo" (default "normalized"),
     "joint" for "dqn", and for "sac" and "td3" either "normalized" (default) or "continuous"."""
     observe_weights: bool = False
-    """observe of each server its weight in force as well"""
+    """append each server's weight in force to the observation"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     """further keys of ``LoadBalanceVectorEnv``; "dqn" has ``action_weights`` of 1 and 4 unless given"""
 
@@ -272,12 +269,6 @@ class SB3Config(TrainingConfig):
     """steps of every replica between two updates; 16 for "ppo" and "recurrent-ppo", 8 for "a2c", 4 for the others"""
     learning_rate: float = PER_ALGORITHM
     """step size of the optimiser; 1e-3, but 7e-4 for "a2c" and 5e-4 for "dqn" and "td3"."""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate; on-policy algorithms only"""
-    epochs: int = 4
-    """passes over the rollout per update; "ppo" and "recurrent-ppo" only"""
-    minibatches: int = 4
-    """minibatches per pass; "ppo" and "recurrent-ppo" only"""
     hidden: int = 64
     """width of the layers, two of them with "mlp", and of the LSTM"""
     log_std: float = -2.0
@@ -285,22 +276,14 @@ class SB3Config(TrainingConfig):
     the first thing that dense layers learn is to keep all actions beyond the bounds, where the noise is cut off"""
 
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.SAME_STEP
+    algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
+    framework: ClassVar[tuple[str, str]] = ("Stable-Baselines3", "ppo")
+    needed: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise UnknownNameError("algorithm", self.algorithm, ALGORITHMS, "SB3Config")
-        kind = ALGORITHMS[self.algorithm]
-        self.fill_in(
-            action_type=kind.action_types[0],
-            num_envs=kind.num_envs,
-            num_steps=kind.num_steps,
-            learning_rate=kind.learning_rate,
-        )
         super().__post_init__()
+        kind = ALGORITHMS[self.algorithm]
         self.env_kwargs = {**kind.env_kwargs, **self.env_kwargs}
-        self.check_action_type(f"{kind.name} of {kind.module}", kind.action_types, "ppo")
-        if self.network not in ("mlp", "equivariant"):
-            raise UnknownNameError("network", self.network, ("mlp", "equivariant"), "SB3Config")
         if self.network not in kind.networks:
             having = [name for name, other in ALGORITHMS.items() if self.network in other.networks]
             raise LbgymError(
@@ -375,18 +358,18 @@ def train_sb3(
     The replay buffer of DQN, SAC and TD3 is saved beside it at the end of the training, and when it is stopped or
     interrupted: ``sb3-sac.replay.pkl`` for ``sb3-sac.zip``. It is not saved with the checkpoints in between, since it
     has up to some hundred megabytes. Without it, as after a crash or with another number of replicas, a resumed
-    training fills a new one with ``learning_starts`` random steps before it goes on learning.
+    training fills a new one with ``learning_starts`` random steps before it continues to learn.
 
     Args:
         config: None: the defaults.
         out: the model's file, ending in .zip, or a folder for ``sb3-ppo.zip`` and so on; always written whole or not at
             all. None: keep nothing.
-        resume_from: a model saved here to go on with, its pickled parts included, so a file you trust: parameters,
+        resume_from: a model saved here to continue, its pickled parts included, so a file you trust: parameters,
             optimiser, step count, scale of the rewards. Everything else is the configuration's.
         callback: receives the progress after every rollout; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the model.
 
-    If it is interrupted or fails, the model is saved before the exception goes on.
+    If it is interrupted or fails, the model is saved before the exception propagates.
 
     Raises:
         CheckpointError: if the model does not fit the environment, or is of another algorithm, network or width.

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from ..errors import LbgymError, MissingExtraError, UnsupportedSpaceError
+from ..errors import InvalidOptionError, LbgymError, MissingExtraError, UnsupportedSpaceError
 
 try:
     import torch
@@ -42,7 +42,13 @@ class _ReplicaEnv(EnvBase):
 
     env: ReplicaEnv
 
-    def __init__(self, env: ReplicaEnv, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, env: ReplicaEnv, *, device: torch.device | str = "cpu", **keys: Any) -> None:
+        if keys:
+            given = ", ".join(f"{name}={value!r}" for name, value in keys.items())
+            raise InvalidOptionError(
+                f"{type(self).__name__} takes a vector environment and a device, got {given}: keys such as "
+                "observe_weights belong to the vector environment"
+            )
         mode = env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.DISABLED:
             raise LbgymError(
@@ -54,7 +60,7 @@ class _ReplicaEnv(EnvBase):
         self._next_seeds: list[int | None] = [None] * env.num_envs
 
     def _set_seed(self, seed: int | None) -> None:
-        # Each replica takes its seed at its next reset, which need not be that of the others.
+        # Each replica takes its seed at its next reset; replicas may reset at different times.
         self._next_seeds = [None if seed is None else int(seed) + i for i in range(self.env.num_envs)]
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
@@ -66,24 +72,24 @@ class _ReplicaEnv(EnvBase):
         observation, _ = self.env.reset(seed=self._next_seeds, options=options)
         self._next_seeds = [None if mask[i] else seed for i, seed in enumerate(self._next_seeds)]
         over = np.zeros(self.env.num_envs, np.bool_)
-        return self._told(observation, over, over)
+        return self._result(observation, over, over)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict.get(self.action_key).detach().cpu().numpy()
         observation, rewards, terminated, truncated, _ = self.env.step(action)
-        told = self._told(observation, terminated, truncated)
-        told.set(self.reward_key, self._tensor(rewards.astype(np.float32)).unsqueeze(-1))
-        return told
+        result = self._result(observation, terminated, truncated)
+        result.set(self.reward_key, self._tensor(rewards.astype(np.float32)).unsqueeze(-1))
+        return result
 
-    def _told(self, observation: Any, terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]) -> TensorDictBase:
-        """Observations and ends, in fresh tensors."""
-        told = TensorDict(self._observed(observation), self.batch_size, device=self.device)
+    def _result(self, observation: Any, terminated: NDArray[np.bool_], truncated: NDArray[np.bool_]) -> TensorDictBase:
+        """Return observations and ends in fresh tensors."""
+        result = TensorDict(self._observed(observation), self.batch_size, device=self.device)
         for key, ended in (("terminated", terminated), ("truncated", truncated), ("done", terminated | truncated)):
-            told.set(key, self._tensor(ended).unsqueeze(-1).clone())
-        return told
+            result.set(key, self._tensor(ended).unsqueeze(-1).clone())
+        return result
 
     def _observed(self, observation: Any) -> dict[str, Any]:
-        """Entries of a tensordict, but rewards and ends."""
+        """Return the entries of a tensordict other than rewards and ends."""
         raise NotImplementedError
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
@@ -142,15 +148,16 @@ class TorchRLEnv(_ReplicaEnv):
 
     Raises:
         LbgymError: for another autoreset mode.
+        InvalidOptionError: for a key of the vector environment.
         UnsupportedSpaceError: for an environment with several balancers.
     """
 
-    def __init__(self, env: LoadBalanceVectorEnv, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, env: LoadBalanceVectorEnv, *, device: torch.device | str = "cpu", **keys: Any) -> None:
         if not isinstance(env, LoadBalanceVectorEnv):
             raise UnsupportedSpaceError(
                 "TorchRLEnv takes a LoadBalanceVectorEnv; for a MultiLoadBalanceVectorEnv use MultiTorchRLEnv"
             )
-        super().__init__(env, device=device)
+        super().__init__(env, device=device, **keys)
         r = self.batch_size
         self.observation_spec = Composite(self._observation_specs(env.single_observation_space, r), shape=r)
         self.action_spec = self._spec(env.single_action_space, r)
@@ -179,12 +186,13 @@ class MultiTorchRLEnv(_ReplicaEnv):
 
     Raises:
         LbgymError: for another autoreset mode.
+        InvalidOptionError: for a key of the vector environment.
     """
 
     env: MultiLoadBalanceVectorEnv
 
-    def __init__(self, env: MultiLoadBalanceVectorEnv, *, device: torch.device | str = "cpu") -> None:
-        super().__init__(env, device=device)
+    def __init__(self, env: MultiLoadBalanceVectorEnv, *, device: torch.device | str = "cpu", **keys: Any) -> None:
+        super().__init__(env, device=device, **keys)
         self.group_map = {GROUP: [f"lb_{b}" for b in range(env.num_balancers)]}
         r = self.batch_size
         agents = torch.Size([*r, env.num_balancers])

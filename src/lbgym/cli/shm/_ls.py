@@ -46,7 +46,7 @@ def include() -> None:
 
 
 def _rows(folder: Path, every: bool) -> Iterator[dict[str, Any]]:
-    """What there is to say of each file that is a region, or may be one."""
+    """Describe each file that is a region, or may be one."""
     from ...sharedmemory.system import path_of
 
     for path in sorted(folder.iterdir()):
@@ -69,7 +69,7 @@ def _rows(folder: Path, every: bool) -> Iterator[dict[str, Any]]:
 
 
 def begins_as_region(path: Path) -> bool:
-    """Whether a file begins as a region does."""
+    """True if a file begins as a region does."""
     from ...sharedmemory.abi import MAGIC
 
     with path.open("rb") as file:

@@ -51,7 +51,7 @@ _FOREIGN_LOGS = (
 
 
 def foreign_log(line: str) -> str:
-    """What a line is, if no format of ours, and how to convert its file; "" if it is not recognised."""
+    """Name the foreign format of a line, and how to convert its file; "" if it is not recognised."""
     for pattern, name, conversion in _FOREIGN_LOGS:
         if pattern.match(line):
             return f"this looks like {name}: {conversion}"

@@ -176,12 +176,12 @@ class LineReader:
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Numbers and bytes of the lines that are not blank; says how far it is when that takes long."""
         stream = io.BytesIO(self._data)
-        told = clock.monotonic()
+        reported = clock.monotonic()
         for number, line in enumerate(stream, 1):
             if line.strip():
                 yield number, line
-            if number % _LINES_BETWEEN_LOOKS == 0 and clock.monotonic() - told > _MESSAGE_INTERVAL:
-                told = clock.monotonic()
+            if number % _LINES_BETWEEN_LOOKS == 0 and clock.monotonic() - reported > _MESSAGE_INTERVAL:
+                reported = clock.monotonic()
                 logger.info(
                     "reading %s: %d lines, %.0f %%", self._file, number, 100 * stream.tell() / max(len(self._data), 1)
                 )
@@ -318,7 +318,7 @@ def _parse_clf(line: str, base: float, per_byte: float) -> _Flow:
 
 
 def _clf_problem(line: str) -> str:
-    """Why a line is not in the common log format."""
+    """Say why a line is not in the common log format."""
     if foreign := foreign_log(line):
         return foreign
     for pattern, problem in _CLF_PARTS:

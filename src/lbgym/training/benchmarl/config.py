@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ...errors import InvalidOptionError, MissingExtraError, UnknownNameError
+from ...checks import choice
+from ...errors import InvalidOptionError, MissingExtraError
 
 try:
     with warnings.catch_warnings():
@@ -20,7 +21,7 @@ except ModuleNotFoundError as error:
 
 from ...env.multi_agent_vector import REWARD_SHARINGS, MultiLoadBalanceVectorEnv
 from ...scenarios import AnyScenario
-from ..config import PER_ALGORITHM, TrainingConfig
+from ..config import PER_ALGORITHM, AlgorithmConfig
 
 #: Keys of the environment by action type, unless given. Two levels make 2 ** 7 joint actions of the 7 servers
 #: of "marllb-moderate", three would make 2,187; and weights that are too far apart at random overload servers.
@@ -29,7 +30,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "normalized": {"min_weight": 0.25, "max_weight": 4.0},
 }
 
-#: Keys of the environment that balancers have together; one that acts alone knows none of them.
+#: Keys of the environment that concern several balancers; a single one has none of them.
 _OF_SEVERAL = ("num_balancers", "reward_sharing", "action_offsets", "action_delay")
 
 
@@ -93,11 +94,8 @@ ALGORITHMS = {
 
 
 @dataclass(kw_only=True)
-class BenchMARLConfig(TrainingConfig):
+class BenchMARLConfig(AlgorithmConfig):
     """The configuration of a training with an algorithm of BenchMARL.
-
-    The fields whose default depends on the algorithm hold it once the configuration is made; so ``dataclasses.replace``
-    with another ``algorithm`` keeps those of the first.
 
     A step is one of a whole replica: all its balancers act.
     """
@@ -142,35 +140,19 @@ class BenchMARLConfig(TrainingConfig):
     """lambda of the generalised advantage estimate; "mappo" and "ippo" only"""
     epochs: int = 2
     """passes over the rollout per update; "mappo" and "ippo" only"""
-    minibatches: int = 4
-    """minibatches per pass; "mappo" and "ippo" only"""
 
-    whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {
-        "batch_size": 1,
-        "optimizer_steps": 1,
-        "epochs": 1,
-        "minibatches": 1,
-    }
+    algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
+    framework: ClassVar[tuple[str, str]] = ("BenchMARL", "mappo")
+    per_algorithm: ClassVar[tuple[str, ...]] = ("num_steps", "learning_rate")
+    whole_numbers: ClassVar[dict[str, int]] = AlgorithmConfig.whole_numbers | {"batch_size": 1, "optimizer_steps": 1}
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise UnknownNameError("algorithm", self.algorithm, ALGORITHMS, "BenchMARLConfig")
-        kind = ALGORITHMS[self.algorithm]
-        self.fill_in(
-            action_type=kind.action_types[0],
-            num_steps=kind.num_steps,
-            learning_rate=kind.learning_rate,
-        )
         super().__post_init__()
-        if self.reward_sharing not in REWARD_SHARINGS:
-            raise UnknownNameError("reward sharing", self.reward_sharing, REWARD_SHARINGS, "BenchMARLConfig")
+        choice("reward sharing", self.reward_sharing, REWARD_SHARINGS, where="BenchMARLConfig")
         if not 0.0 < self.exploration <= 1.0:
             raise InvalidOptionError(
                 f"BenchMARLConfig.exploration must be above 0 and at most 1, got {self.exploration!r}"
             )
-        if self.network not in ("mlp", "equivariant"):
-            raise UnknownNameError("network", self.network, ("mlp", "equivariant"), "BenchMARLConfig")
-        self.check_action_type(f"{self.algorithm!r} of BenchMARL", kind.action_types, "mappo")
         self.env_kwargs = {**WEIGHTS.get(self.action_type, {}), **self.env_kwargs}
 
     def observation_kwargs(self) -> dict[str, Any]:

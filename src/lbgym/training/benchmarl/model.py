@@ -96,7 +96,7 @@ class LoadBalanceModelConfig(ModelConfig):
 
 
 def kind_of(action: Any, num_servers: int) -> ActionKind:
-    """How actions of a TorchRL spec are made of one choice per server."""
+    """Return the kind of actions of a TorchRL spec."""
     if isinstance(action, Categorical):
         return ActionKind(round(float(action.n) ** (1 / num_servers)), True)
     return ActionKind(0, False)

@@ -44,7 +44,7 @@ class LoadBalanceTaskClass(TaskClass):
         keys = shown | {"reward_type": "open_flows"} | self.config
         if "sees_weights" in keys:
             raise InvalidOptionError(
-                f"sees_weights={keys['sees_weights']!r} is called observe_weights now, a key of the environment"
+                f"sees_weights={keys['sees_weights']!r} is now called observe_weights, a key of the environment"
             )
         for name in ("reward_loc", "reward_scale"):
             keys.pop(name, None)

@@ -38,8 +38,8 @@ from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
 from ...policies.networks import NETWORKS
 from ...policies.neural import ExportedPolicy
+from ..checkpoints import check_shapes, write_policy
 from ..config import check_recipe, check_same
-from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from ..torchrl_env import GROUP
 from .config import ALGORITHMS, BenchMARLConfig
@@ -120,7 +120,7 @@ class _Experiment(Experiment):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the progress bar, the log of TorchRL's buffers, and warnings that nobody can act on."""
+    """Silence the progress bar, the log of TorchRL's buffers, and warnings without a remedy."""
     bar, news = experiments.tqdm, logging.getLogger("torchrl")
     experiments.tqdm, level = partial(bar, disable=True), news.level
     news.setLevel(logging.WARNING)
@@ -194,13 +194,13 @@ def train_benchmarl(
         config: None: the defaults.
         out: the checkpoint's file, ending in .pt, or a folder for ``benchmarl-qmix.pt`` and so on; always written whole
             or not at all. None: keep nothing.
-        resume_from: a checkpoint to go on with: parameters, also of critics, mixer and targets, optimisers, step count,
+        resume_from: a checkpoint to continue: parameters, also of critics, mixer and targets, optimisers, step count,
             scale of the rewards. Everything else is the configuration's. The replay buffer is not saved: off-policy
             algorithms fill a new one as they go.
         callback: receives the progress after every update; returning True stops the training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
-    If it is interrupted or fails, the checkpoint is saved before the exception goes on.
+    If it is interrupted or fails, the checkpoint is saved before the exception propagates.
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment, or is of another algorithm, network or width.
@@ -241,7 +241,7 @@ def train_benchmarl(
 
 @dataclass(frozen=True)
 class _Facts:
-    """Facts that the networks depend on, and the scaling (loc, scale) of rewards r to ``scale * r + loc``."""
+    """Shapes of the networks, and the scaling (loc, scale) of rewards r to ``scale * r + loc``."""
 
     num_servers: int
     num_balancers: int

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from gymnasium.vector import AutoresetMode
 
-from ...errors import LbgymError, UnknownNameError
-from ..config import PER_ALGORITHM, TrainingConfig
+from ...errors import LbgymError
+from ..config import PER_ALGORITHM, AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,6 @@ class Algorithm:
         rl_module: name of its class in :mod:`lbgym.training.rllib.modules`.
         actor: where the actor's parameters are in it.
         action_types: those it takes, the default first.
-        networks: those it has.
         num_envs: replicas.
         num_steps: steps of every replica between two updates.
         learning_rate: step size of the optimiser.
@@ -41,7 +40,6 @@ class Algorithm:
     rl_module: str
     actor: str
     action_types: tuple[str, ...]
-    networks: tuple[str, ...]
     num_envs: int
     num_steps: int
     learning_rate: float
@@ -59,7 +57,6 @@ class Algorithm:
         return found
 
 
-_ANY_NETWORK = ("mlp", "equivariant")
 _ON_POLICY = ("normalized", "discrete", "joint")
 # With gamma 0.95 a reward matters for about 20 steps: old experience is of no use.
 _REPLAY = {
@@ -77,7 +74,6 @@ ALGORITHMS = {
         "ActorCriticModule",
         "actor",
         _ON_POLICY,
-        _ANY_NETWORK,
         64,
         32,
         1e-3,
@@ -89,7 +85,6 @@ ALGORITHMS = {
         "QModule",
         "af",
         ("joint",),
-        _ANY_NETWORK,
         64,
         4,
         5e-4,
@@ -106,7 +101,6 @@ ALGORITHMS = {
         "SACModule",
         "pi.mean",
         ("normalized",),
-        _ANY_NETWORK,
         64,
         4,
         1e-3,
@@ -123,7 +117,6 @@ ALGORITHMS = {
         "ActorCriticModule",
         "actor",
         _ON_POLICY,
-        _ANY_NETWORK,
         64,
         8,
         5e-4,
@@ -137,7 +130,6 @@ ALGORITHMS = {
         "TargetActorCriticModule",
         "actor",
         _ON_POLICY,
-        _ANY_NETWORK,
         64,
         8,
         1e-3,
@@ -155,11 +147,8 @@ ALGORITHMS = {
 
 
 @dataclass(kw_only=True)
-class RLlibConfig(TrainingConfig):
+class RLlibConfig(AlgorithmConfig):
     """The configuration of a training with an algorithm of RLlib.
-
-    The fields whose default depends on the algorithm hold it once the configuration is made; so ``dataclasses.replace``
-    with another ``algorithm`` keeps those of the first.
 
     Rewards are divided by the standard deviation of discounted returns under equal weights, measured once before the
     training. The off-policy algorithms (DQN, SAC) make one gradient step per 32 transitions, whatever the number of
@@ -193,12 +182,6 @@ class RLlibConfig(TrainingConfig):
     """steps of every replica between two updates; 32 for "ppo", 8 for "impala" and "appo", 4 for "dqn" and "sac"."""
     learning_rate: float = PER_ALGORITHM
     """step size of the optimiser; 1e-3, but 5e-4 for "dqn" and "impala"."""
-    gae_lambda: float = 0.95
-    """lambda of the generalised advantage estimate; "ppo" only"""
-    epochs: int = 4
-    """passes over the rollout per update; "ppo" only"""
-    minibatches: int = 4
-    """minibatches per pass; "ppo" only"""
     hidden: int = 64
     """width of the layers, two of them with "mlp"."""
     log_std: float = -2.0
@@ -206,28 +189,17 @@ class RLlibConfig(TrainingConfig):
     layers learn is to keep all actions beyond the bounds of the space, where the noise is cut off"""
 
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.NEXT_STEP
-    whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {
-        "env_runners": 0,
-        "epochs": 1,
-        "minibatches": 1,
-    }
+    algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
+    framework: ClassVar[tuple[str, str]] = ("RLlib", "ppo")
+    per_algorithm: ClassVar[tuple[str, ...]] = (*AlgorithmConfig.per_algorithm, "env_runners")
+    whole_numbers: ClassVar[dict[str, int]] = AlgorithmConfig.whole_numbers | {"env_runners": 0}
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ALGORITHMS:
-            raise UnknownNameError("algorithm", self.algorithm, ALGORITHMS, "RLlibConfig")
-        kind = ALGORITHMS[self.algorithm]
-        self.fill_in(
-            action_type=kind.action_types[0],
-            num_envs=16 if self.multi_agent else kind.num_envs,
-            num_steps=kind.num_steps,
-            learning_rate=kind.learning_rate,
-            env_runners=kind.env_runners,
-        )
+        if self.multi_agent:
+            self.fill_in(num_envs=16)
         super().__post_init__()
+        kind = ALGORITHMS[self.algorithm]
         self.env_kwargs = {**kind.env_kwargs, **self.env_kwargs}
-        self.check_action_type(f"the recipe for RLlib's {self.algorithm.upper()}", kind.action_types, "ppo")
-        if self.network not in kind.networks:
-            raise UnknownNameError("network", self.network, kind.networks, f"RLlibConfig of {self.algorithm!r}")
         if self.multi_agent and not kind.multi_agent:
             having = ", ".join(name for name, other in ALGORITHMS.items() if other.multi_agent)
             raise LbgymError(f"multi_agent=True is for {having}, not for {self.algorithm!r}")

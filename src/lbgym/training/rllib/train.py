@@ -36,9 +36,9 @@ from ...env.vector import LoadBalanceVectorEnv
 from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
 from ...policies.neural import ExportedPolicy
+from ..checkpoints import check_shapes, write_policy
 from ..cluster import ClusterError, connected
 from ..config import check_recipe, check_same
-from ..exported import check_shapes, write_policy
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from . import environment, modules
 from .config import ALGORITHMS, RLlibConfig
@@ -49,7 +49,7 @@ TRANSITIONS_PER_GRADIENT_STEP = 32
 BATCH = 128
 #: Names of the environments in RLlib's registry.
 ENV, MULTI_AGENT_ENV = "lbgym-rllib", "lbgym-rllib-multi-agent"
-#: Where RLlib keeps the modules in the state of an algorithm.
+#: The folder of the modules in the saved state of an algorithm.
 _MODULES = Path("learner_group", "learner", "rl_module")
 #: RLlib's name of the policy that all balancers share where each is an agent.
 SHARED_POLICY = "balancer"
@@ -99,19 +99,19 @@ def train_rllib(
     Env runners that are lost, alone or with their node, are started again on any node that has a free CPU; the training
     goes on meanwhile. The replay buffer of DQN and SAC is not saved unless ``options`` have
     ``store_buffer_in_checkpoints``: without it, a resumed training fills a new one with as many steps as at the start
-    before it goes on learning.
+    before it continues to learn.
 
     Args:
         config: None: the defaults.
         out: the checkpoint's file, ending in .pt, or a folder for ``rllib-ppo.pt`` and so on; always written whole or
             not at all. None: keep nothing.
-        resume_from: a checkpoint saved here to go on with, its pickled parts in the folder included, so files you
+        resume_from: a checkpoint saved here to continue, its pickled parts in the folder included, so files you
             trust: parameters, optimiser, step count, scale of the rewards. Everything else is the configuration's.
         callback: receives the progress after every iteration of RLlib that had steps; returning True stops the
             training.
         tensorboard: log to a folder ``tensorboard`` beside the checkpoint.
 
-    If it is interrupted or fails, the checkpoint is saved before the exception goes on.
+    If it is interrupted or fails, the checkpoint is saved before the exception propagates.
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment, or is of another algorithm, network or width.
@@ -284,7 +284,7 @@ class _Run:
         with reporter.saving():
             while not stop:
                 result = self._algorithm.train()
-                # NaN or missing where no env runner had anything to report.
+                # NaN or missing if no env runner had anything to report.
                 sums = result.get("env_runners", {}).get("lbgym", {})
                 steps = int(_finite(sums.get("steps")))
                 budget.advance(steps)
@@ -375,11 +375,11 @@ class _Run:
         flat = np.concatenate([np.ones((rows, n)), rng.random((rows, n * self._features))], -1).astype(np.float32)
         info = {"weights": rng.uniform(0.5, 2.0, (rows, n))}
         with torch.no_grad():
-            told = module.forward_inference({Columns.OBS: torch.from_numpy(flat)})
-            if Columns.ACTIONS in told:
-                wanted = told[Columns.ACTIONS].numpy()
+            outputs = module.forward_inference({Columns.OBS: torch.from_numpy(flat)})
+            if Columns.ACTIONS in outputs:
+                wanted = outputs[Columns.ACTIONS].numpy()
             else:
-                distribution = module.get_inference_action_dist_cls().from_logits(told[Columns.ACTION_DIST_INPUTS])
+                distribution = module.get_inference_action_dist_cls().from_logits(outputs[Columns.ACTION_DIST_INPUTS])
                 wanted = distribution.to_deterministic().sample().numpy()
         if not self._action_kind.choices:
             # The environment clips likewise.

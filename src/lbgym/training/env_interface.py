@@ -1,4 +1,4 @@
-"""The observations, actions and replicas of an environment, as an agent in the user's own loop needs to know them."""
+"""The environment as an agent in the user's own loop sees it: :class:`EnvInterface`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..features import FEATURE_NAMES
 
 
 @dataclass(frozen=True)
-class Interface:
-    """How an environment with discrete actions is observed and acted on.
+class EnvInterface:
+    """The layout, actions and replicas of an environment with discrete actions.
 
     Attributes:
         codec: from actions to weights.
@@ -28,7 +28,7 @@ class Interface:
         num_envs: replicas; None: a single environment.
         max_steps: steps of an episode; None: unknown.
         step_interval: seconds of a step; None: unknown.
-        autoreset: when replicas whose episode has ended are reset; DISABLED: when the loop does it.
+        autoreset: mode of the replicas; DISABLED: the loop resets them.
     """
 
     codec: ActionCodec
@@ -41,7 +41,7 @@ class Interface:
     @classmethod
     def of(
         cls, env: Env[Any, Any] | VectorEnv[Any, Any, Any] | tuple[Space[Any], Space[Any]], levels: Sequence[float]
-    ) -> Interface:
+    ) -> EnvInterface:
         """The interface of an environment, or of the spaces of one, an observation space and an action space.
 
         Args:
@@ -73,7 +73,7 @@ class Interface:
         return cls(codec, layout, env.num_envs, bare.max_steps, bare.step_interval, mode)
 
     @classmethod
-    def _of_spaces(cls, observed: Space[Any], action: Space[Any], levels: Sequence[float]) -> Interface:
+    def _of_spaces(cls, observed: Space[Any], action: Space[Any], levels: Sequence[float]) -> EnvInterface:
         matrix = observed["features"] if isinstance(observed, spaces.Dict) else observed
         _check_discrete(action)
         shape = matrix.shape or ()
@@ -133,7 +133,7 @@ class Interface:
         elif self.layout.observation == "dict":
             mask, features = observation["mask"], observation["features"]
         else:
-            # Rows of inactive servers are zero, but so are those of idle ones.
+            # Rows of inactive servers are zero, as are those of idle ones.
             mask, features = np.ones((rows, n)), observation
         mask, features = np.reshape(mask, (rows, n)), np.reshape(features, (rows, n, -1))
         if weights is not None:

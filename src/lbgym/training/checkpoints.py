@@ -1,7 +1,7 @@
-"""Checkpoints of policies that other frameworks train: written in plain torch, they act without the framework.
+"""Writing checkpoints, and checking them against the environment to train on.
 
-A recipe whose framework has networks of its own hands over what the actor computes (a network of
-:data:`lbgym.policies.networks.NETWORKS`), how its outputs become actions, and what the framework needs to resume.
+A recipe whose framework has networks of its own writes its actor as one of ours
+(:data:`lbgym.policies.networks.NETWORKS`), so that the policy acts without the framework.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gymnasium import spaces
+from gymnasium.spaces import Box, Space
 
 from ..errors import CheckpointError
 from ..policies.action_kind import ActionKind
@@ -44,7 +44,7 @@ def write_policy(
 
     Args:
         path: the file, ending in .pt.
-        config: what it was trained with.
+        config: of the training.
         algo: name of the recipe, such as "rllib-ppo".
         network: its name among ``lbgym.policies.networks.NETWORKS``; its input is the flat observation,
             float[B, N (1 + F)].
@@ -53,19 +53,19 @@ def write_policy(
         kind: the kind of its actions.
         num_servers: N it was trained with.
         features: F, columns per server of an observation.
-        squash: whether continuous actions are the hyperbolic tangent of the network's outputs.
+        squash: continuous actions are the hyperbolic tangent of the network's outputs.
         step: environment steps it was trained for.
         seconds: time it was trained for.
-        trainer: tensors and plain data that resuming needs.
+        trainer: tensors and plain data for resuming.
 
     Raises:
-        FileWriteError: if the system refuses.
+        FileWriteError: if the file cannot be written.
     """
     state = contents(
         algo=algo,
         config=plain_config(config),
         env_kwargs=config.observation_kwargs(),
-        shapes={"features": features, "choices": kind.choices, "joint": kind.joint, "num_servers": num_servers},
+        shapes=network_shapes(kind, num_servers, features),
         network=network,
         arguments=arguments,
         parameters=clone(dict(parameters)),
@@ -77,9 +77,32 @@ def write_policy(
     write_torch(path, state)
 
 
-def space_text(space: spaces.Space[Any]) -> str:
-    """A space in one line: NumPy prints bounds that differ between columns over many."""
-    if isinstance(space, spaces.Box) and len(np.unique(space.low)) + len(np.unique(space.high)) > 2:
+def network_shapes(
+    kind: ActionKind,
+    num_servers: int,
+    features: int,
+    *,
+    hidden: int | None = None,
+    spaces: tuple[Space[Any], Space[Any]] | None = None,
+) -> dict[str, Any]:
+    """Describe the shapes of a policy's networks, for a checkpoint and for :func:`check_shapes`.
+
+    Args:
+        kind: of its actions.
+        num_servers: N.
+        features: F, columns per server of an observation.
+        hidden: width of the layers; None: left out.
+        spaces: of observations and actions, which messages show; None: left out.
+    """
+    shapes = {"features": features, "choices": kind.choices, "joint": kind.joint, "num_servers": num_servers}
+    if hidden is not None:
+        shapes["hidden"] = hidden
+    return shapes if spaces is None else shapes | {"observation": _in_one_line(spaces[0]), "action": str(spaces[1])}
+
+
+def _in_one_line(space: Space[Any]) -> str:
+    """A space as text; NumPy prints bounds that differ between columns over many lines."""
+    if isinstance(space, Box) and len(np.unique(space.low)) + len(np.unique(space.high)) > 2:
         return f"Box({space.shape}, {space.dtype})"
     return str(space)
 
@@ -99,7 +122,7 @@ def check_shapes(
         CheckpointError: naming both, for the first one that differs.
     """
     there = dict(saved["shapes"])
-    # In older files the weights in force were no part of the observation, but the networks read them as now.
+    # In older files the weights in force were not part of the observation, but the networks read them as now.
     there["features"] += saved["inputs"]["weights"]
 
     def shown(shapes: Mapping[str, Any]) -> str:
