@@ -421,12 +421,12 @@ def idle_shares(dispatch: str, weights: NDArray, servers: Sequence[Server]) -> N
         shares = weights
     elif dispatch in ("sed", "sed_scaled"):
         shares = scan_shares(weights == weights.max())
-    elif dispatch == "marginal":
+    elif dispatch in ("marginal", "whittle"):
         # A flow takes one core.
         shares = scan_shares(weights / cores == (weights / cores).max())
     elif dispatch in ("oracle_sed", "oracle_least_work"):
         shares = scan_shares(power == power.max())
-    elif dispatch == "oracle_marginal":
+    elif dispatch in ("oracle_marginal", "oracle_whittle"):
         shares = scan_shares(power / cores == (power / cores).max())
     elif dispatch in ("p2c_sed", "p2c_marginal"):
         # Of a pair the larger weight wins; equal weights share it.

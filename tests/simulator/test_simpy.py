@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -52,6 +53,20 @@ def delay_of(flows: np.ndarray, cores: np.ndarray) -> np.ndarray:
     return flows * np.maximum(1.0, flows / cores)
 
 
+@functools.cache
+def whittle(n: int, cores: int, weight: float, total: float) -> float:
+    """Whittle's index by its definition: from the stationary laws of chains that accept up to n and n + 1 flows."""
+    speed = weight / cores
+    rate = min(0.8 * total, 1.5 * weight)
+    mean, throughput = [], []
+    for limit in (n, n + 1):
+        chain = np.cumprod([1.0, *(rate / (speed * min(k, cores)) for k in range(1, limit + 1))])
+        chain /= chain.sum()
+        mean.append(chain @ np.arange(limit + 1))
+        throughput.append(rate * (1.0 - chain[-1]))
+    return float((mean[1] - mean[0]) / (throughput[1] - throughput[0]))
+
+
 def lawful(rule: str, weights: np.ndarray, flows: dict) -> Callable[[Replay, int], None]:
     """A check that each flow goes where the rule sends it, by the SimPy model's own counters."""
     balancers = int(flows["balancer"].max()) + 1
@@ -67,6 +82,9 @@ def lawful(rule: str, weights: np.ndarray, flows: dict) -> Callable[[Replay, int
             cores = np.array([min(m.cores, m.workers) for m in model.models])
             if rule == "oracle_lsq":
                 score = model.total
+            elif rule == "oracle_whittle":
+                total = speed[active].sum()
+                score = np.array([whittle(n, c, v, total) for n, c, v in zip(model.total, cores, speed, strict=True)])
             elif rule == "oracle_marginal":
                 score = (delay_of(model.total + 1, cores) - delay_of(model.total, cores)) * cores / speed
             elif rule == "oracle_sed":
@@ -77,12 +95,15 @@ def lawful(rule: str, weights: np.ndarray, flows: dict) -> Callable[[Replay, int
             slack = 1e-9
         else:
             cores = np.array([min(m.cores, m.workers) for m in model.models])
+            total = weights[active].sum()
+            index = [whittle(n, c, w, total) for n, c, w in zip(own, cores, weights, strict=True)]
             marginal = (delay_of(own + 1, cores) - delay_of(own, cores)) * cores / weights
             score = {
                 "lsq": own,
                 "table": own,
                 "p2c": own,
                 "marginal": marginal,
+                "whittle": np.array(index),
                 "p2c_marginal": marginal,
                 "sed": (own + 1) / weights,
                 "p2c_sed": (own + 1) / weights,

@@ -85,6 +85,13 @@ RULES: dict[str, DispatchRule] = {
             weighted=True,
         ),
         _rule(
+            "whittle",
+            "index",
+            "least Whittle index of a server that may refuse flows: within 3 % of the optimum for two servers",
+            "Whittle, 1988; Argon et al., 2009; benchmarks/optimum.py",
+            weighted=True,
+        ),
+        _rule(
             "table",
             "index",
             "least entry, at the own open flows q, of a table per server that is set from outside",
@@ -110,6 +117,12 @@ RULES: dict[str, DispatchRule] = {
             "index",
             "as marginal, with all balancers' flows and true speeds",
             "as marginal; needs counters and speeds",
+        ),
+        _rule(
+            "oracle_whittle",
+            "index",
+            "as whittle, with all balancers' flows and true speeds",
+            "as whittle; needs counters and speeds",
         ),
         _rule(
             "oracle_least_work",

@@ -30,6 +30,7 @@ from .layout import (
     ORACLE_LEAST_WORK,
     ORACLE_LSQ,
     ORACLE_MARGINAL,
+    ORACLE_WHITTLE,
     P2C,
     P2C_MARGINAL,
     R_ACTIVE,
@@ -40,14 +41,20 @@ from .layout import (
     S_STATUS,
     S_WAITING,
     S_WORK_LEFT,
+    SCORES_BEYOND_CORES,
     SED_SCALED,
     TABLE,
     UP,
     V_CORES,
     V_WORKERS,
     WCMP,
+    WHITTLE,
 )
 from .tournament import rebuild
+
+#: Arrival rate that Whittle's index is computed for: this part of the capacity of all servers, and at most so many
+#: times the server's own.
+WHITTLE_LOAD, WHITTLE_OVERLOAD = 0.8, 1.5
 
 _DISPATCH = np.uint64(0xD1B54A32D192ED03)
 _SECOND = np.uint64(0x8CB92BA72F3D8DD7)
@@ -82,13 +89,60 @@ def marginal_cost(flows, cores):
 
 
 @compiled(inline=True)
-def table_score(view, flows):
-    """Entry ``flows`` of the table in a balancer's ``view`` of a server; beyond its end by its last difference."""
-    last = view.shape[0] - NUM_BF - 1
-    if flows <= last:
-        return view[NUM_BF + flows]
-    end = view[NUM_BF + last]
-    return end + (flows - last) * (end - view[NUM_BF + last - 1])
+def table_score(view, columns, flows):
+    """The table in a balancer's ``view`` of a server at ``flows``: linear between entries, and beyond the last one."""
+    q = min(np.int64(flows), columns - 2)
+    score = view[NUM_BF + q]
+    part = flows - q
+    # Entries are taken as they are.
+    if part == 0.0:
+        return score
+    following = view[NUM_BF + q + 1]
+    if part == 1.0:
+        return following
+    if part > 1.0:
+        return following + (part - 1.0) * (following - score)
+    return score + part * (following - score)
+
+
+@compiled(inline=True)
+def whittle_columns(view):
+    """Scores that a table by Whittle's index has, whatever there is room for."""
+    return np.int64(view[B_CORES]) + SCORES_BEYOND_CORES
+
+
+@compiled()
+def fill_whittle(view, weight, total):
+    """Fill a table with Whittle's index of a server of this ``weight`` among servers of ``total`` weight.
+
+    To a server of c cores that may refuse flows, they come at rate a, and it accepts them while it holds fewer than k:
+    g(k) flows in the mean, throughput x(k). W(n) = (g(n + 1) - g(n)) / (x(n + 1) - x(n)) is the charge for a refusal at
+    which to accept with n flows is as good as not to (Whittle, 1988; for queues Argon et al., 2009).
+    In units of a flow's own time, with the weights pi of the chain, their sum Z(n) up to n, and mu(n) = min(n, c):
+        W(n) = (n + 1 - g(n)) Z(n) / (mu(n + 1) B(n)),    B(n) = Z(n + 1) - a / mu(n + 1) Z(n),
+    where B is constant from n = c - 1 on. Which a is best is found in benchmarks/optimum.py.
+    """
+    cores = view[B_CORES]
+    unit = cores / weight
+    rate = min(WHITTLE_LOAD * total * unit, WHITTLE_OVERLOAD * cores)
+    probability = 1.0
+    z = 1.0
+    held = 0.0
+    b = 1.0
+    for n in range(whittle_columns(view)):
+        mu = min(n + 1.0, cores)
+        following = probability * rate / mu
+        if n < cores:
+            b = z + following - rate / mu * z
+        view[NUM_BF + n] = unit * ((n + 1.0) - held / z) * (z / (mu * b))
+        probability = following
+        z += probability
+        held += (n + 1.0) * probability
+        if z > 1e100:
+            probability *= 1e-100
+            z *= 1e-100
+            held *= 1e-100
+            b *= 1e-100
 
 
 @compiled(inline=True)
@@ -98,17 +152,19 @@ def flow_score(rule, balancers, held, weight, view):
     Tables of scores by the flows ``held``, written as formulas where there is one. ``view`` is the balancer's view of
     the server.
     """
-    if rule == TABLE:
-        return table_score(view, held)
     if rule == SED_SCALED:
         held *= balancers
     flows = held + view[B_BACKGROUND]
+    if rule == TABLE:
+        return table_score(view, view.shape[0] - NUM_BF, flows)
     if rule == LSQ or rule == P2C or rule == ORACLE_LSQ:
         return flows
     if weight <= 0.0:
         return math.inf
     if rule == MARGINAL or rule == P2C_MARGINAL or rule == ORACLE_MARGINAL:
         return marginal_cost(flows, view[B_CORES]) / weight
+    if rule == WHITTLE or rule == ORACLE_WHITTLE:
+        return table_score(view, whittle_columns(view), flows)
     return (flows + 1.0) / weight
 
 
@@ -195,6 +251,14 @@ def refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, sf,
         all_zero = not oracle
         for j in range(n):
             all_zero = all_zero and (si[j, S_STATUS] != UP or bf[b, j, B_WEIGHT] <= 0.0)
+        fill = rule == WHITTLE or rule == ORACLE_WHITTLE
+        total = 0.0
+        for k in range(num_active if fill else 0):
+            j = active[k]
+            if oracle:
+                total += sf[j, S_SPEED] * bf[b, j, B_CORES]
+            else:
+                total += 1.0 if all_zero else bf[b, j, B_WEIGHT]
         for j in range(n):
             weight = 1.0 if all_zero else bf[b, j, B_WEIGHT]
             held = bi[b, j, B_OPEN]
@@ -203,6 +267,8 @@ def refresh_balancer(b, rule, table_size, ri, active, bf, bi, score, maglev, sf,
                 held = si[j, S_SERVED] + si[j, S_WAITING]
             # Inactive servers have an infinite score.
             bf[b, j, B_SCORE] = weight if si[j, S_STATUS] == UP else 0.0
+            if fill and si[j, S_STATUS] == UP and weight > 0.0:
+                fill_whittle(bf[b, j], weight, total)
             if si[j, S_STATUS] == UP:
                 score[b, j] = flow_score(rule, balancers, held, weight, bf[b, j])
             else:
@@ -314,4 +380,4 @@ def is_two_choice(rule):
 @compiled(inline=True)
 def keeps_scores(rule):
     """True if the rule's scores are kept up to date for every server: an oracle's in the row of balancer 0."""
-    return LSQ <= rule <= TABLE or ORACLE_LSQ <= rule <= ORACLE_MARGINAL
+    return LSQ <= rule <= TABLE or ORACLE_LSQ <= rule <= ORACLE_WHITTLE

@@ -24,6 +24,7 @@ from .tournament import row_size
     SED,
     SED_SCALED,
     MARGINAL,
+    WHITTLE,
     TABLE,
     P2C,
     P2C_SED,
@@ -31,9 +32,10 @@ from .tournament import row_size
     ORACLE_LSQ,
     ORACLE_SED,
     ORACLE_MARGINAL,
+    ORACLE_WHITTLE,
     ORACLE_LEAST_WORK,
     EXTERNAL,  # whoever calls the kernel; not a rule of a scenario
-) = range(17)
+) = range(19)
 
 POISSON, MODULATED, SINUSOIDAL, TRACE = range(4)
 DETERMINISTIC, EXPONENTIAL, LOGNORMAL, BOUNDED_PARETO, HYPEREXPONENTIAL, EMPIRICAL = range(6)
@@ -166,8 +168,8 @@ F_BALANCER, F_HEAP, F_FREE, F_WAIT, NUM_FI = range(5)
     B_ALIAS_PROBABILITY,
     NUM_BF,
 ) = range(7)
-#: Least number of scores in a table.
-NUM_SCORES = 2
+#: Least number of scores in a table, and scores beyond a server's cores of those that are made here.
+NUM_SCORES, SCORES_BEYOND_CORES = 2, 48
 B_OPEN, B_ALIAS, NUM_BI = range(3)
 # A recorded flow.
 (

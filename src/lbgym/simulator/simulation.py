@@ -231,6 +231,8 @@ class Simulation:
         if rule == "maglev" and self._state.maglev.shape[2] == 1:
             shape = (self.num_replicas, self.num_balancers, maglev_table_size(self.num_servers))
             self._state = self._state._replace(maglev=np.zeros(shape, np.int32))
+        if rule.endswith("whittle"):
+            self._widen_tables(at.SCORES_BEYOND_CORES + max(server.usable_cores for server in scenario.servers))
         rows, entries = _scenario_rows(scenario, rule, self._reservoirs, self._service, self._record_flows)
         if entries is not None:
             self._parameters.pi[replicas, at.P_TABLE_LENGTH] = 0
@@ -400,11 +402,14 @@ class Simulation:
                 "tables must not fall at their end, where they go on by their last difference, got "
                 f"{array[falling][0, -2:].tolist()}"
             )
-        have = self._state.bf.shape[3] - at.NUM_BF
-        if have < given[3]:
+        self._widen_tables(given[3])
+        return np.moveaxis(_continued(array, self._state.bf.shape[3] - at.NUM_BF), 3, 2)
+
+    def _widen_tables(self, columns: int) -> None:
+        """Make room for so many scores; those in force go on by their last difference."""
+        if self._state.bf.shape[3] - at.NUM_BF < columns:
             head, scores = np.split(self._state.bf, [at.NUM_BF], axis=3)
-            self._state = self._state._replace(bf=np.concatenate([head, _continued(scores, given[3])], axis=3))
-        return np.moveaxis(_continued(array, have), 3, 2)
+            self._state = self._state._replace(bf=np.concatenate([head, _continued(scores, columns)], axis=3))
 
     def _queue(self, rows: NDArray[np.float64], delays: NDArray[np.float64]) -> None:
         """Let weights come into force later, in the place of all that would do so after them."""
