@@ -63,9 +63,9 @@ def test_equivariant_network(joint: bool, centered: bool) -> None:
     close(ours(flat(11)), theirs(torch.from_numpy(flat(11))))
 
 
-@pytest.mark.parametrize("choices", [0, 3])
-def test_actor_of_ppo(choices: int) -> None:
-    theirs, ours = pair("actor-critic", features=7, hidden=16, choices=choices)
+@pytest.mark.parametrize(("choices", "numbers"), [(0, 1), (0, 2), (3, 1)])
+def test_actor_of_ppo(choices: int, numbers: int) -> None:
+    theirs, ours = pair("actor-critic", features=7, hidden=16, choices=choices, numbers=numbers)
     inputs, active = acting.server_inputs(30 * flat(7), 7)
     out, _ = theirs(theirs.scale(torch.from_numpy(inputs), torch.from_numpy(active)), torch.from_numpy(active))
     close(ours(inputs, active)[active], out[torch.from_numpy(active)])

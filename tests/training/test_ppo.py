@@ -14,6 +14,7 @@ import pytest
 from lbgym import LoadBalanceEnv
 from lbgym.errors import CheckpointError, FileWriteError, LbgymError
 from lbgym.policies import load_policy, read_checkpoint
+from lbgym.scenarios import Exponential, Scenario, Server, Workload
 
 torch = pytest.importorskip("torch")
 
@@ -185,7 +186,7 @@ def test_memory_is_an_exponential_average_that_starts_with_the_episode() -> None
 # Runs
 
 
-@pytest.mark.parametrize("action_type", ["normalized", "discrete", "joint"])
+@pytest.mark.parametrize("action_type", ["normalized", "discrete", "joint", "index"])
 def test_training_moves_every_parameter_and_keeps_losses_finite(action_type: str, tmp_path: Path) -> None:
     config = replace(SMALL, scenario="uniform", action_type=action_type, entropy_coefficient=0.01)
     history: list[Progress] = []
@@ -201,7 +202,7 @@ def test_training_moves_every_parameter_and_keeps_losses_finite(action_type: str
     after = parameters(tmp_path / "ppo.pt")
     still = [name for name, value in before.items() if torch.equal(value, after[name])]
     # categorical actions have no standard deviation
-    assert still == ([] if action_type == "normalized" else ["log_std"])
+    assert still == ([] if action_type in ("normalized", "index") else ["log_std"])
 
 
 def test_value_clipping_and_the_limit_on_kl_train_too() -> None:
@@ -302,6 +303,31 @@ def play(policy: object, steps: int = 5, **keys: object) -> list[np.ndarray]:
         observation, _, _, _, info = env.step(action)
     env.close()
     return actions
+
+
+def test_it_learns_to_set_weights_and_background_loads(tmp_path: Path) -> None:
+    """One fast and three slow servers, which only the action can say: the fast one's weight rises, the others' fall."""
+    slow = Server(cores=2, speed=0.5)
+    scenario = Scenario(
+        name="odd", servers=(Server(cores=2, speed=2.0), slow, slow, slow),
+        workload=Workload(load=0.8, demand=Exponential(mean=0.1)), dispatch="marginal",
+    )  # fmt: skip
+    config = PPOConfig(
+        scenario=scenario, action_type="index", env_kwargs={"observe_configured": True}, num_envs=32, num_steps=16,
+        max_steps=64, total_steps=32 * 16 * 60, hidden=16, replicas_per_seed=4, learning_rate=3e-3, anneal_lr=False,
+    )  # fmt: skip
+    result = train_ppo(config, out=tmp_path / "index.pt")
+    first, last = (np.mean([p.fct_mean for p in part]) for part in (result.history[2:8], result.history[-6:]))
+    assert last < 0.9 * first
+    policy = load_policy(tmp_path / "index.pt")
+    assert policy.env_kwargs["observe_configured"] and policy.kind.numbers == 2  # type: ignore[attr-defined]
+    env = LoadBalanceEnv(scenario=scenario, **policy.env_kwargs)
+    observation, info = env.reset(seed=1)
+    for _ in range(40):
+        action = policy.act(observation, info)
+        assert action.shape == (4, 2) and env.action_space.contains(action)
+        observation, _, _, _, info = env.step(action)
+    assert info["weights"][0] > 1.5 * info["weights"][1:].max()
 
 
 def test_a_checkpoint_reloads_to_the_same_actions(trained: ppo.PPOResult) -> None:

@@ -108,18 +108,20 @@ class FlatServerNetwork:
 class ServerNetwork:
     """The actor of PPO; its inputs are those of :class:`lbgym.policies.inputs.Encoder`."""
 
-    def __init__(self, parameters: Mapping[str, Array], features: int, hidden: int, choices: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Array], features: int, hidden: int, choices: int, numbers: int = 1
+    ) -> None:
         del features, hidden
-        self._choices = choices
+        self._single = not choices and numbers == 1
         self._moments = _Moments(parameters)
         self._network = _Equivariant(parameters)
         self.std = float(np.exp(parameters["log_std"]))
 
     def __call__(self, inputs: Array, active: Array) -> Array:
-        """Inputs [B, N, F], active [B, N] -> means [B, N] or logits [B, N, K]."""
+        """Inputs [B, N, F], active [B, N] -> logits [B, N, K], or means [B, N] or [B, N, D]."""
         h = self._network.encode(self._moments.scale(inputs, active), active)
         out = self._network.decode(h, active)
-        return out if self._choices else out[..., 0]
+        return out[..., 0] if self._single else out
 
 
 class RecurrentActor:

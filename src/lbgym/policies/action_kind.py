@@ -17,12 +17,14 @@ class ActionKind:
     """The kind of action that an environment takes, as one choice per server.
 
     Attributes:
-        choices: weights to choose from per server; 0 for a continuous action in [-1, 1].
+        choices: weights to choose from per server; 0 for continuous actions in [-1, 1].
         joint: whether the choices are numbered together, the last server's varying fastest.
+        numbers: continuous numbers per server: 1, or 2 for actions of type "index".
     """
 
     choices: int
     joint: bool
+    numbers: int = 1
 
     @classmethod
     def of(cls, space: gymnasium.Space[Any], num_servers: int) -> ActionKind:
@@ -33,10 +35,8 @@ class ActionKind:
         """
         if is_normalized(space):
             return cls(0, False)
-        if isinstance(space, gymnasium.spaces.Box) and len(space.shape) > 1:
-            raise LbgymError(
-                f'these networks set one number per server: use action_type="normalized" instead of {space}'
-            )
+        if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 2:
+            return cls(0, False, numbers=space.shape[1])
         if isinstance(space, gymnasium.spaces.Box):
             raise LbgymError(f'these networks act in [-1, 1]: use action_type="normalized" instead of {space}')
         if isinstance(space, gymnasium.spaces.MultiDiscrete):
@@ -56,7 +56,7 @@ class ActionKind:
         }
 
     def encode(self, choice: NDArray[Any]) -> Any:
-        """Environment actions of choices [B, N]."""
+        """Environment actions of choices [B, N], or of numbers [B, N, 2]."""
         if not self.choices:
             return np.clip(choice, -1.0, 1.0).astype(np.float32)
         if not self.joint:

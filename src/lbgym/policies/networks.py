@@ -205,11 +205,19 @@ class RecurrentActor(nn.Module):
 
 
 class ServerNetwork(EquivariantNetwork):
-    """Actor and critic of PPO: the head of every server acts, the pooled context has a value."""
+    """Actor and critic of PPO: the head of every server acts, the pooled context has a value.
 
-    def __init__(self, features: int, hidden: int, choices: int, log_std: float = -1.0) -> None:
-        super().__init__(features, hidden, choices or 1)
-        self.choices = choices
+    Args:
+        features: F, inputs per server.
+        hidden: H, width.
+        choices: K, choices per server; 0 for continuous actions.
+        log_std: of continuous actions, at the start.
+        numbers: D, of continuous actions per server.
+    """
+
+    def __init__(self, features: int, hidden: int, choices: int, log_std: float = -1.0, numbers: int = 1) -> None:
+        super().__init__(features, hidden, choices or numbers)
+        self.choices, self.numbers = choices, numbers
         self.moments = Moments(features)
         self.returns = Moments(1)
         self.critic = value_of_context(hidden)
@@ -220,11 +228,14 @@ class ServerNetwork(EquivariantNetwork):
         return self.moments.scale(inputs, active)
 
     def forward(self, scaled: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Scaled features [B, N, F], active [B, N] -> means [B, N] or logits [B, N, K], and normalised values [B]."""
+        """Scaled features [B, N, F], active [B, N] -> the heads' outputs and normalised values [B].
+
+        The outputs are logits [B, N, K], or means [B, N] or [B, N, D].
+        """
         h = self.encode(scaled, active)
         pooled = self.pool(h, active)
         out = self.decode(h, pooled)
-        return out if self.choices else out.squeeze(-1), self.critic(pooled).squeeze(-1)
+        return out if self.choices or self.numbers > 1 else out.squeeze(-1), self.critic(pooled).squeeze(-1)
 
     def value(self, inputs: Tensor, active: Tensor) -> Tensor:
         """Values [B] in units of reward, of features [B, N, F]."""
@@ -234,10 +245,11 @@ class ServerNetwork(EquivariantNetwork):
         return value * self.returns.std + self.returns.mean
 
     def sample(self, out: Tensor, active: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Choices [B, N] drawn from the heads' output; inactive servers get the mode."""
+        """Choices [B, N], or numbers [B, N, D], drawn from the heads' output; inactive servers get the mode."""
         if not self.choices:
             noise = torch.randn(out.shape, generator=generator)
-            return torch.where(active, out + self.log_std.exp() * noise, out)
+            where = active if self.numbers == 1 else active.unsqueeze(-1)
+            return torch.where(where, out + self.log_std.exp() * noise, out)
         return draw(out, active, generator)
 
     def log_prob(self, out: Tensor, active: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,6 +258,8 @@ class ServerNetwork(EquivariantNetwork):
             z = (choice - out) * torch.exp(-self.log_std)
             each = -0.5 * z * z - self.log_std - 0.5 * math.log(2 * math.pi)
             entropy = (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).expand_as(out)
+            if self.numbers > 1:
+                each, entropy = each.sum(-1), entropy.sum(-1)
         else:
             log_p = out.log_softmax(-1)
             each = log_p.gather(-1, choice.long().unsqueeze(-1)).squeeze(-1)

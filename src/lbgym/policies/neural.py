@@ -58,7 +58,7 @@ class NetworkPolicy(TrainedPolicy):
         # Policies from before observations could show the weights in force are given them beside.
         self._adds_weights: bool = state["inputs"]["weights"]
         self._inputs = self.features + self._adds_weights
-        self.kind = ActionKind(shapes["choices"], shapes["joint"])
+        self.kind = ActionKind(shapes["choices"], shapes["joint"], shapes.get("numbers", 1))
         # Dense layers are for the servers they were trained with, all other networks for any number.
         self._num_servers: int | None = shapes["num_servers"] if network["name"] == "mlp" else None
         self.parameters = {name: np.asarray(value) for name, value in network["parameters"].items()}
@@ -159,7 +159,8 @@ class PPOPolicy(NetworkPolicy):
             return self._draw(out, active)
         if self.deterministic:
             return out
-        return out + self._network.std * self._rng.standard_normal(out.shape) * active
+        where = active if self.kind.numbers == 1 else active[..., None]
+        return out + self._network.std * self._rng.standard_normal(out.shape) * where
 
 
 class SACGRUPolicy(NetworkPolicy):

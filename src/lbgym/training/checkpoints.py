@@ -94,7 +94,13 @@ def network_shapes(
         hidden: width of the layers; None: left out.
         spaces: of observations and actions, which messages show; None: left out.
     """
-    shapes = {"features": features, "choices": kind.choices, "joint": kind.joint, "num_servers": num_servers}
+    shapes: dict[str, Any] = {
+        "features": features,
+        "choices": kind.choices,
+        "joint": kind.joint,
+        "numbers": kind.numbers,
+        "num_servers": num_servers,
+    }
     if hidden is not None:
         shapes["hidden"] = hidden
     return shapes if spaces is None else shapes | {"observation": _in_one_line(spaces[0]), "action": str(spaces[1])}
@@ -124,6 +130,8 @@ def check_shapes(
     there = dict(saved["shapes"])
     # In older files the weights in force were not part of the observation, but the networks read them as now.
     there["features"] += saved["inputs"]["weights"]
+    # Those that do not say it act by one number per server.
+    there.setdefault("numbers", 1)
 
     def shown(shapes: Mapping[str, Any]) -> str:
         return f" ({shapes['observation']} -> {shapes['action']})" if "observation" in shapes else ""

@@ -195,7 +195,13 @@ class _Trainer(Trainer[PPOConfig]):
         self.encoder = Encoder(self.features, config.memory)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.network = ServerNetwork(self.encoder.size, config.hidden, self.kind.choices, config.log_std)
+            self.network = ServerNetwork(
+                self.encoder.size, config.hidden, self.kind.choices, config.log_std, self.kind.numbers
+            )
+        if self.kind.numbers > 1:
+            with torch.no_grad():
+                # "index" begins with next to no background load, which is -1, and room to both sides.
+                self.network.head.bias[1] = -0.75
         self.optimiser = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, eps=1e-5, fused=True)
         self.generator = torch.Generator().manual_seed(config.seed)
         # Torch releases the interpreter lock, so two Python threads learn on two cores. Its own threads spin while they
@@ -214,7 +220,12 @@ class _Trainer(Trainer[PPOConfig]):
             env_kwargs=self.config.observation_kwargs(),
             shapes=self.shapes,
             network="actor-critic",
-            arguments={"features": self.encoder.size, "hidden": self.config.hidden, "choices": self.kind.choices},
+            arguments={
+                "features": self.encoder.size,
+                "hidden": self.config.hidden,
+                "choices": self.kind.choices,
+                "numbers": self.kind.numbers,
+            },
             parameters=clone(self.network.state_dict()),
             memory=self.config.memory,
             step=self.budget.step,
@@ -228,7 +239,7 @@ class _Trainer(Trainer[PPOConfig]):
         )
 
     def restore(self, saved: dict[str, Any], path: Path) -> None:
-        check_shapes(saved, path, self.shapes, ("features", "choices", "joint", "hidden"))
+        check_shapes(saved, path, self.shapes, ("features", "choices", "joint", "numbers", "hidden"))
         trainer = saved["trainer"]
         self.network.load_state_dict(saved["network"]["parameters"])
         self.optimiser.load_state_dict(clone(trainer["optimiser"]))
@@ -265,7 +276,7 @@ class _Trainer(Trainer[PPOConfig]):
         """Step every replica ``num_steps`` times with actions drawn from the policy."""
         config, net = self.config, self.network
         shape = (config.num_steps, config.num_envs)
-        rollout = _Rollout(shape, self.num_servers, self.encoder.size)
+        rollout = _Rollout(shape, self.num_servers, self.encoder.size, self.kind.numbers)
         fct_sum = ended_flows = 0.0
         for t in range(config.num_steps):
             out, value = net(net.scale(self.inputs, self.active), self.active)
@@ -399,10 +410,10 @@ class _Samples:
 class _Rollout:
     """Buffers of one rollout, [T, R, ...]."""
 
-    def __init__(self, shape: tuple[int, int], num_servers: int, features: int) -> None:
+    def __init__(self, shape: tuple[int, int], num_servers: int, features: int, numbers: int) -> None:
         self.inputs = torch.empty(*shape, num_servers, features)
         self.active = torch.empty(*shape, num_servers, dtype=torch.bool)
-        self.choices = torch.empty(*shape, num_servers)
+        self.choices = torch.empty(*shape, num_servers, *((numbers,) if numbers > 1 else ()))
         self.log_probs = torch.empty(shape)
         self.values = torch.empty(shape)
         self.next_values = torch.empty(shape)

@@ -1,4 +1,4 @@
-"""What an XDP balancer is told beyond its servers, table ``[driver]`` of dataplane.toml: :class:`XdpOptions`."""
+"""Options of an XDP balancer beyond its servers, table ``[driver]`` of dataplane.toml: :class:`XdpOptions`."""
 
 from __future__ import annotations
 
