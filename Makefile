@@ -102,13 +102,16 @@ coverage: cc xdp $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracin
 LIVE_TESTS := tests/sharedmemory tests/dataplanes tests/drivers tests/controller tests/test_recording.py tests/test_cli_shm.py
 UPTIME := $$(cut -d. -f1 /proc/uptime)
 
+# Root needs no user namespace, in which nobody else could be changed to.
+UNSHARE := unshare $$(test "$$(id -u)" = 0 || echo --map-root-user) --time --monotonic
+
 .PHONY: test-young-clock
 test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been up for a minute
-	@unshare --map-root-user --time --monotonic 0 true 2>/dev/null || { \
+	@$(UNSHARE) 0 true 2>/dev/null || { \
 		echo "no time namespace to be had here (unshare --time): live tests with a young clock are skipped"; \
 		test -z "$(CI)"; }
-	@! unshare --map-root-user --time --monotonic 0 true 2>/dev/null || \
-		unshare --map-root-user --time --monotonic $$((60 - $(UPTIME))) --boottime $$((60 - $(UPTIME))) \
+	@! $(UNSHARE) 0 true 2>/dev/null || \
+		$(UNSHARE) $$((60 - $(UPTIME))) --boottime $$((60 - $(UPTIME))) \
 		$(BIN)/python -m pytest -q -n 2 -m "not slow and not xdp" $(LIVE_TESTS)
 
 .PHONY: test-next

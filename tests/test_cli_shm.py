@@ -29,6 +29,7 @@ from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from lbgym.monitor import server_labels
 from lbgym.sharedmemory import Publication, ServerState, SharedMemoryRegion, abi
 from tests.drivers.emulated import emulator, following
+from tests.privileges import needs_others
 from tests.producers import Producer
 from tests.sharedmemory.conftest import shm_dir
 from tests.test_cli import in_process
@@ -139,6 +140,7 @@ def test_ls_of_every_kind_of_region(capsys: Capture, shm_dir: Path, monkeypatch:
             assert ("room" in words) == (columns == 120)
 
 
+@needs_others
 def test_ls_says_what_it_may_not_read(capsys: Capture, shm_dir: Path) -> None:
     shm_dir.chmod(0o755)
     with Producer("ours") as producer, Producer("theirs"):

@@ -33,6 +33,7 @@ from lbgym.errors import (
 from lbgym.features import FEATURE_ALIASES, FEATURE_NAMES
 from lbgym.sharedmemory import DEFAULT_LEASE, Publication, ServerState, SharedMemoryRegion, abi, region_names, system
 from lbgym.snapshot import IntervalStatistics, Snapshot
+from tests.privileges import needs_others
 from tests.sharedmemory import nursery as roles
 from tests.sharedmemory.nursery import Nursery
 
@@ -777,6 +778,7 @@ def test_options_that_are_refused(options: dict[str, Any], sentence: str, shm_di
     assert not list(shm_dir.iterdir())
 
 
+@needs_others
 def test_mode_and_group() -> None:
     before = os.umask(0o077)
     try:

@@ -27,6 +27,7 @@ from lbgym.errors import (
 )
 from lbgym.sharedmemory import Publication, SharedMemoryRegion, region_names
 from lbgym.snapshot import Snapshot
+from tests.privileges import needs_others
 from tests.sharedmemory import nursery as roles
 from tests.sharedmemory.kills import attach_to, kill_agents, kill_producers, step_through_kills
 from tests.sharedmemory.nursery import Nursery, assert_whole
@@ -283,6 +284,7 @@ def test_a_limit_on_file_sizes(nursery: Nursery, shm_dir: Path) -> None:
     assert not list(shm_dir.iterdir())
 
 
+@needs_others
 def test_no_permission(nursery: Nursery, shm_dir: Path) -> None:
     shm_dir.chmod(0o755)
     with (
@@ -307,6 +309,7 @@ def test_no_permission(nursery: Nursery, shm_dir: Path) -> None:
         shm_dir.chmod(0o700)
 
 
+@needs_others
 def test_a_dead_region_of_somebody_else(nursery: Nursery, shm_dir: Path) -> None:
     """A region that may be written to, but not removed, is not replaced, and the reason is said."""
     with nursery.running(roles.create, name="lb0", mode=0o666):
