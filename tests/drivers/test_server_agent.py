@@ -12,7 +12,6 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from lbgym.drivers import DriverError
@@ -22,6 +21,8 @@ from lbgym.drivers.server_agent import ServerAgent, busy_workers
 from lbgym.errors import InvalidOptionError
 from tests.drivers.test_discovery import eventually
 from tests.drivers.test_health import web
+
+psutil = pytest.importorskip("psutil")
 
 APACHE = b"ServerVersion: Apache/2.4\nTotal Accesses: 7\nBusyWorkers: 5\nIdleWorkers: 27\nScoreboard: W__\n"
 NGINX = (

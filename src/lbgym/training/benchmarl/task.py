@@ -118,6 +118,7 @@ class LoadBalanceTask(Task):
     UNIFORM = None
     HETEROGENEOUS = None
     NOISY_NEIGHBOUR = None
+    PREQUAL_RAMP = None
     FAILURE = None
     DIURNAL = None
     BURSTY = None
