@@ -263,9 +263,18 @@ def test_an_agent_sees_and_sets_what_the_environment_does() -> None:
     assert now.active.all()
 
 
-def test_networks_of_one_number_per_server_refuse_it() -> None:
-    with pytest.raises(LbgymError, match="one number per server"):
-        ActionKind.of(make_action_codec(4, "index").space, 4)
+def test_only_recipes_of_two_numbers_per_server_take_it() -> None:
+    assert ActionKind.of(make_action_codec(4, "index").space, 4) == ActionKind(0, False, numbers=2)
+    pytest.importorskip("torch")
+    from lbgym.training import SACGRUConfig
+
+    with pytest.raises(LbgymError, match="instead of 'index'"):
+        SACGRUConfig(action_type="index")
+    pytest.importorskip("stable_baselines3")
+    from lbgym.training.sb3 import SB3Config
+
+    with pytest.raises(LbgymError, match="cannot take action_type 'index'"):
+        SB3Config(algorithm="ppo", action_type="index")
 
 
 class Publisher:
