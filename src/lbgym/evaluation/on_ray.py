@@ -7,6 +7,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("ray", "rllib", "evaluation on a Ray cluster") from error
 
-from ..atomic import whole_file
 from ..ray_cluster import connected
 from .pool import Job, Setting, simulate_job
 from .results import Run
@@ -78,15 +78,19 @@ def _result(reference: Any) -> Run:
         raise WorkerLostError(f"a run on the Ray cluster was lost more often than it is begun again: {error}") from None
 
 
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """This worker's own folder of models, which nobody else can write to: models of Stable-Baselines3 hold code."""
+    return tempfile.TemporaryDirectory(prefix="lbgym-")
+
+
 def _run(settings: list[Setting], job: Job, model: bytes | None) -> Run:
     """A run, on some node."""
     if model is not None:
         assert job.contender.path is not None
-        name = f"lbgym-{hashlib.sha256(model).hexdigest()}{Path(job.contender.path).suffix}"
-        path = Path(tempfile.gettempdir()) / name
+        path = Path(_folder().name, f"{hashlib.sha256(model).hexdigest()}{Path(job.contender.path).suffix}")
         if not path.exists():
-            with whole_file(path) as temporary:
-                temporary.write_bytes(model)
+            path.write_bytes(model)
         job = replace(job, contender=replace(job.contender, path=str(path)))
     run = simulate_job(settings, job)
     assert run is not None
