@@ -54,4 +54,7 @@ def test_capabilities_are_named() -> None:
 
 def test_options_that_do_not_go_together() -> None:
     assert "give --config, or --name, --vip, --server and --interface" in xdp(arguments=())
+    # The file has them: they are not silently left aside.
+    both = ("--config", "dataplane.toml", "--rule", "lsq", "--capacity", "8")
+    assert "--rule, --capacity: set these in the file of --config" in xdp(arguments=both)
     assert "give --vip, --interface, or --config" in xdp(arguments=("--name", "edge", "--server", "a=10.0.0.1:80"))

@@ -97,15 +97,19 @@ def xdp(
     interface: Annotated[
         list[str] | None, typer.Option("--interface", "-i", help="To attach to; may be repeated.")
     ] = None,
-    mode: Annotated[str, typer.Option(help="dsr (direct server return) or dnat.")] = "dsr",
-    rule: Annotated[str, typer.Option(help="Dispatch rule.")] = "sed",
-    attach: Annotated[str, typer.Option(help="native, generic or auto.")] = "auto",
-    publish_interval: Annotated[float, typer.Option(help="Seconds between observations.")] = 0.2,
+    mode: Annotated[str | None, typer.Option(help="dsr (direct server return) or dnat.", show_default="dsr")] = None,
+    rule: Annotated[str | None, typer.Option(help="Dispatch rule.", show_default="sed")] = None,
+    attach: Annotated[str | None, typer.Option(help="native, generic or auto.", show_default="auto")] = None,
+    publish_interval: Annotated[
+        float | None, typer.Option(help="Seconds between observations.", show_default="0.2")
+    ] = None,
     capacity: Annotated[
         int | None, typer.Option(help="Servers there is room for.", show_default="64, or more if needed")
     ] = None,
     group: Annotated[str | None, typer.Option(help="Owning group of the region.", show_default="the user's")] = None,
-    region_mode: Annotated[str, typer.Option(help="Permissions of the region, octal.")] = "600",
+    region_mode: Annotated[
+        str | None, typer.Option(help="Permissions of the region, octal.", show_default="600")
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the balancer at work at the end.")] = False,
     object_file: Annotated[
         Path | None, typer.Option("--object", help="Compiled program.", show_default="compiled at first use")
@@ -133,51 +137,50 @@ def xdp(
         write_whole(build, lambda stream: stream.write(content))
         typer.echo(f"{build}: {len(content)} bytes")
         return
+    needed = {"--vip": vip, "--server": server, "--interface": interface}
+    others = {
+        "--mode": mode, "--rule": rule, "--attach": attach, "--publish-interval": publish_interval,
+        "--capacity": capacity, "--group": group, "--region-mode": region_mode, "--object": object_file,
+    }  # fmt: skip
     if config is not None:
-        if given := [
-            flag for flag, value in (("--vip", vip), ("--server", server), ("--interface", interface)) if value
-        ]:
+        if given := [flag for flag, value in needed.items() if value]:
             raise InvalidOptionError(f"{', '.join(given)}: the servers, VIPs and interfaces are those of --config")
+        if given := [flag for flag, value in others.items() if value is not None]:
+            raise InvalidOptionError(f"{', '.join(given)}: set these in the file of --config")
         loaded = load_config(config)
         options = parse_options(loaded.driver, f"{config}, [driver]")
         if name is not None:
             loaded = dataclasses.replace(loaded, name=name)
         if keep:
             options = dataclasses.replace(options, keep=True)
-    else:
-        if name is None:
-            raise InvalidOptionError("give --config, or --name, --vip, --server and --interface")
-        if detach:
-            if not remove(name):
-                raise InvalidOptionError(f"no driver has left an XDP balancer of the name {name!r} at work")
-            return
-        missing = [
-            flag for flag, value in (("--vip", vip), ("--server", server), ("--interface", interface)) if not value
-        ]
-        if missing:
+    elif name is None:
+        raise InvalidOptionError("give --config, or --name, --vip, --server and --interface")
+    if detach:
+        where = (name, None) if config is None else (loaded.name, options)
+        if not remove(*where):
+            raise InvalidOptionError(f"no driver has left an XDP balancer of the name {where[0]!r} at work")
+        return
+    if config is None:
+        assert name is not None
+        if missing := [flag for flag, value in needed.items() if not value]:
             raise InvalidOptionError(f"give {', '.join(missing)}, or --config")
         options = XdpOptions(
             vips=tuple(vip or ()),
             interfaces=tuple(interface or ()),
-            mode=mode,
-            rule=rule,
-            attach=attach,
             keep=keep,
-            object=None if object_file is None else str(object_file),
+            **_given(mode=mode, rule=rule, attach=attach, object=None if object_file is None else str(object_file)),
         )
         loaded = DataPlaneConfig(
             name=name,
             servers=tuple(parse_server(text) for text in server or ()),
-            publish_interval=publish_interval,
-            capacity=capacity,
-            mode=_permissions(region_mode),
-            group=group,
             driver={},
+            **_given(
+                publish_interval=publish_interval,
+                capacity=capacity,
+                mode=None if region_mode is None else _permissions(region_mode),
+                group=group,
+            ),
         )
-    if detach:
-        if not remove(loaded.name, options):
-            raise InvalidOptionError(f"no driver has left an XDP balancer of the name {loaded.name!r} at work")
-        return
     balancer = XdpBalancer(loaded, options, config)
     with Publisher(
         {loaded.name: balancer},
@@ -193,6 +196,11 @@ def xdp(
         )
         sys.stdout.flush()
         publisher.serve()
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """The values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check(

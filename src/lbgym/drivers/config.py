@@ -204,7 +204,7 @@ def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
         raise InvalidOptionError(f"{here}: driver must be a table, got {driver!r}")
     discovery = values.pop("discovery", None)
     if discovery is not None:
-        discovery = _table(DiscoverySource, discovery, f"{here}, [discovery]")
+        discovery = parse_table(DiscoverySource, discovery, f"{here}, [discovery]")
     elif not servers:
         raise InvalidOptionError(f"{here}: there are no servers: give [[servers]] or [discovery]")
     if "mode" in values:
@@ -221,8 +221,8 @@ def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
     if "name" not in values:
         raise InvalidOptionError(f"{here}: the key 'name' is missing: the name of the region")
     common: dict[str, Any] = {
-        "health": None if health is None else _table(HealthCheck, health, f"{here}, [health]"),
-        "ground_truth": None if truth is None else _table(GroundTruthAgent, truth, f"{here}, [ground_truth]"),
+        "health": None if health is None else parse_table(HealthCheck, health, f"{here}, [health]"),
+        "ground_truth": None if truth is None else parse_table(GroundTruthAgent, truth, f"{here}, [ground_truth]"),
     }
     return _in(here, lambda: DataPlaneConfig(servers=servers, driver=driver, discovery=discovery, **common, **values))
 
@@ -294,8 +294,8 @@ def _servers(
         value = dict(value)
         for key, kind, common in (("health", HealthCheck, health), ("ground_truth", GroundTruthAgent, truth)):
             given = _optional(kind, value.pop(key, None), f"{where}, {key}", common)
-            value[key] = None if given is None else _table(kind, given, f"{where}, {key}")
-        server = _table(ServerConfig, value, where)
+            value[key] = None if given is None else parse_table(kind, given, f"{where}, {key}")
+        server = parse_table(ServerConfig, value, where)
         if any(server.name == other.name for other in servers):
             raise InvalidOptionError(f"{where}: there is another server of this name; names must be unique")
         servers.append(server)
@@ -313,12 +313,17 @@ def _optional(kind: type, value: Any, where: str, common: dict[str, Any] | None)
     if not isinstance(value, dict):
         raise InvalidOptionError(f"{where}: must be a table, true or false, got {value!r}")
     merged = {**(common or {}), **value}
-    _table(kind, merged, where)
+    parse_table(kind, merged, where)
     return merged
 
 
-def _table(kind: type, value: Any, where: str) -> Any:
-    """A dataclass of this module from a table."""
+def parse_table(kind: type, value: Any, where: str) -> Any:
+    """A dataclass from a table of a file.
+
+    Raises:
+        InvalidOptionError: for a key that is missing or has a bad value; the message begins with ``where``.
+        UnknownNameError: for a key that does not exist.
+    """
     if not isinstance(value, dict):
         raise InvalidOptionError(f"{where}: must be a table, got {value!r}")
     keys = {field.name: field for field in fields(kind)}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ... import checks
-from ...errors import InvalidOptionError, LbgymError, UnknownNameError
-from ..config import DataPlaneConfig, ServerConfig
+from ...errors import InvalidOptionError
+from ..config import DataPlaneConfig, ServerConfig, parse_table
 from .layout import MAX_SERVERS, MAX_VIPS, NAME_SIZE
 from .plane import Address, Vip
 from .tables import MECHANISMS
@@ -105,8 +105,13 @@ class XdpOptions:
         return vips
 
     def pin_folder(self, name: str) -> Path:
-        """Where program and maps of region ``name`` are pinned; a BPF file system allows no dots in names."""
-        return Path(self.pin or f"/sys/fs/bpf/lbgym/{re.sub(r'[^A-Za-z0-9_-]', '_', name)}")
+        """Where program and maps of region ``name`` are pinned."""
+        return Path(self.pin) if self.pin else default_pin_folder(name)
+
+
+def default_pin_folder(name: str) -> Path:
+    """Where a balancer is pinned unless it says otherwise; a BPF file system allows no dots in names."""
+    return Path("/sys/fs/bpf/lbgym", re.sub(r"[^A-Za-z0-9_-]", "_", name))
 
 
 def parse_options(table: Mapping[str, Any], where: str) -> XdpOptions:
@@ -116,19 +121,8 @@ def parse_options(table: Mapping[str, Any], where: str) -> XdpOptions:
         InvalidOptionError: for a key that is missing or has a bad value; the message begins with ``where``.
         UnknownNameError: for a key that does not exist.
     """
-    known = {field.name: field for field in fields(XdpOptions)}
-    for key in table:
-        if key not in known:
-            raise UnknownNameError("key", key, known, where=where)
-    for key, field in known.items():
-        if key not in table and field.default is MISSING:
-            raise InvalidOptionError(f"{where}: the key {key!r} is missing")
-    try:
-        return XdpOptions(**table)
-    except UnknownNameError as error:
-        raise UnknownNameError(error.kind, error.name, error.known, where=where) from None
-    except LbgymError as error:
-        raise InvalidOptionError(f"{where}: {error}") from None
+    options: XdpOptions = parse_table(XdpOptions, dict(table), where)
+    return options
 
 
 def parse_vip(text: str) -> Vip:

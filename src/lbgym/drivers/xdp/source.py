@@ -23,7 +23,7 @@ from ..discovery import Slot
 from ..pool import ServerPool
 from .layout import MAX_SERVERS
 from .neighbours import Neighbours, NextHop
-from .options import XdpOptions, check_config, check_servers, parse_options
+from .options import XdpOptions, check_config, check_servers, default_pin_folder, parse_options
 from .plane import Address, Reach, Sizes, XdpPlane, check_privileges, mount_bpf, unpin
 from .statistics import SampleStatistics
 from .tables import dispatch_table, maglev_table
@@ -344,18 +344,17 @@ class XdpBalancer(Source):
         self._installed = state
 
 
-def detach(name: str, options: XdpOptions | None = None, folder: Path | None = None) -> bool:
+def detach(name: str, options: XdpOptions | None = None) -> bool:
     """Remove a balancer that a driver left at work; returns whether there was one.
 
     Args:
         name: of its region.
         options: say where it is pinned; None: at the customary place.
-        folder: where it is pinned, instead.
 
     Raises:
         DriverError: if its driver runs, or it cannot be removed.
     """
-    where = folder or (options or XdpOptions(vips=("0.0.0.0:1",), interfaces=("-",))).pin_folder(name)
+    where = default_pin_folder(name) if options is None else options.pin_folder(name)
     try:
         mount_bpf(where)
         if not where.is_dir():
