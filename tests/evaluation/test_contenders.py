@@ -86,6 +86,7 @@ def test_models_of_one_name_are_told_apart_by_their_folder(models: Path) -> None
     [
         ("sedd", r"unknown contender 'sedd'.*Did you mean 'sed'.*wcmp-uniform"),
         ("sedd+latency", r"unknown dispatch rule 'sedd'.*Did you mean 'sed'"),
+        ("c3+sed", r"unknown dispatch rule 'c3'\. Known: ecmp, "),
         ("sed+latenzy", r"unknown policy 'latenzy' in contender 'sed\+latenzy'.*Did you mean 'latency'"),
         ("latency", r"unknown contender 'latency'"),
         ("", r"unknown contender ''"),

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from lbgym import LoadBalanceEnv
-from lbgym.errors import CheckpointError, FileWriteError, LbgymError
+from lbgym.errors import CheckpointError, FileWriteError, LbgymError, PolicyError
+from lbgym.evaluation import compare
 from lbgym.policies import load_policy, read_checkpoint
 from lbgym.scenarios import Exponential, Scenario, Server, Workload
 
@@ -319,6 +320,9 @@ def test_it_learns_to_set_weights_and_background_loads(tmp_path: Path) -> None:
     result = train_ppo(config, out=tmp_path / "index.pt")
     first, last = (np.mean([p.fct_mean for p in part]) for part in (result.history[2:8], result.history[-6:]))
     assert last < 0.9 * first
+    pytest.importorskip("scipy")
+    with pytest.raises(PolicyError, match="sets background loads, and the dispatch rule 'wcmp' counts no flows"):
+        compare(scenario, f"wcmp+{tmp_path / 'index.pt'}", seeds=2, duration=5.0)
     policy = load_policy(tmp_path / "index.pt")
     assert policy.env_kwargs["observe_configured"] and policy.kind.numbers == 2  # type: ignore[attr-defined]
     env = LoadBalanceEnv(scenario=scenario, **policy.env_kwargs)

@@ -154,8 +154,7 @@ class SimulatedDataPlane:
     @property
     def has_index(self) -> bool:
         """True if the dispatch rule counts flows by a formula that takes a background load."""
-        rule = RULES[self.simulation.dispatch]
-        return rule.mechanism in ("index", "two_choices") and not rule.oracle and rule.name != "table"
+        return RULES[self.simulation.dispatch].takes_background
 
     @property
     def no_index_reason(self) -> str:

@@ -64,8 +64,10 @@ def parse_contender(text: str) -> Contender:
     if rule not in DISPATCH_RULES:
         if _is_model(text):
             return Contender(Path(text).stem, path=_existing(text))
+        if plus:
+            raise UnknownNameError("dispatch rule", head, DISPATCH_RULES)
         known = (*DISPATCH_RULES, *SHORTHANDS, "RULE+POLICY", *(f"PATH{suffix}" for suffix in TRAINED_SUFFIXES))
-        raise UnknownNameError("dispatch rule" if plus else "contender", head, known)
+        raise UnknownNameError("contender", head, known)
     if not plus:
         return Contender(text.lower(), rule, "cores")
     if _is_model(policy):
@@ -80,14 +82,25 @@ def parse_contender(text: str) -> Contender:
         sets = "sets tables of scores" if entry.tables else "sets weights"
         reads = "reads tables of scores alone" if rule == "table" else "does not read them"
         raise PolicyError(f"contender {text!r}: the policy {name!r} {sets}, and the dispatch rule {rule!r} {reads}")
-    if entry.background and RULES[rule].mechanism not in ("index", "two_choices"):
-        raise PolicyError(
-            f"contender {text!r}: the policy {name!r} sets background loads, and the dispatch rule {rule!r} counts no "
-            "flows"
-        )
+    if entry.background:
+        check_background(rule, text)
     if not entry.tables and not entry.background:
         _check_weighted(rule, text)
     return Contender(text.lower(), rule, name)
+
+
+def check_background(rule: str, contender: str) -> None:
+    """Refuse a policy of background loads under a rule that does not add them to a balancer's own flows.
+
+    Raises:
+        PolicyError: naming both.
+    """
+    if not RULES[rule].takes_background:
+        taking = ", ".join(other.name for other in RULES.values() if other.takes_background)
+        raise PolicyError(
+            f"contender {contender!r}: the policy sets background loads, and the dispatch rule {rule!r} counts no "
+            f"flows that they could be added to; rules that do: {taking}"
+        )
 
 
 def _check_weighted(rule: str, text: str) -> None:

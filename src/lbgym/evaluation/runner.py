@@ -16,7 +16,7 @@ from ..policies import Agent, TrainedPolicy, load_policy, make_agent
 from ..scenarios import AnyScenario, Scenario
 from ..simulator import Simulation
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
-from .contenders import Contender
+from .contenders import Contender, check_background
 from .results import COUNTS, Run, RunSettings, Series
 from .statistics import fct_histogram, jain_index
 
@@ -34,11 +34,13 @@ def agents_of(contender: Contender, scenario: Scenario, seed: int, *, num_server
             of them with a mask, heuristics only those that exist.
 
     Raises:
-        PolicyError: for a model that does not fit the scenario.
+        PolicyError: for a model that does not fit the scenario or its dispatch rule.
     """
     n, m = num_servers or scenario.num_servers, scenario.balancers
     if contender.path is not None:
         agent = Agent(_loaded(contender.path), n, scenario=scenario, name=contender.path)
+        if agent.codec is not None and agent.codec.sets_background:
+            check_background(dispatch_of(contender, scenario, [agent]), contender.label)
         return [agent.copy() for _ in range(m)]
     # The stream of a policy that draws has nothing to do with the flows' seed.
     seeds = np.random.SeedSequence([seed, 0x706F6C69]).generate_state(m)
@@ -67,16 +69,17 @@ def decide(agents: Sequence[Agent], snapshot: Snapshot, weights: NDArray[np.floa
     return np.stack([agent(replace(now, stats=now.stats[b]), weights[0, b]) for b, agent in enumerate(agents)])[None]
 
 
-def background_of(agents: Sequence[Agent]) -> NDArray[np.float64] | None:
-    """The background loads that go with what :func:`decide` returned, float64[1, m, N]; None: none are set."""
-    loads = [agent.background for agent in agents if agent.background is not None]
-    return np.stack(loads)[None] if loads else None
+def beside_weights(agents: Sequence[Agent]) -> dict[str, Any]:
+    """What agents set beside the weights that :func:`decide` returned, as keywords of ``Simulation.step``.
 
-
-def tables_of(agents: Sequence[Agent]) -> NDArray[np.float64] | None:
-    """The tables of scores that go with what :func:`decide` returned, float64[1, m, N, Q]; None: none are set."""
-    tables = [agent.tables for agent in agents if agent.tables is not None]
-    return np.stack(tables)[None] if tables else None
+    ``background`` loads float64[1, m, N] and ``tables`` of scores float64[1, m, N, Q], where they set any.
+    """
+    parts = {"background": [a.background for a in agents], "tables": [a.tables for a in agents]}
+    return {
+        name: np.stack(rows)[None]
+        for name, values in parts.items()
+        if len(rows := [row for row in values if row is not None])
+    }
 
 
 @lru_cache(maxsize=16)
@@ -141,16 +144,16 @@ def simulate(
             now >= deadline or not (simulation.open_flows()["arrival"] < settings.duration).any()
         ):
             break
-        weights = background = tables = None
+        weights, others = None, {}
         if now >= steps * interval:
             weights = in_force = decide(agents, snapshot, in_force)
-            background, tables = background_of(agents), tables_of(agents)
+            others = beside_weights(agents)
             steps += 1
             if series and now < settings.duration:
                 rows.append((now, snapshot, weights[0, 0].copy()))
         # Steps also end exactly at the warm-up and the end, so that contenders of any interval count the same flows.
         target = min([steps * interval, deadline, *(cut for cut in cuts if cut > now)])
-        snapshot = simulation.step(weights, target - now, background=background, tables=tables)
+        snapshot = simulation.step(weights, target - now, **others)
         now = target
     flows = _counted(simulation, scenario, settings)
     cores = np.array([min(s.cores, s.workers or s.cores) for s in scenario.servers], dtype=np.float64)

@@ -34,6 +34,11 @@ class DispatchRule:
     description: str
     source: str
 
+    @property
+    def takes_background(self) -> bool:
+        """True if it counts a balancer's own flows by a formula that a background load can be added to."""
+        return self.mechanism in ("index", "two_choices") and not self.oracle and self.name != "table"
+
 
 def _rule(name: str, mechanism: Mechanism, description: str, source: str, *, weighted: bool = False) -> DispatchRule:
     return DispatchRule(name, mechanism, weighted, name.startswith("oracle_"), description, source)
