@@ -228,12 +228,12 @@ def _interesting(comparison: Comparison) -> list[str]:
     return [label for label in comparison.labels if label in chosen]
 
 
-def _dress(axes: Axes) -> None:
+def _dress(axes: Axes, label_size: float = 9) -> None:
     axes.grid(True, which="major", color="#e3e3e3", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(which="both", colors=_TEXT, labelsize=9)
+    axes.tick_params(which="both", colors=_TEXT, labelsize=label_size)
 
 
 def _seconds(x: float) -> str:

@@ -84,9 +84,8 @@ class FlatServerNetwork:
         *,
         joint: bool = False,
         centered: bool = False,
-        gain: float = 0.0,
     ) -> None:
-        del hidden, outputs, gain
+        del hidden, outputs
         self._features, self._joint, self._centered = features, joint, centered
         self._network = _Equivariant(parameters)
 

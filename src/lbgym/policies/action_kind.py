@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import gymnasium
 import numpy as np
@@ -35,7 +35,7 @@ class ActionKind:
         """
         if is_normalized(space):
             return cls(0, False)
-        if isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 2:
+        if _is_unit_box(space) and len(space.shape) == 2:
             return cls(0, False, numbers=space.shape[1])
         if isinstance(space, gymnasium.spaces.Box):
             raise LbgymError(f'these networks act in [-1, 1]: use action_type="normalized" instead of {space}')
@@ -66,6 +66,8 @@ class ActionKind:
 
 def is_normalized(space: gymnasium.Space[Any]) -> bool:
     """True if actions are of type "normalized": logarithms of weights, of which only the differences matter."""
-    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-        return False
-    return bool(np.all(space.low == -1) and np.all(space.high == 1))
+    return _is_unit_box(space) and len(space.shape) == 1
+
+
+def _is_unit_box(space: gymnasium.Space[Any]) -> TypeGuard[gymnasium.spaces.Box]:
+    return isinstance(space, gymnasium.spaces.Box) and bool(np.all(space.low == -1) and np.all(space.high == 1))

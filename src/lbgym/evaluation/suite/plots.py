@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ...errors import MissingExtraError
+from ..plots import _TEXT, _dress
 from .scores import SCORED, Scores
 
 try:
@@ -15,10 +14,6 @@ try:
 except ImportError as error:
     raise MissingExtraError("matplotlib", "eval", "a plot of a suite") from error
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-_TEXT = "#333333"
 #: By what a contender knows, distinct in hue and lightness (after Okabe and Ito).
 _COLOURS = {"nothing": "#0072b2", "configured": "#009e73", "ground truth": "#e69f00", "oracle": "#8c8c8c"}
 _KINDS = {
@@ -64,7 +59,7 @@ def intervals(scores: Scores) -> Figure:
         axes.axvline(1.0, color="#9a9a9a", linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
         axes.set_title(f"{_NAMES[metric]} over {scores.protocol.baseline}'s", loc="left", fontsize=10, color=_TEXT)
         axes.set_ylim(-0.6, len(labels) - 0.4)
-        _dress(axes)
+        _dress(axes, 8.5)
     grid[0].set_yticks(range(len(labels)), labels, fontsize=8.5)
     kinds = dict.fromkeys(
         "trained" if scores.results[label].entry.model is not None else _KINDS[scores.results[label].entry.knows]
@@ -96,7 +91,7 @@ def profiles(scores: Scores) -> Figure:
         axes.set_xlim(limits[0], limits[-1])
         axes.set_ylim(0, 1.02)
         axes.set_xlabel(f"{_NAMES[metric]} over {scores.protocol.baseline}'s, at most", fontsize=9)
-        _dress(axes)
+        _dress(axes, 8.5)
     grid[0].set_ylabel("share of runs", fontsize=9)
     grid[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8.5)
     figure.suptitle(
@@ -127,11 +122,3 @@ def scenarios(scores: Scores) -> Figure:
         bar.ax.tick_params(labelsize=7)
     grid[1].set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7.5)
     return figure
-
-
-def _dress(axes: Axes) -> None:
-    axes.grid(True, which="major", color="#e3e3e3", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.tick_params(which="both", colors=_TEXT, labelsize=8.5)

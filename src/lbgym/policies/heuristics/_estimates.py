@@ -39,6 +39,29 @@ class News:
         return news
 
 
+class RunningSum:
+    """Exponentially forgetting sums of a quantity and of its weights, whose quotient is a mean from the first step on.
+
+    Args:
+        smoothing: share of the former sums that a step keeps, in [0, 1).
+    """
+
+    def __init__(self, smoothing: float) -> None:
+        self._smoothing = share(smoothing)
+        self.reset()
+
+    def reset(self) -> None:
+        self._sum, self._total = np.zeros(0), 0.0
+
+    def __call__(self, values: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+        """The sums after a step with these values: of the values, and of their weights."""
+        if self._sum.shape != values.shape:
+            self._sum, self._total = np.zeros(values.shape), 0.0
+        self._sum = self._smoothing * self._sum + (1 - self._smoothing) * values
+        self._total = self._smoothing * self._total + (1 - self._smoothing)
+        return self._sum, self._total
+
+
 class Trust:
     """Trust in an estimate from FCTs: it grows with every step that brings news and shrinks with every other.
 

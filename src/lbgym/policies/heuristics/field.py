@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,12 +48,6 @@ class FieldWeights(WeightPolicy):
         """Forget the flows seen; reset the policy."""
         self.policy.reset(seed)
         self._mean = self.background = None
-
-    def copy(self) -> Self:
-        """An independent policy in the same state."""
-        twin = super().copy()
-        twin.policy = self.policy.copy()
-        return twin
 
     def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Shapes as in :meth:`WeightPolicy.weights`."""

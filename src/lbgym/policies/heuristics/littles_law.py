@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...errors import PolicyError
 from ..base import WeightPolicy, check_features
-from ._estimates import FCT, LEAST_FCT, OPEN_FLOWS, Trust, relative, share
+from ._estimates import FCT, LEAST_FCT, OPEN_FLOWS, RunningSum, Trust, relative
 from .static import StaticWeights, UniformWeights
 
 
@@ -60,27 +60,22 @@ class LittlesLawWeights(WeightPolicy):
             raise PolicyError(f"num_balancers must be at least 1, got {num_balancers!r}")
         self._cores = StaticWeights(cores) if cores is not None else UniformWeights()
         self._balancers = num_balancers
-        self._smoothing = share(smoothing)
+        self._flows = RunningSum(smoothing)
         self._trust = Trust(half_life)
         self.reset()
 
     def reset(self, seed: int | None = None) -> None:
         """Forget the flows seen."""
         self._trust.reset()
-        self._sum: NDArray[np.float64] | None = None
-        self._total = 0.0
+        self._flows.reset()
 
     def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Shapes as in :meth:`WeightPolicy.weights`."""
         features = check_features(self, features, active)
-        if self._sum is None or self._sum.shape != active.shape:
-            self._sum, self._total = np.zeros(active.shape), 0.0
-        # A weighted mean from the first step on, not one that starts at 0.
-        self._sum = self._smoothing * self._sum + (1 - self._smoothing) * features[..., OPEN_FLOWS]
-        self._total = self._smoothing * self._total + (1 - self._smoothing)
+        flows, total = self._flows(features[..., OPEN_FLOWS])
         fct = features[..., FCT]
         known = fct > 0
-        met = self._balancers * self._sum / self._total + 1
+        met = self._balancers * flows / total + 1
         capacity = np.maximum(met, self._cores.weights(features, active)) / np.where(
             known, np.maximum(fct, LEAST_FCT), 1.0
         )

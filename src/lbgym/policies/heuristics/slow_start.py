@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,12 +50,6 @@ class SlowStartWeights(WeightPolicy):
         """Forget when the servers became active; reset the policy."""
         self.policy.reset(seed)
         self._age = None
-
-    def copy(self) -> Self:
-        """An independent policy in the same state."""
-        twin = super().copy()
-        twin.policy = self.policy.copy()
-        return twin
 
     def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Shapes as in :meth:`WeightPolicy.weights`."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ...checks import number, whole
 from ...errors import PolicyError
 from ..base import WeightPolicy, check_features
-from ._estimates import FCT, LEAST_FCT, OPEN_FLOWS, News, mean_of, share
+from ._estimates import FCT, LEAST_FCT, OPEN_FLOWS, News, RunningSum, mean_of
 from .static import StaticWeights, UniformWeights
 
 #: Scores of a table; beyond, the last difference goes on.
@@ -77,13 +77,11 @@ class HotColdWeights(WeightPolicy):
 
     def __init__(self, quantile: float = 2**-0.25, smoothing: float = 0.9**0.25) -> None:
         self._quantile = number("quantile", quantile, low=0.0, high=1.0, error=PolicyError)
-        self._smoothing = share(smoothing)
-        self.reset()
+        self._flows = RunningSum(smoothing)
 
     def reset(self, seed: int | None = None) -> None:
         """Forget the flows seen."""
-        self._sum: NDArray[np.float64] | None = None
-        self._total = 0.0
+        self._flows.reset()
 
     def weights(self, features: NDArray[Any], active: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Ones; shapes as in :meth:`WeightPolicy.weights`.
@@ -92,12 +90,9 @@ class HotColdWeights(WeightPolicy):
         """
         features = check_features(self, features, active)
         fct, flows = features[..., FCT], features[..., OPEN_FLOWS]
-        if self._sum is None or self._sum.shape != active.shape:
-            self._sum, self._total = np.zeros(active.shape), 0.0
-        self._sum = self._smoothing * self._sum + (1 - self._smoothing) * flows
-        self._total = self._smoothing * self._total + (1 - self._smoothing)
+        past, total = self._flows(flows)
         known = (fct > 0) & active
-        latency = np.where(known, fct, mean_of(fct, known)) / (self._sum / self._total + 1)
+        latency = np.where(known, fct, mean_of(fct, known)) / (past / total + 1)
         cold = latency[..., None] * (_COUNTS + 1)
         greatest = cold.max(axis=(-2, -1), keepdims=True)
         cold = cold / np.where(greatest > 0, greatest, 1.0)
