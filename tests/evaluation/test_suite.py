@@ -414,6 +414,25 @@ def test_the_profile_is_the_distribution_of_the_scores(scores: Scores) -> None:
     assert (low <= share).all() and (share <= high).all()
 
 
+def test_one_seed_has_no_interval(folder: Path) -> None:
+    results = [read_result(folder / f"{name}.json") for name in ("sed", "lsq")]
+    one = {
+        result.label: {
+            case: {name: values[:1] for name, values in table.items()} for case, table in result.runs.items()
+        }
+        for result in results
+    }
+    scores = Scores(TINY, [replace(result, seeds=result.seeds[:1], runs=one[result.label]) for result in results])
+    for estimate in (
+        scores.geometric_mean("sed", "fct_mean"),
+        scores.iqm("sed", "fct_mean"),
+        scores.probability_of_improvement("sed", "lsq", "fct_mean"),
+    ):
+        assert np.isfinite(estimate.value) and np.isnan([estimate.low, estimate.high]).all()
+    share, low, high = scores.profile("sed", "fct_mean", np.array([0.5, 1.0]))
+    assert np.isfinite(share).all() and np.isnan([low, high]).all()
+
+
 def test_results_that_cannot_be_compared_are_refused(folder: Path) -> None:
     sed, lsq = (read_result(folder / f"{name}.json") for name in ("sed", "lsq"))
     with pytest.raises(ResultError, match="no result of the baseline 'lsq'"):

@@ -7,6 +7,7 @@ NeurIPS 2021, for scores of which less is better. The authors' package, rliable 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,7 +142,8 @@ class Scores:
         shares = np.array([np.searchsorted(row, limits, side="right") for row in ordered]) / ordered.shape[1]
         share = (scores.reshape(-1, 1) <= limits).mean(axis=0)
         tail = (1 - CONFIDENCE) / 2
-        return np.stack([share, *np.quantile(shares, [tail, 1 - tail], axis=0)])
+        bounds = np.quantile(shares, [tail, 1 - tail], axis=0)
+        return np.stack([share, *(bounds if len(scores) > 1 else np.full_like(bounds, np.nan))])
 
     def rejected(self, label: str) -> float:
         """Share of flows that were rejected or failed, mean over all runs."""
@@ -237,7 +239,12 @@ def resampled(scores: NDArray[np.float64], rng: np.random.Generator, resamples: 
 def _bootstrapped(
     statistic: Callable[..., NDArray[np.float64]], rng: np.random.Generator, *scores: NDArray[np.float64]
 ) -> Estimate:
-    """A statistic with its percentile interval from a stratified bootstrap of each of its arguments."""
+    """A statistic with its percentile interval from a stratified bootstrap of each of its arguments.
+
+    A single run of each case says nothing of an interval: it is NaN, as a Student-t interval is.
+    """
+    if len(scores[0]) < 2:
+        return Estimate(float(statistic(*scores)), math.nan, math.nan)
     values = []
     # In parts, as pairs of runs take memory.
     for _ in range(10):
