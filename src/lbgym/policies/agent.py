@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -21,6 +22,8 @@ from .trained import TrainedPolicy
 if TYPE_CHECKING:
     from ..scenarios import Scenario
     from .base import WeightPolicy
+
+logger = logging.getLogger("lbgym")
 
 
 @runtime_checkable
@@ -99,6 +102,7 @@ class Agent:
         self.layout, self.codec = layout, codec
         self.background: NDArray[np.float64] | None = None
         self.tables: NDArray[np.float64] | None = None
+        self._weights_only = False
         self._scenario = scenario
         self.name = type(policy).__name__ if name is None else name
         self.servers = servers
@@ -129,6 +133,13 @@ class Agent:
             self.fit(num_servers)
 
     @property
+    def reads_configured(self) -> bool:
+        """True if a trained policy is shown what an operator configures, or acts relative to it."""
+        if self._trained is None or self.layout is None or self.codec is None:
+            return False
+        return self.layout.observe_configured or self.codec.needs_configured
+
+    @property
     def dispatch(self) -> str | None:
         """The dispatch rule that the policy was trained with, if other than the scenario's own."""
         return None if self._trained is None else self._trained.dispatch
@@ -144,7 +155,8 @@ class Agent:
         Args:
             num_servers: N of the data plane.
             ground_truth: whether the data plane publishes it.
-            index: whether the data plane dispatches by an index.
+            index: whether the data plane dispatches by an index. A trained policy whose weights make sense by
+                themselves then sets these alone, and says so in the log.
             tables: whether it takes tables of scores.
 
         Raises:
@@ -164,11 +176,18 @@ class Agent:
                 f"the layout of agent {self.name!r} is for {self.layout.num_servers} servers, the data plane has "
                 f"{num_servers}"
             )
+        self._weights_only = False
         if self.codec is not None and self.codec.sets_background and not index:
-            raise PolicyError(
-                f"policy {self.name!r} sets background loads (action_type 'index'), but the data plane takes weights "
-                "only"
-            )
+            if self._trained is not None and self._trained.weights_alone:
+                self._weights_only = True
+                logger.warning(
+                    "policy %r: the data plane takes weights only, so its background loads are left out", self.name
+                )
+            else:
+                raise PolicyError(
+                    f"policy {self.name!r} sets background loads (action_type 'index'), but the data plane takes "
+                    "weights only"
+                )
         if self._heuristic is not None and self._heuristic.sets_background and not index:
             raise PolicyError(f"policy {self.name!r} sets background loads, but the data plane takes weights only")
         if self._heuristic is not None and self._heuristic.sets_tables and not tables:
@@ -242,7 +261,7 @@ class Agent:
             snapshot.stats, snapshot.ground_truth, snapshot.active, weights, self.background
         )
         action = self._policy.act(observation, {**(info or {}), **step_info(snapshot, weights)})
-        self.background = self.codec.to_background(action)
+        self.background = None if self._weights_only else self.codec.to_background(action)
         return self.codec.to_weights(action)
 
     def index(self, weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
