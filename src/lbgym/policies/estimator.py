@@ -31,8 +31,9 @@ from ..features.columns import column_index
 
 Array = NDArray[Any]
 
-#: Learned constants: the values that training begins with, rounded from a first search of 72 generations that began with
-#: those of ``marginal+field+core-latency``, and the standard deviation of the first steps. Times are logarithms of seconds.
+#: Learned constants: the values that training begins with, and the standard deviation of its first steps. The values
+#: are rounded from a first search of 72 generations, which began with those of ``marginal+field+core-latency``. Times
+#: are logarithms of seconds.
 CONSTANTS: dict[str, tuple[float, float]] = {
     # The estimate of the speed: weights of the logarithms of the FCT's statistics.
     "fct_decay": (1.0, 0.2),

@@ -2,8 +2,8 @@
 
 N. Hansen and A. Ostermeier, "Completely Derandomized Self-Adaptation in Evolution Strategies" (2001), by the package
 ``cma``. What is minimised is as the benchmark's score, the logarithms of the mean and of the p99 FCT over those of
-SED, which no reward per step adds up to. A few dozen parameters, a simulator of two million flows per second, and the same
-flows for every candidate of a generation make that cheap.
+SED, which no reward per step adds up to. A few dozen parameters, a simulator of two million flows per second, and the
+same flows for every candidate of a generation make that cheap.
 
 First the constants are searched; from generation ``network_from`` on, the residual network as well, whose covariances
 are left at 0, since there are too many of them.
@@ -71,7 +71,7 @@ class CMAESConfig(TrainingConfig):
     total_steps: int | None = 10_000_000
     """environment steps, all replicas together; None: no limit"""
     scenarios: int = 1
-    """times the scenarios of a generation, which are ten"""
+    """times the scenarios of a generation, which are nine"""
     warmup: float = 12.0
     """seconds at the start of an episode whose flows do not count"""
     penalty: float = 1.0

@@ -153,10 +153,9 @@ SHAPES = (
     Shape(1, 64, 1),
     Shape(2, 16, 1),
     Shape(4, 32, 2, delay=0.4),
-    Shape(8, 32, 1),
-    Shape(8, 96, 1),
+    Shape(8, 64, 1),
 )
-VALIDATION = (Shape(1, 16, 8), Shape(1, 64, 2), Shape(2, 16, 3), Shape(4, 32, 3), Shape(8, 32, 2), Shape(8, 96, 1))
+VALIDATION = (Shape(1, 16, 8), Shape(1, 64, 2), Shape(2, 16, 3), Shape(4, 32, 3), Shape(8, 64, 1))
 
 
 def draw_scenarios(shape: Shape, rng: np.random.Generator, base: AnyScenario | None = None) -> list[Scenario]:
