@@ -261,6 +261,11 @@ class Controller:
             agent.fit(
                 plane.num_servers, ground_truth=plane.has_ground_truth, index=plane.region.takes_index, tables=False
             )
+            if agent.weights_only:
+                self._log(
+                    _WARNING, "weights_only",
+                    f"policy {agent.name!r}: the data plane takes weights only, so background loads are left out",
+                )  # fmt: skip
 
     def _set_lease(self, plane: SharedMemoryDataPlane, *, refuse: bool = False) -> None:
         """Set the lease: longer than the longest time between two actions in normal operation."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -22,8 +21,6 @@ from .trained import TrainedPolicy
 if TYPE_CHECKING:
     from ..scenarios import Scenario
     from .base import WeightPolicy
-
-logger = logging.getLogger("lbgym")
 
 
 @runtime_checkable
@@ -83,6 +80,7 @@ class Agent:
         uses_ground_truth: whether the policy reads the ground truth.
         background: background loads that go with the weights of the last call, float64[N]; None: the policy sets none.
         tables: tables of scores that go with them, float64[N, Q]; None likewise.
+        weights_only: whether the background loads that the policy sets are left out, as the data plane has no index.
 
     Raises:
         PolicyError: if the policy does not fit so many servers, or needs ground truth that ``layout`` does not show.
@@ -102,7 +100,7 @@ class Agent:
         self.layout, self.codec = layout, codec
         self.background: NDArray[np.float64] | None = None
         self.tables: NDArray[np.float64] | None = None
-        self._weights_only = False
+        self.weights_only = False
         self._scenario = scenario
         self.name = type(policy).__name__ if name is None else name
         self.servers = servers
@@ -156,7 +154,7 @@ class Agent:
             num_servers: N of the data plane.
             ground_truth: whether the data plane publishes it.
             index: whether the data plane dispatches by an index. A trained policy whose weights make sense by
-                themselves then sets these alone, and says so in the log.
+                themselves then sets these alone: :attr:`weights_only`.
             tables: whether it takes tables of scores.
 
         Raises:
@@ -176,14 +174,10 @@ class Agent:
                 f"the layout of agent {self.name!r} is for {self.layout.num_servers} servers, the data plane has "
                 f"{num_servers}"
             )
-        self._weights_only = False
+        self.weights_only = False
         if self.codec is not None and self.codec.sets_background and not index:
-            if self._trained is not None and self._trained.weights_alone:
-                self._weights_only = True
-                logger.warning(
-                    "policy %r: the data plane takes weights only, so its background loads are left out", self.name
-                )
-            else:
+            self.weights_only = self._trained is not None and self._trained.weights_alone
+            if not self.weights_only:
                 raise PolicyError(
                     f"policy {self.name!r} sets background loads (action_type 'index'), but the data plane takes "
                     "weights only"
@@ -261,7 +255,7 @@ class Agent:
             snapshot.stats, snapshot.ground_truth, snapshot.active, weights, self.background
         )
         action = self._policy.act(observation, {**(info or {}), **step_info(snapshot, weights)})
-        self.background = None if self._weights_only else self.codec.to_background(action)
+        self.background = None if self.weights_only else self.codec.to_background(action)
         return self.codec.to_weights(action)
 
     def index(self, weights: NDArray[np.float64]) -> NDArray[np.float64] | None:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import number, whole
+from ..checks import choice, number, whole
 from ..env.observations import CONFIGURED_NAMES
 from ..errors import CheckpointError, InvalidOptionError, MissingExtraError
 from ..features.columns import NUM_FEATURES
@@ -31,7 +31,7 @@ from ..policies.neural import EstimatorPolicy
 from ..policies.pretrained import pretrained_file, pretrained_names
 from ..scenarios import AnyScenario, load_scenario
 from ..snapshot import DEFAULT_STEP_INTERVAL
-from .config import TrainingConfig, plain_config, saved_config
+from .config import PRETRAINING, TrainingConfig, plain_config, saved_config
 from .pretraining import SHAPES, VALIDATION, Score, Shape, draw_scenarios, measure
 from .runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, write_torch
 
@@ -41,9 +41,6 @@ except ModuleNotFoundError as error:  # pragma: no cover - the import of .runs f
     raise MissingExtraError("torch", "train", "training with CMA-ES") from error
 
 ALGO = "cma-es"
-#: The scenario that stands for the distribution in :mod:`lbgym.training.pretraining`.
-PRETRAINING = "pretraining"
-
 _VALIDATION_STREAM = 0x76616C69
 
 
@@ -84,8 +81,8 @@ class CMAESConfig(TrainingConfig):
     """generations between two runs on scenarios that training does not see; the best on them is kept"""
     initial: str | None = None
     """a file of this recipe or a pretrained policy to begin with"""
-    frozen: tuple[str, ...] = field(default_factory=tuple)
-    """constants that stay as they are, by name"""
+    fixed: dict[str, float] = field(default_factory=dict)
+    """constants that stay at these values, by name"""
     threads: int | None = None
     """threads of the simulator, which change no result; None: one per core"""
 
@@ -97,12 +94,9 @@ class CMAESConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_action_type("CMA-ES", ("index",), "ppo")
-        self.frozen = tuple(self.frozen)
-        unknown = [name for name in self.frozen if name not in CONSTANTS]
-        if unknown:
-            raise InvalidOptionError(
-                f"CMAESConfig.frozen names constants, of {', '.join(CONSTANTS)}; got {unknown[0]!r}"
-            )
+        for name, value in self.fixed.items():
+            choice("constant", name, CONSTANTS, where="CMAESConfig.fixed")
+            number(f"CMAESConfig.fixed[{name!r}]", value)
         duration = self.max_steps * DEFAULT_STEP_INTERVAL
         number("CMAESConfig.warmup", self.warmup, low=0.0)
         if not self.warmup < duration:
@@ -225,6 +219,8 @@ class Search:
         self._names, self._places = list(first), {name: value.shape for name, value in first.items()}
         self._first = np.concatenate([value.ravel() for value in first.values()])
         self._constants = len(CONSTANTS)
+        for name, value in config.fixed.items():
+            self._first[list(CONSTANTS).index(name)] = value
         self.scores: list[NDArray[np.float64]] = []
         self.best, self._best_score = self._first.copy(), math.inf
         self._losses = {"validation_mean": math.nan, "validation_p99": math.nan}
@@ -314,7 +310,7 @@ class Search:
                 start, sigma = self._mean(), config.learning_rate
                 widths[: self._constants] *= 0.3
             self._free = np.arange(self._first.size if with_network else self._constants)
-            self._free = self._free[~np.isin(self._free, [list(CONSTANTS).index(name) for name in config.frozen])]
+            self._free = self._free[~np.isin(self._free, [list(CONSTANTS).index(name) for name in config.fixed])]
             self._start = start
             self._strategy = self._make(
                 start[self._free],
