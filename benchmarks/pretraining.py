@@ -142,7 +142,7 @@ def publish(file: Path, suite: Path | None, name: str, seeds: str, summary: dict
         "file": path.name,
         "sha256": digest,
         "version": version,
-        "description": "speeds and background loads of any number of servers, for one balancer or several, under marginal",
+        "description": "speeds and background loads of any number of servers, one balancer or several, for marginal",
         "trained_on": (
             "random clusters of 2 to 64 servers behind 1 to 8 balancers, configured rightly and wrongly; steady, "
             "bursty and swinging arrivals; light- to heavy-tailed demands; brownouts, failures, drains, flash crowds; "

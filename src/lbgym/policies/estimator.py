@@ -80,10 +80,11 @@ LARGEST_CHANGE = math.log(10.0)
 #: The variance of the prior counts as this many servers.
 _PRIOR_SERVERS = 2.0
 
-_FLOWS, _FCT_DECAY, _FCT_MEAN, _FCT_P90, _FCT_STD, _DURATION = (
+#: Columns that are read: the flows, what the speed is estimated from, and the spread.
+_COLUMNS = [
     column_index(name)
-    for name in ("n_flow_on", "fct_mean_decay", "fct_mean", "fct_p90_decay", "fct_std", "duration_mean_decay")
-)
+    for name in ("n_flow_on", "fct_mean_decay", "fct_mean", "fct_p90_decay", "duration_mean_decay", "fct_std")
+]
 
 
 def initial_parameters(hidden: int, seed: int = 0) -> dict[str, Array]:
@@ -123,12 +124,21 @@ class IndexEstimator:
                 f"this lbgym's estimator has {len(CONSTANTS)} constants, and these parameters are of another version's "
                 f"with {values.shape[-1]}: train them again"
             )
-        self._c = {name: values[..., i] for i, name in enumerate(CONSTANTS)}
+        constants = {name: values[..., i] for i, name in enumerate(CONSTANTS)}
+        # One for all servers of what it is for; a population's have the axes of its candidates.
+        self._c = {name: value[..., None] if value.ndim else value for name, value in constants.items()}
         self._step = step_interval
         self._keep = {
             name: np.exp(-step_interval * np.exp(-self._c[f"log_{name}"]))
             for name in ("smoothing", "memory", "slow", "fast")
         }
+        self._noise = np.exp(self._c["log_noise"])
+        self._prior_excess = _PRIOR_SERVERS * np.exp(self._c["log_variance"])
+        zero = np.zeros_like(self._c["fct_mean"])
+        coefficients = (zero, *(-self._c[name] for name in ("fct_decay", "fct_mean", "fct_p90", "duration")), zero)
+        self._of_logs = np.stack(coefficients, axis=-1)
+        self._given: _Given | None = None
+        self._given_key: tuple[bytes, ...] = ()
         self._network = {name: np.asarray(value, np.float64) for name, value in parameters.items() if "." in name}
         self.reset()
 
@@ -158,107 +168,129 @@ class IndexEstimator:
             The logarithm of the weight over the configured one on any scale, and the background load per core at least
             0, both float64[..., N]; 0 where inactive.
         """
-        c = {name: value[..., None] if value.ndim else value for name, value in self._c.items()}
-        keep = {name: value[..., None] if value.ndim else value for name, value in self._keep.items()}
-        stats = np.asarray(stats, np.float64)
-        mask = active.astype(np.float64)
-        count = np.maximum(mask.sum(-1, keepdims=True), 1.0)
-
-        def mean(values: Array) -> Array:
-            return (values * mask).sum(-1, keepdims=True) / count
-
-        flows, fct = stats[..., _FLOWS], stats[..., _FCT_DECAY]
-        known = active & (fct > 0.0)
+        c, keep, given = self._c, self._keep, self._given_by(active, weights, cores, balancers)
+        columns = stats[..., _COLUMNS].astype(np.float64)
+        flows, fct = columns[..., 0], columns[..., 1]
+        known = given.active & (fct > 0.0)
         if self._slow is None or self._slow.shape != active.shape:
             self._slow, self._fast, self._log_speed, self._evidence = np.zeros((4, *active.shape))
-        self._slow = keep["slow"] * self._slow + (1.0 - keep["slow"]) * flows
-        self._fast = keep["fast"] * self._fast + (1.0 - keep["fast"]) * flows
+        self._slow = flows + keep["slow"] * (self._slow - flows)
+        self._fast = flows + keep["fast"] * (self._fast - flows)
 
         # Where the cluster stands: flows per core of all balancers, by symmetry.
-        count_of = np.exp(balancers)
-        size = np.exp(cores) * mask
-        total_size = np.maximum(size.sum(-1, keepdims=True), _LEAST)
-        held = count_of * self._slow
-        own_load = held / np.where(size > 0.0, size, 1.0)
-        load = (held * mask).sum(-1, keepdims=True) / total_size
+        own_load = given.per_core * self._slow
+        load = given.balancers * given.sum(self._slow) / given.total_size
         load = load / (1.0 + load)
+        busy = load - 0.5
 
-        # Speeds from FCTs, relative to the servers' mean.
-        known_count = np.maximum(known.sum(-1, keepdims=True), 1.0)
-
-        def relative(values: Array) -> Array:
-            logs = np.log(np.maximum(np.where(known & (values > 0.0), values, 1.0), _LEAST))
-            return np.where(known, logs - np.where(known, logs, 0.0).sum(-1, keepdims=True) / known_count, 0.0)
-
-        sample = -c["fct_decay"] * relative(fct)
-        for name, column in (("fct_mean", _FCT_MEAN), ("fct_p90", _FCT_P90), ("duration", _DURATION)):
-            sample -= c[name] * relative(stats[..., column])
-        sample += c["congestion"] * relative(1.0 + own_load)
-        prior = np.where(active, weights - cores, 0.0)
-        prior = np.where(active, prior - mean(prior), 0.0)
-        # Known servers keep their place among all: those that are not known are where they are configured.
-        sample += np.where(known, prior, 0.0).sum(-1, keepdims=True) / known_count
-        sample = np.where(known, sample, prior)
-        self._log_speed = np.where(
-            self._evidence > 0.0, keep["smoothing"] * self._log_speed + (1.0 - keep["smoothing"]) * sample, sample
-        )
-        rate = np.where(known, self._slow / np.maximum(fct, _LEAST), 0.0)
+        # Speeds from FCTs, relative to the servers' mean. Known servers keep their place among all: those that are not
+        # known are where they are configured.
+        sees = known[..., None] & (columns > 0.0)
+        logs = np.log(np.where(sees, columns, 1.0))
+        sample = (logs * self._of_logs).sum(-1) + c["congestion"] * np.log1p(own_load)
+        every = known.all()
+        if every:
+            known_count: Any = float(active.shape[-1])
+            sample -= sample.sum(-1, keepdims=True) / known_count
+        else:
+            known_count = np.maximum(known.sum(-1, keepdims=True), 1.0)
+            shift = np.where(known, given.prior - sample, 0.0).sum(-1, keepdims=True) / known_count
+            sample = np.where(known, sample + shift, given.prior)
+        # The first sample is taken as it is.
+        news = np.where(self._evidence > 0.0, keep["smoothing"], 0.0) * (sample - self._log_speed)
+        self._log_speed = sample - news
+        rate = self._slow / np.maximum(fct, _LEAST)
+        spread = columns[..., 5] / np.maximum(columns[..., 2], _LEAST)
+        if not every:
+            rate, spread = np.where(known, rate, 0.0), np.where(known, spread, 0.0)
         self._evidence = keep["memory"] * self._evidence + self._step * rate
-        cv = np.where(known, stats[..., _FCT_STD] / np.maximum(stats[..., _FCT_MEAN], _LEAST), 0.0)
-        spread = cv.sum(-1, keepdims=True) / known_count
-        noise = np.exp(c["log_noise"]) * (spread * spread + 0.01) * (1.0 / (self._evidence + 0.1) + 1.0 / _RESERVOIR)
-        deviation = np.where(active, self._log_speed - prior, 0.0)
-        deviation = np.where(active, deviation - mean(deviation), 0.0)
-        excess = np.where(known, deviation * deviation - noise, 0.0).sum(-1, keepdims=True)
-        variance = (np.maximum(excess, 0.0) + _PRIOR_SERVERS * np.exp(c["log_variance"])) / (
-            known.sum(-1, keepdims=True) + _PRIOR_SERVERS
-        )
+        spread = spread.sum(-1, keepdims=True) / known_count
+        noise = self._noise * (spread * spread + 0.01) * (1.0 / (self._evidence + 0.1) + 1.0 / _RESERVOIR)
+        gain = c["gain"] + c["gain_load"] * busy + c["gain_balancers"] * balancers
+        deviation = given.centred(gain * self._log_speed - given.prior)
+        excess = deviation * deviation - noise
+        excess = (excess if every else np.where(known, excess, 0.0)).sum(-1, keepdims=True)
+        variance = (np.maximum(excess, 0.0) + self._prior_excess) / (known_count + _PRIOR_SERVERS)
         shrinkage = variance / (variance + noise)
-        speed = prior + shrinkage * deviation
-        gain = c["gain"] + c["gain_load"] * (load - 0.5) + c["gain_balancers"] * balancers
-        log_weight = gain * speed
+        log_weight = speed = given.prior + shrinkage * deviation
 
         # What the others hold, per core.
-        mine = np.maximum(self._slow + c["fast_share"] * (self._fast - self._slow), 0.0)
+        field: Any = np.zeros(active.shape)
+        news = given.masked(np.minimum(np.maximum(news, -2.0), 2.0))
         seen = np.log(self._evidence + 0.1)
-        share = 1.0 / (1.0 + np.exp(-c["pooling"] - c["pooling_evidence"] * seen))
-        worth = size * np.exp(np.clip(log_weight, -3.0, 3.0))
-        expected = (mine * mask).sum(-1, keepdims=True) * worth / np.maximum(worth.sum(-1, keepdims=True), _LEAST)
-        others = (1.0 - share) * mine + share * expected
-        news = np.where(active, np.clip(sample - self._log_speed, -2.0, 2.0), 0.0)
-        factor = np.exp(-c["surge"] * news) * np.exp(
-            c["log_field"] + c["field_load"] * (load - 0.5) + c["field_balancers"] * (balancers - 1.0)
-        )
-        field = (count_of - 1.0) * factor * others / np.where(size > 0.0, size, 1.0)
-        rest = np.exp(c["rest"] + c["rest_load"] * (load - 0.5) + c["rest_balancers"] * balancers)
-        background = field + rest
+        if given.several:
+            mine = np.maximum(self._slow + c["fast_share"] * (self._fast - self._slow), 0.0)
+            worth = given.size * np.exp(np.minimum(np.maximum(log_weight, -3.0), 3.0))
+            expected = given.sum(mine) * worth / np.maximum(worth.sum(-1, keepdims=True), _LEAST)
+            share = 1.0 / (1.0 + np.exp(-c["pooling"] - c["pooling_evidence"] * seen))
+            factor = c["log_field"] + c["field_load"] * busy + c["field_balancers"] * (balancers - 1.0)
+            others = mine + share * (expected - mine)
+            field = given.others_per_core * others * np.exp(factor - c["surge"] * news)
+        background = field + np.exp(c["rest"] + c["rest_load"] * busy + c["rest_balancers"] * balancers)
 
         if self._network:
-            trend = np.log((self._fast + 0.5) / (self._slow + 0.5))
-            shape = active.shape
-            inputs = np.stack(
-                [
-                    speed, prior, deviation, shrinkage, np.log1p(own_load), trend,
-                    *(np.broadcast_to(x, shape) for x in (cores, load, balancers)), np.log1p(field),
-                    np.broadcast_to(spread, shape), 0.3 * seen, news,
-                ],
-                axis=-1,
-            )  # fmt: skip
-            more = self._residual(inputs, mask, count)
+            inputs = np.empty((*active.shape, len(INPUTS)))
+            for i, value in enumerate(
+                (
+                    speed, given.prior, deviation, shrinkage, np.log1p(own_load),
+                    np.log((self._fast + 0.5) / (self._slow + 0.5)), cores, load, balancers, np.log1p(field), spread,
+                    0.3 * seen, news,
+                )
+            ):  # fmt: skip
+                inputs[..., i] = value
+            more = self._residual(inputs, given)
             log_weight = log_weight + more[..., 0]
-            background = background * np.exp(np.clip(more[..., 1], -3.0, 3.0))
+            background = background * np.exp(np.minimum(np.maximum(more[..., 1], -3.0), 3.0))
         # The weight is cores times the speed per core; what is configured is taken out again.
-        change = np.where(active, log_weight - prior, 0.0)
-        return np.where(active, change - mean(change), 0.0), np.where(active, background, 0.0)
+        return given.centred(log_weight - given.prior), given.masked(background)
 
-    def _residual(self, inputs: Array, mask: Array, count: Array) -> Array:
+    def _given_by(self, active: Array, weights: Array, cores: Array, balancers: Array) -> _Given:
+        """What follows from these alone, which rarely change."""
+        key = tuple(values.tobytes() for values in (active, weights, cores, balancers))
+        if self._given is None or self._given_key != key or self._given.active.shape != active.shape:
+            self._given, self._given_key = _Given(active, weights, cores, balancers), key
+        return self._given
+
+    def _residual(self, inputs: Array, given: _Given) -> Array:
         """The network's outputs [..., N, 2] for inputs [..., N, I]."""
         p = self._network
-        # Outputs do not depend on servers that are not there: -1 is below every hidden unit.
         h = np.tanh(inputs @ p["encoder.weight"] + p["encoder.bias"][..., None, :])
-        most = np.where(mask[..., None] > 0.0, h, -1.0).max(-2)
-        h *= mask[..., None]
+        if given.all:
+            most = h.max(-2)
+        else:
+            # Outputs do not depend on servers that are not there: -1 is below every hidden unit.
+            most = np.where(given.active[..., None], h, -1.0).max(-2)
+            h *= given.active[..., None]
         size, head = p["encoder.weight"].shape[-1], p["head.weight"]
-        context = np.concatenate([h.sum(-2) / count, most], axis=-1)[..., None, :] @ head[..., size:, :]
-        more: Array = h @ head[..., :size, :] + context + p["head.bias"][..., None, :]
+        pooled = np.concatenate([h.sum(-2) / given.count, most], axis=-1)
+        context = pooled[..., None, :] @ head[..., size:, :]
+        more: Array = h @ head[..., :size, :] + (context + p["head.bias"][..., None, :])
         return more
+
+
+class _Given:
+    """What follows from what is configured and which servers are active."""
+
+    def __init__(self, active: Array, weights: Array, cores: Array, balancers: Array) -> None:
+        self.active, self.all = active, bool(active.all())
+        self.count = np.maximum(active.sum(-1, keepdims=True), 1.0)
+        self.prior = self.centred(weights - cores)
+        self.size = np.where(active, np.exp(cores), 0.0)
+        self.total_size = np.maximum(self.size.sum(-1, keepdims=True), _LEAST)
+        self.balancers = np.exp(balancers)
+        self.several = bool((self.balancers > 1.0).any())
+        self.per_core = self.balancers / np.where(active, self.size, 1.0)
+        self.others_per_core = (self.balancers - 1.0) / np.where(active, self.size, 1.0)
+
+    def masked(self, values: Array) -> Array:
+        """0 where inactive."""
+        return values if self.all else np.where(self.active, values, 0.0)
+
+    def sum(self, values: Array) -> Array:
+        """Sum over the active servers, [..., 1]."""
+        total: Array = self.masked(values).sum(-1, keepdims=True)
+        return total
+
+    def centred(self, values: Array) -> Array:
+        """Less the mean over the active servers; 0 where inactive."""
+        return self.masked(values - self.sum(values) / self.count)

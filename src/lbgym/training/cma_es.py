@@ -56,7 +56,7 @@ class CMAESConfig(TrainingConfig):
     """dispatch rule: "marginal", or another that counts flows"""
     observe_weights: bool = False
     """not read"""
-    num_envs: int = 16
+    num_envs: int = 12
     """candidates of a generation, each of which runs on all of its scenarios"""
     max_steps: int = 192
     """steps of an episode"""
@@ -73,7 +73,7 @@ class CMAESConfig(TrainingConfig):
     """seconds at the start of an episode whose flows do not count"""
     penalty: float = 1.0
     """how much more it counts to be worse than SED than to be better"""
-    network_from: int = 60
+    network_from: int = 40
     """generation from which the residual network is learned"""
     network_step: float = 0.05
     """first step size of the network's parameters"""

@@ -130,6 +130,10 @@ FAMILIES: tuple[tuple[ScenarioDistribution, float], ...] = (
 )
 
 
+#: Share of the scenarios, of whatever family, whose configured weights are nearly right.
+WELL_CONFIGURED = 0.15
+
+
 @dataclass(frozen=True)
 class Shape:
     """Scenarios that are simulated together.
@@ -158,6 +162,16 @@ SHAPES = (
 VALIDATION = (Shape(1, 16, 8), Shape(1, 64, 2), Shape(2, 16, 3), Shape(4, 32, 3), Shape(8, 64, 1))
 
 
+def _well_configured(scenario: Scenario, rng: np.random.Generator) -> Scenario:
+    """The scenario with weights that its operator has measured, with an error of some 20 %."""
+    errors = np.exp(0.2 * rng.normal(size=scenario.num_servers))
+    servers = [
+        replace(server, weight=float(server.capacity * error))
+        for server, error in zip(scenario.servers, errors, strict=True)
+    ]
+    return replace(scenario, servers=tuple(servers))
+
+
 def draw_scenarios(shape: Shape, rng: np.random.Generator, base: AnyScenario | None = None) -> list[Scenario]:
     """Scenarios of a shape.
 
@@ -175,7 +189,8 @@ def draw_scenarios(shape: Shape, rng: np.random.Generator, base: AnyScenario | N
         # A shape of many servers is for clusters of many, and no balancer has less than a server.
         least = shape.servers // 2 if shape.servers > 32 else max(2, min(shape.balancers, 8))
         sized = family.with_changes(balancers=shape.balancers, num_servers=Uniform(least, shape.servers))
-        drawn.append(sized.draw(int(rng.integers(2**31)), horizon=200.0))
+        scenario = sized.draw(int(rng.integers(2**31)), horizon=200.0)
+        drawn.append(_well_configured(scenario, rng) if rng.random() < WELL_CONFIGURED else scenario)
     return drawn
 
 
