@@ -187,7 +187,8 @@ class IndexEstimator:
         # known are where they are configured.
         sees = known[..., None] & (columns > 0.0)
         logs = np.log(np.where(sees, columns, 1.0))
-        sample = (logs * self._of_logs).sum(-1) + c["congestion"] * np.log1p(own_load)
+        gain = c["gain"] + c["gain_load"] * busy + c["gain_balancers"] * balancers
+        sample = gain * ((logs * self._of_logs).sum(-1) + c["congestion"] * np.log1p(own_load))
         every = known.all()
         if every:
             known_count: Any = float(active.shape[-1])
@@ -206,8 +207,7 @@ class IndexEstimator:
         self._evidence = keep["memory"] * self._evidence + self._step * rate
         spread = spread.sum(-1, keepdims=True) / known_count
         noise = self._noise * (spread * spread + 0.01) * (1.0 / (self._evidence + 0.1) + 1.0 / _RESERVOIR)
-        gain = c["gain"] + c["gain_load"] * busy + c["gain_balancers"] * balancers
-        deviation = given.centred(gain * self._log_speed - given.prior)
+        deviation = given.centred(self._log_speed - given.prior)
         excess = deviation * deviation - noise
         excess = (excess if every else np.where(known, excess, 0.0)).sum(-1, keepdims=True)
         variance = (np.maximum(excess, 0.0) + self._prior_excess) / (known_count + _PRIOR_SERVERS)
