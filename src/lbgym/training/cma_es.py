@@ -97,6 +97,8 @@ class CMAESConfig(TrainingConfig):
         for name, value in self.fixed.items():
             choice("constant", name, CONSTANTS, where="CMAESConfig.fixed")
             number(f"CMAESConfig.fixed[{name!r}]", value)
+        if len(CONSTANTS) - len(self.fixed) < 2:
+            raise InvalidOptionError("CMAESConfig.fixed must leave two constants to search for, got all but one or all")
         duration = self.max_steps * DEFAULT_STEP_INTERVAL
         number("CMAESConfig.warmup", self.warmup, low=0.0)
         if not self.warmup < duration:
@@ -398,4 +400,4 @@ def _initial(config: CMAESConfig) -> dict[str, NDArray[np.float64]]:
     given = {name: np.asarray(value, np.float64) for name, value in policy.parameters.items()}
     same = all(name in given and given[name].shape == value.shape for name, value in parameters.items())
     # A network of another width begins anew.
-    return given if same else parameters | {"constants": given["constants"]}
+    return {name: given[name] for name in parameters} if same else parameters | {"constants": given["constants"]}
