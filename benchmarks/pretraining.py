@@ -118,15 +118,15 @@ def publish(file: Path, suite: Path | None, name: str, seeds: str, summary: dict
     import tomli_w
 
     from lbgym.policies.checkpoints import read_checkpoint
-    from lbgym.policies.pretrained import FORMAT, card, pretrained_names
+    from lbgym.policies.pretrained import card, pretrained_names
+    from lbgym.policies.pretrained.cards import FOLDER, FORMAT
     from lbgym.training.runs import write_torch
 
-    folder = Path(pretrained_file.__code__.co_filename).parent
     saved = read_checkpoint(file, "cma-es")
     saved["trainer"] = {}
     # The search's threads change nothing.
     saved["config"] = {**saved["config"], "threads": None}
-    path = folder / f"{name}.pt"
+    path = FOLDER / f"{name}.pt"
     write_torch(path, saved)
     if suite is not None:
         from lbgym.evaluation.suite import read_result
@@ -162,7 +162,7 @@ def publish(file: Path, suite: Path | None, name: str, seeds: str, summary: dict
             "left out",
         ],
     }
-    (folder / "index.toml").write_text(tomli_w.dumps({"format": FORMAT, name: entry}), "utf-8")
+    (FOLDER / "index.toml").write_text(tomli_w.dumps({"format": FORMAT, name: entry}), "utf-8")
     return path
 
 

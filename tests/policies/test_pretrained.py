@@ -20,6 +20,7 @@ from lbgym.evaluation import compare, parse_contender
 from lbgym.policies import load_policy, make_agent, pretrained
 from lbgym.policies.estimator import CONSTANTS, INPUTS, LARGEST_CHANGE, IndexEstimator, initial_parameters
 from lbgym.policies.neural import EstimatorPolicy
+from lbgym.policies.pretrained import cards
 from lbgym.scenarios import Exponential, Scenario, Server, Workload, named_scenario
 from lbgym.simulator import Simulation
 from lbgym.snapshot import Snapshot
@@ -222,16 +223,16 @@ def test_names_that_there_are_not() -> None:
 
 def test_files_that_are_not_what_the_index_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = pretrained.card("adaptive")
-    monkeypatch.setattr(pretrained, "_index", lambda: {"adaptive": replace(known, sha256="0" * 64)})
+    monkeypatch.setattr(cards, "_index", lambda: {"adaptive": replace(known, sha256="0" * 64)})
     with pytest.raises(CheckpointError, match=r"adaptive.pt has SHA-256 [0-9a-f]{12}\.\.\., and index.toml says 0{12}"):
         make_agent("adaptive")
-    monkeypatch.setattr(pretrained, "_index", lambda: {"adaptive": replace(known, file="lost.pt")})
+    monkeypatch.setattr(cards, "_index", lambda: {"adaptive": replace(known, file="lost.pt")})
     with pytest.raises(CheckpointError, match=r"lost\.pt cannot be read"):
         parse_contender("adaptive")
     with pytest.raises(CheckpointError, match="has format 2; this lbgym reads 1"):
-        pretrained.read_index("format = 2")
+        cards.read_index("format = 2")
     with pytest.raises(CheckpointError, match="pretrained policy 'a' has no sha256, version"):
-        pretrained.read_index('format = 1\n[a]\nfile = "a.pt"')
+        cards.read_index('format = 1\n[a]\nfile = "a.pt"')
 
 
 def test_parameters_of_another_version() -> None:
