@@ -139,7 +139,7 @@ test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray, an
 
 .PHONY: docs
 docs: $(VENV)/.dev ## the documentation site, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs site
 
 .PHONY: bench
 bench: $(VENV)/.dev $(FRAMEWORKS)/.dev ## every benchmark, with what it must reach
