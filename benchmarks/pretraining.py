@@ -124,6 +124,10 @@ def publish(file: Path, suite: Path | None, name: str, seeds: str, summary: dict
 
     saved = read_checkpoint(file, "cma-es")
     saved["trainer"] = {}
+    parameters = saved["network"]["parameters"]
+    if "head.weight" in parameters and not any(parameters[k].any() for k in ("head.weight", "head.bias")):
+        # A network that has learned nothing yet only takes time.
+        saved["network"]["parameters"] = {"constants": parameters["constants"]}
     # The search's threads change nothing.
     saved["config"] = {**saved["config"], "threads": None}
     path = FOLDER / f"{name}.pt"
