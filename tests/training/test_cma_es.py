@@ -127,8 +127,10 @@ def test_settings_that_do_not_fit(tmp_path: Path) -> None:
         CMAESConfig(fixed={"gian": 1.0})
     with pytest.raises(InvalidOptionError, match="below the episode's 3 s, which are max_steps=12; got 12"):
         CMAESConfig(max_steps=12)
-    with pytest.raises(InvalidOptionError, match="must leave two constants to search for"):
+    with pytest.raises(InvalidOptionError, match="must leave two constants or more to search for, got 0"):
         CMAESConfig(fixed={name: value for name, (value, _) in CONSTANTS.items()})
+    with pytest.raises(InvalidOptionError, match="to search for, got 1: fixed has 1 of 24, free 2"):
+        CMAESConfig(fixed={"gain": 1.0}, free=("gain", "rest"))
     (tmp_path / "no.pt").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="damaged"):
         train_cma_es(CMAESConfig(**TINY, initial=str(tmp_path / "no.pt")))

@@ -5,8 +5,8 @@ N. Hansen and A. Ostermeier, "Completely Derandomized Self-Adaptation in Evoluti
 SED, which no reward per step adds up to. A few dozen parameters, a simulator of two million flows per second, and the
 same flows for every candidate of a generation make that cheap.
 
-First the constants are searched; from generation ``network_from`` on, the residual network as well, whose covariances
-are left at 0, since there are too many of them.
+First the constants are searched for; from generation ``network_from`` on, the residual network as well, whose
+covariances are left at 0, since there are too many of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from ..policies.pretrained import pretrained_file, pretrained_names
 from ..scenarios import AnyScenario, load_scenario
 from ..snapshot import DEFAULT_STEP_INTERVAL
 from .config import PRETRAINING, TrainingConfig, plain_config, saved_config
-from .pretraining import SHAPES, VALIDATION, Score, Shape, draw_scenarios, measure
+from .pretraining import SEVERAL, SEVERAL_VALIDATION, SHAPES, VALIDATION, Score, Shape, draw_scenarios, measure
 from .runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, write_torch
 
 try:
@@ -83,6 +83,10 @@ class CMAESConfig(TrainingConfig):
     """a file of this recipe or a pretrained policy to begin with"""
     fixed: dict[str, float] = field(default_factory=dict)
     """constants that stay at these values, by name"""
+    free: tuple[str, ...] = ()
+    """constants to search for alone, by name; none: all that are not fixed"""
+    several: bool = False
+    """train on scenarios of several balancers alone, without delays"""
     threads: int | None = None
     """threads of the simulator, which change no result; None: one per core"""
 
@@ -97,8 +101,12 @@ class CMAESConfig(TrainingConfig):
         for name, value in self.fixed.items():
             choice("constant", name, CONSTANTS, where="CMAESConfig.fixed")
             number(f"CMAESConfig.fixed[{name!r}]", value)
-        if len(CONSTANTS) - len(self.fixed) < 2:
-            raise InvalidOptionError("CMAESConfig.fixed must leave two constants to search for, got all but one or all")
+        self.free = tuple(choice("constant", name, CONSTANTS, where="CMAESConfig.free") for name in self.free)
+        if len(self.searched) < 2:
+            raise InvalidOptionError(
+                f"CMAESConfig must leave two constants or more to search for, got {len(self.searched)}: fixed has "
+                f"{len(self.fixed)} of {len(CONSTANTS)}, free {len(self.free)}"
+            )
         duration = self.max_steps * DEFAULT_STEP_INTERVAL
         number("CMAESConfig.warmup", self.warmup, low=0.0)
         if not self.warmup < duration:
@@ -111,6 +119,11 @@ class CMAESConfig(TrainingConfig):
         number("CMAESConfig.penalty", self.penalty, low=0.0)
         if self.threads is not None:
             self.threads = whole("CMAESConfig.threads", self.threads)
+
+    @property
+    def searched(self) -> list[int]:
+        """Places of the constants that are searched for."""
+        return [i for i, name in enumerate(CONSTANTS) if name not in self.fixed and name in (self.free or CONSTANTS)]
 
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a policy's observations and actions depend on."""
@@ -208,11 +221,12 @@ class Search:
         self._make = cma.CMAEvolutionStrategy
         self.config = config
         self._base = None if config.scenario == PRETRAINING else load_scenario(config.scenario or "heterogeneous")
+        self._shapes: tuple[Shape, ...]
+        self._validation: tuple[Shape, ...]
         if self._base is None:
-            self._shapes: tuple[Shape, ...] = tuple(
-                Shape(s.balancers, s.servers, s.count * config.scenarios, s.delay) for s in SHAPES
-            )
-            self._validation: tuple[Shape, ...] = VALIDATION
+            shapes = SEVERAL if config.several else SHAPES
+            self._shapes = tuple(replace(shape, count=shape.count * config.scenarios) for shape in shapes)
+            self._validation = SEVERAL_VALIDATION if config.several else VALIDATION
         else:
             most = self._base.max_servers
             self._shapes = (Shape(self._base.balancers, most, 4 * config.scenarios),)
@@ -311,8 +325,8 @@ class Search:
                 # The constants go on where they are, in smaller steps.
                 start, sigma = self._mean(), config.learning_rate
                 widths[: self._constants] *= 0.3
-            self._free = np.arange(self._first.size if with_network else self._constants)
-            self._free = self._free[~np.isin(self._free, [list(CONSTANTS).index(name) for name in config.fixed])]
+            network = np.arange(self._constants, self._first.size if with_network else self._constants)
+            self._free = np.concatenate([np.array(config.searched, np.int64), network])
             self._start = start
             self._strategy = self._make(
                 start[self._free],

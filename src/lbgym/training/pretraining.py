@@ -160,6 +160,9 @@ SHAPES = (
     Shape(8, 64, 1),
 )
 VALIDATION = (Shape(1, 16, 8), Shape(1, 64, 2), Shape(2, 16, 3), Shape(4, 32, 3), Shape(8, 64, 1))
+#: The same for a search on several balancers alone.
+SEVERAL = (Shape(2, 16, 1), Shape(4, 32, 2), Shape(8, 32, 1))
+SEVERAL_VALIDATION = (Shape(2, 16, 4), Shape(4, 32, 5), Shape(8, 64, 2))
 
 
 def _well_configured(scenario: Scenario, rng: np.random.Generator) -> Scenario:
