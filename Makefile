@@ -64,19 +64,13 @@ demo: $(VENV)/.all out/demo/agent.pt ## install, train for a minute, compare wit
 	$(BIN)/lbgym compare --scenario $(SCENARIO) \
 		--policies ecmp,wcmp-uniform,wcmp,maglev,lsq,sed,p2c,adaptive,out/demo/agent.pt --out out/demo
 
-# Under an hour on two cores; killed, it goes on where it was. What stands for the other balancers is searched for on its own:
-# among all constants, and among scenarios of one balancer, its effect is lost.
+# Under an hour on two cores; killed, it goes on where it was.
 PRETRAIN_STEPS ?= 10000000
-FIELD := ["log_field","field_load","field_balancers","pooling","pooling_evidence","surge","fast_share"]
-RESUMED = $$(test ! -e $(1) || echo --resume $(1))
 .PHONY: pretrain
 pretrain: $(VENV)/.all ## train the policy adaptive from nothing, put it into the package, and measure it: out/pretrain
 	@mkdir -p out/pretrain
-	$(BIN)/lbgym train --algo cma-es --steps $(PRETRAIN_STEPS) --out out/pretrain/first.pt \
-		$(call RESUMED,out/pretrain/first.pt)
-	$(BIN)/lbgym train --algo cma-es --steps $$(( $(PRETRAIN_STEPS) / 10 )) --out out/pretrain/cma-es.pt --seed 2 \
-		--num-envs 10 --learning-rate 0.8 --set max_steps=160 --set warmup=10.0 --set validate_every=8 --set network_from=1000000 \
-		--set several=true --set 'free=$(FIELD)' --set initial=out/pretrain/first.pt $(call RESUMED,out/pretrain/cma-es.pt)
+	$(BIN)/lbgym train --algo cma-es --steps $(PRETRAIN_STEPS) --out out/pretrain/cma-es.pt \
+		$$(test ! -e out/pretrain/cma-es.pt || echo --resume out/pretrain/cma-es.pt)
 	$(BIN)/python -m benchmarks.pretraining --publish out/pretrain/cma-es.pt
 	$(BIN)/lbgym suite run --seeds 4 --out out/pretrain/suite \
 		--policies adaptive,sed,sed_scaled,sed+latency,marginal+core-latency,marginal+field+core-latency
