@@ -198,15 +198,16 @@ def delayed(overhead: float, seconds: float = 400.0, interval: float = 0.1, rate
 
 @pytest.mark.parametrize("overhead", [0.0, 0.2])
 def test_time_outside_the_servers_is_told_from_service(overhead: float) -> None:
-    recording = delayed(overhead)
+    recording = delayed(overhead, seconds=1200.0)
     fit = fit_recording(recording, cores=[1, 2], mean_demand=0.3, dispatch="ecmp")
     if overhead:
         assert fit.overhead_low < overhead < fit.overhead_high and fit.overhead == pytest.approx(overhead, rel=0.25)
     else:
         assert fit.overhead == 0.0 and fit.overhead_high < 0.1
-    assert [server.speed for server in fit.servers] == pytest.approx([1.0, 1.0], rel=0.15)
+    assert [server.speed for server in fit.servers] == pytest.approx([1.0, 1.0], rel=0.1)
     # No FCT is measured there, so that its law cannot be seen.
-    assert isinstance(fit.demand.law, Exponential) and any("law of demands" in text for text in fit.warnings)
+    assert isinstance(fit.demand.law, Exponential) and len(fit.warnings) == 1
+    assert "law of demands cannot be estimated" in fit.warnings[0]
     found = {row.server: row for row in fit.held_out if row.measure == "fct_mean"}
     assert abs(found["all"].error) < 0.25
     assert all(np.isnan(row.recorded) for row in fit.held_out if row.measure == "fct_p90")

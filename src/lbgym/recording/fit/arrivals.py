@@ -87,7 +87,7 @@ def estimate_arrivals(
         rate_high=float(max(high, rate)),
         dispersion=_dispersion(seconds, arrivals),
         bic={name: value - bic[chosen] for name, value in bic.items()},
-        times=np.arange(windows) * (per_window * width),
+        times=(per_window * width) * np.arange(windows, dtype=np.float64),
         rates=rates,
     )
 
