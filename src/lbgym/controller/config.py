@@ -143,10 +143,6 @@ class ControllerConfig:
     def __post_init__(self) -> None:
         for key in fields(self):
             object.__setattr__(self, key.name, _checked(key, getattr(self, key.name)))
-        if self.out is not None and not self.shadow:
-            raise InvalidOptionError("out is the file of a shadow: give shadow, too")
-        if self.shadow and self.rollback is not None:
-            raise InvalidOptionError("a shadow changes nothing, so there is nothing to roll back: leave rollback out")
 
     @property
     def envelope(self) -> SafetyEnvelope:

@@ -84,9 +84,9 @@ class Controller:
     ``recover`` is.
 
     **Careful beginnings.** With ``shadow`` nothing is written, and no lock is held, so that another agent may drive the
-    region. With ``share`` the weights go only part of the way from the data plane's safe ones to the policy's, along the
-    straight line between the servers' shares. With ``rollback`` the safe weights are in force for a quarter of the time,
-    and a :class:`~lbgym.controller.rollback.RollbackGuard` compares; its alarm ends the run.
+    region. With ``share`` the weights go only part of the way from the data plane's safe ones to the policy's, along
+    the straight line between the servers' shares. With ``rollback`` the safe weights are in force for a quarter of the
+    time, and a :class:`~lbgym.controller.rollback.RollbackGuard` compares; its alarm ends the run.
 
     The policy's memory is cleared when another producer takes over, when the data plane's clock jumps, when unknown
     servers join, and when the policy fails.
@@ -117,10 +117,12 @@ class Controller:
         self._envelope = config.envelope
         self.state = State(__version__, self._policy.name, config.shm)
         self.metrics: Metrics | None = None
+        if config.out is not None and not config.shadow:
+            raise InvalidOptionError(f"out is the file of a shadow, and this is none; got {config.out!r}")
         self.shadow = Shadow(config.shm, self._policy.name, config.out) if config.shadow else None
         self.alarm: Alarm | None = None
         self._guard: RollbackGuard | None = None
-        if config.rollback is not None:
+        if config.rollback is not None and not config.shadow:
             if config.rollback_slot < 4.0 * self._interval:
                 raise InvalidOptionError(
                     f"rollback_slot must be at least 4 steps of {self._interval:g} s, got {config.rollback_slot:g}"
@@ -208,7 +210,8 @@ class Controller:
     def _report_shadow(self) -> None:
         assert self.shadow is not None
         self._report_due = False
-        self._log(_INFO, "shadow", **self.shadow.summary() | {"servers": self.shadow.servers()})
+        summary = self.shadow.summary()
+        self._log(_INFO, "shadow", **{key: value for key, value in summary.items() if key != "region"})
         self.shadow.write()
 
     def _hand_back(self, alarm: Alarm) -> None:
