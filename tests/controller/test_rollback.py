@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from lbgym.controller import Controller, ControllerConfig
 from lbgym.controller.rollback import CYCLE, Alarm, RollbackGuard
 from lbgym.errors import InvalidOptionError
 from lbgym.scenarios import Event, Exponential, Lognormal, ModulatedPoisson, Scenario, Server, Workload, to_toml
+from lbgym.sharedmemory import SharedMemoryRegion
 from lbgym.simulator import Simulation
-from tests.controller.running import PATIENCE
+from tests.controller.running import PATIENCE, until
 from tests.drivers.emulated import emulator
 
 STEP, SLOT = 1.0, 6.0
@@ -61,25 +63,29 @@ BURSTS = Scenario(
 )
 
 
-@pytest.mark.parametrize("metric", ["fct_mean", "fct_p90"])
-def test_a_policy_that_is_no_worse_is_left_alone(metric: str) -> None:
+def test_a_policy_that_is_no_worse_is_left_alone() -> None:
     # The bound 1 is the hardest: the policy is the safe weights, and just as good. One in five may be wrong.
     even = np.ones(2)
-    alarms, guards = guarded(BURSTS, even, even, 64, 40 * CYCLE * SLOT, bound=1.0, metric=metric, alarm=0.2)
-    assert min(guard.cycles for guard in guards) >= 35
-    # 64 chances of at most 0.2: 21 or more are less likely than 1 in 100; half of the tests are those of failures.
-    assert sum(alarm is not None for alarm in alarms) <= 20
+    alarms, guards = guarded(BURSTS, even, even, 48, 32 * CYCLE * SLOT, bound=1.0, metric="fct_p90", alarm=0.2)
+    assert min(guard.cycles for guard, alarm in zip(guards, alarms, strict=True) if alarm is None) >= 28
+    # 48 chances of at most 0.2: 17 or more are less likely than 1 in 100; half of the chance is that of failures.
+    assert sum(alarm is not None for alarm in alarms) <= 16
 
 
 def test_a_worse_policy_is_found_and_a_slightly_worse_one_is_allowed() -> None:
-    even, bad = np.ones(2), np.array([1.0, 4.0])
-    alarms, _ = guarded(BURSTS, even, bad, 16, 40 * CYCLE * SLOT, bound=1.2)
+    unlike = Scenario(
+        servers=(Server(), Server(speed=0.25)),
+        dispatch="wcmp",
+        workload=Workload(load=0.25, demand=Exponential(mean=0.05)),
+    )
+    safe, bad = np.array([4.0, 1.0]), np.array([1.0, 1.5])
+    alarms, _ = guarded(unlike, safe, bad, 16, 40 * CYCLE * 12.0, bound=1.2, slot=12.0)
     found = [alarm for alarm in alarms if alarm is not None]
     assert len(found) >= 14
     for alarm in found:
         assert alarm.metric == "fct_mean" and alarm.policy > 1.2 * alarm.safe and alarm.evidence >= 200.0
     assert "under the safe weights" in str(found[0])
-    alarms, _ = guarded(BURSTS, even, np.array([1.0, 1.1]), 16, 40 * CYCLE * SLOT, bound=2.0)
+    alarms, _ = guarded(unlike, safe, np.array([4.0, 1.1]), 16, 40 * CYCLE * SLOT, bound=2.0)
     assert alarms == [None] * 16
 
 
@@ -102,21 +108,20 @@ def test_failures_under_both_are_no_reason() -> None:
     # One in ten flows fails whatever the weights are; a chance of 0.2 of an alarm at most, by either test.
     generator = np.random.default_rng(3)
     alarms = 0
-    for seed in range(40):
+    for seed in range(24):
         guard, alarm = RollbackGuard(1e6, "fct_mean", 0.02, 5.0, 0.2, seed=seed), None
-        for k in range(1500):
+        for k in range(1000):
             time = 0.25 * k
             safe = guard.safe_now(time)
             lost = int(generator.binomial(40, 0.1))
             alarm = alarm or guard.observe(time + 0.25, safe, 40 - lost, lost, 0.1, NO_STATS)
         alarms += alarm is not None
-    assert alarms <= 12
+    assert alarms <= 9
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_each_cycle_has_one_safe_slot_and_they_take_every_place(seed: int) -> None:
     guard = RollbackGuard(1.2, "fct_mean", slot=4.0, seed=seed)
-    places = []
     safe = []
     for k in range(4 * CYCLE * 40 + 5):
         safe.append(guard.safe_now(float(k)))
@@ -174,15 +179,10 @@ def test_a_server_breaks_and_the_safe_weights_are_in_force(shm_dir: Path, tmp_pa
                     break
             assert "rollback" in events, events
             # The metrics stay for a while, and say so.
-            from urllib.request import urlopen
-
             with urlopen(url, timeout=PATIENCE) as page:
                 assert "lbgym_rolled_back 1.0" in page.read().decode()
-            from lbgym.sharedmemory import SharedMemoryRegion
-            from tests.controller.running import until
-
             with SharedMemoryRegion.attach("lb0", read_only=True) as region:
-                until(lambda: region.read_observation()["weights"].tolist() == [9.0, 1.0])
+                until(lambda: region.read_observation()["applied_sequence_id"] is None)
             process.terminate()
             assert process.wait(PATIENCE) == 4
         finally:
