@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always, with the exit code.
     """
+    from ._command_line import running
     from ._outcome import exit_code_of
     from ._signals import interruptible
 
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = list(sys.argv[1:] if arguments is None else arguments)
         group = typer.main.get_command(_app())
         # Not group.main, which makes "Aborted." of an EOFError and exit code 1 of a closed pipe.
-        with group.make_context("lbgym", given) as context:
+        with running(given), group.make_context("lbgym", given) as context:
             group.invoke(context)
 
     with interruptible():
