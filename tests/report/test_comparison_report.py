@@ -51,9 +51,10 @@ def test_the_file_has_all_and_is_small(comparison: Comparison, page: Path) -> No
 def test_a_browser_shows_it(page: Path, comparison: Comparison, open_page: Open) -> None:
     with open_page(page.as_uri(), height=1400) as tab:
         tab.wait_for_function("() => window.Bokeh && Bokeh.documents.length > 0")
-        # Distribution, two differences, open flows, and two per contender.
+        # Distribution, two differences, open flows, one per contender and the weights of the one that moves them.
         figures = tab.locator("figure")
-        assert figures.count() == 4 + 2 * len(comparison.labels)
+        assert figures.count() == 4 + len(comparison.labels) + 1
+        assert tab.get_by_text("sed+latency: weights").count() == 1
         tab.wait_for_function("n => document.querySelectorAll('figure .bk-Figure').length == n", arg=figures.count())
         tab.wait_for_timeout(500)
         assert tab.inner_text(".verdict") == " ".join(verdict(comparison).split())
@@ -88,7 +89,7 @@ def test_one_contender_one_seed_and_many_servers(open_page: Open, tmp_path: Path
     assert "median" in text and "server 17" not in text
     with open_page((tmp_path / "alone.html").as_uri()) as tab:
         tab.wait_for_function("() => window.Bokeh && Bokeh.documents.length > 0")
-        assert tab.locator("figure").count() == 4
+        assert tab.locator("figure").count() == 3
     two = compare(many, "sed,lsq", 1, processes=1)
     assert "one seed cannot show whether by chance" in verdict(two)
     assert len(comparison_report(two).encode()) < MOST

@@ -70,6 +70,7 @@ def comparison_report(
     from bokeh.embed import components
     from bokeh.resources import Resources
 
+    wide = {0}
     plots: list[tuple[str, str, Figure]] = [
         (
             "Flow completion times",
@@ -89,16 +90,19 @@ def comparison_report(
     series = [run for run in comparison.runs if run.series is not None]
     if series:
         every = _every(series)
-        plots.append(
-            (f"Open flows over time, seed {series[0].seed}", "In all servers together.", _open_flows(series, every))
-        )
+        seed = f"seed {series[0].seed}"
+        plots.append((f"Open flows over time, {seed}", "In all servers together.", _open_flows(series, every)))
+        wide.add(len(plots) - 1)
         for run in series:
-            plots.append((f"{run.label}: open flows per server", "", _per_server(run, "open_flows", every)))
-            plots.append((f"{run.label}: weights", "Over their mean.", _per_server(run, "weights", every)))
+            plots.append((f"{run.label}: open flows per server, {seed}", "", _per_server(run, "open_flows", every)))
+            if _moves(run):
+                plots.append((f"{run.label}: weights", "Over their mean.", _per_server(run, "weights", every)))
+            else:
+                wide.add(len(plots) - 1)
     script, divisions = components({f"plot{k}": figure for k, (_, _, figure) in enumerate(plots)}, wrap_script=True)
     assert isinstance(divisions, Mapping)
     figures = "\n".join(
-        f"<figure{' class=wide' if k == 0 else ''}><h3>{html.escape(title)}</h3><p>{html.escape(text)}</p>"
+        f"<figure{' class=wide' if k in wide else ''}><h3>{html.escape(title)}</h3><p>{html.escape(text)}</p>"
         f"{divisions[f'plot{k}']}</figure>"
         for k, (title, text, _) in enumerate(plots)
     )
@@ -199,8 +203,8 @@ def _distribution(comparison: Comparison) -> Figure:
     lines = []
     for k, label in enumerate(comparison.labels):
         fct, longer = comparison.fct_ccdf(label)
-        # A logarithmic axis has no 0; every step of the rest but those in which nothing happens.
-        there = (longer > 0) & (longer < 1)
+        # A logarithmic axis has no 0, and a few tiny flows would fill half of it; of the rest every step that is one.
+        there = (longer > 0) & (longer < 0.999)
         there[1:] &= longer[1:] != longer[:-1]
         data = ColumnDataSource({"fct": _short(fct[there]), "longer": _short(longer[there])}, name=label)
         lines.append(figure.line("fct", "longer", source=data, legend_label=label, name=label, **_style(k)))
@@ -261,6 +265,11 @@ def _every(series: Sequence[Run]) -> int:
     lines = sum(2 * min(run.series.weights.shape[1], _SERVERS) + 1 for run in series if run.series is not None)
     points = max(50, min(_POINTS, _NUMBERS // max(lines, 1)))
     return max(1, -(-longest // points))
+
+
+def _moves(run: Run) -> bool:
+    """True if the weights over time are worth a plot: they are not always the same."""
+    return run.series is not None and bool(np.ptp(run.series.weights, axis=0).max() > 1e-6)
 
 
 def _open_flows(series: Sequence[Run], every: int) -> Figure:
