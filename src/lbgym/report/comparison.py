@@ -214,7 +214,7 @@ def _distribution(comparison: Comparison) -> Figure:
 
 
 def _differences(comparison: Comparison, metric: str) -> Figure:
-    from bokeh.models import ColumnDataSource
+    from bokeh.models import ColumnDataSource, Range1d
     from bokeh.models.annotations import Span, Whisker
 
     others = [label for label in comparison.labels if label != comparison.baseline]
@@ -239,6 +239,10 @@ def _differences(comparison: Comparison, metric: str) -> Figure:
         "difference", "label", source=ColumnDataSource(dots), size=7, fill_alpha=0.45, line_color=None,
         fill_color=_COLOURS[0],
     )  # fmt: skip
+    # A plot's own range leaves out the bars.
+    reach = [*dots["difference"], *means["low"], *means["high"], 0.0]
+    low, high = float(np.nanmin(reach)), float(np.nanmax(reach))
+    figure.x_range = Range1d(low - 0.05 * (high - low) - 0.1, high + 0.05 * (high - low) + 0.1)
     source = ColumnDataSource(means)
     figure.add_layout(
         Whisker(
