@@ -13,7 +13,9 @@ PYTHON_NEXT ?= $(firstword $(foreach path,$(shell command -v $(NEXT)) $(wildcard
 TORCH_INDEX ?=
 SCENARIO ?= heterogeneous
 SECONDS ?= 60
-PYTEST_ARGS ?= -n 2
+# A worker takes a half of the files, and then of what the other has left, so that both seldom need the same fixture.
+PARALLEL := -n 2 --dist worksteal
+PYTEST_ARGS ?= $(PARALLEL) --durations 15
 
 BIN := $(VENV)/bin
 # Python compiles what it imports, by itself; most of what is installed is never imported.
@@ -24,6 +26,8 @@ BENCHMARKS := $(filter-out __init__ common learning_curves marl_training node_lo
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
 export OMP_NUM_THREADS ?= 1
+# pip leaves compiling to the first import, which would otherwise be that of every process: torch's takes seconds more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## what there is to make
@@ -83,13 +87,20 @@ xdp: # the tests of XDP need these Debian packages and root; where they cannot b
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(XDP_PACKAGES); } || { \
 		echo "no clang or libbpf, and no right to install them: the tests of XDP will be skipped"; test -z "$(CI)"; }
 
-.PHONY: warm
-warm: $(VENV)/.dev # or else every process of the tests compiles the simulator at the same time
-	$(BIN)/python -c 'import gymnasium, lbgym; env = gymnasium.make("lbgym/LoadBalance-v0"); env.reset(seed=0); env.step(env.action_space.sample())'
+# Or else every process of the tests compiles the simulator at the same time.
+WARM := -c 'import lbgym; from lbgym.sharedmemory import seqlock; seqlock.warm_up(); \
+	[(env.reset(seed=0), env.step(env.action_space.sample())) for env in (lbgym.LoadBalanceEnv(), lbgym.FlowDispatchEnv())]'
+
+.PHONY: warm warm-next
+warm: $(VENV)/.dev
+	$(BIN)/python $(WARM)
+
+warm-next: $(VENV)-next/.dev
+	$(VENV)-next/bin/python $(WARM)
 
 .PHONY: test
 test: cc xdp ## lint, then the tests, also those of the frameworks
-	$(MAKE) -j 2 lint warm $(FRAMEWORKS)/.dev
+	$(MAKE) -j 3 lint warm $(FRAMEWORKS)/.dev $(if $(PYTHON_NEXT),warm-next)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(MAKE) test-young-clock test-next test-frameworks
 
@@ -117,8 +128,8 @@ test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been u
 .PHONY: test-next
 test-next: pyproject.toml constraints.txt ## a part of the tests on the newest Python that is promised, where it is installed
 	@test -n "$(PYTHON_NEXT)" || echo "no $(NEXT) here: the tests on it are skipped"
-	@test -z "$(PYTHON_NEXT)" || $(MAKE) $(VENV)-next/.dev
-	@test -z "$(PYTHON_NEXT)" || $(VENV)-next/bin/python -m pytest -q -n 2 -m "not slow" \
+	@test -z "$(PYTHON_NEXT)" || $(MAKE) warm-next
+	@test -z "$(PYTHON_NEXT)" || $(VENV)-next/bin/python -m pytest -q $(PARALLEL) --durations 5 -m "not slow" \
 		tests/features tests/simulator tests/scenarios tests/test_env_contract.py tests/policies tests/dataplanes
 
 $(VENV)-next/.dev: pyproject.toml constraints.txt

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.forked import Template
+
 # The benchmarks and the tests share their closed forms.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -19,6 +21,15 @@ settings.register_profile(
     "lbgym", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lbgym")
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Template]:
+    """Runs Python's files and modules in processes that need not import what takes seconds to import."""
+    modules = ["torch", "stable_baselines3", "matplotlib.pyplot", "scipy.stats", "typer", "rich"]
+    then = "import lbgym; env = lbgym.LoadBalanceEnv(); env.reset(seed=0); env.step(env.action_space.sample())"
+    with Template(modules, then) as template:
+        yield template
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import Template
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TIMEOUT = 180.0
 
@@ -47,33 +49,26 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "TERM": "xterm"}
 
 
-def run(name: str, *arguments: str, cwd: Path, keys: str = "") -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        input=keys,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment(),
-        timeout=TIMEOUT,
-    )
+def run(python: Template, name: str, *arguments: str, cwd: Path, keys: str = "") -> str:
+    command = [EXAMPLES / name, *arguments]
+    done = python.run(command, input=keys, cwd=cwd, env=environment(), timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_runs(path: Path, tmp_path: Path) -> None:
+def test_runs(path: Path, tmp_path: Path, python: Template) -> None:
     assert path.name in SHORT, f"say in tests/test_examples.py how to make a short run of {path.name}"
     for module in NEEDS.get(path.name, ()):
         pytest.importorskip(module)
-    assert run(path.name, *SHORT[path.name], cwd=tmp_path).strip()
+    assert run(python, path.name, *SHORT[path.name], cwd=tmp_path).strip()
 
 
 @pytest.mark.slow
-def test_live_training_counts_every_missed_deadline(tmp_path: Path) -> None:
+def test_live_training_counts_every_missed_deadline(tmp_path: Path, python: Template) -> None:
     """PPO on the emulator at twenty times real time: steps and missed deadlines are all the time there was."""
     pytest.importorskip("stable_baselines3")
-    said = run("live_training.py", "--steps", "2000", cwd=tmp_path).replace(",", "")
+    said = run(python, "live_training.py", "--steps", "2000", cwd=tmp_path).replace(",", "")
     steps, intervals = map(int, re.findall(r"(\d+) steps in (\d+) intervals", said)[0])
     (missed,) = map(int, re.findall(r"(\d+) deadlines missed", said))
     assert steps >= 1999
@@ -87,9 +82,9 @@ def table_row(frame: str, server: int) -> list[str]:
     return re.sub(r"[█▏▎▍▌▋▊▉>]", " ", line).split()
 
 
-def test_weights_by_script_move_flows(tmp_path: Path) -> None:
+def test_weights_by_script_move_flows(tmp_path: Path, python: Template) -> None:
     keys = "0" + "-" * 12 + "2" + "+" * 12 + "." * 40
-    output = run("manual_control.py", "--scenario", "uniform", cwd=tmp_path, keys=keys)
+    output = run(python, "manual_control.py", "--scenario", "uniform", cwd=tmp_path, keys=keys)
     frames = output.split("\n\nserver ")
     assert len(frames) > len(keys)
     last = frames[-2]
