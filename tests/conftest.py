@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.forked import Template
+from tests.forked import WARM, Template
 
 # The benchmarks and the tests share their closed forms.
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -26,9 +26,8 @@ settings.load_profile("lbgym")
 @pytest.fixture(scope="session")
 def python() -> Iterator[Template]:
     """Runs Python's files and modules in processes that need not import what takes seconds to import."""
-    modules = ["torch", "stable_baselines3", "matplotlib.pyplot", "scipy.stats", "typer", "rich"]
-    then = "import lbgym; env = lbgym.LoadBalanceEnv(); env.reset(seed=0); env.step(env.action_space.sample())"
-    with Template(modules, then) as template:
+    modules = ["torch._dynamo", "torch.utils.tensorboard", "stable_baselines3", "matplotlib.pyplot", "scipy.stats"]
+    with Template([*modules, "typer", "rich.table", "rich.progress"], WARM) as template:
         yield template
 
 

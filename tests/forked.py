@@ -25,6 +25,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+#: A program that loads the compiled simulator.
+WARM = """
+import lbgym
+env = lbgym.LoadBalanceEnv()
+env.reset(seed=0)
+env.step(env.action_space.sample())
+env.close()
+"""
 #: Bytes of a request or an answer.
 _LARGEST = 1 << 18
 
@@ -75,8 +83,10 @@ class Template:
             stdin.write(input.encode())
             stdin.seek(0)
             files = [stream.fileno() for stream in (stdin, stdout, stderr)]
-            socket.send_fds(self._channel, [json.dumps(request).encode()], files)
-            answer = self._channel.recv(_LARGEST)
+            answer = b""
+            with suppress(ConnectionError):
+                socket.send_fds(self._channel, [json.dumps(request).encode()], files)
+                answer = self._channel.recv(_LARGEST)
             assert answer, f"the template process ended with {self._process.wait()}"
             stdout.seek(0)
             stderr.seek(0)
