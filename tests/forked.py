@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import io
 import json
+import multiprocessing.process
 import os
 import runpy
 import select
@@ -157,6 +158,8 @@ def _run(request: dict[str, Any], files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    # Where processes that it spawns look for the main module.
+    multiprocessing.process.ORIGINAL_DIR = request["cwd"]  # type: ignore[attr-defined]
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "utf-8").partition(":")
     for name, number, mode in (("stdin", 0, "rb"), ("stdout", 1, "wb"), ("stderr", 2, "wb")):
         how = "backslashreplace" if name == "stderr" else errors or "strict"
@@ -179,9 +182,10 @@ def _run(request: dict[str, Any], files: list[int]) -> None:
         sys.modules["__main__"] = main
         exec(compile(rest[0], "<string>", "exec"), main.__dict__)
     else:
+        file = Path(first).absolute()
         sys.argv[:] = [first, *rest]
-        sys.path[0] = str(Path(first).parent.resolve())
-        runpy.run_path(first, run_name="__main__")
+        sys.path[0] = str(file.parent.resolve())
+        runpy.run_path(str(file), run_name="__main__")
 
 
 def _main(channel: str, then: str, *modules: str) -> None:
