@@ -63,12 +63,14 @@ class Template:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
         input: str = "",
+        cores: int | None = None,
         timeout: float = 300.0,
     ) -> subprocess.CompletedProcess[str]:
         """The same as ``subprocess.run([sys.executable, *arguments], capture_output=True, text=True)``.
 
         Args:
             arguments: as of Python: ``FILE ...``, ``-m MODULE ...`` or ``-c CODE ...``.
+            cores: it may use; None: all.
 
         Raises:
             subprocess.TimeoutExpired: after ``timeout`` seconds, at which the process is killed.
@@ -78,6 +80,7 @@ class Template:
             "arguments": words,
             "cwd": str(cwd or Path.cwd()),
             "env": dict(os.environ if env is None else env),
+            "cores": cores,
             "timeout": timeout,
         }
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
@@ -167,6 +170,8 @@ def _run(request: dict[str, Any], files: list[int]) -> None:
         stream = io.TextIOWrapper(binary, encoding, how, line_buffering=name == "stderr")
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    if request["cores"] is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: request["cores"]])
     options = os.environ.get("PYTHONWARNINGS", "")
     for option in filter(None, options.split(",")):
         warnings.simplefilter(option)  # type: ignore[arg-type]
