@@ -103,7 +103,7 @@ promtool: # checks the alert rules of deploy/; Debian's package has it beside a 
 TOOLS := cc xdp chromium promtool
 .PHONY: tools
 tools:
-	$(MAKE) -j 1 $(TOOLS)
+	@for tool in $(TOOLS); do $(MAKE) --no-print-directory $$tool || exit; done
 
 # Or else every process of the tests compiles the simulator at the same time.
 WARM := -c 'import lbgym; from lbgym.sharedmemory import seqlock; seqlock.warm_up(); \
@@ -116,24 +116,32 @@ warm: $(VENV)/.dev
 warm-next: $(VENV)-next/.dev
 	$(VENV)-next/bin/python $(WARM)
 
-# What waits goes on beside what computes: installations, and tests of live data planes.
+# Tests of live data planes wait most of the time, and should not have to wait for a processor: with their like.
 .PHONY: test
 test: ## lint, then the tests, also those of the frameworks
-	$(MAKE) -j 4 lint warm $(if $(PYTHON_NEXT),warm-next) $(FRAMEWORKS)/.dev tools
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	$(MAKE) -j 2 --output-sync test-frameworks test-young-clock test-next
+	$(MAKE) -j 4 --output-sync lint warm $(if $(PYTHON_NEXT),warm-next) $(FRAMEWORKS)/.dev tools
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS:%=--ignore=%)
+	$(MAKE) -j 2 --output-sync test-live test-young-clock
+	$(MAKE) -j 2 --output-sync test-next test-frameworks
 
 .PHONY: coverage
 coverage: tools $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
 
-# What talks through shared memory, whose clocks begin at the machine's start, but for XDP, whose clock no namespace moves.
+# What talks through shared memory, whose clocks begin at the machine's start.
 LIVE_TESTS := tests/sharedmemory tests/dataplanes tests/drivers tests/controller tests/test_recording.py tests/test_cli_shm.py
 UPTIME := $$(cut -d. -f1 /proc/uptime)
 
 # Root needs no user namespace, in which nobody else could be changed to.
 UNSHARE := unshare $$(test "$$(id -u)" = 0 || echo --map-root-user) --time --monotonic
+
+.PHONY: test-live
+test-live: $(VENV)/.dev ## the tests of live data planes
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS)
+
+# But for XDP, whose clock no namespace moves, and for what reads no clock.
+TIMELESS := $(addprefix tests/sharedmemory/test_,c_header.py generated.py tearing.py)
 
 .PHONY: test-young-clock
 test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been up for a minute
@@ -142,7 +150,8 @@ test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been u
 		test -z "$(CI)"; }
 	@! $(UNSHARE) 0 true 2>/dev/null || \
 		$(UNSHARE) $$((60 - $(UPTIME))) --boottime $$((60 - $(UPTIME))) \
-		$(BIN)/python -m pytest -q -n 2 -m "not slow and not xdp" $(LIVE_TESTS)
+		$(BIN)/python -m pytest -q $(PARALLEL) --durations 5 -m "not slow and not xdp" \
+		$(TIMELESS:%=--ignore=%) $(LIVE_TESTS)
 
 .PHONY: test-next
 test-next: pyproject.toml constraints.txt ## a part of the tests on the newest Python that is promised, where it is installed
@@ -158,9 +167,10 @@ $(VENV)-next/.dev: pyproject.toml constraints.txt
 
 .PHONY: test-frameworks
 test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray, and of the contract on the Gymnasium they pin
-	$(FRAMEWORKS)/bin/python -m pytest -n 2 --dist loadfile $(COVERAGE) tests/frameworks tests/training/test_recipes.py
-	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 tests/test_docs.py tests/test_examples.py -k "rllib or benchmarl or clusters"
-	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 -m contract
+	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 --dist loadfile --durations 10 $(COVERAGE) \
+		tests/frameworks tests/training/test_recipes.py
+	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) tests/test_docs.py tests/test_examples.py -k "rllib or benchmarl or clusters"
+	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) -m contract
 
 .PHONY: docs
 docs: $(VENV)/.dev ## the documentation site, in site/

@@ -13,6 +13,7 @@ import multiprocessing.process
 import os
 import runpy
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 #: A program that loads the compiled simulator.
 WARM = """
@@ -36,6 +37,55 @@ env.close()
 """
 #: Bytes of a request or an answer.
 _LARGEST = 1 << 18
+
+
+class Process:
+    """A forked process, as ``subprocess.Popen`` has one.
+
+    Attributes:
+        pid: of the process.
+        returncode: its exit code, or minus the signal that ended it; None as long as nobody looked, or it runs.
+        stdin, stdout: pipes, as text; None where the process has a file or a terminal.
+    """
+
+    def __init__(self, template: Template, pid: int, stdin: IO[str] | None, stdout: IO[str] | None) -> None:
+        self._template = template
+        self._exited = os.pidfd_open(pid)
+        self.pid, self.stdin, self.stdout = pid, stdin, stdout
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0.0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._exited], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+            os.close(self._exited)
+            self.returncode = self._template._ask({"wait": self.pid}, [])
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        # Until it has been waited for, nobody else can have its number.
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Kill it, if it still runs, and close the pipes."""
+        self.kill()
+        self.wait()
+        for pipe in (self.stdin, self.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
 
 
 class Template:
@@ -75,30 +125,49 @@ class Template:
         Raises:
             subprocess.TimeoutExpired: after ``timeout`` seconds, at which the process is killed.
         """
-        words = [str(argument) for argument in arguments]
-        request = {
-            "arguments": words,
-            "cwd": str(cwd or Path.cwd()),
-            "env": dict(os.environ if env is None else env),
-            "cores": cores,
-            "timeout": timeout,
-        }
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
             stdin.write(input.encode())
             stdin.seek(0)
-            files = [stream.fileno() for stream in (stdin, stdout, stderr)]
-            answer = b""
-            with suppress(ConnectionError):
-                socket.send_fds(self._channel, [json.dumps(request).encode()], files)
-                answer = self._channel.recv(_LARGEST)
-            assert answer, f"the template process ended with {self._process.wait()}"
+            process = self._fork(arguments, [stdin, stdout, stderr], cwd, env, cores)
+            try:
+                code = process.wait(timeout)
+            finally:
+                process.close()
             stdout.seek(0)
             stderr.seek(0)
-            out, err = stdout.read().decode(), stderr.read().decode()
-        status = json.loads(answer)
-        if status is None:
-            raise subprocess.TimeoutExpired(words, timeout, out, err)
-        return subprocess.CompletedProcess(words, status, out, err)
+            return subprocess.CompletedProcess(arguments, code, stdout.read().decode(), stderr.read().decode())
+
+    def start(self, arguments: Sequence[object]) -> Process:
+        """The same as ``subprocess.Popen([sys.executable, *arguments], stdin=PIPE, stdout=PIPE, text=True)``."""
+        (read_input, write_input), (read_output, write_output) = os.pipe(), os.pipe()
+        with open(read_input, "rb") as stdin, open(write_output, "wb") as stdout:
+            process = self._fork(arguments, [stdin, stdout, sys.__stderr__], None, None, None)
+        process.stdin, process.stdout = open(write_input, "w"), open(read_output)  # noqa: SIM115 - of the process
+        return process
+
+    def _fork(
+        self,
+        arguments: Sequence[object],
+        streams: Sequence[Any],
+        cwd: Path | None,
+        env: Mapping[str, str] | None,
+        cores: int | None,
+    ) -> Process:
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "cwd": str(cwd or Path.cwd()),
+            "env": dict(os.environ if env is None else env),
+            "cores": cores,
+        }
+        return Process(self, self._ask(request, [stream.fileno() for stream in streams]), None, None)
+
+    def _ask(self, request: Mapping[str, Any], files: Sequence[int]) -> int:
+        answer = b""
+        with suppress(ConnectionError):
+            socket.send_fds(self._channel, [json.dumps(request).encode()], files)
+            answer = self._channel.recv(_LARGEST)
+        assert answer, f"the template process ended with {self._process.wait()}"
+        return int(answer)
 
     def close(self) -> None:
         """End it; what was forked has ended already."""
@@ -119,18 +188,15 @@ def _next_request(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | 
         if not message:
             return None
         request = json.loads(message)
-        pid = os.fork()
-        if not pid:
-            return request, files
-        for file in files:
-            os.close(file)
-        exited = os.pidfd_open(pid)
-        in_time = select.select([exited], [], [], request["timeout"])[0]
-        os.close(exited)
-        if not in_time:
-            os.kill(pid, 9)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        channel.send(json.dumps(status if in_time else None).encode())
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        else:
+            answer = os.fork()
+            if not answer:
+                return request, files
+            for file in files:
+                os.close(file)
+        channel.send(b"%d" % answer)
 
 
 def _become(request: dict[str, Any], files: list[int]) -> NoReturn:
