@@ -53,6 +53,7 @@ SHORTER = {
 NEEDS = {
     "quickstart": ("torch", "rich", "scipy"),
     "multi-agent": ("pettingzoo",),
+    "fit": ("pyarrow", "typer"),
     "live": ("h5py", "minari", "pyarrow", "typer"),
     "training": ("torch", "tomli_w"),
     "clusters": ("torch", "ray"),
@@ -173,7 +174,9 @@ def test_reference_names_what_the_code_has(site: Path) -> None:
 
 
 #: Pages that drive a live data plane, and the region they name.
-LIVE = {"live": "marllb_lb0"}
+LIVE = {"fit": "marllb_lb0", "live": "marllb_lb0"}
+#: Times real time that it is emulated at, where the page needs minutes of it.
+SPEEDUP = {"fit": 20}
 #: What shows that something was printed that nobody can read: <object at 0x7f...>.
 NOT_TEXT = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")
 
@@ -184,10 +187,10 @@ def run(python: Template, arguments: list[str], folder: Path) -> subprocess.Comp
 
 
 @pytest.fixture
-def region() -> Iterator[str]:
+def region(page: str) -> Iterator[str]:
     """The name of a region in which an emulator publishes."""
     name = f"docs_{os.getpid()}"
-    options = ["--name", name, "--scenario", "heterogeneous", "--seed", "1"]
+    options = ["--name", name, "--scenario", "heterogeneous", "--seed", "1", "--speedup", str(SPEEDUP.get(page, 1))]
     process = subprocess.Popen(
         [sys.executable, "-m", "lbgym", "dataplane", "emulate", *options],
         stdout=subprocess.DEVNULL,
