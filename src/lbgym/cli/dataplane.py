@@ -245,8 +245,8 @@ def haproxy(
     ) as publisher:
         for region, source in zip(publisher.regions, sources.values(), strict=True):
             typer.echo(
-                f"region {region.name}: backend {options.backends[region.name]}, {len(source.servers())} servers, weights "
-                f"by {'the runtime API' if agent_check is None else 'agent-checks'}, an observation every "
+                f"region {region.name}: backend {options.backends[region.name]}, {len(source.servers())} servers, "
+                f"weights by {'the runtime API' if agent_check is None else 'agent-checks'}, an observation every "
                 f"{publish_interval:g} s of {', '.join(source.features)}"
             )
         sys.stdout.flush()

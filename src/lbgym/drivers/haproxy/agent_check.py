@@ -25,10 +25,10 @@ _LONGEST = 256
 class AgentCheck:
     """Answers HAProxy's agent-checks with weights, for every server of every process, in a thread of its own.
 
-    A server says which one it is by ``agent-send "BACKEND/SERVER\\\\n"``. The answer is a line: ``NN%`` of its configured
-    weight; ``drain`` while an operator drains it by the driver; ``ready NN%`` from when it is taken back, so that a
-    drain that somebody else has asked HAProxy for is left alone. A server that is not known gets no answer, and HAProxy
-    leaves it as it is.
+    A server says which one it is by ``agent-send``: a line BACKEND/SERVER. The answer is a line, too: ``NN%`` of its
+    configured weight; ``drain`` while an operator drains it by the driver; ``ready NN%`` from when it is taken back,
+    so that a drain that somebody else has asked HAProxy for is left alone. A server that is not known gets no answer,
+    and HAProxy leaves it as it is.
 
     Args:
         place: host and TCP port to listen on.
@@ -93,7 +93,7 @@ class AgentCheck:
             self._ready.add((backend, server))
 
     def asked(self, backend: str) -> dict[str, tuple[float, float]]:
-        """By server of a backend that has asked: when it did last, on the monotonic clock, and its usual interval, s."""
+        """By server of a backend that has asked: when it last did (monotonic clock) and its usual interval, seconds."""
         with self._lock:
             return {
                 server: (at, self._intervals.get((name, server), 0.0))

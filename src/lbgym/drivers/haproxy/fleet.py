@@ -59,6 +59,7 @@ class AgentCheckedBackend(Source):
         self._counters, self._fct = FlowCounters(), FctStatistics()
         self._slots = Slots(capacity or abi.DEFAULT_CAPACITY)
         self._weights = np.zeros(0)
+        self._closed = False
         try:
             self._await_servers(wait)
         except BaseException:
@@ -124,8 +125,10 @@ class AgentCheckedBackend(Source):
         self._agent.undrain(self.backend, server)
 
     def close(self) -> None:
-        self._log.close()
-        self._agent.close()
+        if not self._closed:
+            self._closed = True
+            self._log.close()
+            self._agent.close()
 
     def _refresh(self) -> None:
         asked = self._agent.asked(self.backend)

@@ -110,7 +110,7 @@ class FlowLog:
             while True:
                 if any(key.fileobj is self._end for key, _ in selector.select()):
                     return
-                lines = []
+                lines: list[tuple[bytes, object]] = []
                 with contextlib.suppress(BlockingIOError):
                     while len(lines) < 1000:
                         lines.append(self._socket.recvfrom(2048))

@@ -17,6 +17,8 @@ logger = logging.getLogger("lbgym")
 
 #: The oldest version whose answers are understood.
 OLDEST = (2, 4)
+#: Rules of ``balance`` that follow weights while HAProxy runs, and that do not; of hashes the consistent ones do.
+_WEIGHTED, _UNWEIGHTED = ("roundrobin", "leastconn", "random"), ("static-rr", "first")
 _PROMPT = b"\n> "
 #: Seconds to wait for an answer.
 _TIMEOUT = 2.0
@@ -394,22 +396,29 @@ class Haproxy:
 
 
 def check_rule(process: Process, name: str, backend: Backend) -> None:
-    """Refuse rules of ``balance`` that do not follow weights while HAProxy runs; changes nothing.
+    """Refuse rules of ``balance`` that do not follow weights while HAProxy runs, and leave the weights as they are.
 
     Raises:
         DriverError: with the rule, or without the right to set weights.
     """
-    rule = f"'balance {backend.rule}'" if backend.rule else "a rule"
-    follow = f"backend {name!r} has {rule}, which does not follow weights while HAProxy runs; use roundrobin, " + (
-        "leastconn or random"
+    refusal = (
+        f"backend {name!r} has 'balance {backend.rule or '?'}', which does not follow weights while HAProxy runs; use "
+        "roundrobin, leastconn or random"
     )
-    if backend.rule == "first":
-        raise DriverError(follow)
+    if backend.rule in _UNWEIGHTED:
+        raise DriverError(refusal)
     for server in backend.servers.values():
-        # Its own weight once more, which HAProxy refuses just as any other.
-        (answer,) = process.connection.ask(f"set server {name}/{server.name} weight {server.weight}")
+        weight = server.weight
+        if backend.rule not in _WEIGHTED and weight:
+            # Of hashes, those that are not consistent refuse every weight but 0 and the configured one.
+            other = next(w for w in range(1, 4) if w not in (weight, server.configured))
+            (answer, _) = process.connection.ask(
+                f"set server {name}/{server.name} weight {other}", f"set server {name}/{server.name} weight {weight}"
+            )
+        else:
+            (answer,) = process.connection.ask(f"set server {name}/{server.name} weight {weight}")
         if "static" in answer:
-            raise DriverError(follow)
+            raise DriverError(refusal)
         if answer:
             raise DriverError(
                 f"HAProxy does not let weights be set ({answer.splitlines()[0].rstrip('.')}): its socket needs "

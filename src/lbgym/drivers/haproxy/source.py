@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -156,12 +156,12 @@ class HaproxyBackend(Source):
         raise DriverError(f"take {server!r} out of HAProxy's configuration and reload HAProxy: the driver follows")
 
     def close(self) -> None:
+        if self._lock.fileno() < 0:
+            return
         self._lock.close()
-        self._haproxy.close()
-        for shared in (self._log, self._agent):
+        for shared in (self._haproxy, self._log, self._agent):
             if shared is not None:
                 shared.close()
-        self._log = self._agent = None
 
     @property
     def version(self) -> str:
@@ -347,9 +347,8 @@ def _claim(what: str) -> socket.socket:
         lock.bind(b"\0lbgym-haproxy " + what.encode()[-90:])
     except OSError:
         lock.close()
-        raise DriverError(
-            f"another driver drives HAProxy's {what.rsplit(' ', 1)[1]!r} at {what.rsplit(' ', 1)[0]}"
-        ) from None
+        place, backend = what.rsplit(" ", 1)
+        raise DriverError(f"another driver drives backend {backend!r} of the HAProxy at {place}") from None
     return lock
 
 
