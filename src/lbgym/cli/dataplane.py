@@ -239,10 +239,13 @@ def haproxy(
         configured_weight=configured_weight,
         capacity=capacity,
     )
-    sources = open_backends(options)
-    with Publisher(
-        sources, publish_interval=publish_interval, capacity=capacity, mode=permissions, group=group
-    ) as publisher:
+    with ExitStack() as stack:
+        sources = open_backends(options)
+        for source in sources.values():
+            stack.callback(source.close)
+        publisher = stack.enter_context(
+            Publisher(sources, publish_interval=publish_interval, capacity=capacity, mode=permissions, group=group)
+        )
         for region, source in zip(publisher.regions, sources.values(), strict=True):
             typer.echo(
                 f"region {region.name}: backend {options.backends[region.name]}, {len(source.servers())} servers, "

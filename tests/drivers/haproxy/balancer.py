@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
@@ -126,16 +126,16 @@ class Balancer:
 
     def configure(
         self,
-        backends: dict[str, Sequence[str]],
+        backends: Mapping[str, Sequence[str]],
         *,
         rule: str = "roundrobin",
-        weights: dict[str, int] | None = None,
+        weights: Mapping[str, int] | None = None,
         check: bool = False,
         agents: bool = False,
         level: str = "admin",
         log: str | None = None,
         more: str = "",
-        ports: dict[str, int] | None = None,
+        ports: Mapping[str, int] | None = None,
     ) -> None:
         """Write the configuration: every frontend's port follows the first one's."""
         lines = [

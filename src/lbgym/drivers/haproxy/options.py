@@ -63,8 +63,12 @@ class HaproxyOptions:
             checks.whole("capacity", self.capacity)
 
 
-def open_backends(options: HaproxyOptions) -> dict[str, Source]:
+def open_backends(options: HaproxyOptions, *, wait: float = 10.0) -> dict[str, Source]:
     """The sources of the backends, by name of the region; they share one connection, log and agent.
+
+    Args:
+        options: how HAProxy is reached.
+        wait: seconds to wait for agent-checks where there is no socket.
 
     Raises:
         DriverError: if HAProxy or a backend cannot be driven; nothing is left open then, and nothing has changed.
@@ -88,7 +92,12 @@ def open_backends(options: HaproxyOptions) -> dict[str, Source]:
                 else:
                     assert log is not None and agent is not None
                     sources[name] = AgentCheckedBackend(
-                        backend, log=log, agent=agent, configured=options.configured_weight, capacity=options.capacity
+                        backend,
+                        log=log,
+                        agent=agent,
+                        configured=options.configured_weight,
+                        wait=wait,
+                        capacity=options.capacity,
                     )
         except BaseException:
             for source in sources.values():

@@ -32,8 +32,8 @@ def whole_weights(weights: NDArray[np.float64], top: int = MAX_WEIGHT) -> NDArra
     tops = _TOPS if top == MAX_WEIGHT else np.arange(top // 2 + 1, top + 1, dtype=np.float64)
     exact = tops[:, None] * shares
     rounded = np.maximum(np.round(exact), 1.0)
-    worst = np.abs(rounded / exact - 1.0).max(axis=1)
-    # The largest of equally good ones, whose steps are the finest.
+    # The largest of equally good ones, whose steps are the finest; what differs less is a rounding of floats.
+    worst = np.round(np.abs(rounded / exact - 1.0).max(axis=1), 9)
     best = len(tops) - 1 - int(np.argmin(worst[::-1]))
     result = np.zeros(len(weights), np.int64)
     result[used] = rounded[best]
