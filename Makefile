@@ -91,10 +91,10 @@ chromium: # the tests of pages need a browser; where it cannot be had, they are 
 # Debian starts what it installs, unless this file says no.
 POLICY := /usr/sbin/policy-rc.d
 .PHONY: haproxy
-haproxy: # the tests of HAProxy need it, but no service; where it cannot be had, they are skipped, but not in CI
-	@command -v haproxy >/dev/null || ( \
+haproxy: # the tests of HAProxy need it, and curl, but no service; where it cannot be had, they are skipped, but not in CI
+	@command -v haproxy >/dev/null && command -v curl >/dev/null || ( \
 		test -e $(POLICY) || { printf '#!/bin/sh\nexit 101\n' > $(POLICY) && chmod 755 $(POLICY) && trap 'rm $(POLICY)' EXIT; }; \
-		apt-get update -qq && apt-get install -qq -y --no-install-recommends haproxy ) || { \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends haproxy curl ) || { \
 		echo "no haproxy, and no right to install it: its tests will be skipped"; test -z "$(CI)"; }
 
 .PHONY: warm
