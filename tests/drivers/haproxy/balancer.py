@@ -112,6 +112,7 @@ class Balancer:
         socket: path of its stats socket.
         log: HOST:PORT that it logs to.
         agent_port: that its servers' agent-checks ask, with ``agents``.
+        master: the process that takes signals; None: not started.
     """
 
     def __init__(self, servers: Servers) -> None:
@@ -119,10 +120,10 @@ class Balancer:
         # Not pytest's folder, which is for its user alone.
         self.folder = Path(tempfile.mkdtemp(prefix="lbgym-haproxy-"))
         self.folder.chmod(0o777)
-        self.socket, self._master = str(self.folder / "admin.sock"), str(self.folder / "master.sock")
+        self.socket, self._master_socket = str(self.folder / "admin.sock"), str(self.folder / "master.sock")
         self.port, log, self.agent_port = free_ports(3)
         self.log = f"127.0.0.1:{log}"
-        self._process: subprocess.Popen[str] | None = None
+        self.master: subprocess.Popen[str] | None = None
 
     def configure(
         self,
@@ -177,15 +178,15 @@ class Balancer:
         (self.folder / "haproxy.cfg").write_text("\n".join(lines) + "\n")
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            ["haproxy", "-W", "-S", self._master, "-f", "haproxy.cfg"],
+        self.master = subprocess.Popen(
+            ["haproxy", "-W", "-S", self._master_socket, "-f", "haproxy.cfg"],
             cwd=self.folder,
             stderr=subprocess.DEVNULL,
             text=True,
             **ordinary(),
         )  # type: ignore[call-overload]
         # A master that is not ready yet would take SIGUSR2 for nothing.
-        eventually(lambda: self._answers(self._master, "show proc"))
+        eventually(lambda: self._answers(self._master_socket, "show proc"))
         eventually(lambda: self._answers(self.socket, "show info"))
 
     def _answers(self, place: str, command: str) -> str:
@@ -197,19 +198,19 @@ class Balancer:
     def reload(self) -> None:
         """As ``systemctl reload``: returns when another process has taken over."""
         before = self.ask("show info").partition("Pid: ")[2].split()[0]
-        assert self._process is not None
-        self._process.send_signal(signal.SIGUSR2)
+        assert self.master is not None
+        self.master.send_signal(signal.SIGUSR2)
         eventually(
             lambda: "Pid: " in (found := self._answers(self.socket, "show info")) and f"Pid: {before}\n" not in found
         )
 
     def kill(self) -> None:
         """Kill all processes for real."""
-        if self._process is not None:
-            subprocess.run(["pkill", "-KILL", "-P", str(self._process.pid)], check=False)
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        if self.master is not None:
+            subprocess.run(["pkill", "-KILL", "-P", str(self.master.pid)], check=False)
+            self.master.kill()
+            self.master.wait()
+            self.master = None
 
     def ask(self, command: str, place: str | None = None) -> str:
         """One command of the runtime API."""

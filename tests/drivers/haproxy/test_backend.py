@@ -189,9 +189,9 @@ def test_reloads_are_followed(balancer: Balancer) -> None:
         assert {answer(client) for client in old + new} == {"s1"}
         seen = driven.settled(7)
         assert seen.completed.tolist() == [7, 0, 0] and not seen.failed.any()
-        eventually(lambda: (driven.read(), len(driven.source._haproxy.processes))[1] == 1)
+        eventually(lambda: (driven.read(), driven.source.processes)[1] == 1)
         eventually(lambda: driven.read().fct_count == 7)
-        assert driven.source._log is not None and driven.source._log.lost == 0
+        assert driven.source.lost_lines == 0
 
 
 def test_servers_come_and_go_with_reloads(balancer: Balancer) -> None:

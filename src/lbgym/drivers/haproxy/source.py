@@ -168,6 +168,22 @@ class HaproxyBackend(Source):
         """Of HAProxy."""
         return self._haproxy.newest.version
 
+    @property
+    def process(self) -> int:
+        """Id of the process that takes new flows."""
+        return self._haproxy.newest.identity[0]
+
+    @property
+    def processes(self) -> int:
+        """How many there are, with those that only finish their flows."""
+        return len(self._haproxy.processes)
+
+    @property
+    def lost_lines(self) -> int:
+        """Log lines that have not come, those that HAProxy could not send among them."""
+        # HAProxy numbers those, too; but a gap shows only when another line has come.
+        return 0 if self._log is None else max(self._log.lost, self._haproxy.dropped_logs)
+
     # Observing
 
     def _look(self, process: Process) -> Backend:
@@ -247,7 +263,7 @@ class HaproxyBackend(Source):
             indices = np.array(known)
             mine = indices >= 0
             self._fct.add(indices[mine], np.array(flows.seconds)[mine], np.array(flows.received)[mine])
-        lost, now = log.lost, time.monotonic()
+        lost, now = self.lost_lines, time.monotonic()
         if lost > self._lost and now >= self._next_warning:
             logger.warning(
                 "%d of HAProxy's log lines are lost (%d it could not send), %d have come: FCTs are of the others; "
