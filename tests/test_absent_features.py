@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from lbgym.errors import InvalidOptionError, InvalidRewardError, PolicyError, Un
 from lbgym.features import FEATURE_NAMES
 from lbgym.policies import HEURISTICS, Agent, LatencyWeights, WeightPolicy, make_agent, make_weight_policy
 from lbgym.scenarios import load_scenario
-from lbgym.sharedmemory import Publication
+from lbgym.sharedmemory import Publication, SharedMemoryRegion
+from tests.drivers.test_discovery import eventually
 from tests.sharedmemory.conftest import shm_dir
 
 __all__ = ["shm_dir"]
@@ -125,6 +127,37 @@ def test_policies_are_refused_at_attach(publisher: Publisher, tmp_path: Path) ->
     with pytest.raises(PolicyError, match=message):
         Agent(Durations()).fit(2, features=FCT)
     make_agent("latency", num_servers=2).fit(2, features=FCT)
+
+
+def test_driver_that_measures_less_is_left_to_its_safe_weights(shm_dir: Path) -> None:
+    class Durations(LatencyWeights):
+        uses_features = ("duration_mean",)
+
+    first, second = Still(FEATURE_NAMES), Still()
+    driven, over = threading.Event(), threading.Event()
+
+    def drive() -> None:
+        with Publisher({"still": first}, publish_interval=0.05) as publisher:
+            while not publisher.regions[0].agent_alive:
+                publisher.run(duration=0.05)
+            publisher.run(duration=0.5)
+        driven.set()
+        with Publisher({"still": second}, publish_interval=0.05) as publisher:
+            publisher.run(over)
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    try:
+        config = ControllerConfig(shm="still", policy="latency", attach_timeout=60.0)
+        with pytest.raises(PolicyError, match="needs duration_mean, which the data plane does not measure"):
+            Controller(config, policy=Durations()).run()
+        assert driven.is_set()
+        with SharedMemoryRegion.attach("still", read_only=True) as region:
+            buffer = region.new_buffer()
+            eventually(lambda: region.read_into(buffer) and buffer.safe)
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_agents_trained_without_them_are_taken(tmp_path: Path) -> None:
