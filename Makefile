@@ -97,18 +97,25 @@ haproxy: # the tests of HAProxy need it, and curl, but no service; where it cann
 		apt-get update -qq && apt-get install -qq -y --no-install-recommends haproxy curl ) || { \
 		echo "no haproxy, and no right to install it: its tests will be skipped"; test -z "$(CI)"; }
 
+.PHONY: promtool
+promtool: # checks the alert rules of deploy/; Debian's package has it beside a server that nobody wants started
+	@command -v promtool >/dev/null || test -x build/promtool || { mkdir -p build && cd build && \
+		apt-get download -qq prometheus && dpkg --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool > promtool && \
+		chmod +x promtool && rm prometheus_*.deb; } || { rm -f build/promtool; \
+		echo "no promtool to be had: the test of the alert rules will be skipped"; test -z "$(CI)"; }
+
 .PHONY: warm
 warm: $(VENV)/.dev # or else every process of the tests compiles the simulator at the same time
 	$(BIN)/python -c 'import gymnasium, lbgym; env = gymnasium.make("lbgym/LoadBalance-v0"); env.reset(seed=0); env.step(env.action_space.sample())'
 
 .PHONY: test
-test: cc xdp chromium haproxy ## lint, then the tests, also those of the frameworks
+test: cc xdp chromium promtool haproxy ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 2 lint warm $(FRAMEWORKS)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(MAKE) test-young-clock test-next test-frameworks
 
 .PHONY: coverage
-coverage: cc xdp chromium haproxy $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
+coverage: cc xdp chromium promtool haproxy $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
 
@@ -148,7 +155,7 @@ test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray, an
 
 .PHONY: docs
 docs: $(VENV)/.dev ## the documentation site, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs site
 
 .PHONY: bench
 bench: $(VENV)/.dev $(FRAMEWORKS)/.dev ## every benchmark, with what it must reach
