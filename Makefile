@@ -92,6 +92,15 @@ chromium: # the tests of pages need a browser; where it cannot be had, they are 
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || { \
 		echo "no Chromium, and no right to install one: the tests of pages will be skipped"; test -z "$(CI)"; }
 
+# Debian starts what it installs, unless this file says no.
+POLICY := /usr/sbin/policy-rc.d
+.PHONY: haproxy
+haproxy: # the tests of HAProxy need it, and curl, but no service; where it cannot be had, they are skipped, but not in CI
+	@command -v haproxy >/dev/null && command -v curl >/dev/null || ( \
+		test -e $(POLICY) || { printf '#!/bin/sh\nexit 101\n' > $(POLICY) && chmod 755 $(POLICY) && trap 'rm $(POLICY)' EXIT; }; \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends haproxy curl ) || { \
+		echo "no haproxy, and no right to install it: its tests will be skipped"; test -z "$(CI)"; }
+
 .PHONY: promtool
 promtool: # checks the alert rules of deploy/; Debian's package has it beside a server that nobody wants started
 	@command -v promtool >/dev/null || test -x build/promtool || { mkdir -p build && cd build && \
@@ -100,7 +109,7 @@ promtool: # checks the alert rules of deploy/; Debian's package has it beside a 
 		echo "no promtool to be had: the test of the alert rules will be skipped"; test -z "$(CI)"; }
 
 # What the tests need of Debian; apt works alone, so one after the other.
-TOOLS := cc xdp chromium promtool
+TOOLS := cc xdp chromium promtool haproxy
 .PHONY: tools
 tools:
 	@for tool in $(TOOLS); do $(MAKE) --no-print-directory $$tool || exit; done

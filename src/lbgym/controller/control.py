@@ -317,8 +317,21 @@ class Controller:
         self._servers = plane.num_servers
         for agent in (self._policy, self._fallback):
             agent.fit(
-                plane.num_servers, ground_truth=plane.has_ground_truth, index=plane.region.takes_index, tables=False
+                plane.num_servers,
+                features=plane.region.real_features,
+                ground_truth=plane.has_ground_truth,
+                index=plane.region.takes_index,
+                tables=False,
             )
+
+    def _check_features(self, plane: SharedMemoryDataPlane) -> None:
+        """Leave a data plane that measures less than the policy needs to its safe weights."""
+        try:
+            for agent in (self._policy, self._fallback):
+                agent.check_features(plane.region.real_features)
+        except PolicyError:
+            self._withdraw(plane)
+            raise
 
     def _set_lease(self, plane: SharedMemoryDataPlane, *, refuse: bool = False) -> None:
         """Set the lease: longer than the longest time between two actions in normal operation."""
@@ -619,6 +632,8 @@ class Controller:
             names = region_labels(plane.region, plane.known_servers)
             self._log(_INFO, "servers_joined", servers=plane.num_servers, joined=names[self._servers :])
             self._fit(plane)
+        elif info["producer_restarted"]:
+            self._check_features(plane)
         if joined or info["producer_restarted"] or info["clock_jumped"]:
             # The past says nothing about what comes.
             self._forget = True
