@@ -18,6 +18,9 @@ from lbgym.drivers import DriverError
 from lbgym.drivers.check import check_driver
 from lbgym.drivers.control import control
 from lbgym.drivers.xdp import XdpOptions, detach
+from lbgym.drivers.xdp.options import default_pin_folder
+from lbgym.drivers.xdp.plane import XdpPlane
+from lbgym.drivers.xdp.tables import IndexInputs, index_table
 from lbgym.sharedmemory import ObservationBuffer, ServerState, SharedMemoryRegion
 from tests.drivers.test_discovery import eventually
 from tests.drivers.xdp.network import PORT, VIP4, VIP6, Network, dataplane_toml, missing_tools, network, outcome
@@ -125,7 +128,20 @@ def test_the_driver_keeps_the_contract(name: str, tmp_path: Path) -> None:
         file = dataplane_toml(
             tmp_path / "dataplane.toml", name, net.servers, head="[health]\ninterval = 0.1", driver=keys
         )
+        # The second server has cores by its configuration; the first has those that the agent says.
+        file.write_text(file.read_text() + "cores = 4\n")
         with driver(net, "--config", file):
+            with SharedMemoryRegion.attach(name) as agent:
+                eventually(lambda: (newest(agent).states[:2] == ServerState.UP).all())
+                weights, background = np.array([3.0, 2.0]), np.array([0.25, 5.0])
+                index = np.stack([weights / [3.0, 1.0], background], axis=1)
+                agent.write_action(sequence_id=1, weights=weights, index=index, lease=60.0)
+                eventually(lambda: newest(agent).applied_sequence_id == 1)
+                plane = XdpPlane.take_over(default_pin_folder(name))
+                inputs = IndexInputs(cores=np.array([3.0, 4.0]), background=background)
+                expected = index_table("marginal", weights, np.ones(2, np.bool_), inputs)
+                np.testing.assert_array_equal(plane._indices[plane.bank][:, :2], expected)
+                plane.close()
             clients = net.clients(100_000, lanes=2)
             verdicts = check_driver(name, end=True)
             assert [str(verdict) for verdict in verdicts if not verdict.passed] == []
