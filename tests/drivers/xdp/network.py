@@ -18,6 +18,7 @@ from typing import Any
 from lbgym.drivers import DriverError
 from lbgym.drivers.xdp import libbpf
 from lbgym.drivers.xdp.plane import Sizes, XdpPlane
+from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion
 
 TOOLS = ("ip", "ethtool", "nsenter")
 VIP4, VIP6 = "10.77.1.100", "fd77::100"
@@ -233,3 +234,31 @@ def dataplane_toml(
         lines += ["[[servers]]", f'name = "{server}"', f'address = "{address}"', f"port = {PORT}"]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@contextmanager
+def driver(net: Network, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    process = net.start("balancer", sys.executable, "-m", "lbgym", "dataplane", "xdp", *arguments)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line.startswith("region"):
+        raise DriverError(process.communicate()[1])
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def newest(region: SharedMemoryRegion) -> ObservationBuffer:
+    """The next observation that is published from now on."""
+    buffer = region.new_buffer()
+    assert region.read_into(buffer)
+    assert region.wait_observation(buffer.sequence_id, 10.0)
+    assert region.read_into(buffer)
+    return buffer
+
+
+def has_program(net: Network) -> bool:
+    return "xdp" in net.run("balancer", "ip", "link", "show", "dev", "eth0")

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +18,21 @@ from lbgym.drivers.xdp import XdpOptions, detach
 from lbgym.drivers.xdp.options import default_pin_folder
 from lbgym.drivers.xdp.plane import XdpPlane
 from lbgym.drivers.xdp.tables import IndexInputs, index_table
-from lbgym.sharedmemory import ObservationBuffer, ServerState, SharedMemoryRegion
+from lbgym.sharedmemory import ServerState, SharedMemoryRegion
 from tests.drivers.test_discovery import eventually
-from tests.drivers.xdp.network import PORT, VIP4, VIP6, Network, dataplane_toml, missing_tools, network, outcome
+from tests.drivers.xdp.network import (
+    PORT,
+    VIP4,
+    VIP6,
+    Network,
+    dataplane_toml,
+    driver,
+    has_program,
+    missing_tools,
+    network,
+    newest,
+    outcome,
+)  # fmt: skip
 
 pytestmark = [pytest.mark.xdp, pytest.mark.slow]
 
@@ -44,38 +53,10 @@ def name() -> Iterator[str]:
     detach(chosen)
 
 
-@contextmanager
-def driver(net: Network, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    process = net.start("balancer", sys.executable, "-m", "lbgym", "dataplane", "xdp", *arguments)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line.startswith("region"):
-        raise DriverError(process.communicate()[1])
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
 def refused(net: Network, message: str, *arguments: object) -> None:
     """The driver ends before it is ready, with a message."""
     with pytest.raises(DriverError, match=message), driver(net, *arguments):
         pass
-
-
-def newest(region: SharedMemoryRegion) -> ObservationBuffer:
-    """The next observation that is published from now on."""
-    buffer = region.new_buffer()
-    assert region.read_into(buffer)
-    assert region.wait_observation(buffer.sequence_id, 10.0)
-    assert region.read_into(buffer)
-    return buffer
-
-
-def has_program(net: Network) -> bool:
-    return "xdp" in net.run("balancer", "ip", "link", "show", "dev", "eth0")
 
 
 @pytest.mark.parametrize("ipv6", [False, True], ids=["ipv4", "ipv6"])
