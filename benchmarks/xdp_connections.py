@@ -128,9 +128,8 @@ def measure(
                 totals = plane.shared["totals"].copy()
                 plane.close()
                 unusual = ("untracked", "adopted", "syn_limited", "table_full", "unrouted", "conflicts", "reused")
-                rows = np.fromfile(record, np.int64).reshape(-1, 3)
-                server = np.array([net.servers.index(told) for told in told["names"]])[rows[:, 2]]
-                placed, expected, deviation = split(rows[:, 0], rows[:, 1], server, periods)
+                rows = connections_of(record, told["names"], net.servers)
+                placed, expected, deviation = split(rows, periods)
                 return Outcome(
                     mode, ipv6, connections, seconds, len(periods), len(told["failed"]), told["moved"], net.resets(),
                     int(seen.counters[:, 0].sum()), int(seen.stats[:, 0].sum()),
@@ -140,20 +139,23 @@ def measure(
             detach(name)
 
 
+def connections_of(record: Path, names: Sequence[str], servers: Sequence[str]) -> NDArray[np.int64]:
+    """Connections that clients recorded, int64[K, 4]: number, when each was begun and was open, server or -1."""
+    rows = np.fromfile(record, np.int64).reshape(-1, 4)
+    rows[:, 3] = np.array([*(servers.index(name) for name in names), -1])[rows[:, 3]]
+    return rows
+
+
 def split(
-    begun: NDArray[np.int64],
-    up: NDArray[np.int64],
-    server: NDArray[np.int64],
-    periods: Sequence[tuple[NDArray[np.float64], int, int]],
+    rows: NDArray[np.int64], periods: Sequence[tuple[NDArray[np.float64], int, int]]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Connections by server, what the weights say, and its standard deviation.
 
     Args:
-        begun: int64[K], when each connection was begun.
-        up: int64[K], when it was open.
-        server: int64[K].
+        rows: as :func:`connections_of` has them.
         periods: weights, and from when to when they were certainly in force.
     """
+    _, begun, up, server = rows[rows[:, 3] >= 0].T
     n = len(WEIGHTS)
     placed, expected, variance = np.zeros(n, np.int64), np.zeros(n), np.zeros(n)
     for weights, since, until in periods:

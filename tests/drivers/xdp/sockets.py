@@ -4,7 +4,7 @@
 
 ``sockets.py connect JSON`` keeps connections open in some lanes, one after another in each, and prints as JSON how
 often each server answered, failures, and connections in which not one server answered all lines. Keys of the object:
-those of :func:`connect`.
+those of :func:`connect`. SIGTERM ends it with the next answers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import heapq
 import json
 import resource
 import select
+import signal
 import socket
 import struct
 import sys
@@ -113,8 +114,8 @@ def connect(
         sources: own addresses, in turn; None: the kernel's choice.
         first_port: own port of the first connection, and so on; 0: the kernel's choice.
         reset: close by RST, which leaves no TIME_WAIT.
-        record: file for three int64 per connection that did not fail: when it was begun and was open, ns of the
-            monotonic clock, and the place of its server's name in ``names``.
+        record: file for four int64 per connection: its number, when it was begun and was open, ns of the monotonic
+            clock, and the place of its server's name in ``names``, -1 if it failed.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     question = f"{pause}\n".encode()
@@ -125,6 +126,7 @@ def connect(
     failed: list[str] = []
     rows = array.array("q")
     begun = moved = 0
+    ending = False
 
     def begin() -> None:
         nonlocal begun
@@ -151,12 +153,13 @@ def connect(
         assert connection.socket is not None
         del open_[connection.socket.fileno()]
         connection.socket.close()
+        place = -1 if problem else names.setdefault(connection.name, len(names))
+        rows.extend((connection.number, connection.begun, connection.up, place))
         if problem:
             failed.append(f"{connection.name.decode()}: {problem}" if connection.name else problem)
         else:
             moved += connection.moved
             answered[connection.name] += 1
-            rows.extend((connection.begun, connection.up, names.setdefault(connection.name, len(names))))
 
     def proceed(connection: _Connection, events: int) -> None:
         assert connection.socket is not None
@@ -174,13 +177,18 @@ def connect(
             connection.moved |= connection.name not in (b"", name)
             connection.name = name
             connection.left -= 1
-            if connection.left:
+            if connection.left and not ending:
                 connection.socket.send(question)
             else:
                 end(connection)
         except OSError as error:
             end(connection, repr(error))
 
+    def stop(*_: object) -> None:
+        nonlocal connections, ending
+        connections, ending = 0, True
+
+    signal.signal(signal.SIGTERM, stop)
     looked = time.monotonic()
     while open_ or begun < connections:
         while len(open_) < lanes and begun < connections:

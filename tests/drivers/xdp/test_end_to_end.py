@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import xdp_changes
 from lbgym.drivers import DriverError
 from lbgym.drivers.check import check_driver
 from lbgym.drivers.control import control
@@ -222,6 +223,17 @@ def test_traffic_survives_the_driver_and_the_next_one_takes_over(name: str, tmp_
         refused(net, r"loaded with other sizes \(flows: 262144, not 1024\)", "--config", file)
         assert outcome(net.clients(20))[1] == []
         assert detach(name) and not has_program(net) and not detach(name)
+
+
+def test_the_safe_weights_follow_an_agent_that_is_killed() -> None:
+    """``benchmarks/xdp_changes.py``, in small; servers and drivers that come and go are above."""
+    rows = xdp_changes.agent_is_killed(lanes=4)
+    assert xdp_changes.check(rows), rows
+
+
+def test_maglev_moves_few_who_need_not_move() -> None:
+    rows = xdp_changes.maglev_moves_few(400, 4)
+    assert xdp_changes.check(rows), rows
 
 
 def test_bad_input_attaches_nothing(name: str, tmp_path: Path) -> None:
