@@ -51,7 +51,8 @@ class Outcome:
         changes: of weights meanwhile.
         failed: connections that failed.
         moved: connections that were answered by two servers.
-        resets: RSTs that servers sent.
+        strays: RSTs that servers sent for connections of other servers.
+        late: RSTs that servers sent for connections of their own that had ended, as for a FIN that came twice.
         counted: flows that the balancer counted.
         still_open: open flows in the end.
         untracked: packets without a flow, flows first seen in the middle, and SYNs that were refused.
@@ -67,7 +68,8 @@ class Outcome:
     changes: int
     failed: int
     moved: int
-    resets: int
+    strays: int
+    late: int
     counted: int
     still_open: int
     untracked: int
@@ -83,7 +85,7 @@ class Outcome:
     @property
     def whole(self) -> bool:
         """True if all holds but the split, which is random."""
-        lost = self.failed, self.moved, self.resets, self.still_open, self.untracked
+        lost = self.failed, self.moved, self.strays, self.still_open, self.untracked
         return not any(lost) and self.counted == self.connections
 
 
@@ -96,6 +98,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder, network(len(WEIGHTS), dnat=mode == "dnat") as net:
         for server in net.servers:
             net.serve(server)
+        net.watch_resets()
         host = VIP6 if ipv6 else VIP4
         keys = {"vips": [f"[{host}]:{PORT}" if ipv6 else f"{host}:{PORT}"], "mode": mode, "rule": "wcmp"}
         file = dataplane_toml(Path(folder, "dataplane.toml"), name, net.servers, ipv6=ipv6, driver=keys)
@@ -130,8 +133,9 @@ def measure(
                 unusual = ("untracked", "adopted", "syn_limited", "table_full", "unrouted", "conflicts", "reused")
                 rows = connections_of(record, told["names"], net.servers)
                 placed, expected, deviation = split(rows, periods)
+                strays, late = resets_of(net.resets(), rows, net.sources(ipv6=ipv6))
                 return Outcome(
-                    mode, ipv6, connections, seconds, len(periods), len(told["failed"]), told["moved"], net.resets(),
+                    mode, ipv6, connections, seconds, len(periods), len(told["failed"]), told["moved"], strays, late,
                     int(seen.counters[:, 0].sum()), int(seen.stats[:, 0].sum()),
                     int(sum(totals[key] for key in unusual)), placed, expected, deviation,
                 )  # fmt: skip
@@ -140,10 +144,22 @@ def measure(
 
 
 def connections_of(record: Path, names: Sequence[str], servers: Sequence[str]) -> NDArray[np.int64]:
-    """Connections that clients recorded, int64[K, 4]: number, when each was begun and was open, server or -1."""
-    rows = np.fromfile(record, np.int64).reshape(-1, 4)
+    """Connections that clients recorded, int64[K, 5]: number, when each was begun and open, server or -1, own port."""
+    rows = np.fromfile(record, np.int64).reshape(-1, 5)
     rows[:, 3] = np.array([*(servers.index(name) for name in names), -1])[rows[:, 3]]
     return rows
+
+
+def resets_of(
+    resets: Sequence[tuple[int, str, int]], rows: NDArray[np.int64], sources: Sequence[str]
+) -> tuple[int, int]:
+    """RSTs for connections of other servers, and of the own."""
+    strays = late = 0
+    for server, client, port in resets:
+        of_client = rows[:, 0] % len(sources) == sources.index(client)
+        own = server in rows[of_client & (rows[:, 4] == port), 3]
+        strays, late = strays + (not own), late + own
+    return strays, late
 
 
 def split(
@@ -155,7 +171,7 @@ def split(
         rows: as :func:`connections_of` has them.
         periods: weights, and from when to when they were certainly in force.
     """
-    _, begun, up, server = rows[rows[:, 3] >= 0].T
+    _, begun, up, server, _ = rows[rows[:, 3] >= 0].T
     n = len(WEIGHTS)
     placed, expected, variance = np.zeros(n, np.int64), np.zeros(n), np.zeros(n)
     for weights, since, until in periods:
@@ -180,14 +196,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = markdown(
         [
             (
-                f"{o.mode}, IPv{6 if o.ipv6 else 4}", o.connections, o.seconds, o.changes, o.failed, o.moved, o.resets,
-                o.still_open, int(o.placed.sum()), o.z,
+                f"{o.mode}, IPv{6 if o.ipv6 else 4}", o.connections, o.seconds, o.changes, o.failed, o.moved, o.strays,
+                o.late, o.still_open, int(o.placed.sum()), o.z,
             )
             for o in outcomes
         ],
         (
-            "mode", "connections", "seconds", "changes", "failed", "moved", "RSTs", "open in the end", "split of",
-            "largest z",
+            "mode", "connections", "seconds", "changes", "failed", "moved", "stray RSTs", "late RSTs", "open flows left",
+            "split of", "largest z",
         ),
     )  # fmt: skip
     reached = all(outcome.whole and outcome.z <= 3.0 for outcome in outcomes)

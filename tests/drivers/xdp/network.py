@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
 import json
 import os
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -52,6 +55,18 @@ def inside(namespace: str) -> Iterator[None]:
             assert libc.setns(before.fileno(), 0) == 0
 
 
+#: A packet filter of Linux: "tcp[tcpflags] & tcp-rst != 0" of either IP version, without options.
+_RESETS = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 0), (0x54, 0, 0, 0xF0), (0x15, 0, 4, 0x40), (0x30, 0, 0, 9), (0x15, 0, 8, 6), (0x30, 0, 0, 33),
+        (0x45, 5, 6, 4), (0x15, 0, 5, 0x60), (0x30, 0, 0, 6), (0x15, 0, 3, 6), (0x30, 0, 0, 53), (0x45, 0, 1, 4),
+        (0x06, 0, 0, 128), (0x06, 0, 0, 0),
+    )
+)  # fmt: skip
+_ATTACH_FILTER = 26
+
+
 class Network:
     """Namespaces client, balancer, fabric and server-0 to server-{n-1}, each with an interface eth0.
 
@@ -66,6 +81,7 @@ class Network:
         self.dnat = dnat
         self._processes: list[subprocess.Popen[str]] = []
         self._helper: XdpPlane | None = None
+        self._watches: list[socket.socket] = []
 
     def name(self, part: str) -> str:
         return self.prefix + part
@@ -133,8 +149,6 @@ class Network:
         # What is sent by XDP_TX over veth arrives only where the far end has a program, and with whole checksums.
         self._helper = XdpPlane.load(Sizes(servers=2, flows=16, syn_flows=16))
         with inside(self.name("fabric")):
-            import socket
-
             self._link = libbpf.attach(self._helper.program("pass"), socket.if_nametoindex("p1"), libbpf.DRIVER_MODE)
         self.run("fabric", "ethtool", "-K", "p1", "tx", "off")
 
@@ -168,16 +182,34 @@ class Network:
         """Addresses of clients."""
         return [f"fd78::{i + 1}" if ipv6 else f"10.78.0.{i + 1}" for i in range(SOURCES)]
 
-    def resets(self) -> int:
-        """RSTs that servers have sent, as for every packet of a connection that they do not know."""
-        sent = 0
+    def watch_resets(self) -> None:
+        """Notice RSTs that servers send from now on: as they do for packets of connections that they do not know."""
         for server in self.servers:
-            rows = [line.split() for line in self.run(server, "cat", "/proc/net/snmp").splitlines()]
-            names, values = (row for row in rows if row[0] == "Tcp:")
-            sent += int(values[names.index("OutRsts")])
-        return sent
+            with inside(self.name(server)):
+                watch = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0003))
+            code = ctypes.create_string_buffer(_RESETS)
+            watch.setsockopt(
+                socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HP", len(_RESETS) // 8, ctypes.addressof(code))
+            )
+            watch.setblocking(False)
+            self._watches.append(watch)
+
+    def resets(self) -> list[tuple[int, str, int]]:
+        """Of each RST since :meth:`watch_resets`: the server, by number, and the client's address and port."""
+        found = []
+        for number, watch in enumerate(self._watches):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    packet, where = watch.recvfrom(128)
+                    is_ipv6 = packet[0] >> 4 == 6
+                    address, port = (packet[24:40], packet[42:44]) if is_ipv6 else (packet[16:20], packet[22:24])
+                    if where[2] == socket.PACKET_OUTGOING:
+                        found.append((number, str(ipaddress.ip_address(address)), int.from_bytes(port)))
+        return found
 
     def down(self) -> None:
+        for watch in self._watches:
+            watch.close()
         for process in self._processes:
             process.kill()
             process.communicate()

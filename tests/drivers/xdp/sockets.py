@@ -81,12 +81,12 @@ def serve(name: str, port: int) -> None:
 
 
 class _Connection:
-    __slots__ = ("begun", "left", "moved", "name", "number", "socket", "up")
+    __slots__ = ("begun", "left", "moved", "name", "number", "port", "socket", "up")
 
     def __init__(self, number: int, lines: int) -> None:
         self.number, self.left = number, lines
         self.socket: socket.socket | None = None
-        self.name, self.moved = b"", False
+        self.name, self.moved, self.port = b"", False, 0
         self.begun = self.up = time.monotonic_ns()
 
 
@@ -114,8 +114,8 @@ def connect(
         sources: own addresses, in turn; None: the kernel's choice.
         first_port: own port of the first connection, and so on; 0: the kernel's choice.
         reset: close by RST, which leaves no TIME_WAIT.
-        record: file for four int64 per connection: its number, when it was begun and was open, ns of the monotonic
-            clock, and the place of its server's name in ``names``, -1 if it failed.
+        record: file for five int64 per connection: its number, when it was begun and was open, ns of the monotonic
+            clock, the place of its server's name in ``names``, -1 if it failed, and its own port.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     question = f"{pause}\n".encode()
@@ -154,7 +154,7 @@ def connect(
         del open_[connection.socket.fileno()]
         connection.socket.close()
         place = -1 if problem else names.setdefault(connection.name, len(names))
-        rows.extend((connection.number, connection.begun, connection.up, place))
+        rows.extend((connection.number, connection.begun, connection.up, place, connection.port))
         if problem:
             failed.append(f"{connection.name.decode()}: {problem}" if connection.name else problem)
         else:
@@ -167,7 +167,7 @@ def connect(
             if events & select.EPOLLOUT and connection.left == lines and not connection.name:
                 if error := connection.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                     raise OSError(error, "refused")
-                connection.up = time.monotonic_ns()
+                connection.up, connection.port = time.monotonic_ns(), connection.socket.getsockname()[1]
                 connection.socket.send(question)
                 poll.modify(connection.socket, select.EPOLLIN)
                 return
