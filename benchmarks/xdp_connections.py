@@ -202,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for o in outcomes
         ],
         (
-            "mode", "connections", "seconds", "changes", "failed", "moved", "stray RSTs", "late RSTs", "open flows left",
-            "split of", "largest z",
+            "mode", "connections", "seconds", "changes", "failed", "moved", "stray RSTs", "late RSTs",
+            "open flows left", "split of", "largest z",
         ),
     )  # fmt: skip
     reached = all(outcome.whole and outcome.z <= 3.0 for outcome in outcomes)

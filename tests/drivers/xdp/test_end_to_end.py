@@ -160,6 +160,13 @@ def test_servers_come_and_go_under_load(name: str, tmp_path: Path) -> None:
             taken = placed() - before
             assert taken[0] == 0 and (taken[1:3] > 0).all()
 
+            for server, address, message in (
+                ("server-9", "10.77.2.3", "servers 'server-2' and 'server-9' have the same address, 10.77.2.3"),
+                ("server-9", VIP4, f"the address of server 'server-9', {VIP4}, is a VIP's"),
+                ("server-2", "10.77.2.9", "server 'server-2' has the address 10.77.2.3 port 8080 and cannot get"),
+            ):
+                with pytest.raises(DriverError, match=message):
+                    control(name, {"op": "add", "server": server, "address": address, "port": PORT})
             control(name, {"op": "add", "server": "server-3", "address": "10.77.2.4", "port": PORT, "weight": 1.0})
             eventually(lambda: states() == ["DRAINING", "UP", "UP", "UP"])
             before = placed()
