@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -25,12 +27,22 @@ N = 13
 
 
 @compiled(allocates=True)
-def scores(rule, balancers, q, bf):  # type: ignore[no-untyped-def]
-    """Of rules that count, on the present open flows q, as a flow is placed in the simulator."""
-    values = np.empty(len(q))
-    for j in range(len(q)):
-        values[j] = flow_score(rule, balancers, q[j], bf[0, j, at.B_WEIGHT], bf[0, j])
-    return values
+def least(rule, two_choices, balancers, h, q, rows, active, bf):  # type: ignore[no-untyped-def]
+    """The choice of the rules that count, at the present open flows q."""
+    n = len(q)
+    values = np.empty(n)
+    for j in range(n):
+        values[j] = flow_score(rule, balancers, q[j], bf[0, j, at.B_WEIGHT], bf[0, j]) if active[j] else np.inf
+    if two_choices:
+        one, two = to_range(h, len(rows)), to_range(second_hash(h), len(rows) - 1)
+        first, second = rows[one], rows[two + (two >= one)]
+        return second if values[second] < values[first] else first
+    best = start = to_range(h, n)
+    for k in range(n):
+        j = (start + k) % n
+        if values[j] < values[best]:
+            best = j
+    return best
 
 
 class Simulated:
@@ -62,15 +74,13 @@ class Simulated:
             return int(
                 dispatch_by_hash(0, self.number, self.size, h, self.ri, self.rows, self.bf, self.bi, self.maglev)
             )
-        values = scores(self.number, self.balancers, q, self.bf)
-        if self.rule.startswith("p2c"):
-            one = to_range(h, len(self.rows))
-            two = to_range(np.uint64(second_hash(h)), len(self.rows) - 1)
-            first, second = self.rows[one], self.rows[two + (two >= one)]
-            return int(second if values[second] < values[first] else first)
-        values[~self.active] = np.inf
-        start = to_range(h, len(values))
-        return int((np.argmin(np.roll(values, -start)) + start) % len(values))
+        two = RULES[self.rule].mechanism == "two_choices"
+        return int(least(self.number, two, self.balancers, h, q, self.rows, self.active, self.bf))
+
+
+def entry_of(q: Any) -> Any:
+    """The number of open flows that q shares an entry with."""
+    return INDEX_GRID[np.searchsorted(INDEX_GRID, np.minimum(q, INDEX_MOST - 1), side="right") - 1].astype(np.int64)
 
 
 @pytest.mark.slow
@@ -96,16 +106,18 @@ def test_the_same_server_as_the_simulator(load: Load, rule: str) -> None:
     hashes = flow_hashes(VIP4, clients, ports)
     run, held = runner(plane), plane.shared["open_flows"]
     q = np.zeros(N, np.int64)
+    counted = q.copy()
     differ = 0
     for i in range(DECISIONS):
         if i % 100 == 0:
             # Counts of any size, also where entries of the table are shared (then compared by the shared value).
             q = rng.choice(INDEX_GRID.astype(np.int64), N) if i % 200 else rng.integers(0, 5, N)
             held[:N] = q
+            counted = entry_of(q)
         chosen = server_of(run(tcp4(int(clients[i]), int(ports[i]), VIP4, SYN, i + 1)))
-        counted = INDEX_GRID[np.searchsorted(INDEX_GRID, np.minimum(q, INDEX_MOST - 1), side="right") - 1]
-        differ += chosen != simulated.choose(hashes[i], counted.astype(np.int64))
+        differ += chosen != simulated.choose(hashes[i], counted)
         q[chosen] += 1
+        counted[chosen] = entry_of(q[chosen])
     assert differ == 0
     assert plane.shared["totals"]["table_full"] == 0
 
