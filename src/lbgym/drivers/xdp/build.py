@@ -23,7 +23,7 @@ _SOURCES = (
     _HERE / "flows.bpf.h",
     _HERE / "dispatch.bpf.h",
     _HERE / "balancer.h",
-    _INCLUDE / "lbgym_dispatch.h",
+    *(_INCLUDE / f"lbgym_{name}.h" for name in ("checksum", "dispatch", "tcp")),
 )
 _PACKAGES = "clang, llvm and libbpf-dev"
 # The newest of these instructions, atomic ones, are of version 3.
