@@ -447,7 +447,7 @@ class Controller:
     ) -> int:
         """Try whether the policy works again; return the instant at which the fallback's weights were written."""
         # Write first: the trial may take long.
-        plane.write(weights)
+        plane.write(weights, index=self._fallback.index(weights))
         written_at = plane.written_at
         self._ask(plane, snapshot, before)
         if self._failures:
