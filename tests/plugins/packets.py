@@ -91,9 +91,7 @@ class Bench:
             packet.link, packet.partial = link, partial
             at += HEADROOM + len(frame)
         self.core.library.lbgym_worker_run(self.core.worker(worker), packets, len(frames), self.now)
-        return [
-            Result(p.verdict, p.server, p.vip, p.link, p.via, ctypes.string_at(p.data, p.length)) for p in packets
-        ]
+        return [Result(p.verdict, p.server, p.vip, p.link, p.via, ctypes.string_at(p.data, p.length)) for p in packets]
 
     def one(self, frame: bytes, **options: Any) -> Result:
         (result,) = self.run(frame, **options)

@@ -100,12 +100,12 @@ def simulated(
             fill_whittle(bf[0, j], weights[j], weights[rows].sum())
     number = DISPATCH_RULES.index(rule)
     grid = INDEX_GRID.astype(np.int64)
-    return np.asarray(
-        expected(number, two, balancers, size, hashes, starts, ri, rows, weights, bf, bi, maglev, grid)
-    )
+    return np.asarray(expected(number, two, balancers, size, hashes, starts, ri, rows, weights, bf, bi, maglev, grid))
 
 
-def decide(bench: Bench, clients: NDArray[np.uint32], ports: NDArray[np.uint16], starts: NDArray[np.int64]) -> list[int]:
+def decide(
+    bench: Bench, clients: NDArray[np.uint32], ports: NDArray[np.uint16], starts: NDArray[np.int64]
+) -> list[int]:
     """The core's decisions for a SYN of each client, in batches that begin with these open flows."""
     n, count, room = starts.shape[1], len(clients), 40
     frames = np.tile(np.frombuffer(packet4(CLIENT, 1, SYN), np.uint8), (count, 1))

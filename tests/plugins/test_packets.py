@@ -16,7 +16,9 @@ from tests.plugins.packets import PORT, VIP4, VIP6, Bench, servers
 
 logging.getLogger("scapy").setLevel(logging.ERROR)
 scapy_inet = pytest.importorskip("scapy.layers.inet")
-from scapy.layers.inet import GRE, ICMP, IP, UDP as Udp, TCP as Tcp, IPOption_NOP, fragment  # noqa: E402
+from scapy.layers.inet import GRE, ICMP, IP, IPOption_NOP, fragment  # noqa: E402
+from scapy.layers.inet import TCP as Tcp
+from scapy.layers.inet import UDP as Udp
 from scapy.layers.inet6 import (  # noqa: E402
     ICMPv6EchoRequest,
     ICMPv6PacketTooBig,

@@ -39,7 +39,7 @@ def _app() -> typer.Typer:
     from . import shm, suite
     from ._options import options
     from .compare import compare
-    from .dataplane import check, ctl, emulate, xdp
+    from .dataplane import afpacket, check, ctl, emulate, xdp
     from .run import run
     from .scenarios import describe, scenarios
     from .server_agent import server_agent
@@ -65,7 +65,7 @@ def _app() -> typer.Typer:
         benchmark.command(help=_help(part))(part)
     app.add_typer(benchmark, name="suite")
     dataplane = typer.Typer(help="Publish a data plane in shared memory, check and change it.", no_args_is_help=True)
-    for work in (emulate, xdp, check, ctl):
+    for work in (emulate, xdp, afpacket, check, ctl):
         dataplane.command(help=_help(work))(work)
     app.add_typer(dataplane, name="dataplane")
     regions = typer.Typer(help="Look at regions of shared memory, record them, remove them.", no_args_is_help=True)

@@ -17,7 +17,7 @@ from ..base import DriverError
 from ..compiled import kept_file
 
 _INCLUDE = Path(__file__).parents[2] / "include"
-_SOURCES = ("core.c", "parse.c", "tables.c", "worker.c")
+_SOURCES = ("afpacket.c", "core.c", "parse.c", "tables.c", "worker.c")
 _FLAGS = ("-std=c11", "-ffp-contract=off", "-D_GNU_SOURCE", "-O3", "-g", "-fPIC")
 
 
