@@ -83,18 +83,25 @@ xdp: # the tests of XDP need these Debian packages and root; where they cannot b
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(XDP_PACKAGES); } || { \
 		echo "no clang or libbpf, and no right to install them: the tests of XDP will be skipped"; test -z "$(CI)"; }
 
+.PHONY: core
+core: cc # libFuzzer's library, for the tests of the balancer core; where it cannot be had, that test is skipped, but not in CI
+	@command -v clang >/dev/null && echo 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n) { return 0; }' | \
+		clang -fsanitize=fuzzer,address -x c -o /dev/null - 2>/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends clang libclang-rt-dev; } || { \
+		echo "no clang with libFuzzer, and no right to install it: a test of the balancer core will be skipped"; test -z "$(CI)"; }
+
 .PHONY: warm
 warm: $(VENV)/.dev # or else every process of the tests compiles the simulator at the same time
 	$(BIN)/python -c 'import gymnasium, lbgym; env = gymnasium.make("lbgym/LoadBalance-v0"); env.reset(seed=0); env.step(env.action_space.sample())'
 
 .PHONY: test
-test: cc xdp ## lint, then the tests, also those of the frameworks
+test: cc xdp core ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 2 lint warm $(FRAMEWORKS)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(MAKE) test-young-clock test-next test-frameworks
 
 .PHONY: coverage
-coverage: cc xdp $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
+coverage: cc xdp core $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
 

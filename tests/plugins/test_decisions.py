@@ -38,7 +38,7 @@ CORES = 8
 
 @compiled(allocates=True)
 def expected(rule, two, balancers, table_size, hashes, starts, ri, rows, weights, bf, bi, maglev, grid):  # type: ignore[no-untyped-def]
-    """The simulator's decisions, one after the other; ``starts`` are the open flows of all servers before each batch."""
+    """The simulator's decisions, one after the other; ``starts`` are the servers' open flows before each batch."""
     n = weights.shape[0]
     taken = np.empty(hashes.shape[0], np.int64)
     q = np.zeros(n, np.int64)

@@ -10,16 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from lbgym.drivers.afpacket.core import DROP, PASS, REPLY, SEND, TCP, UDP
-from tests.plugins.packets import PORT, VIP4, VIP6, Bench, servers
-
-logging.getLogger("scapy").setLevel(logging.ERROR)
-scapy_inet = pytest.importorskip("scapy.layers.inet")
-from scapy.layers.inet import GRE, ICMP, IP, IPOption_NOP, fragment  # noqa: E402
+from scapy.layers.inet import GRE, ICMP, IP, IPOption_NOP, fragment
 from scapy.layers.inet import TCP as Tcp
 from scapy.layers.inet import UDP as Udp
-from scapy.layers.inet6 import (  # noqa: E402
+from scapy.layers.inet6 import (
     ICMPv6EchoRequest,
     ICMPv6PacketTooBig,
     ICMPv6TimeExceeded,
@@ -30,9 +24,14 @@ from scapy.layers.inet6 import (  # noqa: E402
     IPv6ExtHdrRouting,
     fragment6,
 )
-from scapy.layers.l2 import Ether  # noqa: E402
-from scapy.packet import Packet, Raw  # noqa: E402
-from scapy.utils import PcapReader, wrpcap  # noqa: E402
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet, Raw
+from scapy.utils import PcapReader, wrpcap
+
+from lbgym.drivers.afpacket.core import DROP, PASS, REPLY, SEND, TCP, UDP
+from tests.plugins.packets import PORT, VIP4, VIP6, Bench, servers
+
+logging.getLogger("scapy").setLevel(logging.ERROR)
 
 CLIENT4, CLIENT6 = "11.0.0.1", "fd11::1"
 SERVER4, SERVER6 = "10.77.2.1", "fd77::1:1"

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from lbgym.drivers import DriverError
-from lbgym.drivers.afpacket.build import compiler, source_folder
+from lbgym.drivers.afpacket.build import compiler
 from lbgym.drivers.check import check_driver
-from lbgym.sharedmemory import ObservationBuffer, ServerState, SharedMemoryRegion, get_include
+from lbgym.sharedmemory import ObservationBuffer, ServerState, SharedMemoryRegion
 from tests.drivers.test_discovery import eventually
-from tests.plugins.test_sanitizers import FLAGS, HERE, SOURCES, unavailable
+from tests.plugins.test_sanitizers import FLAGS, HERE, SOURCES, include_flags, unavailable
 from tests.sharedmemory.conftest import shm_dir
 
 __all__ = ["shm_dir"]
@@ -27,9 +27,9 @@ def publisher(tmp_path: Path, shm_dir: Path) -> Iterator[subprocess.Popen[str]]:
     except DriverError as error:
         unavailable(str(error))
     program = tmp_path / "publisher"
-    include = [f"-I{source_folder()}", f"-I{get_include()}"]
     subprocess.run(
-        [*command, *FLAGS, *include, "-o", program, HERE / "publisher.c", *SOURCES, "-lm", "-lpthread"], check=True
+        [*command, *FLAGS, *include_flags(), "-o", program, HERE / "publisher.c", *SOURCES, "-lm", "-lpthread"],
+        check=True,
     )
     process = subprocess.Popen([program, "core"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"

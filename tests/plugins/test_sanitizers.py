@@ -19,6 +19,11 @@ SOURCES = [source_folder() / f"{name}.c" for name in ("core", "parse", "tables",
 FLAGS = ["-std=c11", "-ffp-contract=off", "-D_GNU_SOURCE", "-O1", "-g", "-fno-omit-frame-pointer", "-Wall", "-Werror"]
 
 
+def include_flags() -> list[str]:
+    """Where the headers are."""
+    return [f"-I{source_folder()}", f"-I{get_include()}"]
+
+
 def unavailable(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"CI must run the core under its sanitizers: {reason}")
@@ -30,7 +35,7 @@ def build(command: list[str], name: str, folder: Path, *sanitizers: str) -> Path
     out = folder / name
     flags = [f"-fsanitize={','.join(sanitizers)}", "-fno-sanitize-recover=all"]
     done = subprocess.run(
-        [*command, *FLAGS, *flags, f"-I{source_folder()}", f"-I{get_include()}", "-o", str(out),
+        [*command, *FLAGS, *flags, *include_flags(), "-o", str(out),
          str(HERE / f"{name}.c"), *map(str, SOURCES), "-lm", "-lpthread"],
         capture_output=True,
         text=True,
