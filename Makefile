@@ -90,18 +90,30 @@ core: cc # libFuzzer's library, for the tests of the balancer core; where it can
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends clang libclang-rt-dev; } || { \
 		echo "no clang with libFuzzer, and no right to install it: a test of the balancer core will be skipped"; test -z "$(CI)"; }
 
+.PHONY: chromium
+chromium: # the tests of pages need a browser; where it cannot be had, they are skipped, but not in CI
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || { \
+		echo "no Chromium, and no right to install one: the tests of pages will be skipped"; test -z "$(CI)"; }
+
+.PHONY: promtool
+promtool: # checks the alert rules of deploy/; Debian's package has it beside a server that nobody wants started
+	@command -v promtool >/dev/null || test -x build/promtool || { mkdir -p build && cd build && \
+		apt-get download -qq prometheus && dpkg --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool > promtool && \
+		chmod +x promtool && rm prometheus_*.deb; } || { rm -f build/promtool; \
+		echo "no promtool to be had: the test of the alert rules will be skipped"; test -z "$(CI)"; }
+
 .PHONY: warm
 warm: $(VENV)/.dev # or else every process of the tests compiles the simulator at the same time
 	$(BIN)/python -c 'import gymnasium, lbgym; env = gymnasium.make("lbgym/LoadBalance-v0"); env.reset(seed=0); env.step(env.action_space.sample())'
 
 .PHONY: test
-test: cc xdp core ## lint, then the tests, also those of the frameworks
+test: cc xdp core chromium promtool ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 2 lint warm $(FRAMEWORKS)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(MAKE) test-young-clock test-next test-frameworks
 
 .PHONY: coverage
-coverage: cc xdp core $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
+coverage: cc xdp core chromium promtool $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
 
@@ -141,7 +153,7 @@ test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray, an
 
 .PHONY: docs
 docs: $(VENV)/.dev ## the documentation site, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs site
 
 .PHONY: bench
 bench: $(VENV)/.dev $(FRAMEWORKS)/.dev ## every benchmark, with what it must reach

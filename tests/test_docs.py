@@ -20,11 +20,22 @@ import lbgym
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from lbgym.rewards import REWARDS
 from lbgym.sharedmemory import region_names
+from tests.report.conftest import Open, browser, open_page
+
+__all__ = ["browser", "open_page"]
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FRAMEWORKS = sorted(f"frameworks/{page.stem}" for page in DOCS.glob("frameworks/*.md"))
-PAGES = ["../README", *sorted(page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md"))]
+PAGES = [
+    "../README",
+    *sorted(
+        page.relative_to(DOCS).with_suffix("").as_posix()
+        for page in DOCS.rglob("*.md")
+        # made when the site is built
+        if page.relative_to(DOCS).parts[0] not in ("environments", "environments.md")
+    ),
+]
 #: What makes a training of the pages short.
 SHORTER = {
     "total_steps=1_500_000": "total_steps=4_096",
@@ -71,13 +82,14 @@ def fetched(html: str) -> list[str]:
 
 def build(root: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """The site of the checkout ``root`` into ``folder``."""
-    for module in ("mkdocs", "material", "latex2mathml"):
+    for module in ("sphinx", "myst_parser", "pydata_sphinx_theme", "latex2mathml"):
         pytest.importorskip(module)
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    trees = folder.with_name(f"{folder.name}-doctrees")
     return subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        [*(sys.executable, "-m", "sphinx"), "-q", "-W", "--keep-going", "-d", str(trees), "docs", str(folder)],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": path, "NO_MKDOCS_2_WARNING": "1"},
+        env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=120,
@@ -96,12 +108,11 @@ def test_build_refuses_what_is_broken(tmp_path: Path) -> None:
     shutil.copytree(DOCS, tmp_path / "docs")
     for name in ("src", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     with (tmp_path / "docs" / "live.md").open("a") as page:
         page.write("\n[a](../src/none.py) [b](none.md) [c](theory.md#none)\n\n$x \\nosuchcommand y$\n")
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode != 0
-    for what in ("links to ../src/none.py", "'none.md'", "'#none'", "nosuchcommand"):
+    for what in ("a link to ../src/none.py", "'none.md'", "in doc 'theory': 'none'", "nosuchcommand"):
         assert what in done.stderr
 
 
@@ -125,20 +136,39 @@ def test_site_shows_formulas_and_no_sources(site: Path) -> None:
     assert theory.count("<math") > 50
     for page in site.rglob("*.html"):
         text = page.read_text()
-        assert 'class="arithmatex"' not in text, page.name
+        assert 'class="math' not in text, page.name
         assert "<!-- settings" not in text, page.name
     assert not list(site.rglob("*.py"))
 
 
+@pytest.mark.parametrize("width", [1300, 400])
+@pytest.mark.parametrize("page", ["index", "environments", "learning-curves", "results"])
+def test_nothing_of_a_page_is_cut_off(site: Path, open_page: Open, page: str, width: int) -> None:
+    with open_page((site / f"{page}.html").as_uri(), width) as shown:
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        # A table that is too wide is in a box that scrolls.
+        cut = """tables => tables.filter(table => {
+            const box = table.parentElement;
+            return table.offsetWidth > box.clientWidth && getComputedStyle(box).overflowX === "visible";
+        }).length"""
+        assert shown.locator("article table").evaluate_all(cut) == 0
+
+
 def test_reference_names_what_the_code_has(site: Path) -> None:
-    page = (site / "environments.html").read_text()
-    for name in (*FEATURE_NAMES, *GROUND_TRUTH_NAMES, *REWARDS):
-        assert f"<code>{name}</code>" in page, name
-    for env in (lbgym.LoadBalanceEnv(max_steps=1), lbgym.FlowDispatchEnv(max_steps=1)):
+    def names(page: str) -> set[str]:
+        """What a page shows as code."""
+        found = re.findall(r"<code[^>]*>(.*?)</code>", (site / page).read_text(), flags=re.DOTALL)
+        return {re.sub(r"<[^>]+>", "", code) for code in found}
+
+    assert {*FEATURE_NAMES, *GROUND_TRUTH_NAMES, *REWARDS} <= names("environments.html")
+    for env, page in (
+        (lbgym.LoadBalanceEnv(max_steps=1), "load-balance"),
+        (lbgym.FlowDispatchEnv(max_steps=1), "flow-dispatch"),
+    ):
         env.reset(seed=0)
         *_, info = env.step(env.action_space.sample())
         env.close()
-        assert not [key for key in info if f"<code>{key}</code>" not in page]
+        assert set(info) <= names(f"environments/{page}.html")
 
 
 #: Pages that drive a live data plane, and the region they name.
