@@ -87,6 +87,13 @@ xdp: # the tests of XDP need these Debian packages and root; where they cannot b
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(XDP_PACKAGES); } || { \
 		echo "no clang or libbpf, and no right to install them: the tests of XDP will be skipped"; test -z "$(CI)"; }
 
+.PHONY: core
+core: cc # libFuzzer's library, for the tests of the balancer core; where it cannot be had, that test is skipped, but not in CI
+	@command -v clang >/dev/null && echo 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n) { return 0; }' | \
+		clang -fsanitize=fuzzer,address -x c -o /dev/null - 2>/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends clang libclang-rt-dev; } || { \
+		echo "no clang with libFuzzer, and no right to install it: a test of the balancer core will be skipped"; test -z "$(CI)"; }
+
 .PHONY: chromium
 chromium: # the tests of pages need a browser; where it cannot be had, they are skipped, but not in CI
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || { \
@@ -109,7 +116,7 @@ promtool: # checks the alert rules of deploy/; Debian's package has it beside a 
 		echo "no promtool to be had: the test of the alert rules will be skipped"; test -z "$(CI)"; }
 
 # What the tests need of Debian; apt works alone, so one after the other.
-TOOLS := cc xdp chromium promtool haproxy
+TOOLS := cc xdp core chromium promtool haproxy
 .PHONY: tools
 tools:
 	@for tool in $(TOOLS); do $(MAKE) --no-print-directory $$tool || exit; done
