@@ -97,7 +97,7 @@ def compare(
         raise ScenarioError(f"give --load or --rate, not both; got {load!r} and {rate!r}")
     if flows and out is None:
         raise ScenarioError("--flows saves to the folder of --out, which is missing")
-    _require(seeds, plots and out is not None)
+    require_extras(seeds, plots and out is not None)
     contenders = parse_contenders(policies)
     chosen = load_scenario(scenario)
     if trace is not None:
@@ -132,13 +132,13 @@ def compare(
         print_json(comparison.to_dict())
     else:
         # First: a full disk or a lack of permission is no reason to lose the result.
-        _report(comparison)
+        report_comparison(comparison)
     for file in save(comparison, out, plots=plots) if out is not None else []:
         if not as_json:
             typer.echo(f"wrote {file}")
 
 
-def _require(seeds: int, plots: bool) -> None:
+def require_extras(seeds: int, plots: bool) -> None:
     """Refuse before the work starts what would fail for want of a package when it is done."""
     if seeds > 1 and not installed("scipy"):
         raise MissingExtraError("scipy", "eval", "a confidence interval (with --seeds above 1)")
@@ -175,7 +175,8 @@ def _with_trace(
     return replace(changed, duration=min(trace.period * trace.rate / changed.rate, MAX_TRACE_DURATION))
 
 
-def _report(comparison: Comparison) -> None:
+def report_comparison(comparison: Comparison) -> None:
+    """Print the tables of a comparison and what must be said beside them."""
     from ._tables import drawn_table, plain
 
     console = results_console()

@@ -6,8 +6,9 @@ from .._lazy import _lazy_names
 
 if TYPE_CHECKING:
     from .base import LabError
-    from .config import Calibration, LabConfig, load_lab
+    from .config import Calibration, LabConfig, load_lab, twin_of, with_servers
     from .data_planes import DATA_PLANES, LabDataPlane, Place
+    from .fidelity import Fidelity, fidelity, fidelity_table, kendall_tau, swapped_pairs
     from .laboratory import Laboratory, laboratories, remove
     from .measure import compare_in, predict
     from .servers import SERVER_KINDS, Instance, ServerKind
@@ -16,6 +17,7 @@ __all__ = [
     "DATA_PLANES",
     "SERVER_KINDS",
     "Calibration",
+    "Fidelity",
     "Instance",
     "LabConfig",
     "LabDataPlane",
@@ -24,10 +26,16 @@ __all__ = [
     "Place",
     "ServerKind",
     "compare_in",
+    "fidelity",
+    "fidelity_table",
+    "kendall_tau",
     "laboratories",
     "load_lab",
     "predict",
     "remove",
+    "swapped_pairs",
+    "twin_of",
+    "with_servers",
 ]
 
 # The load generator is a process of its own, and needs none of this.
@@ -35,8 +43,9 @@ __getattr__, __dir__ = _lazy_names(
     __name__,
     {
         "base": "LabError",
-        "config": "Calibration LabConfig load_lab",
+        "config": "Calibration LabConfig load_lab twin_of with_servers",
         "data_planes": "DATA_PLANES LabDataPlane Place",
+        "fidelity": "Fidelity fidelity fidelity_table kendall_tau swapped_pairs",
         "laboratory": "Laboratory laboratories remove",
         "measure": "compare_in predict",
         "servers": "SERVER_KINDS Instance ServerKind",

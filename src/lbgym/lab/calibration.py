@@ -15,8 +15,9 @@ from .namespaces import inside
 if TYPE_CHECKING:
     from .laboratory import Laboratory
 
-#: Requests that each of the two parts of a demand is measured with, and of each server's latency.
-REQUESTS, LATENCY_REQUESTS = 20, 12
+#: Requests that are counted together, how many such counts there are of each of the two parts of a demand, and requests
+#: of each server's latency.
+REQUESTS, COUNTS, LATENCY_REQUESTS = 4, 7, 12
 #: CPU seconds of a request that are long beside what is fixed.
 _LONG = 0.02
 #: Seconds without work between two requests, in which a quota is filled up and a connection ends.
@@ -36,24 +37,28 @@ def calibrate(lab: Laboratory) -> Calibration:
     shares = lab.config.shares()
     largest = int(np.argmax(shares))
     amount = 1_000
-    _cpu(lab, largest, 0, 3)  # the first ones open files and compile
-    fixed = _cpu(lab, largest, 0, REQUESTS)
-    while _cpu(lab, largest, amount, 2) < _LONG + fixed:
+    _cpu(lab, largest, 0, 3, 1)  # the first ones open files and compile
+    # A median, since CPU time also passes while a neighbour on the same core holds up a request.
+    fixed = _cpu(lab, largest, 0)
+    while _cpu(lab, largest, amount, 2, 1) < _LONG + fixed:
         amount *= 4
         if amount > lab.most:
             raise LabError(f"requests to server {largest} do not demand more CPU time the larger they are")
-    per_unit = (_cpu(lab, largest, amount, REQUESTS) - fixed) / amount
+    per_unit = (_cpu(lab, largest, amount) - fixed) / amount
     known = Calibration(per_unit=per_unit, fixed=fixed, latency=0.0)
     extra = np.concatenate([_latencies(lab, i, known) for i in range(len(shares))])
     return Calibration(per_unit=per_unit, fixed=fixed, latency=float(np.median(extra)))
 
 
-def _cpu(lab: Laboratory, server: int, amount: int, requests: int) -> float:
-    """CPU seconds of the server per request."""
-    before = lab.used()[server]
-    for _ in range(requests):
-        _ask(lab, server, amount)
-    return float(lab.used()[server] - before) / requests
+def _cpu(lab: Laboratory, server: int, amount: int, requests: int = REQUESTS, counts: int = COUNTS) -> float:
+    """CPU seconds of the server per request, the median of some counts."""
+    counted = []
+    for _ in range(counts):
+        before = lab.used()[server]
+        for _ in range(requests):
+            _ask(lab, server, amount)
+        counted.append(float(lab.used()[server] - before) / requests)
+    return float(np.median(counted))
 
 
 def _ask(lab: Laboratory, server: int, amount: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from .base import LabError
@@ -71,7 +72,7 @@ class CpuGroup:
                 folder.mkdir(parents=True, exist_ok=True)
             parts = Path(self._path).parts
             above = [self._root.joinpath(*parts[:i]) for i in range(len(parts) + 1)]
-            for parent, child in zip(above, above[1:], strict=False):
+            for parent, child in pairwise(above):
                 if self._unified:
                     (parent / "cgroup.subtree_control").write_text("+cpu")
                     (child / "cpu.weight").write_text(str(_MOST_WEIGHT))

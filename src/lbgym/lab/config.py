@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import checks
 from ..errors import InvalidOptionError, LbgymError, UnknownNameError
-from ..scenarios import Exponential, Scenario, Server, Workload, fixed_scenario, from_tables, servers_of
+from ..scenarios import Exponential, Scenario, Server, Workload, fixed_scenario, from_tables, servers_of, to_toml
 from ..toml_files import read_toml
 from .base import check_name
 from .cgroups import MIN_QUOTA
@@ -50,12 +50,13 @@ class Calibration:
 
 def small_scenario() -> Scenario:
     """Four servers of 0.15 and 0.3 cores, which a machine of two cores carries, at load 0.7."""
-    slow, fast = (Server(speed=speed, weight=weight, workers=32, backlog=128) for speed, weight in ((0.15, 1), (0.3, 2)))
+    slow = Server(speed=0.15, weight=1.0, workers=32, backlog=128)
+    fast = replace(slow, speed=0.3, weight=2.0)
     return Scenario(
         name="lab",
         description="Four servers of a laboratory on one machine of two cores.",
         servers=servers_of((2, slow), (2, fast)),
-        workload=Workload(load=0.7, demand=Exponential(mean=0.02)),
+        workload=Workload(load=0.7, demand=Exponential(mean=0.03)),
         reject_timeout=20.0,
         duration=60.0,
     )
@@ -140,6 +141,8 @@ class LabConfig:
 
 
 _KEYS = [item.name for item in fields(LabConfig)]
+#: Those of them that are no single values.
+_TABLES = ("scenario", "driver", "calibration")
 
 
 def load_lab(path: str | os.PathLike[str] | None = None, **changes: Any) -> LabConfig:
@@ -232,10 +235,16 @@ def with_servers(scenario: Scenario, shares: str) -> Scenario:
     return scenario.with_changes(servers=servers)
 
 
+def twin_of(config: LabConfig) -> str:
+    """The scenario that simulates a laboratory, as TOML."""
+    known = config.calibration
+    latency = "" if known is None else f" There, a request takes {1e3 * known.latency:.3g} ms more."
+    description = f"The simulated twin of laboratory {config.name}.{latency}"
+    return to_toml(config.scenario.with_changes(name=f"{config.name}-twin", description=description))
+
+
 def write_lab(config: LabConfig, scenario_file: Path, file: Path) -> None:
     """Write a configuration that :func:`load_lab` reads, its scenario in a file of its own."""
-    from ..scenarios import to_toml
-
     scenario_file.write_text(to_toml(config.scenario))
     lines = [f"{key} = {json.dumps(getattr(config, key))}" for key in _KEYS if key not in _TABLES]
     lines.append(f"scenario = {json.dumps(scenario_file.name)}")
@@ -244,6 +253,3 @@ def write_lab(config: LabConfig, scenario_file: Path, file: Path) -> None:
             items = table if isinstance(table, Mapping) else asdict(table)
             lines += ["", f"[{key}]", *(f"{name} = {json.dumps(value)}" for name, value in items.items())]
     file.write_text("\n".join(lines) + "\n")
-
-
-_TABLES = ("scenario", "driver", "calibration")

@@ -48,13 +48,11 @@ class Place:
 
 
 class LabDataPlane(Protocol):
-    """A data plane that a laboratory puts between its clients and its servers; clients connect to ``VIP``.
+    """A data plane that a laboratory puts between its clients and its servers; clients connect to ``VIP``."""
 
-    Attributes:
-        rules: dispatch rules that it can be told to use.
-    """
-
-    rules: Sequence[str]
+    @property
+    def rules(self) -> Sequence[str]:
+        """Dispatch rules that it can be told to use."""
 
     def check(self, options: Mapping[str, Any], scenario: Scenario) -> None:
         """Refuse options of ``[driver]`` that it does not take; raises InvalidOptionError or UnknownNameError."""
@@ -82,7 +80,7 @@ class XdpDataPlane:
     _OWN = ("vips", "interfaces", "rule", "balancers", "pin")
 
     @property
-    def rules(self) -> Sequence[str]:  # type: ignore[override]
+    def rules(self) -> Sequence[str]:
         from ..drivers.xdp.tables import MECHANISMS
 
         return tuple(MECHANISMS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import http.client
-import json
 import os
 import re
 import shutil
@@ -72,24 +71,31 @@ class Laboratory:
         self._groups = {name: CpuGroup(f"{_GROUPS}/{config.name}/{name}") for name in self.server_names}
         self._control = CpuGroup(f"{_GROUPS}/{config.name}/control")
         self._drivers: list[subprocess.Popen[bytes]] = []
+        self._servers_running: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = -1
 
     @classmethod
-    def attach(cls, name: str) -> Self:
+    def attach(cls, name: str, *, shared: bool = False) -> Self:
         """Open a laboratory that is up.
+
+        Args:
+            name: of it.
+            shared: only to look at it, while another process may use it.
 
         Raises:
             LabError: if it is not up, or another process uses it.
         """
         check_root()
-        lock = _locked(check_name(name))
+        check_name(name)
+        lock = -1 if shared else _locked(name)
         try:
             if not (ROOT / name / "up").exists():
                 left = " completely; lbgym lab down removes what there is" if (ROOT / name).is_dir() else ""
                 raise LabError(f"laboratory {name!r} is not up{left}")
             made = cls(load_lab(ROOT / name / "lab.toml"))
         except BaseException:
-            os.close(lock)
+            if lock >= 0:
+                os.close(lock)
             raise
         made._lock = lock
         return made
@@ -197,7 +203,7 @@ class Laboratory:
         open_to_workers(folder)
         group = self._groups[name]
         group.create()
-        self._spawn(name, command, group, folder / "output.log", detached=True)
+        self._servers_running[name] = self._spawn(name, command, group, folder / "output.log", detached=True)
 
     def _await_server(self, name: str, address: str) -> None:
         deadline = time.monotonic() + _PATIENCE
@@ -208,7 +214,7 @@ class Laboratory:
                     connection.getresponse().read()
                 return
             except OSError as error:
-                if not self._groups[name].processes or time.monotonic() > deadline:
+                if self._servers_running[name].poll() is not None or time.monotonic() > deadline:
                     logs = [self.folder / name / log for log in ("output.log", "error.log")]
                     said = next((line for log in logs if (line := _last_line(log))), str(error))
                     raise LabError(f"{name} ({self.config.server_kind}) does not answer: {said}") from None
@@ -233,10 +239,8 @@ class Laboratory:
         if not detached:
             whole = ["setpriv", "--pdeathsig", "KILL", *whole]
         with log.open("ab") as stream:
-            return subprocess.Popen(
-                whole, **{"stdin": subprocess.DEVNULL, "stdout": stream} | options, stderr=stream,
-                start_new_session=True, cwd="/",
-            )  # fmt: skip
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream} | options
+            return subprocess.Popen(whole, start_new_session=True, cwd="/", **streams)
 
     def _place(self, i: int) -> Place:
         config = self.config
@@ -267,7 +271,7 @@ class Laboratory:
             LabError: if one ends or does not publish in time, with what it said.
         """
         self.stop_balancers()
-        for i, region in enumerate(self.regions):
+        for i in range(len(self.regions)):
             place = self._place(i)
             log = self.folder / f"{place.part}.log"
             log.unlink(missing_ok=True)
@@ -324,6 +328,24 @@ class Laboratory:
                 watchdog.stdin.write(b"\n")
                 watchdog.stdin.close()
             watchdog.wait()
+
+    @contextmanager
+    def temporarily(self) -> Iterator[None]:
+        """Have it up within the block, and removed after it, however this process ends."""
+        with self.guarded():
+            self.up()
+            try:
+                yield
+            finally:
+                self.down()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Start the balancers anew after the block, as they are outside of runs."""
+        try:
+            yield
+        finally:
+            self.start_balancers(self._idle_rule, detached=True)
 
     def down(self) -> None:
         """Remove it."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..evaluation.comparison import ProgressCallback, assemble, baseline_of, see
 from ..evaluation.runner import agents_of, dispatch_of, flow_metrics, settings_for, time_series
 from ..evaluation.statistics import fct_histogram
 from ..monitor import Follower
+from ..policies import Agent
 from ..scenarios import RULES
 from ..snapshot import DEFAULT_STEP_INTERVAL
 from .flows import draw_flows
@@ -51,12 +52,20 @@ def compare_in(
 
     The flows of a seed are those that the simulator has for it. A contender's dispatch rule places them; its weights
     are set by :class:`~lbgym.controller.Controller` on each balancer's region, without bounds. Every run begins with an
-    empty data plane. Which flows count, and how, is as in :func:`lbgym.evaluation.compare`, whose arguments these are;
-    an FCT runs from the flow's scheduled time, on the client's clock.
+    empty data plane. Which flows count, and how, is as in :func:`lbgym.evaluation.compare`; an FCT runs from the flow's
+    scheduled time, on the client's clock.
 
     Args:
         lab: to run in.
-        contenders, seeds, duration, warmup, drain, interval, baseline, keep_flows, progress: as there.
+        contenders: as there, and so the arguments that follow.
+        seeds: how many, or which.
+        duration: seconds.
+        warmup: seconds at the start whose flows do not count.
+        drain: seconds after the duration to wait for flows.
+        interval: seconds between two changes of weights.
+        baseline: label that the others are compared with.
+        keep_flows: keep every flow.
+        progress: called after every run.
         recordings: folder for a recording of every balancer in every run; None: none.
         watch: called ten times a second.
 
@@ -73,7 +82,7 @@ def compare_in(
     for contender in chosen:
         _check(lab, contender)
     results: dict[tuple[str, int], Run] = {}
-    try:
+    with _quiet(logging.getLogger("lbgym.controller")):
         for seed in numbers:
             for contender in chosen:
                 run = measure(
@@ -82,9 +91,18 @@ def compare_in(
                 results[run.label, run.seed] = run
                 if progress is not None:
                     progress(len(results), len(numbers) * len(chosen), run)
-    finally:
-        lab.stop_balancers()
     return assemble(scenario, chosen, numbers, base, settings, results)
+
+
+@contextmanager
+def _quiet(noisy: logging.Logger) -> Iterator[None]:
+    """Leave out what an agent says of every run."""
+    before = noisy.level
+    noisy.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        noisy.setLevel(before)
 
 
 def predict(
@@ -148,8 +166,8 @@ def measure(
     interval = settings.interval or agents[0].step_interval or DEFAULT_STEP_INTERVAL
     marks = _Marks(lab, settings)
     with ExitStack() as stack:
-        lab.start_balancers(rule)
         stack.callback(lab.stop_balancers)
+        lab.start_balancers(rule)
         helpers = _Helpers()
         stack.callback(helpers.stop)
         sampler = _Sampler(lab.regions, interval, helpers.stopping) if series else None
@@ -164,7 +182,7 @@ def measure(
         if RULES[rule].weighted:
             folder = lab.folder / "scenario.toml"
             for region, agent in zip(lab.regions, agents, strict=True):
-                helpers.start("agent", _agent(region, agent.policy, contender.label, interval, folder, helpers.stopping))
+                helpers.start("agent", _agent(region, agent, interval, folder, helpers.stopping))
 
         def look(seconds: float) -> None:
             helpers.check()
@@ -240,9 +258,10 @@ class _Marks:
         shares = np.array(self._lab.config.shares())
         if not self._seen:
             return np.full(len(shares), math.nan)
-        (began, before), (ended, after) = self._seen[0], (self._seen + [(math.nan, self._lab.used())])[1]
-        passed = (self._cuts[1] if math.isnan(ended) else ended) - began
-        return (after - before) / (shares * max(passed, 1e-9))
+        began, before = self._seen[0]
+        # A run whose flows ended on the dot has no look at the end of its duration.
+        ended, after = self._seen[1] if len(self._seen) > 1 else (self._cuts[1], self._lab.used())
+        return (after - before) / (shares * max(ended - began, 1e-9))
 
 
 class _Helpers:
@@ -275,19 +294,17 @@ class _Helpers:
             thread.join()
 
 
-def _agent(
-    region: str, policy: Any, label: str, interval: float, scenario: Path, stop: threading.Event
-) -> Callable[[], object]:
+def _agent(region: str, agent: Agent, interval: float, scenario: Path, stop: threading.Event) -> Callable[[], object]:
     """A controller that puts the policy's weights in force as they are, as a simulated run does."""
     from ..controller import Controller
 
     config = ControllerConfig(
-        policy=label, shm=region, scenario=str(scenario), step_interval=interval, attach_timeout=10.0,
+        policy=agent.name, shm=region, scenario=str(scenario), step_interval=interval, attach_timeout=10.0,
         floor=1e-6, max_ratio=math.inf, rate_limit=math.inf, log_level="warning",
     )  # fmt: skip
 
     def work() -> None:
-        Controller(config, policy=policy).run(stop)
+        Controller(config, policy=agent.policy).run(stop)
 
     return work
 

@@ -87,7 +87,7 @@ class ApachePhp:
         content.mkdir(exist_ok=True)
         (content / "work.php").write_text(
             "<?php\n$n = (int) ($_GET['n'] ?? 0);\n$x = 0;\n"
-            "for ($i = 0; $i < $n; $i++) { $x = ($x * 31 + $i) & 0xffff; }\necho $x, \"\\n\";\n"
+            'for ($i = 0; $i < $n; $i++) { $x = ($x * 31 + $i) & 0xffff; }\necho $x, "\\n";\n'
         )
         modules = {
             "mpm_prefork_module": "mod_mpm_prefork.so",
