@@ -1,5 +1,5 @@
-"""The command line, ``lbgym``: compare, train, tune, run, scenarios, describe, suite, lab, server-agent, dataplane,
-shm.
+"""The command line, ``lbgym``: compare, train, tune, run, scenarios, describe, suite, dashboard, lab, server-agent,
+dataplane, shm.
 
 Exit codes: 0; 1 for a fault of lbgym; 2 for what the user can put right; 128 + n after signal n (130 after Ctrl-C), 141
 if whoever reads standard output has closed it. Errors are one line on standard error; ``LBGYM_DEBUG=1`` adds the
@@ -40,6 +40,7 @@ def _app() -> typer.Typer:
     from . import lab, shm, suite
     from ._options import options
     from .compare import compare
+    from .dashboard import dashboard
     from .dataplane import check, ctl, emulate, xdp
     from .run import run
     from .scenarios import describe, scenarios
@@ -57,7 +58,7 @@ def _app() -> typer.Typer:
     )
 
     app.callback()(options)
-    for command in (compare, train, tune, run, scenarios, describe, server_agent):
+    for command in (compare, train, tune, run, scenarios, describe, dashboard, server_agent):
         app.command(help=_help(command))(command)
     benchmark = typer.Typer(
         help="Run the benchmark with a fixed protocol, and check and show its results.", no_args_is_help=True

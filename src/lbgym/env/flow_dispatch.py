@@ -265,7 +265,8 @@ class FlowEnvCore:
     def info(self, ended: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
         """Statistics of every replica since its episode began; quantiles of the FCT where it has ``ended``, else 0.
 
-        They take a pass over all flows of the episode, too long for every step.
+        They take a pass over all flows of the episode, too long for every step. Parts may be views of the decision,
+        which the next reward is computed from: not to be handed out.
         """
         now = self.decision
         assert now is not None
@@ -273,12 +274,12 @@ class FlowEnvCore:
         # Not NaN, which is unequal to itself: Gymnasium's checker compares infos.
         quantiles = self.simulation.fct_quantiles(ended) if ended.any() else np.zeros((len(ended), len(_QUANTILES)))
         return {
-            "timestamp": now.timestamp.copy(),
+            "timestamp": now.timestamp,
             "active": active_servers(now),
-            "completed": completed.copy(),
-            "rejected": lost.copy(),
+            "completed": completed,
+            "rejected": lost,
             "fct_mean": (now.fct_sum + lost * self._timeouts) / np.maximum(completed + lost, 1),
-            **{name: quantiles[:, i].copy() for i, name in enumerate(_QUANTILES)},
+            **{name: quantiles[:, i] for i, name in enumerate(_QUANTILES)},
         }
 
     def masks(self) -> NDArray[np.bool_]:
@@ -450,7 +451,7 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
 
     def _info(self) -> dict[str, Any]:
         batch = self._core.info(self._over)
-        info = {name: part[0].item() if part.ndim == 1 else part[0] for name, part in batch.items()}
+        info = {name: part.item() if part.ndim == 1 else part[0] for name, part in batch.items()}
         if self._spec is not None and not self._over[0]:
             info |= self._quantiles()
         return info | {"active_servers": active_ids(info["active"])}
@@ -575,7 +576,7 @@ class FlowDispatchVectorEnv(SpecWithLimit, ReplicaVectorEnv):
             self._core.simulation.close()
 
     def _info(self, mask: NDArray[np.bool_], ended: NDArray[np.bool_]) -> dict[str, Any]:
-        info = self._core.info(ended)
+        info = {name: part.copy() for name, part in self._core.info(ended).items()}
         return with_masks(info | {"active_servers": active_ids(info["active"])}, mask)
 
 

@@ -134,7 +134,8 @@ class FlowSimulation:
             raise InvalidActionError(f"an action must be the index of a server, a whole number, got {servers!r}")
         if choices.shape != (self.num_replicas,):
             raise InvalidActionError(f"actions must have shape {(self.num_replicas,)}, got shape {choices.shape}")
-        if choices.min() < 0 or choices.max() >= self.num_servers:
+        # One pass: as an unsigned number, a negative one is far too large. uint64 is what int64 would wrap.
+        if (choices.astype(np.uint64, copy=False) >= self.num_servers).any():
             bad = choices[(choices < 0) | (choices >= self.num_servers)][0]
             raise InvalidActionError(
                 f"an action must be the index of a server, from 0 to {self.num_servers - 1}, got {bad}"
