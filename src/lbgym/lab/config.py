@@ -102,7 +102,7 @@ class LabConfig:
         checks.instance("driver", self.driver, Mapping, "a table")
         checks.instance("calibration", self.calibration, Calibration | None, "a Calibration or None")
         self._check_servers()
-        data_plane(self.data_plane).check(self.driver, self.scenario)
+        data_plane(self.data_plane).check(self.driver, self.scenario, "driver")
 
     def _check_servers(self) -> None:
         scenario = self.scenario
@@ -175,6 +175,10 @@ def load_lab(path: str | os.PathLike[str] | None = None, **changes: Any) -> LabC
         if "calibration" in values:
             values["calibration"] = _calibration(values["calibration"], f"{where}, [calibration]")
     values |= {key: value for key, value in changes.items() if value is not None}
+    driver, plane = values.get("driver"), DATA_PLANES.get(str(values.get("data_plane", "xdp")))
+    if path is not None and isinstance(driver, dict) and plane is not None:
+        # Here, where the table's place is known.
+        plane.check(driver, values.get("scenario", small_scenario()), f"{where}, [driver]")
     try:
         return LabConfig(**values)
     except UnknownNameError as error:
@@ -220,11 +224,12 @@ def with_servers(scenario: Scenario, shares: str) -> Scenario:
         InvalidOptionError: for what is no number above 0.
     """
     try:
-        numbers = [checks.number("share", float(part), above=0.0, unit="cores") for part in shares.split(",")]
+        given = [float(part) for part in shares.split(",")]
     except ValueError:
         raise InvalidOptionError(
             f"the servers' shares must be numbers of cores separated by commas, such as 0.15,0.3, got {shares!r}"
         ) from None
+    numbers = [checks.number("share", share, above=0.0, unit="cores") for share in given]
     least, first = min(numbers), scenario.servers[0]
     servers = tuple(
         replace(first, cores=max(1, int(x)), speed=1.0 if x >= 1.0 else x, weight=x / least) for x in numbers

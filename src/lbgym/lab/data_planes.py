@@ -54,8 +54,8 @@ class LabDataPlane(Protocol):
     def rules(self) -> Sequence[str]:
         """Dispatch rules that it can be told to use."""
 
-    def check(self, options: Mapping[str, Any], scenario: Scenario) -> None:
-        """Refuse options of ``[driver]`` that it does not take; raises InvalidOptionError or UnknownNameError."""
+    def check(self, options: Mapping[str, Any], scenario: Scenario, where: str) -> None:
+        """Refuse options of ``[driver]`` that it does not take, with the place they are at."""
 
     def missing(self) -> str:
         """A sentence on what must be installed or allowed; empty if nothing."""
@@ -100,19 +100,19 @@ class XdpDataPlane:
             "balancers": scenario.balancers,
         }
 
-    def check(self, options: Mapping[str, Any], scenario: Scenario) -> None:
+    def check(self, options: Mapping[str, Any], scenario: Scenario, where: str) -> None:
         from ..drivers.xdp import XdpOptions
         from ..drivers.xdp.options import parse_options
 
         known = [item.name for item in dataclasses.fields(XdpOptions) if item.name not in self._OWN]
         for key in options:
             if key not in known:
-                raise UnknownNameError("key", key, known, where="[driver]")
+                raise UnknownNameError("key", key, known, where=where)
         table = self._table(options, scenario, "sed")
-        parse_options(table, "[driver]")
+        parse_options(table, where)
         if table["mode"] == "dnat" and scenario.balancers > 1:
             raise InvalidOptionError(
-                f"[driver]: mode 'dnat' needs one balancer, through which the servers answer, got {scenario.balancers}"
+                f"{where}: mode 'dnat' needs one balancer, through which the servers answer, got {scenario.balancers}"
             )
 
     def missing(self) -> str:

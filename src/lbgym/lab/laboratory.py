@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import http.client
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -21,15 +20,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ..drivers.control import control_path
 from ..drivers.server_agent import busy_workers
-from ..errors import LbgymError
+from ..errors import InvalidOptionError, LbgymError
 from ..sharedmemory import SharedMemoryRegion, region_names, remove_region
 from . import generator
 from .base import LabError, check_name, check_root
 from .calibration import calibrate
 from .cgroups import CpuGroup, missing_controllers
 from .config import LabConfig, load_lab, write_lab
-from .data_planes import VIP, VIP_PORT, Place, data_plane
+from .data_planes import VIP, VIP_PORT, LabDataPlane, Place, data_plane
 from .generator import Outcome
 from .namespaces import Network, inside, missing_tools
 from .servers import BACKLOG, PORT, WORKERS, Instance, open_to_workers, server_kind
@@ -71,7 +71,6 @@ class Laboratory:
         self._groups = {name: CpuGroup(f"{_GROUPS}/{config.name}/{name}") for name in self.server_names}
         self._control = CpuGroup(f"{_GROUPS}/{config.name}/control")
         self._drivers: list[subprocess.Popen[bytes]] = []
-        self._servers_running: dict[str, subprocess.Popen[bytes]] = {}
         self._lock = -1
 
     @classmethod
@@ -203,7 +202,7 @@ class Laboratory:
         open_to_workers(folder)
         group = self._groups[name]
         group.create()
-        self._servers_running[name] = self._spawn(name, command, group, folder / "output.log", detached=True)
+        self._detach(name, command, group, folder / "output.log")
 
     def _await_server(self, name: str, address: str) -> None:
         deadline = time.monotonic() + _PATIENCE
@@ -214,7 +213,7 @@ class Laboratory:
                     connection.getresponse().read()
                 return
             except OSError as error:
-                if self._servers_running[name].poll() is not None or time.monotonic() > deadline:
+                if not self._groups[name].processes or time.monotonic() > deadline:
                     logs = [self.folder / name / log for log in ("output.log", "error.log")]
                     said = next((line for log in logs if (line := _last_line(log))), str(error))
                     raise LabError(f"{name} ({self.config.server_kind}) does not answer: {said}") from None
@@ -231,16 +230,21 @@ class Laboratory:
         finally:
             connection.close()
 
-    def _spawn(
-        self, part: str, command: Sequence[str], group: CpuGroup, log: Path, *, detached: bool, **options: Any
-    ) -> subprocess.Popen[bytes]:
-        """Run a command in a part of the network and a control group; unless detached, it dies with this process."""
-        whole = self.network.command(part, *group.command(*command))
-        if not detached:
-            whole = ["setpriv", "--pdeathsig", "KILL", *whole]
+    def _detach(self, part: str, command: Sequence[str], group: CpuGroup, log: Path) -> None:
+        """Have a command run in a part of the network and a control group, whatever becomes of this process."""
+        # It is in its group by the time that this returns.
+        whole = self.network.command(part, *group.command("setsid", "--fork", *command))
         with log.open("ab") as stream:
-            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream} | options
-            return subprocess.Popen(whole, start_new_session=True, cwd="/", **streams)
+            subprocess.run(whole, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, cwd="/", check=True)
+
+    def _spawn(
+        self, part: str, command: Sequence[str], group: CpuGroup, log: Path, **streams: int
+    ) -> subprocess.Popen[bytes]:
+        """Run a command in a part of the network and a control group; it dies with this process."""
+        whole = ["setpriv", "--pdeathsig", "KILL", *self.network.command(part, *group.command(*command))]
+        with log.open("ab") as stream:
+            all_streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": stream} | streams
+            return subprocess.Popen(whole, start_new_session=True, cwd="/", **all_streams)
 
     def _place(self, i: int) -> Place:
         config = self.config
@@ -276,14 +280,18 @@ class Laboratory:
             log = self.folder / f"{place.part}.log"
             log.unlink(missing_ok=True)
             command = ["nice", "-n", "-10", *self._plane.command(place, rule)]
-            self._drivers.append(self._spawn(place.part, command, self._control, log, detached=detached))
+            if detached:
+                self._detach(place.part, command, self._control, log)
+            else:
+                self._drivers.append(self._spawn(place.part, command, self._control, log))
         deadline = time.monotonic() + _PATIENCE
         for i, region in enumerate(self.regions):
             while True:
                 with contextlib.suppress(LbgymError):
                     SharedMemoryRegion.attach(region, live=True, read_only=True).close()
                     break
-                if self._drivers[i].poll() is not None or time.monotonic() > deadline:
+                running = len(self._control.processes) if detached else [p.poll() for p in self._drivers].count(None)
+                if running < len(self.regions) or time.monotonic() > deadline:
                     said = _last_line(self.folder / f"balancer-{i}.log") or "nothing"
                     raise LabError(f"the driver of balancer {i} ({self.config.data_plane}) does not start: {said}")
                 time.sleep(0.02)
@@ -401,9 +409,7 @@ class Laboratory:
         log = self.folder / "load.log"
         log.unlink(missing_ok=True)
         command = ["nice", "-n", "-15", sys.executable, "-m", "lbgym.lab.generator", str(file)]
-        process = self._spawn(
-            _CLIENT, command, self._control, log, detached=False, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        process = self._spawn(_CLIENT, command, self._control, log, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert process.stdin is not None and process.stdout is not None
         try:
             if process.stdout.readline() != b"ready\n":
@@ -504,28 +510,24 @@ def remove(name: str) -> bool:
     lock = _locked(check_name(name))
     try:
         try:
-            config = load_lab(ROOT / name / "lab.toml")
-            kinds = [data_plane(config.data_plane)]
-        except LbgymError:
-            # Killed before it was written: what any data plane may have left.
-            from .data_planes import DATA_PLANES
-
-            kinds = list(DATA_PLANES.values())
-        # The first one may be pinned without having been published.
-        regions = {f"lab-{name}-0", *(r for r in region_names() if re.fullmatch(rf"lab-{name}-\d+", r))}
-        return any([_remove_all(name, sorted(regions), kind) for kind in kinds])
+            return Laboratory(load_lab(ROOT / name / "lab.toml"))._remove()
+        except InvalidOptionError:
+            # Killed before the file was written, which is before there are drivers.
+            return _remove_all(name, (), None)
     finally:
         os.close(lock)
 
 
-def _remove_all(name: str, regions: Sequence[str], plane: Any) -> bool:
+def _remove_all(name: str, regions: Sequence[str], plane: LabDataPlane | None) -> bool:
     found = CpuGroup(f"{_GROUPS}/{name}").remove()
     found |= Network(f"lbgym.{name}.").remove()
     for region in regions:
-        plane.clear(region)
+        if plane is not None:
+            plane.clear(region)
         with contextlib.suppress(FileNotFoundError):
             remove_region(region)
             found = True
+        control_path(region).unlink(missing_ok=True)
     folder = ROOT / name
     found |= folder.is_dir()
     shutil.rmtree(folder, ignore_errors=True)
