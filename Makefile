@@ -88,18 +88,29 @@ chromium: # the tests of pages need a browser; where it cannot be had, they are 
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || { \
 		echo "no Chromium, and no right to install one: the tests of pages will be skipped"; test -z "$(CI)"; }
 
+LAB_PACKAGES := apache2 libapache2-mod-php nginx-light iproute2 ethtool util-linux procps
+NO_SERVICES := /usr/sbin/policy-rc.d
+.PHONY: lab-packages
+lab-packages: # as xdp, for the tests of the laboratory, which runs its own servers: those of the packages must not start
+	@command -v apache2 >/dev/null && ls /usr/lib/apache2/modules/libphp*.so >/dev/null 2>&1 && command -v nginx >/dev/null && \
+		command -v ip >/dev/null && command -v ethtool >/dev/null && command -v setpriv >/dev/null && command -v sysctl >/dev/null || \
+		( made=; test -e $(NO_SERVICES) || { printf '#!/bin/sh\nexit 101\n' > $(NO_SERVICES) && chmod +x $(NO_SERVICES) && made=1; }; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES); \
+		status=$$?; test -z "$$made" || rm $(NO_SERVICES); exit $$status ) || { \
+		echo "no Apache or NGINX, and no right to install them: the tests of the laboratory will be skipped"; test -z "$(CI)"; }
+
 .PHONY: warm
 warm: $(VENV)/.dev # or else every process of the tests compiles the simulator at the same time
 	$(BIN)/python -c 'import gymnasium, lbgym; env = gymnasium.make("lbgym/LoadBalance-v0"); env.reset(seed=0); env.step(env.action_space.sample())'
 
 .PHONY: test
-test: cc xdp chromium ## lint, then the tests, also those of the frameworks
+test: cc xdp lab-packages chromium ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 2 lint warm $(FRAMEWORKS)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 	$(MAKE) test-young-clock test-next test-frameworks
 
 .PHONY: coverage
-coverage: cc xdp chromium $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
+coverage: cc xdp lab-packages chromium $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
 
