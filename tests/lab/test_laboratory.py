@@ -17,9 +17,9 @@ from pyarrow import parquet
 
 from lbgym.lab import Calibration, LabConfig, Laboratory, compare_in, predict, remove
 from lbgym.lab.base import LabError
-from lbgym.lab.fidelity import fidelity_table, kendall_tau
 from lbgym.lab.flows import draw_flows
 from lbgym.lab.laboratory import ROOT
+from lbgym.lab.prediction import fidelity_table, kendall_tau
 from lbgym.recording import load_recording
 from lbgym.scenarios import Exponential, Scenario, Server, Workload
 from lbgym.sharedmemory import SharedMemoryRegion, region_names

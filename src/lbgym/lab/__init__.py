@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from .base import LabError
     from .config import Calibration, LabConfig, load_lab, twin_of, with_servers
     from .data_planes import DATA_PLANES, LabDataPlane, Place
-    from .fidelity import Fidelity, fidelity, fidelity_table, kendall_tau, swapped_pairs
     from .laboratory import Laboratory, laboratories, remove
     from .measure import compare_in, predict
+    from .prediction import Fidelity, fidelity, fidelity_table, kendall_tau, swapped_pairs
     from .servers import SERVER_KINDS, Instance, ServerKind
 
 __all__ = [
@@ -45,7 +45,7 @@ __getattr__, __dir__ = _lazy_names(
         "base": "LabError",
         "config": "Calibration LabConfig load_lab twin_of with_servers",
         "data_planes": "DATA_PLANES LabDataPlane Place",
-        "fidelity": "Fidelity fidelity fidelity_table kendall_tau swapped_pairs",
+        "prediction": "Fidelity fidelity fidelity_table kendall_tau swapped_pairs",
         "laboratory": "Laboratory laboratories remove",
         "measure": "compare_in predict",
         "servers": "SERVER_KINDS Instance ServerKind",
