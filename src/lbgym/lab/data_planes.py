@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from ..drivers import DriverError
-from ..errors import InvalidOptionError, UnknownNameError
+from ..errors import InvalidOptionError, MissingExtraError, UnknownNameError
 from ..scenarios import Scenario
 from .base import LabError, run_tool
 from .namespaces import Network, inside
@@ -159,8 +159,11 @@ def pass_packets(namespace: str, interface: str) -> None:
     Raises:
         LabError: if the kernel refuses.
     """
-    from pyroute2 import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
+    try:
+        from pyroute2 import IPRoute
+        from pyroute2.netlink.exceptions import NetlinkError
+    except ImportError:
+        raise MissingExtraError("pyroute2", "lab", "a laboratory with the XDP balancer") from None
 
     from ..drivers.xdp.plane import Sizes, XdpPlane
 
