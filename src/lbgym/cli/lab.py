@@ -14,9 +14,23 @@ import typer
 from ..atomic import check_writable
 from ..errors import InvalidOptionError, ScenarioError
 from ..scenarios import Scenario, fixed_scenario
+from ._comparison import (
+    AsJson,
+    Baseline,
+    Drain,
+    Duration,
+    FirstSeed,
+    Load,
+    Plots,
+    Quiet,
+    Rate,
+    StepInterval,
+    Warmup,
+    report_comparison,
+    require_extras,
+)
 from ._console import print_json, results_console
 from ._progress import ProgressBar
-from .compare import report_comparison, require_extras
 
 if TYPE_CHECKING:
     from ..lab import LabConfig, Laboratory
@@ -31,8 +45,6 @@ _Servers = Annotated[
     str | None, typer.Option(help="CPUs of each server instead of the scenario's servers, such as 0.15,0.15,0.3.")
 ]
 _Balancers = Annotated[int | None, typer.Option(min=1, help="Balancers.", show_default="the scenario's")]
-_Load = Annotated[float | None, typer.Option(help="Offered work over the capacity, instead of the scenario's.")]
-_Rate = Annotated[float | None, typer.Option(help="Flows per second, instead of the scenario's.")]
 _Kind = Annotated[str | None, typer.Option(help="apache-php or nginx.", show_default="apache-php")]
 _DataPlane = Annotated[str | None, typer.Option(help="Balancer.", show_default="xdp")]
 
@@ -43,8 +55,8 @@ def up(
     scenario: _Scenario = None,
     servers: _Servers = None,
     balancers: _Balancers = None,
-    load: _Load = None,
-    rate: _Rate = None,
+    load: Load = None,
+    rate: Rate = None,
     server_kind: _Kind = None,
     data_plane: _DataPlane = None,
 ) -> None:
@@ -101,8 +113,8 @@ def twin(
     scenario: _Scenario = None,
     servers: _Servers = None,
     balancers: _Balancers = None,
-    load: _Load = None,
-    rate: _Rate = None,
+    load: Load = None,
+    rate: Rate = None,
 ) -> None:
     """Print the scenario that simulates a laboratory as TOML, to train on it or to compare in simulation."""
     from ..lab import Laboratory, twin_of
@@ -125,39 +137,29 @@ def run(
     repetitions: Annotated[
         int, typer.Option("--repetitions", "-n", min=1, help="Seeds; each is the same flows for all.")
     ] = 10,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
-    baseline: Annotated[
-        str | None, typer.Option(help="Contender to compare the others with.", show_default="the first")
-    ] = None,
-    duration: Annotated[float | None, typer.Option(help="Seconds of a run.", show_default="the scenario's")] = None,
-    warmup: Annotated[
-        float | None, typer.Option(help="Seconds whose flows do not count.", show_default="a sixth of the duration")
-    ] = None,
-    drain: Annotated[
-        float | None,
-        typer.Option(help="Seconds after the duration to wait for flows.", show_default="the reject timeout"),
-    ] = None,
-    step_interval: Annotated[
-        float | None,
-        typer.Option(help="Seconds between changes of weights.", show_default="a model's own, else 0.25"),
-    ] = None,
+    first_seed: FirstSeed = 0,
+    baseline: Baseline = None,
+    duration: Duration = None,
+    warmup: Warmup = None,
+    drain: Drain = None,
+    step_interval: StepInterval = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Also simulate the same runs, and print predicted beside measured.")
     ] = False,
     scenario: _Scenario = None,
     servers: _Servers = None,
     balancers: _Balancers = None,
-    load: _Load = None,
-    rate: _Rate = None,
+    load: Load = None,
+    rate: Rate = None,
     server_kind: _Kind = None,
     data_plane: _DataPlane = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for results, flows, recordings, summary and plots.")
     ] = None,
     recordings: Annotated[bool, typer.Option(help="Record the balancers, with --out.")] = True,
-    plots: Annotated[bool, typer.Option(help="Draw plots, with --out.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, and no progress.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    plots: Plots = True,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare policies on real flows in a laboratory: the table of `lbgym compare`, measured.
 

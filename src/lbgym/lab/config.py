@@ -95,14 +95,14 @@ class LabConfig:
     def __post_init__(self) -> None:
         check_name(self.name)
         checks.instance("scenario", self.scenario, Scenario, "a Scenario")
-        checks.choice("data plane", self.data_plane, DATA_PLANES)
+        plane = data_plane(self.data_plane)
         server_kind(self.server_kind)
         checks.number("period", self.period, low=MIN_QUOTA, high=MAX_PERIOD, unit="seconds")
         checks.number("publish_interval", self.publish_interval, low=0.01, high=10.0, unit="seconds")
         checks.instance("driver", self.driver, Mapping, "a table")
         checks.instance("calibration", self.calibration, Calibration | None, "a Calibration or None")
         self._check_servers()
-        data_plane(self.data_plane).check(self.driver, self.scenario, "driver")
+        plane.check(self.driver, self.scenario, "driver")
 
     def _check_servers(self) -> None:
         scenario = self.scenario

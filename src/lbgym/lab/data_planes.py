@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from .. import checks
 from ..drivers import DriverError
 from ..errors import InvalidOptionError, MissingExtraError, UnknownNameError
 from ..scenarios import Scenario
@@ -190,6 +191,4 @@ def data_plane(name: str) -> LabDataPlane:
     Raises:
         UnknownNameError: for another name.
     """
-    if name not in DATA_PLANES:
-        raise UnknownNameError("data plane", name, DATA_PLANES)
-    return DATA_PLANES[name]
+    return DATA_PLANES[checks.choice("data plane", name, DATA_PLANES)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from ..errors import UnknownNameError
+from .. import checks
 
 #: Header of an answer with the name of the server that gave it.
 HEADER = "X-Server"
@@ -181,9 +181,7 @@ def server_kind(name: str) -> ServerKind:
     Raises:
         UnknownNameError: for another name.
     """
-    if name not in SERVER_KINDS:
-        raise UnknownNameError("kind of server", name, SERVER_KINDS)
-    return SERVER_KINDS[name]
+    return SERVER_KINDS[checks.choice("kind of server", name, SERVER_KINDS)]
 
 
 def open_to_workers(folder: Path) -> None:
