@@ -62,8 +62,8 @@ def left(name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Laboratory]:
-    """Two Apache servers, calibrated."""
-    made = Laboratory(config(NAME, calibration=None))
+    """Two Apache servers that answer through the balancer, calibrated."""
+    made = Laboratory(config(NAME, calibration=None, driver={"mode": "dnat"}))
     try:
         made.up()
         yield made

@@ -177,7 +177,9 @@ class Laboratory:
         for part in balancers:
             net.ip("route", "add", "10.78.0.0/16", "dev", "eth0", part=part)
             net.add_address(part, f"{VIP}/32", "lo")
-            net.sysctl(part, **{"net.ipv4.ip_forward": 1, "net.ipv4.conf.all.send_redirects": 0})
+            # Or else servers would learn that they need not answer through it.
+            redirects = {f"net.ipv4.conf.{device}.send_redirects": 0 for device in ("all", "eth0")}
+            net.sysctl(part, **{"net.ipv4.ip_forward": 1} | redirects)
         for part in self.server_names:
             via = ["via", self._balancer_address(0)] if translates else []
             net.ip("route", "add", "10.78.0.0/16", *via, "dev", "eth0", part=part)
