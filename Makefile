@@ -66,7 +66,19 @@ out/demo/agent.pt: $(SOURCES) | $(VENV)/.all
 .PHONY: demo
 demo: $(VENV)/.all out/demo/agent.pt ## install, train for a minute, compare with the heuristics: table and plots in out/demo
 	$(BIN)/lbgym compare --scenario $(SCENARIO) \
-		--policies ecmp,wcmp-uniform,wcmp,maglev,lsq,sed,p2c,out/demo/agent.pt --out out/demo
+		--policies ecmp,wcmp-uniform,wcmp,maglev,lsq,sed,p2c,adaptive,out/demo/agent.pt --out out/demo
+
+# The best of the search is in out/pretrain after about two hours on two cores; killed, it goes on where it was.
+PRETRAIN_STEPS ?= 10000000
+.PHONY: pretrain
+pretrain: $(VENV)/.all ## train the policy adaptive from nothing, put it into the package, and measure it: out/pretrain
+	@mkdir -p out/pretrain
+	$(BIN)/lbgym train --algo cma-es --steps $(PRETRAIN_STEPS) --out out/pretrain/cma-es.pt \
+		$$(test ! -e out/pretrain/cma-es.pt || echo --resume out/pretrain/cma-es.pt)
+	$(BIN)/python -m benchmarks.pretraining --publish out/pretrain/cma-es.pt
+	$(BIN)/lbgym suite run --seeds 4 --out out/pretrain/suite \
+		--policies adaptive,sed,sed_scaled,sed+latency,marginal+core-latency,marginal+field+core-latency
+	$(BIN)/python -m benchmarks.pretraining --publish out/pretrain/cma-es.pt --suite out/pretrain/suite
 
 .PHONY: lint
 lint: $(VENV)/.dev ## style and types

@@ -1,5 +1,5 @@
-"""The command line, ``lbgym``: compare, train, tune, fit, run, scenarios, describe, suite, dashboard, lab, server-agent,
-dataplane, shm.
+"""The command line, ``lbgym``: compare, train, tune, fit, run, scenarios, describe, suite, dashboard, lab,
+server-agent, dataplane, shm.
 
 Exit codes: 0; 1 for a fault of lbgym; 2 for what the user can put right; 128 + n after signal n (130 after Ctrl-C), 141
 if whoever reads standard output has closed it. Errors are one line on standard error; ``LBGYM_DEBUG=1`` adds the
