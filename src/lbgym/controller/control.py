@@ -317,8 +317,26 @@ class Controller:
         self._servers = plane.num_servers
         for agent in (self._policy, self._fallback):
             agent.fit(
-                plane.num_servers, ground_truth=plane.has_ground_truth, index=plane.region.takes_index, tables=False
+                plane.num_servers,
+                features=plane.region.real_features,
+                ground_truth=plane.has_ground_truth,
+                index=plane.region.takes_index,
+                tables=False,
             )
+            if agent.weights_only:
+                self._log(
+                    _WARNING, "weights_only",
+                    f"policy {agent.name!r}: the data plane takes weights only, so background loads are left out",
+                )  # fmt: skip
+
+    def _check_features(self, plane: SharedMemoryDataPlane) -> None:
+        """Leave a data plane that measures less than the policy needs to its safe weights."""
+        try:
+            for agent in (self._policy, self._fallback):
+                agent.check_features(plane.region.real_features)
+        except PolicyError:
+            self._withdraw(plane)
+            raise
 
     def _set_lease(self, plane: SharedMemoryDataPlane, *, refuse: bool = False) -> None:
         """Set the lease: longer than the longest time between two actions in normal operation."""
@@ -558,7 +576,7 @@ class Controller:
     ) -> int:
         """Try whether the policy works again; return the instant at which the fallback's weights were written."""
         # Write first: the trial may take long.
-        plane.write(weights)
+        plane.write(weights, index=self._fallback.index(weights))
         written_at = plane.written_at
         self._ask(plane, snapshot, before)
         if self._failures:
@@ -619,6 +637,8 @@ class Controller:
             names = region_labels(plane.region, plane.known_servers)
             self._log(_INFO, "servers_joined", servers=plane.num_servers, joined=names[self._servers :])
             self._fit(plane)
+        elif info["producer_restarted"]:
+            self._check_features(plane)
         if joined or info["producer_restarted"] or info["clock_jumped"]:
             # The past says nothing about what comes.
             self._forget = True

@@ -28,8 +28,12 @@ class TrainedPolicy(ABC):
         env_kwargs: keys of the environment that its observations and actions belong to: ``observation``, ``normalize``,
             ``use_ground_truth``, ``observe_weights``, ``action_type`` and so on.
             ``LoadBalanceEnv(**env_kwargs, scenario=...)`` makes one.
+        weights_alone: whether weights without the background loads that it sets serve a data plane that takes weights
+            only.
         spaces: observation and action space it was trained on, and so a number of servers; None: not recorded.
     """
+
+    weights_alone: bool = False
 
     def __init__(
         self,
@@ -55,6 +59,11 @@ class TrainedPolicy(ABC):
     def uses_ground_truth(self) -> bool:
         """True if its observations include the ground truth."""
         return bool(self.env_kwargs.get("use_ground_truth", False))
+
+    @property
+    def uses_features(self) -> tuple[str, ...]:
+        """The features that its observations show."""
+        return self._layout(1).features
 
     @property
     def observes_weights(self) -> bool:
@@ -91,7 +100,10 @@ class TrainedPolicy(ABC):
         keys = self.env_kwargs
         names = ("normalize", "use_ground_truth", "observe_weights", "observe_background", "observe_configured")
         return ObservationLayout(
-            num_servers, keys.get("observation", "matrix"), **{name: bool(keys.get(name, False)) for name in names}
+            num_servers,
+            keys.get("observation", "matrix"),
+            features=keys.get("features"),
+            **{name: bool(keys.get(name, False)) for name in names},
         )
 
     def codecs(self, num_servers: int) -> tuple[ObservationLayout, ActionCodec]:

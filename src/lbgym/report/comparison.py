@@ -242,8 +242,7 @@ def _differences(comparison: Comparison, metric: str) -> Figure:
     # A plot's own range leaves out the bars.
     reach = [*dots["difference"], *means["low"], *means["high"], 0.0]
     low, high = float(np.nanmin(reach)), float(np.nanmax(reach))
-    margin = 0.05 * (high - low) + 0.1
-    figure.x_range = Range1d(start=low - margin, end=high + margin)
+    figure.x_range = Range1d(start=low - 0.05 * (high - low) - 0.1, end=high + 0.05 * (high - low) + 0.1)
     source = ColumnDataSource(means)
     figure.add_layout(
         Whisker(
