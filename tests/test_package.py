@@ -53,7 +53,7 @@ LEVELS = (
     ("env", "rewards", "wrappers"),
     ("policies",),
     ("evaluation", "training", "controller", "recording"),
-    ("report",),
+    ("lab", "report"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

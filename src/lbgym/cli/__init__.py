@@ -1,5 +1,5 @@
-"""The command line, ``lbgym``: compare, train, tune, fit, run, scenarios, describe, suite, dashboard, server-agent,
-dataplane, shm.
+"""The command line, ``lbgym``: compare, train, tune, fit, run, scenarios, describe, suite, dashboard, lab,
+server-agent, dataplane, shm.
 
 Exit codes: 0; 1 for a fault of lbgym; 2 for what the user can put right; 128 + n after signal n (130 after Ctrl-C), 141
 if whoever reads standard output has closed it. Errors are one line on standard error; ``LBGYM_DEBUG=1`` adds the
@@ -37,7 +37,7 @@ def _help(command: Callable[..., None]) -> str:
 def _app() -> typer.Typer:
     import typer
 
-    from . import shm, suite
+    from . import lab, shm, suite
     from ._options import options
     from .compare import compare
     from .dashboard import dashboard
@@ -67,6 +67,10 @@ def _app() -> typer.Typer:
     for part in (suite.run, suite.verify, suite.table, suite.show):
         benchmark.command(help=_help(part))(part)
     app.add_typer(benchmark, name="suite")
+    laboratory = typer.Typer(help="Measure policies on real servers on this machine.", no_args_is_help=True)
+    for act in (lab.up, lab.status, lab.run, lab.twin, lab.down):
+        laboratory.command(help=_help(act))(act)
+    app.add_typer(laboratory, name="lab")
     dataplane = typer.Typer(help="Publish a data plane in shared memory, check and change it.", no_args_is_help=True)
     for work in (emulate, xdp, afpacket, haproxy, check, ctl):
         dataplane.command(help=_help(work))(work)
