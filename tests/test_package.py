@@ -283,6 +283,9 @@ def test_wheel_contains_what_the_package_needs(tmp_path: Path) -> None:
         for path in SOURCE.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    # Compiled where `lbgym dataplane afpacket` first runs.
+    core = (ROOT / "plugins" / "balancer-core").iterdir()
+    files |= {f"lbgym/drivers/afpacket/balancer-core/{path.name}" for path in core}
     assert files <= names
     assert {name for name in names if not name.startswith("lbgym-")} == files
     assert any(name.endswith("licenses/LICENSE") for name in names)

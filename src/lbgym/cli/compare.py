@@ -19,6 +19,7 @@ from ..scenarios import (
     load_scenario,
     read_trace,
 )
+from ._command_line import command_line
 from ._console import print_json, results_console
 from ._options import installed
 from ._progress import ProgressBar
@@ -77,6 +78,9 @@ def compare(
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for results, summary and plots.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="One HTML file with verdict, tables and interactive plots.")
+    ] = None,
     flows: Annotated[
         bool, typer.Option("--flows", help="With --out, also save each flow that arrives from warm-up to end.")
     ] = False,
@@ -97,7 +101,7 @@ def compare(
         raise ScenarioError(f"give --load or --rate, not both; got {load!r} and {rate!r}")
     if flows and out is None:
         raise ScenarioError("--flows saves to the folder of --out, which is missing")
-    _require(seeds, plots and out is not None)
+    _require(seeds, plots and out is not None, report is not None)
     contenders = parse_contenders(policies)
     chosen = load_scenario(scenario)
     if trace is not None:
@@ -113,6 +117,8 @@ def compare(
         chosen = chosen.with_changes(**({"load": load} if load is not None else {"rate": rate}))
     if out is not None:
         check_writable(out / "summary.json")
+    if report is not None:
+        check_writable(report)
     numbers = range(first_seed, first_seed + seeds)
     with ProgressBar("comparing", total=len(contenders) * seeds, quiet=quiet or as_json) as bar:
         comparison = run(
@@ -136,10 +142,18 @@ def compare(
     for file in save(comparison, out, plots=plots) if out is not None else []:
         if not as_json:
             typer.echo(f"wrote {file}")
+    if report is not None:
+        from ..report import save_report
+
+        save_report(comparison, report, scenario=chosen, command=command_line())
+        if not as_json:
+            typer.echo(f"wrote {report}")
 
 
-def _require(seeds: int, plots: bool) -> None:
+def _require(seeds: int, plots: bool, report: bool) -> None:
     """Refuse before the work starts what would fail for want of a package when it is done."""
+    if report and not installed("bokeh"):
+        raise MissingExtraError("bokeh", "report", "an HTML report")
     if seeds > 1 and not installed("scipy"):
         raise MissingExtraError("scipy", "eval", "a confidence interval (with --seeds above 1)")
     if plots and not installed("matplotlib"):
