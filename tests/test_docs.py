@@ -20,11 +20,23 @@ import lbgym
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from lbgym.rewards import REWARDS
 from lbgym.sharedmemory import region_names
+from tests.forked import Template
+from tests.report.conftest import Open, browser, open_page
+
+__all__ = ["browser", "open_page"]
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 FRAMEWORKS = sorted(f"frameworks/{page.stem}" for page in DOCS.glob("frameworks/*.md"))
-PAGES = ["../README", *sorted(page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md"))]
+PAGES = [
+    "../README",
+    *sorted(
+        page.relative_to(DOCS).with_suffix("").as_posix()
+        for page in DOCS.rglob("*.md")
+        # made when the site is built
+        if page.relative_to(DOCS).parts[0] not in ("environments", "environments.md")
+    ),
+]
 #: What makes a training of the pages short.
 SHORTER = {
     "total_steps=1_500_000": "total_steps=4_096",
@@ -41,6 +53,7 @@ SHORTER = {
 NEEDS = {
     "quickstart": ("torch", "rich", "scipy"),
     "multi-agent": ("pettingzoo",),
+    "fit": ("pyarrow", "typer"),
     "live": ("h5py", "minari", "pyarrow", "typer"),
     "training": ("torch", "tomli_w"),
     "clusters": ("torch", "ray"),
@@ -71,13 +84,14 @@ def fetched(html: str) -> list[str]:
 
 def build(root: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """The site of the checkout ``root`` into ``folder``."""
-    for module in ("mkdocs", "material", "latex2mathml"):
+    for module in ("sphinx", "myst_parser", "pydata_sphinx_theme", "latex2mathml"):
         pytest.importorskip(module)
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    trees = folder.with_name(f"{folder.name}-doctrees")
     return subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        [*(sys.executable, "-m", "sphinx"), "-q", "-W", "--keep-going", "-d", str(trees), "docs", str(folder)],
         cwd=root,
-        env=os.environ | {"PYTHONPATH": path, "NO_MKDOCS_2_WARNING": "1"},
+        env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=120,
@@ -96,12 +110,11 @@ def test_build_refuses_what_is_broken(tmp_path: Path) -> None:
     shutil.copytree(DOCS, tmp_path / "docs")
     for name in ("src", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     with (tmp_path / "docs" / "live.md").open("a") as page:
         page.write("\n[a](../src/none.py) [b](none.md) [c](theory.md#none)\n\n$x \\nosuchcommand y$\n")
     done = build(tmp_path, tmp_path / "site")
     assert done.returncode != 0
-    for what in ("links to ../src/none.py", "'none.md'", "'#none'", "nosuchcommand"):
+    for what in ("a link to ../src/none.py", "'none.md'", "in doc 'theory': 'none'", "nosuchcommand"):
         assert what in done.stderr
 
 
@@ -125,44 +138,59 @@ def test_site_shows_formulas_and_no_sources(site: Path) -> None:
     assert theory.count("<math") > 50
     for page in site.rglob("*.html"):
         text = page.read_text()
-        assert 'class="arithmatex"' not in text, page.name
+        assert 'class="math' not in text, page.name
         assert "<!-- settings" not in text, page.name
     assert not list(site.rglob("*.py"))
 
 
+@pytest.mark.parametrize("width", [1300, 400])
+@pytest.mark.parametrize("page", ["index", "environments", "learning-curves", "results"])
+def test_nothing_of_a_page_is_cut_off(site: Path, open_page: Open, page: str, width: int) -> None:
+    with open_page((site / f"{page}.html").as_uri(), width) as shown:
+        assert shown.evaluate("document.documentElement.scrollWidth") <= width
+        # A table that is too wide is in a box that scrolls.
+        cut = """tables => tables.filter(table => {
+            const box = table.parentElement;
+            return table.offsetWidth > box.clientWidth && getComputedStyle(box).overflowX === "visible";
+        }).length"""
+        assert shown.locator("article table").evaluate_all(cut) == 0
+
+
 def test_reference_names_what_the_code_has(site: Path) -> None:
-    page = (site / "environments.html").read_text()
-    for name in (*FEATURE_NAMES, *GROUND_TRUTH_NAMES, *REWARDS):
-        assert f"<code>{name}</code>" in page, name
-    for env in (lbgym.LoadBalanceEnv(max_steps=1), lbgym.FlowDispatchEnv(max_steps=1)):
+    def names(page: str) -> set[str]:
+        """What a page shows as code."""
+        found = re.findall(r"<code[^>]*>(.*?)</code>", (site / page).read_text(), flags=re.DOTALL)
+        return {re.sub(r"<[^>]+>", "", code) for code in found}
+
+    assert {*FEATURE_NAMES, *GROUND_TRUTH_NAMES, *REWARDS} <= names("environments.html")
+    for env, page in (
+        (lbgym.LoadBalanceEnv(max_steps=1), "load-balance"),
+        (lbgym.FlowDispatchEnv(max_steps=1), "flow-dispatch"),
+    ):
         env.reset(seed=0)
         *_, info = env.step(env.action_space.sample())
         env.close()
-        assert not [key for key in info if f"<code>{key}</code>" not in page]
+        assert set(info) <= names(f"environments/{page}.html")
 
 
 #: Pages that drive a live data plane, and the region they name.
-LIVE = {"live": "marllb_lb0"}
+LIVE = {"fit": "marllb_lb0", "live": "marllb_lb0"}
+#: Times real time that it is emulated at, where the page needs minutes of it.
+SPEEDUP = {"fit": 20}
 #: What shows that something was printed that nobody can read: <object at 0x7f...>.
 NOT_TEXT = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")
 
 
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(folder / "minari")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run(python: Template, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(folder / "minari")}
+    return python.run(arguments, cwd=folder, env=environment)
 
 
 @pytest.fixture
-def region() -> Iterator[str]:
+def region(page: str) -> Iterator[str]:
     """The name of a region in which an emulator publishes."""
     name = f"docs_{os.getpid()}"
-    options = ["--name", name, "--scenario", "heterogeneous", "--seed", "1"]
+    options = ["--name", name, "--scenario", "heterogeneous", "--seed", "1", "--speedup", str(SPEEDUP.get(page, 1))]
     process = subprocess.Popen(
         [sys.executable, "-m", "lbgym", "dataplane", "emulate", *options],
         stdout=subprocess.DEVNULL,
@@ -179,13 +207,15 @@ def region() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_every_block_of_python_runs_as_a_file(page: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_every_block_of_python_runs_as_a_file(
+    page: str, tmp_path: Path, python: Template, request: pytest.FixtureRequest
+) -> None:
     for module in NEEDS.get(page, ()):
         pytest.importorskip(module)
     name = request.getfixturevalue("region") if page in LIVE else None
     if name is not None:
         record = ["-m", "lbgym", "shm", "record", name, "out.parquet", "--duration", "3"]
-        done = run(record, tmp_path)
+        done = run(python, record, tmp_path)
         assert done.returncode == 0, done.stderr
     for number, code in enumerate(blocks(page, "python")):
         for long, short in SHORTER.items():
@@ -193,7 +223,7 @@ def test_every_block_of_python_runs_as_a_file(page: str, tmp_path: Path, request
         if name is not None:
             code = code.replace(LIVE[page], name)
         (tmp_path / f"block_{number}.py").write_text(code)
-        done = run([f"block_{number}.py"], tmp_path)
+        done = run(python, [f"block_{number}.py"], tmp_path)
         assert done.returncode == 0, f"docs/{page}.md, block {number}:\n{code}\n{done.stderr}"
         assert not NOT_TEXT.search(done.stdout), f"docs/{page}.md, block {number} prints {done.stdout}"
 

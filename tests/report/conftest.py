@@ -21,6 +21,9 @@ ARTEFACTS = "LBGYM_TEST_ARTEFACTS"
 #: Without these it would call home.
 _ALONE = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 
+#: Messages of the console that say that something is wrong.
+_BAD = ("error", "warning")
+
 Open = Callable[..., Any]
 
 
@@ -62,7 +65,7 @@ def open_page(browser: Any, request: pytest.FixtureRequest, tmp_path: Path) -> I
         page = context.new_page()
         complaints: list[str] = []
         origins: set[str] = set()
-        page.on("console", lambda message: complaints.append(message.text))
+        page.on("console", lambda message: complaints.append(message.text) if message.type in _BAD else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda asked: origins.add(urlsplit(asked.url).netloc))
         page.goto(url)

@@ -18,6 +18,7 @@ from ..scenarios import (
     load_scenario,
     read_trace,
 )
+from ._command_line import command_line
 from ._comparison import (
     AsJson,
     Baseline,
@@ -75,6 +76,9 @@ def compare(
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for results, summary and plots.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="One HTML file with verdict, tables and interactive plots.")
+    ] = None,
     flows: Annotated[
         bool, typer.Option("--flows", help="With --out, also save each flow that arrives from warm-up to end.")
     ] = False,
@@ -95,7 +99,7 @@ def compare(
         raise ScenarioError(f"give --load or --rate, not both; got {load!r} and {rate!r}")
     if flows and out is None:
         raise ScenarioError("--flows saves to the folder of --out, which is missing")
-    require_extras(seeds, plots and out is not None)
+    require_extras(seeds, plots and out is not None, report is not None)
     contenders = parse_contenders(policies)
     chosen = load_scenario(scenario)
     if trace is not None:
@@ -111,6 +115,8 @@ def compare(
         chosen = chosen.with_changes(**({"load": load} if load is not None else {"rate": rate}))
     if out is not None:
         check_writable(out / "summary.json")
+    if report is not None:
+        check_writable(report)
     numbers = range(first_seed, first_seed + seeds)
     with ProgressBar("comparing", total=len(contenders) * seeds, quiet=quiet or as_json) as bar:
         comparison = run(
@@ -134,6 +140,12 @@ def compare(
     for file in save(comparison, out, plots=plots) if out is not None else []:
         if not as_json:
             typer.echo(f"wrote {file}")
+    if report is not None:
+        from ..report import save_report
+
+        save_report(comparison, report, scenario=chosen, command=command_line())
+        if not as_json:
+            typer.echo(f"wrote {report}")
 
 
 def _trace_options(items: list[str]) -> dict[str, Any]:

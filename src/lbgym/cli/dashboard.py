@@ -23,8 +23,8 @@ def dashboard(
 ) -> None:
     """Show live regions in a browser: load, weights, FCT, who publishes and who acts. Read-only.
 
-    Prints the page's address. A region that is not there yet is waited for, and a data plane or agent that restarts is
-    followed. SIGTERM, SIGHUP or Ctrl-C end it with exit code 0.
+    Prints the page's address; /metrics there is for Prometheus. A region that is not there yet is waited for, and a
+    data plane or agent that restarts is followed. SIGTERM, SIGHUP or Ctrl-C end it with exit code 0.
     """
     from ..report import Dashboard
 

@@ -198,6 +198,64 @@ def xdp(
         publisher.serve()
 
 
+def haproxy(
+    backend: Annotated[list[str], typer.Option("--backend", help="Backend to drive; may be repeated.")],
+    name: Annotated[list[str], typer.Option("--name", help="Name of its region; one per backend, in their order.")],
+    socket: Annotated[
+        str | None, typer.Option("--socket", help="HAProxy's 'stats socket' with level admin: path or HOST:PORT.")
+    ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option("--log", help="Where HAProxy logs to, made here: path or HOST:PORT.", show_default="no FCTs"),
+    ] = None,
+    agent_check: Annotated[
+        str | None,
+        typer.Option(help="[ADDRESS:]PORT to answer agent-checks on, instead of setting weights by the socket."),
+    ] = None,
+    configured_weight: Annotated[
+        int, typer.Option(help="Weight of the servers in HAProxy's configuration, for agent-checks without a socket.")
+    ] = 100,
+    publish_interval: Annotated[float, typer.Option(help="Seconds between observations.")] = 0.2,
+    capacity: Annotated[
+        int | None, typer.Option(help="Servers a region has room for.", show_default="64, or more if needed")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="Permissions of the regions, octal.")] = "600",
+    group: Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")] = None,
+) -> None:
+    """Drive backends of a running HAProxy, each with a region of its own, and publish them in shared memory.
+
+    Prints one line as soon as agents can attach. SIGTERM, SIGHUP or Ctrl-C end it: the configured weights are in force
+    again, and the exit code is 0. HAProxy may be reloaded meanwhile. Needs no root.
+    """
+    from ..drivers import Publisher
+    from ..drivers.haproxy import HaproxyOptions, open_backends, pair_names
+
+    permissions = _permissions(mode)
+    options = HaproxyOptions(
+        backends=pair_names(name, backend),
+        socket=socket,
+        log=log,
+        agent_check=agent_check,
+        configured_weight=configured_weight,
+        capacity=capacity,
+    )
+    with ExitStack() as stack:
+        sources = open_backends(options)
+        for source in sources.values():
+            stack.callback(source.close)
+        publisher = stack.enter_context(
+            Publisher(sources, publish_interval=publish_interval, capacity=capacity, mode=permissions, group=group)
+        )
+        for region, source in zip(publisher.regions, sources.values(), strict=True):
+            typer.echo(
+                f"region {region.name}: backend {options.backends[region.name]}, {len(source.servers())} servers, "
+                f"weights by {'the runtime API' if agent_check is None else 'agent-checks'}, an observation every "
+                f"{publish_interval:g} s of {', '.join(source.features)}"
+            )
+        sys.stdout.flush()
+        publisher.serve()
+
+
 def _given(**values: Any) -> dict[str, Any]:
     """The values that are not None."""
     return {name: value for name, value in values.items() if value is not None}

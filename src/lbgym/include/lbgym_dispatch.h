@@ -65,15 +65,18 @@ static inline int lbgym_takes_alias(uint64_t h, uint64_t threshold)
 /** The entry of an index table for a number of open flows. */
 static inline uint32_t lbgym_index_entry(uint64_t open_flows)
 {
-    uint32_t q, shift = 0;
-    if (open_flows < LBGYM_INDEX_EXACT)
-        return (uint32_t)open_flows;
-    q = open_flows < LBGYM_INDEX_MOST ? (uint32_t)open_flows : LBGYM_INDEX_MOST - 1;
-    for (int i = 0; i < 10 && q >= LBGYM_INDEX_EXACT; i++) {
-        q >>= 1;
-        shift++;
-    }
-    return LBGYM_INDEX_EXACT + (shift - 1) * (LBGYM_INDEX_EXACT / 2) + (q - LBGYM_INDEX_EXACT / 2);
+    const uint32_t q = open_flows < LBGYM_INDEX_MOST ? (uint32_t)open_flows : LBGYM_INDEX_MOST - 1;
+    /* shift: log2 of x, rounded down, without a branch, which would depend on the counts; x is below 2**11. */
+    uint32_t x = q / (LBGYM_INDEX_EXACT / 2) | 1, shift = ((255u - x) >> 31) << 3, more;
+    x >>= shift;
+    more = ((15u - x) >> 31) << 2;
+    x >>= more;
+    shift += more;
+    more = ((3u - x) >> 31) << 1;
+    x >>= more;
+    shift += more + (x >> 1);
+    /* For each shift 512 entries, of 1 << shift numbers each; those below 512 have an entry each, too. */
+    return (q >> shift) + shift * (LBGYM_INDEX_EXACT / 2);
 }
 
 #endif /* LBGYM_DISPATCH_H */

@@ -24,10 +24,11 @@ from typing import Any, Self
 import numpy as np
 
 from .. import checks
-from ..errors import InvalidOptionError, RegionError
+from ..errors import InvalidOptionError, MissingExtraError, RegionError
 from ..monitor import RegionMonitor, RegionView
 from ..sharedmemory import region_names
 from ..sharedmemory.system import path_of
+from .metrics import CONTENT_TYPE, exposition
 
 logger = logging.getLogger("lbgym")
 
@@ -83,7 +84,8 @@ def totals(view: RegionView) -> dict[str, float | None] | None:
 class Dashboard:
     """Serves a page that shows live regions, until it is closed.
 
-    It only reads, answers GET and HEAD alone, and needs nothing from the network. A region that is not there, or whose
+    It only reads, answers GET and HEAD alone, and needs nothing from the network. ``/metrics`` has the same for
+    Prometheus. A region that is not there, or whose
     producer restarts, is waited for.
 
     Args:
@@ -113,6 +115,7 @@ class Dashboard:
         self._end = False
         self._number = 0
         self._text = b""
+        self._views: list[RegionView] = []
         self._clients = threading.BoundedSemaphore(MOST_CLIENTS)
         package = files(__package__) / "page"
         self._pages = {path: ((package / file).read_bytes(), kind) for path, (file, kind) in _PAGES.items()}
@@ -164,13 +167,13 @@ class Dashboard:
         self._attach()
         self._glance()
         now = time.time()
+        self._views = [monitor.view() for monitor in self._monitors.values()]
         views = []
         sums = {}
-        for name, monitor in self._monitors.items():
-            view = monitor.view()
+        for view in self._views:
             views.append(plain(view) | {"stale": view.stale})
             if (total := totals(view)) is not None:
-                sums[name] = total
+                sums[view.name] = total
         text = json.dumps({"time": now, "regions": views, "absent": self._absent, "totals": sums}, allow_nan=False)
         with self._turn:
             self._past.append({"time": now, "totals": sums})
@@ -229,6 +232,8 @@ class Dashboard:
                 path = self.path.split("?", 1)[0]
                 if path == "/events":
                     self._events(body)
+                elif path == "/metrics":
+                    self._metrics(body)
                 elif path in dashboard._pages:
                     content, kind = dashboard._pages[path]
                     self._head(kind, ("Content-Length", str(len(content))))
@@ -250,6 +255,16 @@ class Dashboard:
                     pass  # the browser has gone
                 finally:
                     dashboard._clients.release()
+
+            def _metrics(self, body: bool) -> None:
+                try:
+                    content = exposition(dashboard._views)
+                except MissingExtraError as error:
+                    self.send_error(HTTPStatus.NOT_IMPLEMENTED, explain=str(error))
+                    return
+                self._head(CONTENT_TYPE, ("Content-Length", str(len(content))))
+                if body:
+                    self.wfile.write(content)
 
             def _head(self, kind: str, *more: tuple[str, str]) -> None:
                 self.send_response(HTTPStatus.OK)

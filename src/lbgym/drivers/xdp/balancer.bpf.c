@@ -325,6 +325,13 @@ int bounce(struct xdp_md *ctx)
     return send(ctx, eth, shared.servers[0][0].mac, shared.servers[0][0].own_mac, ctx->ingress_ifindex);
 }
 
+/* Where frames of a benchmark end. */
+SEC("xdp")
+int sink(struct xdp_md *ctx)
+{
+    return XDP_DROP;
+}
+
 /* Every packet is of another client, so that every one begins a flow. */
 SEC("xdp")
 int fresh(struct xdp_md *ctx)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ...errors import InvalidOptionError
 from ...features import NUM_FEATURES
+from ...scenarios import RULES
 from ...sharedmemory import Publication, abi
 from ..base import DriverError, ServerRow, Source
 from ..config import DataPlaneConfig, ServerConfig, load_config
@@ -26,12 +27,14 @@ from .neighbours import Neighbours, NextHop
 from .options import XdpOptions, check_config, check_servers, default_pin_folder, parse_options
 from .plane import Address, Reach, Sizes, XdpPlane, check_privileges, mount_bpf, unpin
 from .statistics import SampleStatistics
-from .tables import dispatch_table, maglev_table
+from .tables import IndexInputs, dispatch_table, maglev_table
 
 logger = logging.getLogger("lbgym")
 
 #: Seconds between collections of flows, and between looks at the link-layer addresses of servers.
 _HOUSEKEEPING = 1.0
+#: Most cores that an agent may take a server for.
+_MAX_CORES = 4096.0
 #: Longest wait at the start for the link-layer addresses of servers, seconds. Those found later are up later.
 _FIRST_LOOK = 0.5
 
@@ -69,7 +72,8 @@ class XdpBalancer(Source):
         self._pool: ServerPool | None = None
         self._lock = -1
         self._house_at = 0.0
-        self._weights = np.zeros(0)
+        self.takes_index = RULES[self.options.rule].takes_background
+        self._weights, self._index = np.zeros(0), np.zeros((0, 2))
         self._installed: tuple[object, ...] = ()
         self._hops: dict[Address, NextHop | None] = {}
         self._neighbours = Neighbours()
@@ -196,7 +200,11 @@ class XdpBalancer(Source):
         )
 
     def apply(self, weights: NDArray[np.float64], now: float) -> None:
-        self._weights = weights.copy()
+        self._weights, self._index = weights.copy(), np.zeros((0, 2))
+        self._install()
+
+    def apply_index(self, weights: NDArray[np.float64], index: NDArray[np.float64], now: float) -> None:
+        self._weights, self._index = weights.copy(), index.copy()
         self._install()
 
     def add(self, server: str, *, address: str, port: int | None, weight: float, cores: int | None) -> None:
@@ -315,6 +323,18 @@ class XdpBalancer(Source):
     def _safe_weights(self) -> NDArray[np.float64]:
         return np.array([row.weight for row in self._running[1].servers()])
 
+    def _cores(self, n: int) -> NDArray[np.float64]:
+        """Configured cores of the servers; where there are none, what the agent takes them for, or 1."""
+        cores = np.ones(n)
+        known = min(n, len(self._index))
+        speeds = self._index[:known, 0]
+        np.divide(self._weights[:known], speeds, out=cores[:known], where=speeds > 0.0)
+        cores = np.clip(np.rint(cores), 1.0, _MAX_CORES)
+        for slot in self._running[1].slots:
+            if slot.server.cores is not None:
+                cores[slot.index] = slot.server.cores
+        return cores
+
     def _install(self) -> None:
         """Put weights and servers as they are now in force, if anything has changed."""
         plane, pool = self._running
@@ -323,6 +343,8 @@ class XdpBalancer(Source):
         weights = safe.copy()
         known = min(n, len(self._weights))
         weights[:known] = self._weights[:known]
+        cores, background = self._cores(n), np.zeros(n)
+        background[: len(self._index)] = self._index[:n, 1]
         reach: list[Reach | None] = [None] * n
         for slot in pool.slots:
             address, hop = _address_of(slot), self._hop(slot)
@@ -335,11 +357,13 @@ class XdpBalancer(Source):
                     hop.own_mac if hop else bytes(6),
                     hop.ifindex if hop else 0,
                 )
-        state = (weights.tobytes(), safe.tobytes(), active.tobytes(), tuple(reach))
+        parts = (weights, safe, active, cores, background)
+        state = (*(part.tobytes() for part in parts), *reach)
         if state == self._installed:
             return
         servers = np.flatnonzero(active).astype(np.uint32)
-        table = dispatch_table(self.options.rule, weights, active, self.options.balancers)
+        inputs = IndexInputs(cores, background, self.options.balancers)
+        table = dispatch_table(self.options.rule, weights, active, inputs)
         plane.install(table, maglev_table(safe, servers) if len(servers) else servers, reach)
         self._installed = state
 

@@ -1,27 +1,21 @@
-"""Hooks of the documentation site: what is read from the code, formulas, and links to files outside of docs/.
+"""Pages of the documentation site that are made from the code whenever it is built, so that they cannot go stale.
 
-MkDocs imports this file (mkdocs.yml). The reference of the environments is made at build time, so it cannot go stale;
-a feature without a description, or a formula that cannot be converted, fails the build.
+A feature or an argument without a description fails the build.
 """
 
 from __future__ import annotations
 
 import ast
 import enum
-import html
 import inspect
 import itertools
-import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 from gymnasium import spaces
-from latex2mathml.converter import convert
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
 
 import lbgym
 from lbgym import wrappers
@@ -32,9 +26,6 @@ from lbgym.env.observations import LAYOUTS, MAX_COUNT, MAX_TIME, TIME_UNIT, Obse
 from lbgym.env.rewards import reward_table
 from lbgym.features import FEATURE_ALIASES, FEATURE_NAMES, GROUND_TRUTH_NAMES
 
-log = logging.getLogger("mkdocs.hooks.lbgym")
-
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(lbgym.__file__).parent
 
 #: Servers of the examples of spaces.
@@ -43,6 +34,7 @@ ACTION_TYPES = {
     "discrete": "a level of `action_weights` per server",
     "joint": "one number for every combination of levels, the last server's varying fastest",
     "continuous": "the weights, clipped to `min_weight` and `max_weight`",
+    "index": "a speed and a background load per server, both relative to what is configured",
     "normalized": "the weights on a logarithmic scale: −1 is `min_weight`, 1 is `max_weight`",
 }
 STATISTICS = {
@@ -61,54 +53,6 @@ COLUMNS = {
 } | {f"{f}_{s}": ("s", words.format(what)) for f, what in SAMPLES.items() for s, words in STATISTICS.items()}
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated page."""
-    files.append(File.generated(config, "environments.md", content=environments_page()))
-    return files
-
-
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in tables of settings, and turn links that leave docs/ into paths."""
-    markdown = re.sub(r"<!-- settings: (\S+) (\w+) -->", lambda m: settings_table(m[1], m[2]), markdown)
-    folder = Path(page.file.abs_src_path or Path(config.docs_dir) / page.file.src_uri).parent
-    return re.sub(r"\[([^\]]*)\]\((\.\./[^)\s]*)\)", lambda m: _outside(m, folder, config, page), markdown)
-
-
-def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML, which browsers show without a script."""
-    pattern = r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
-    return re.sub(pattern, lambda m: _formula(m[2], m[1] == "div", page), content, flags=re.DOTALL)
-
-
-def _outside(link: re.Match[str], folder: Path, config: MkDocsConfig, page: Page) -> str:
-    label, target = link.groups()
-    path = (folder / target.split("#")[0]).resolve()
-    if path.is_relative_to(Path(config.docs_dir).resolve()):
-        return link[0]
-    if not path.is_relative_to(ROOT) or not path.exists():
-        log.warning("%s links to %s, which does not exist", page.file.src_uri, target)
-        return link[0]
-    name = path.relative_to(ROOT).as_posix()
-    if config.repo_url:
-        return f"[{label}]({config.repo_url.rstrip('/')}/blob/HEAD/{name})"
-    return f"`{name}`" if label.strip("`") == name else f"{label} (`{name}`)"
-
-
-def _formula(source: str, block: bool, page: Page) -> str:
-    # The converter forgets that a single letter is upright, and does not know arg.
-    upright = re.sub(r"\\mathrm\{(\w)\}", r"\\text{\1}", html.unescape(source).strip())
-    upright = re.sub(r"\\arg\b", r"\\text{arg}\\,", upright)
-    try:
-        shown = convert(upright, display="block" if block else "inline")
-        # A command it does not know comes back as text.
-        if re.search(r"\\|&#x0*5C;", shown):
-            raise ValueError("unknown command")
-        return shown
-    except Exception as error:
-        log.warning("%s has a formula that cannot be shown, %r: %r", page.file.src_uri, source, error)
-        return source
-
-
 # Markdown from the code
 
 
@@ -124,7 +68,7 @@ def plain(text: str) -> str:
     text = re.sub(r":\w+:`([^`<]+?)\s*<[^`]*>`", r"`\1`", text)
     text = re.sub(r":\w+:`~([^`]+)`", lambda m: f"`{m[1].rsplit('.', 1)[-1]}`", text)
     text = re.sub(r":\w+:`([^`]+)`", r"`\1`", text)
-    return re.sub(r"``([^`]+)``", r"`\1`", text)
+    return re.sub(r"(?<!`)``(?!`)([^`]+)``(?!`)", r"`\1`", text)
 
 
 def sections(item: Any) -> dict[str, str]:
@@ -220,13 +164,83 @@ def _settings(file: str, name: str) -> dict[str, list[str]]:
     return rows
 
 
-def _environment(item: type, *, errors: bool = True) -> str:
-    parts = [plain(sections(item)[""]), "#### Options\n\n" + options_table(item)]
-    if errors and (raised := errors_list(item)):
-        parts.append("#### Errors\n\n" + raised)
-    # One heading per name, so that each has an address of its own.
-    body = "\n\n".join(parts)
-    return re.sub(r"^#### (\w+)$", rf"### \1 of {item.__name__}", body, flags=re.MULTILINE)
+#: How each environment is made, and what one step of it is; the page that describes it is named after it.
+ENVIRONMENTS: dict[type, tuple[str, str, str]] = {
+    lbgym.LoadBalanceEnv: (
+        "load-balance",
+        'gymnasium.make("lbgym:lbgym/LoadBalance-v0", num_servers=4)',
+        "a weight per server, for the next 250 ms",
+    ),
+    lbgym.LoadBalanceVectorEnv: (
+        "load-balance-vector",
+        'gymnasium.make_vec("lbgym:lbgym/LoadBalance-v0", num_envs=256, num_servers=4)',
+        "the same in R replicas, in one call",
+    ),
+    lbgym.MultiLoadBalanceEnv: (
+        "multi-load-balance",
+        'lbgym.MultiLoadBalanceEnv(scenario="marllb-moderate")',
+        "weights of each balancer, all of them agents",
+    ),
+    lbgym.MultiLoadBalanceVectorEnv: (
+        "multi-load-balance-vector",
+        'lbgym.MultiLoadBalanceVectorEnv(256, scenario="marllb-moderate")',
+        "the same in R replicas, in one call",
+    ),
+    lbgym.FlowDispatchEnv: (
+        "flow-dispatch",
+        'gymnasium.make("lbgym:lbgym/FlowDispatch-v0")',
+        "the server of one flow",
+    ),
+    lbgym.FlowDispatchVectorEnv: (
+        "flow-dispatch-vector",
+        'gymnasium.make_vec("lbgym:lbgym/FlowDispatch-v0", num_envs=256)',
+        "the same in R replicas, in one call",
+    ),
+}
+
+
+def pages() -> dict[str, str]:
+    """All generated pages: Markdown by the path in docs/."""
+    cards = {f"environments/{page}.md": environment_page(item) for item, (page, *_) in ENVIRONMENTS.items()}
+    return {"environments.md": environments_page()} | cards
+
+
+def environment_page(item: type) -> str:
+    """An environment's card, and what it is, takes and raises."""
+    _, made, step = ENVIRONMENTS[item]
+    environment = eval(made, {"gymnasium": gymnasium, "lbgym": lbgym})
+    if isinstance(environment, lbgym.MultiLoadBalanceEnv):
+        agent = environment.possible_agents[0]
+        action, observation = environment.action_space(agent), environment.observation_space(agent)
+        whose = " of each agent"
+    else:
+        vector = item in (lbgym.LoadBalanceVectorEnv, lbgym.FlowDispatchVectorEnv)
+        action = environment.single_action_space if vector else environment.action_space
+        observation = environment.single_observation_space if vector else environment.observation_space
+        whose = " of each replica" if vector else ""
+        if item is lbgym.MultiLoadBalanceVectorEnv:
+            whose = " of each agent of each replica"
+    environment.close()
+    card = table(
+        ["", item.__name__],
+        [
+            ["Made by", f"`{made}`"],
+            ["One step is", step],
+            [f"Action space{whose}", describe(action)],
+            [f"Observation space{whose}", describe(observation)],
+            ["Import", f"`lbgym.{item.__name__}`"],
+        ],
+    )
+    parts = [f"# {item.__name__}", card, plain(sections(item)[""]), "## Options", options_table(item)]
+    if raised := errors_list(item):
+        parts += ["## Errors", raised]
+    return "\n\n".join(parts) + "\n"
+
+
+#: What the site lists under the page of all environments.
+CHAPTER = "```{toctree}\n:hidden:\n\n" + "\n".join(
+    [*(f"environments/{page}" for page, *_ in ENVIRONMENTS.values()), "scenarios", "multi-agent", "theory"]
+)
 
 
 def environments_page() -> str:
@@ -250,32 +264,13 @@ def environments_page() -> str:
             "Generated from the code. Units are seconds, flows and core-seconds; N is the number of servers. What the "
             "formulas mean is in [theory](theory.md), what can be balanced in [scenarios](scenarios.md).",
             table(
-                ["environment", "form", "one step is"],
+                ["environment", "one step is", "made by"],
                 [
-                    ["[`LoadBalanceEnv`](#loadbalanceenv)", "Gymnasium, `lbgym/LoadBalance-v0`", "a weight per server"],
-                    [
-                        "[`LoadBalanceVectorEnv`](#loadbalancevectorenv)",
-                        "its native vector form",
-                        "the same, R replicas",
-                    ],
-                    [
-                        "[`MultiLoadBalanceEnv`](#multiloadbalanceenv)",
-                        "PettingZoo, parallel",
-                        "weights of each balancer",
-                    ],
-                    ["[`MultiLoadBalanceVectorEnv`](#multiloadbalancevectorenv)", "arrays", "the same, R replicas"],
-                    [
-                        "[`FlowDispatchEnv`](#flowdispatchenv)",
-                        "Gymnasium, `lbgym/FlowDispatch-v0`",
-                        "the server of a flow",
-                    ],
-                    [
-                        "[`FlowDispatchVectorEnv`](#flowdispatchvectorenv)",
-                        "its native vector form",
-                        "the same, R replicas",
-                    ],
+                    [f"[`{item.__name__}`](environments/{page}.md)", step, f"`{made}`"]
+                    for item, (page, made, step) in ENVIRONMENTS.items()
                 ],
             ),
+            CHAPTER + "\n```",
             "## Features",
             "What a balancer sees of each server. The last three are there with `use_ground_truth=True`. Rows of "
             "servers that take no new flows are 0. With `observe_weights=True` a row ends with `weight`, the logarithm "
@@ -288,6 +283,8 @@ def environments_page() -> str:
             "## Action spaces",
             f"For N = {N} servers and the default levels and bounds.",
             table(["`action_type`", "space", "meaning"], actions),
+            f"Of `FlowDispatchEnv`, with its default fields and N = {N}:",
+            table(["`observation`", "space"], flows),
             "## Rewards",
             "`reward_type` is one of these names, a mapping of names to weights such as "
             '`{"jain": 1.0, "p99_fct": 0.1, "jain:n_flow_on": 0.5}`, or a function of the `Snapshot`. l are the values '
@@ -296,19 +293,6 @@ def environments_page() -> str:
             reward_table(),
             "## Options of reset",
             plain(sections(scenario_with_options)[""]),
-            *(
-                f"## {item.__name__}\n\n{_environment(item)}"
-                for item in (
-                    lbgym.LoadBalanceEnv,
-                    lbgym.LoadBalanceVectorEnv,
-                    lbgym.MultiLoadBalanceEnv,
-                    lbgym.MultiLoadBalanceVectorEnv,
-                    lbgym.FlowDispatchEnv,
-                )
-            ),
-            f"Default fields, N = {N}:",
-            table(["`observation`", "space"], flows),
-            f"## FlowDispatchVectorEnv\n\n{_environment(lbgym.FlowDispatchVectorEnv)}",
             "## Wrappers",
             "In `lbgym.wrappers`, for single environments.",
             table(["wrapper", "what it does"], wrapped),
