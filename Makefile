@@ -166,7 +166,7 @@ coverage: tools $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
 
 # What talks through shared memory, whose clocks begin at the machine's start.
-LIVE_TESTS := tests/sharedmemory tests/dataplanes tests/drivers tests/controller tests/test_recording.py tests/test_cli_shm.py
+LIVE_TESTS := tests/sharedmemory tests/dataplanes tests/drivers tests/controller tests/lab tests/test_recording.py tests/test_cli_shm.py
 UPTIME := $$(cut -d. -f1 /proc/uptime)
 
 # Root needs no user namespace, in which nobody else could be changed to.
