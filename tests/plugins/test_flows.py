@@ -246,7 +246,7 @@ def test_open_flows_return_to_zero_after_any_traffic(bench: Make, small: bool, m
     one = balancer(bench, flows=16 if small else 4096, syn_flows=5 if small else 4096, mode=mode)
 
     @given(st.lists(ACTION, min_size=20, max_size=150))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=35, deadline=None)
     def check(actions: list[Any]) -> None:
         one.core.install("sed", servers(np.ones(4)))
         any_traffic(one, actions, small)

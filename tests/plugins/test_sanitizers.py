@@ -68,7 +68,7 @@ def run(program: Path, *arguments: object) -> None:
 
 
 def test_random_traffic_reads_and_writes_what_is_its_own(cc: list[str], tmp_path: Path) -> None:
-    run(build(cc, "traffic", tmp_path, "address", "undefined"), 1, 1200)
+    run(build(cc, "traffic", tmp_path, "address", "undefined"), 1, 800)
 
 
 def test_workers_and_publisher_do_not_race(cc: list[str], tmp_path: Path) -> None:
@@ -84,4 +84,4 @@ def test_the_parser_takes_whatever_comes(tmp_path: Path) -> None:
     found = tmp_path / "found"
     found.mkdir()
     # What was found is kept for this run only; the corpus has a packet of every kind.
-    run(program, "-runs=20000", "-seed=1", "-max_len=256", f"-artifact_prefix={tmp_path}/", found, CORPUS)
+    run(program, "-runs=12000", "-seed=1", "-max_len=256", f"-artifact_prefix={tmp_path}/", found, CORPUS)

@@ -22,7 +22,7 @@ from tests.plugins.packets import ACK, CLIENT, ETHERNET, FIN, PORT, RST, SYN, VI
 __all__ = ["_needs_xdp", "load"]
 pytestmark = pytest.mark.xdp
 
-PACKETS = 4000
+PACKETS = 2000
 FLAGS = np.array([SYN, SYN, ACK, ACK, ACK, ACK | 8, FIN | ACK, RST, SYN | ACK, 0])
 VERDICTS = {PASS: {LET_PASS}, TX: {SEND, REPLY}, DROP: {DROPPED}}
 
