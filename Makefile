@@ -66,7 +66,19 @@ out/demo/agent.pt: $(SOURCES) | $(VENV)/.all
 .PHONY: demo
 demo: $(VENV)/.all out/demo/agent.pt ## install, train for a minute, compare with the heuristics: table and plots in out/demo
 	$(BIN)/lbgym compare --scenario $(SCENARIO) \
-		--policies ecmp,wcmp-uniform,wcmp,maglev,lsq,sed,p2c,out/demo/agent.pt --out out/demo
+		--policies ecmp,wcmp-uniform,wcmp,maglev,lsq,sed,p2c,adaptive,out/demo/agent.pt --out out/demo
+
+# The best of the search is in out/pretrain after about two hours on two cores; killed, it goes on where it was.
+PRETRAIN_STEPS ?= 10000000
+.PHONY: pretrain
+pretrain: $(VENV)/.all ## train the policy adaptive from nothing, put it into the package, and measure it: out/pretrain
+	@mkdir -p out/pretrain
+	$(BIN)/lbgym train --algo cma-es --steps $(PRETRAIN_STEPS) --out out/pretrain/cma-es.pt \
+		$$(test ! -e out/pretrain/cma-es.pt || echo --resume out/pretrain/cma-es.pt)
+	$(BIN)/python -m benchmarks.pretraining --publish out/pretrain/cma-es.pt
+	$(BIN)/lbgym suite run --seeds 4 --out out/pretrain/suite \
+		--policies adaptive,sed,sed_scaled,sed+latency,marginal+core-latency,marginal+field+core-latency
+	$(BIN)/python -m benchmarks.pretraining --publish out/pretrain/cma-es.pt --suite out/pretrain/suite
 
 .PHONY: lint
 lint: $(VENV)/.dev ## style and types
@@ -87,6 +99,13 @@ xdp: # the tests of XDP need these Debian packages and root; where they cannot b
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(XDP_PACKAGES); } || { \
 		echo "no clang or libbpf, and no right to install them: the tests of XDP will be skipped"; test -z "$(CI)"; }
 
+.PHONY: core
+core: cc # libFuzzer's library, for the tests of the balancer core; where it cannot be had, that test is skipped, but not in CI
+	@command -v clang >/dev/null && echo 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n) { return 0; }' | \
+		clang -fsanitize=fuzzer,address -x c -o /dev/null - 2>/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends clang libclang-rt-dev; } || { \
+		echo "no clang with libFuzzer, and no right to install it: a test of the balancer core will be skipped"; test -z "$(CI)"; }
+
 .PHONY: chromium
 chromium: # the tests of pages need a browser; where it cannot be had, they are skipped, but not in CI
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || { \
@@ -100,14 +119,13 @@ haproxy: # the tests of HAProxy need it, and curl, but no service; where it cann
 		test -e $(POLICY) || { printf '#!/bin/sh\nexit 101\n' > $(POLICY) && chmod 755 $(POLICY) && trap 'rm $(POLICY)' EXIT; }; \
 		apt-get update -qq && apt-get install -qq -y --no-install-recommends haproxy curl ) || { \
 		echo "no haproxy, and no right to install it: its tests will be skipped"; test -z "$(CI)"; }
-
 LAB_PACKAGES := apache2 libapache2-mod-php nginx-light iproute2 ethtool util-linux procps
 .PHONY: lab-packages
-lab-packages: # the tests of the laboratory, which runs servers of its own, need these and root; as for HAProxy, no service
+lab-packages: # as xdp, for the tests of the laboratory, which runs servers of its own
 	@command -v apache2 >/dev/null && ls /usr/lib/apache2/modules/libphp*.so >/dev/null 2>&1 && command -v nginx >/dev/null && \
 		command -v ip >/dev/null && command -v ethtool >/dev/null && command -v setpriv >/dev/null && command -v sysctl >/dev/null || ( \
 		test -e $(POLICY) || { printf '#!/bin/sh\nexit 101\n' > $(POLICY) && chmod 755 $(POLICY) && trap 'rm $(POLICY)' EXIT; }; \
-		apt-get update -qq && apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) ) || { \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) ) || { \
 		echo "no Apache or NGINX, and no right to install them: the tests of the laboratory will be skipped"; test -z "$(CI)"; }
 
 .PHONY: promtool
@@ -118,7 +136,7 @@ promtool: # checks the alert rules of deploy/; Debian's package has it beside a 
 		echo "no promtool to be had: the test of the alert rules will be skipped"; test -z "$(CI)"; }
 
 # What the tests need of Debian; apt works alone, so one after the other.
-TOOLS := cc xdp chromium promtool haproxy lab-packages
+TOOLS := cc xdp core chromium promtool haproxy lab-packages
 .PHONY: tools
 tools:
 	@for tool in $(TOOLS); do $(MAKE) --no-print-directory $$tool || exit; done

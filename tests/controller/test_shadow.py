@@ -115,3 +115,15 @@ def test_a_shadow_on_the_command_line_beside_another_agent(nursery: Nursery, tmp
                 assert region.agent_pid == os.getpid()
         del report
     assert real.state.counts.steps > 5
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    from lbgym.cli.run import _show
+
+    shadow = Shadow("lb0", "mine")
+    add(shadow, 0, [3.0, 1.0], [1.0, 1.0])
+    add(shadow, 1, [3.0, 1.0], [1.0, 1.0])
+    _show(shadow)
+    out = capsys.readouterr().out
+    assert "mine in the shadow of region lb0: 2 decisions in 1 s, 1 of them by the fallback." in out
+    assert "25.0 % in the mean" in out and "s0" in out and "75.0 to 75.0" in out

@@ -10,7 +10,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,7 @@ from lbgym.policies import FieldWeights, make_weight_policy
 from lbgym.scenarios import Event, Exponential, Scenario, Server, Workload, load_scenario
 from lbgym.sharedmemory import SharedMemoryRegion, abi, seqlock
 from lbgym.simulator import Simulation
-from tests.drivers.emulated import emulator, following
+from tests.drivers.emulated import emulator, following, running
 
 #: Exact in binary, so that sums of it are, too.
 INTERVAL = 0.125
@@ -54,19 +53,6 @@ def eventful(balancers: int) -> Scenario:
         events=tuple(events),
         reject_timeout=3.0,
     )
-
-
-@contextmanager
-def running(emulated: Emulator) -> Iterator[None]:
-    """Time passes, in a thread."""
-    stop = threading.Event()
-    thread = threading.Thread(target=emulated.run, args=(stop,))
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @pytest.mark.parametrize("balancers", [1, 3])

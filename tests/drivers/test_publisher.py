@@ -9,7 +9,6 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from lbgym.drivers.control import control, control_path
 from lbgym.drivers.discovery import Slots
 from lbgym.errors import InvalidOptionError, RegionExistsError, UnknownNameError
 from lbgym.sharedmemory import ObservationBuffer, Publication, ServerState, SharedMemoryRegion, seqlock
-from tests.drivers.emulated import emulator, following
+from tests.drivers.emulated import emulator, following, running
 
 INTERVAL = 0.02
 NS = 1_000_000_000
@@ -97,19 +96,6 @@ class Counting(Source):
 
     def close(self) -> None:
         self.closed += 1
-
-
-@contextmanager
-def running(publisher: Publisher) -> Iterator[None]:
-    """The publisher's loop in a thread."""
-    stop = threading.Event()
-    thread = threading.Thread(target=publisher.run, args=(stop,))
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @contextmanager

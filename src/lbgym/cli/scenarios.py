@@ -33,6 +33,7 @@ from ..scenarios import (
 from ..snapshot import DEFAULT_STEP_INTERVAL
 from ._console import results_console
 from ._options import installed
+from ._policies import describe_policy, is_policy
 
 MAX_EVENTS = 12
 #: Columns below which descriptions get lines of their own.
@@ -120,7 +121,12 @@ def _list_rules(as_json: bool) -> None:
 
 def describe(
     scenario: Annotated[
-        str, typer.Argument(help="Name of a scenario or of a distribution of them, or path of a TOML file.")
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A scenario or a distribution of them, by name or TOML file; a pretrained policy (adaptive), or "
+            "the file of a trained one.",
+        ),
     ],
     draw: Annotated[
         int | None, typer.Option(min=0, help="Describe what a distribution draws with this seed, not the distribution.")
@@ -132,9 +138,15 @@ def describe(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     as_toml: Annotated[bool, typer.Option("--toml", help="Print the scenario as TOML, to change and use.")] = False,
 ) -> None:
-    """Describe a scenario, or a distribution of scenarios and its draws."""
+    """Describe a scenario, a distribution of scenarios and its draws, or a trained policy."""
     if as_json and as_toml:
         raise ScenarioError("describe prints --json or --toml, not both")
+    if is_policy(scenario):
+        if as_toml or plot is not None or draw is not None:
+            option = "--toml" if as_toml else "--plot" if draw is None else "--draw"
+            raise ScenarioError(f"{option} is for scenarios, and {scenario!r} is a trained policy")
+        describe_policy(scenario, as_json=as_json)
+        return
     loaded = load_scenario(scenario)
     if not loaded.varies and not (draw is None and plot is None):
         option = "--plot" if draw is None else "--draw"

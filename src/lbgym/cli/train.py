@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InvalidOptionError
+from ..training.config import PRETRAINING
 from ..training.recipes import RECIPES, algo_of, make_config, read_config, recipe_of, to_toml
 from ..training.recipes import train as run_recipe
 from ._options import installed
@@ -145,15 +146,18 @@ def train(
         else:
             result = run_recipe(algo, chosen, **keywords)
     assert result.checkpoint is not None
-    _report(str(chosen.scenario), result.checkpoint, result.history, stop.is_set(), as_json)
+    _report(_compared(chosen), result.checkpoint, result.history, stop.is_set(), as_json)
     if stop.signum is not None:
         raise Interrupted(stop.signum)
     if evaluate:
         from .compare import compare
 
-        compare(
-            scenario=str(chosen.scenario), policies=f"ecmp,lsq,sed,{result.checkpoint}", seeds=evaluate, quiet=as_json
-        )
+        compare(scenario=_compared(chosen), policies=f"ecmp,lsq,sed,{result.checkpoint}", seeds=evaluate, quiet=as_json)
+
+
+def _compared(config: TrainingConfig) -> str:
+    """The scenario to compare a policy on: its own, or one of those that it was made for."""
+    return "heterogeneous" if config.scenario == PRETRAINING else str(config.scenario)
 
 
 def chosen_config(

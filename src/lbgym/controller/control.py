@@ -323,6 +323,11 @@ class Controller:
                 index=plane.region.takes_index,
                 tables=False,
             )
+            if agent.weights_only:
+                self._log(
+                    _WARNING, "weights_only",
+                    f"policy {agent.name!r}: the data plane takes weights only, so background loads are left out",
+                )  # fmt: skip
 
     def _check_features(self, plane: SharedMemoryDataPlane) -> None:
         """Leave a data plane that measures less than the policy needs to its safe weights."""

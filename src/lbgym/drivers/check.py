@@ -80,10 +80,6 @@ class _Failed(Exception):
     """A check has failed; the message says how."""
 
 
-class _NotMade(Exception):
-    """A check does not apply; the message says why."""
-
-
 class _Unreadable(_Failed):
     """An observation that no data plane may publish, by the check that it fails."""
 
@@ -196,8 +192,6 @@ class _Suite:
             return Verdict(check, True, getattr(self, f"_{check.replace(' ', '_')}")(frames))
         except _Failed as error:
             return Verdict(check, False, str(error))
-        except _NotMade as error:
-            return Verdict(check, None, str(error))
         except RegionBusyError as error:
             return Verdict(check, None, str(error))
 
@@ -427,10 +421,10 @@ class _Suite:
 
     def _index(self, frames: Sequence[_Frame]) -> str:
         if not self._region.takes_index:
-            raise _NotMade("the data plane takes weights only")
+            return "none: the data plane takes weights only"
         servers = np.flatnonzero(frames[-1].active)
         if len(servers) < 2:
-            raise _NotMade("fewer than two servers take flows")
+            return "not tried: fewer than two servers take flows"
         n = len(frames[-1].active)
         shunned, begun = int(servers[0]), 0
         index = np.stack([np.ones(n), np.zeros(n)], axis=1)

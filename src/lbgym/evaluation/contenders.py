@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import PolicyError, UnknownNameError
 from ..policies import HEURISTICS, TRAINED_SUFFIXES, heuristic
+from ..policies.pretrained import pretrained_file, pretrained_names
 from ..scenarios import DISPATCH_RULES, RULES, WEIGHTED_RULES
 
 #: Short names of common contenders.
@@ -43,6 +44,7 @@ def parse_contender(text: str) -> Contender:
       ``sed+slow-start+latency``);
     * ``awcmp`` is ``wcmp+awcmp``, ``wcmp-uniform`` is ``wcmp+uniform``; a heuristic that sets tables of scores (``c3``)
       is ``table+`` it;
+    * ``adaptive``: a pretrained policy, by name;
     * ``PATH``: a trained model (.pt or .zip) under the rule it was trained with; ``RULE+PATH``: under another;
     * ``LABEL=CONTENDER``: any of these under another name.
 
@@ -64,15 +66,21 @@ def parse_contender(text: str) -> Contender:
     if rule not in DISPATCH_RULES:
         if _is_model(text):
             return Contender(Path(text).stem, path=_existing(text))
+        if text.lower() in pretrained_names():
+            return Contender(text.lower(), path=str(pretrained_file(text)))
         if plus:
             raise UnknownNameError("dispatch rule", head, DISPATCH_RULES)
-        known = (*DISPATCH_RULES, *SHORTHANDS, "RULE+POLICY", *(f"PATH{suffix}" for suffix in TRAINED_SUFFIXES))
+        paths = (f"PATH{suffix}" for suffix in TRAINED_SUFFIXES)
+        known = (*DISPATCH_RULES, *SHORTHANDS, *pretrained_names(), "RULE+POLICY", *paths)
         raise UnknownNameError("contender", head, known)
     if not plus:
         return Contender(text.lower(), rule, "cores")
     if _is_model(policy):
         _check_weighted(rule, text)
         return Contender(f"{rule}+{Path(policy).stem}", rule, path=_existing(policy))
+    if policy.lower() in pretrained_names():
+        _check_weighted(rule, text)
+        return Contender(text.lower(), rule, path=str(pretrained_file(policy)))
     try:
         name, entry = heuristic(policy)
     except UnknownNameError as error:

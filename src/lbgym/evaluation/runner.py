@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import ScenarioError
 from ..policies import Agent, TrainedPolicy, load_policy, make_agent
-from ..scenarios import AnyScenario, Scenario
+from ..scenarios import RULES, AnyScenario, Scenario
 from ..simulator import Simulation
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .contenders import Contender, check_background
@@ -38,9 +38,13 @@ def agents_of(contender: Contender, scenario: Scenario, seed: int, *, num_server
     """
     n, m = num_servers or scenario.num_servers, scenario.balancers
     if contender.path is not None:
-        agent = Agent(_loaded(contender.path), n, scenario=scenario, name=contender.path)
-        if agent.codec is not None and agent.codec.sets_background:
-            check_background(dispatch_of(contender, scenario, [agent]), contender.label)
+        model = _loaded(contender.path)
+        agent = Agent(model, n, scenario=scenario, name=contender.path)
+        rule = dispatch_of(contender, scenario, [agent])
+        if model.weights_alone:
+            agent.fit(n, index=RULES[rule].takes_background)
+        elif agent.codec is not None and agent.codec.sets_background:
+            check_background(rule, contender.label)
         return [agent.copy() for _ in range(m)]
     # The stream of a policy that draws has nothing to do with the flows' seed.
     seeds = np.random.SeedSequence([seed, 0x706F6C69]).generate_state(m)

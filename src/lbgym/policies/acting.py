@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .estimator import IndexEstimator
 from .inputs import server_inputs
 
 Array = NDArray[Any]
@@ -191,4 +192,5 @@ ACTING: dict[str, Callable[..., Any]] = {
     "equivariant": FlatServerNetwork,
     "actor-critic": ServerNetwork,
     "recurrent": RecurrentActor,
+    "index-estimator": IndexEstimator,
 }

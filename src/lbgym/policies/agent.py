@@ -81,6 +81,7 @@ class Agent:
         uses_features: the features that the policy reads.
         background: background loads that go with the weights of the last call, float64[N]; None: the policy sets none.
         tables: tables of scores that go with them, float64[N, Q]; None likewise.
+        weights_only: whether the background loads that the policy sets are left out, as the data plane has no index.
 
     Raises:
         PolicyError: if the policy does not fit so many servers, or needs ground truth that ``layout`` does not show.
@@ -100,6 +101,7 @@ class Agent:
         self.layout, self.codec = layout, codec
         self.background: NDArray[np.float64] | None = None
         self.tables: NDArray[np.float64] | None = None
+        self.weights_only = False
         self._scenario = scenario
         self.name = type(policy).__name__ if name is None else name
         self.servers = servers
@@ -138,6 +140,13 @@ class Agent:
             self.fit(num_servers)
 
     @property
+    def reads_configured(self) -> bool:
+        """True if a trained policy is shown what an operator configures, or acts relative to it."""
+        if self._trained is None or self.layout is None or self.codec is None:
+            return False
+        return self.layout.observe_configured or self.codec.needs_configured
+
+    @property
     def dispatch(self) -> str | None:
         """The dispatch rule that the policy was trained with, if other than the scenario's own."""
         return None if self._trained is None else self._trained.dispatch
@@ -162,7 +171,8 @@ class Agent:
             num_servers: N of the data plane.
             features: those that the data plane measures, and perhaps other columns.
             ground_truth: whether the data plane publishes it.
-            index: whether the data plane dispatches by an index.
+            index: whether the data plane dispatches by an index. A trained policy whose weights make sense by
+                themselves then sets these alone: :attr:`weights_only`.
             tables: whether it takes tables of scores.
 
         Raises:
@@ -183,11 +193,14 @@ class Agent:
                 f"the layout of agent {self.name!r} is for {self.layout.num_servers} servers, the data plane has "
                 f"{num_servers}"
             )
+        self.weights_only = False
         if self.codec is not None and self.codec.sets_background and not index:
-            raise PolicyError(
-                f"policy {self.name!r} sets background loads (action_type 'index'), but the data plane takes weights "
-                "only"
-            )
+            self.weights_only = self._trained is not None and self._trained.weights_alone
+            if not self.weights_only:
+                raise PolicyError(
+                    f"policy {self.name!r} sets background loads (action_type 'index'), but the data plane takes "
+                    "weights only"
+                )
         if self._heuristic is not None and self._heuristic.sets_background and not index:
             raise PolicyError(f"policy {self.name!r} sets background loads, but the data plane takes weights only")
         if self._heuristic is not None and self._heuristic.sets_tables and not tables:
@@ -277,7 +290,7 @@ class Agent:
             snapshot.stats, snapshot.ground_truth, snapshot.active, weights, self.background
         )
         action = self._policy.act(observation, {**(info or {}), **step_info(snapshot, weights)})
-        self.background = self.codec.to_background(action)
+        self.background = None if self.weights_only else self.codec.to_background(action)
         return self.codec.to_weights(action)
 
     def index(self, weights: NDArray[np.float64]) -> NDArray[np.float64] | None:

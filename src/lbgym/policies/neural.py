@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..env.actions import MAX_BACKGROUND
 from ..errors import CheckpointError
+from ..features.columns import NUM_FEATURES
 from .acting import ACTING
 from .action_kind import ActionKind
+from .estimator import LARGEST_CHANGE
 from .inputs import Encoder, server_inputs, with_weights
 from .trained import TrainedPolicy
 
@@ -200,6 +204,30 @@ class ExportedPolicy(NetworkPolicy):
         return index[..., None] // powers % self.kind.choices
 
 
+class EstimatorPolicy(NetworkPolicy):
+    """Acts by estimates of speeds and loads with a learned part; for any number of servers.
+
+    Its weights are estimated capacities, which make sense by themselves.
+    """
+
+    weights_alone = True
+
+    def _separate(self) -> None:
+        self._network = self._network.copy()
+
+    def _forget(self) -> None:
+        self._network.reset()
+
+    def _choose(self, flat: NDArray[Any]) -> NDArray[Any]:
+        rows, active = server_inputs(flat, self._inputs)
+        weights, cores, balancers = (rows[..., NUM_FEATURES + i].astype(np.float64) for i in range(3))
+        change, background = self._network(
+            rows[..., :NUM_FEATURES], active, weights, cores, balancers.max(-1, keepdims=True)
+        )
+        loads = 2.0 * np.log1p(background) / math.log1p(MAX_BACKGROUND) - 1.0
+        return np.stack([change / LARGEST_CHANGE, loads], axis=-1)
+
+
 #: Keywords of networks that matter to their training alone.
 _FOR_TRAINING = ("log_std", "gain", "value")
 
@@ -209,4 +237,5 @@ POLICIES: dict[str, type[NetworkPolicy]] = {
     "equivariant": ExportedPolicy,
     "actor-critic": PPOPolicy,
     "recurrent": SACGRUPolicy,
+    "index-estimator": EstimatorPolicy,
 }

@@ -32,6 +32,7 @@ from .heuristics import (
     StaticWeights,
     UniformWeights,
 )
+from .pretrained import pretrained_file, pretrained_names
 from .trained import TRAINED_SUFFIXES
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def heuristic(name: str) -> tuple[str, Heuristic]:
             source=f"{HEURISTICS[_SLOW_START].source}; {entry.source}",
         )
     if key not in HEURISTICS:
-        raise UnknownNameError("policy", name, HEURISTICS)
+        raise UnknownNameError("policy", name, (*HEURISTICS, *pretrained_names()))
     return key, HEURISTICS[key]
 
 
@@ -272,7 +273,8 @@ def make_agent(
     """An agent of a heuristic or a trained model.
 
     Args:
-        policy: name of a heuristic, file of a trained model (``.pt``, ``.zip``), or a policy.
+        policy: name of a pretrained policy (``adaptive``) or a heuristic, file of a trained model (``.pt``, ``.zip``),
+            or a policy.
         num_servers: N of the data plane; None: call :meth:`Agent.fit` once it is known.
         scenario: what is known of the cluster; None: nothing.
         seed: of a heuristic that draws.
@@ -287,6 +289,10 @@ def make_agent(
     servers = None if scenario is None else scenario.num_servers
     if isinstance(policy, str):
         name = name or policy
-        trained = policy.lower().endswith(TRAINED_SUFFIXES)
-        policy = load_policy(policy) if trained else make_weight_policy(policy, scenario, seed)
+        if policy.lower() in pretrained_names():
+            policy = load_policy(pretrained_file(policy))
+        elif policy.lower().endswith(TRAINED_SUFFIXES):
+            policy = load_policy(policy)
+        else:
+            policy = make_weight_policy(policy, scenario, seed)
     return Agent(policy, num_servers, servers=servers, scenario=scenario, name=name)

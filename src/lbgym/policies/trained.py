@@ -28,8 +28,12 @@ class TrainedPolicy(ABC):
         env_kwargs: keys of the environment that its observations and actions belong to: ``observation``, ``normalize``,
             ``use_ground_truth``, ``observe_weights``, ``action_type`` and so on.
             ``LoadBalanceEnv(**env_kwargs, scenario=...)`` makes one.
+        weights_alone: whether weights without the background loads that it sets serve a data plane that takes weights
+            only.
         spaces: observation and action space it was trained on, and so a number of servers; None: not recorded.
     """
+
+    weights_alone: bool = False
 
     def __init__(
         self,

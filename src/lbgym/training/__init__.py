@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..ray_cluster import ClusterError
     from .benchmarl import BenchMARLConfig, BenchMARLResult, LoadBalanceTask, train_benchmarl
     from .cluster import ClusterResult, train_on_ray
+    from .cma_es import CMAESConfig, CMAESResult, train_cma_es
     from .config import TrainingConfig
     from .networks import FlatServerNetwork
     from .ppo import PPOConfig, PPOResult, train_ppo
@@ -33,6 +34,8 @@ __all__ = [
     "RECIPES",
     "BenchMARLConfig",
     "BenchMARLResult",
+    "CMAESConfig",
+    "CMAESResult",
     "ClusterError",
     "ClusterResult",
     "EquivariantExtractor",
@@ -69,6 +72,7 @@ __all__ = [
     "to_toml",
     "train",
     "train_benchmarl",
+    "train_cma_es",
     "train_on_ray",
     "train_ppo",
     "train_rllib",
@@ -81,6 +85,7 @@ __getattr__, __dir__ = _lazy_names(
     __name__,
     {
         "benchmarl": "BenchMARLConfig BenchMARLResult LoadBalanceTask train_benchmarl",
+        "cma_es": "CMAESConfig CMAESResult train_cma_es",
         "cluster": "ClusterError ClusterResult train_on_ray",
         "config": "TrainingConfig",
         ".policies.neural": "ExportedPolicy PPOPolicy SACGRUPolicy",

@@ -19,6 +19,9 @@ from ..snapshot import DEFAULT_STEP_INTERVAL
 if TYPE_CHECKING:
     from ..env.vector import LoadBalanceVectorEnv
 
+#: The scenario that stands for the distribution in :mod:`lbgym.training.pretraining`.
+PRETRAINING = "pretraining"
+
 #: Value of a field that was not given, until the algorithm's default takes its place.
 PER_ALGORITHM: Any = None
 

@@ -70,6 +70,7 @@ def _family(prefix: str, algorithms: str, config: str, suffix: str) -> dict[str,
 #: The recipes by name, those in plain torch first.
 RECIPES: dict[str, Recipe] = {
     "ppo": Recipe("ppo", "PPOConfig", "train_ppo", ".pt"),
+    "cma-es": Recipe("cma_es", "CMAESConfig", "train_cma_es", ".pt"),
     "sac-gru": Recipe("sac_gru", "SACGRUConfig", "train_sac_gru", ".pt"),
     **_family("sb3", "ppo a2c dqn sac td3 recurrent-ppo", "SB3Config", ".zip"),
     **_family("rllib", "ppo dqn sac impala appo", "RLlibConfig", ".pt"),

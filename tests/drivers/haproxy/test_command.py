@@ -56,7 +56,9 @@ def test_held_to_the_contract_of_drivers(balancer: Balancer) -> None:
         states = {row["name"]: row["state"] for row in control(name, {"op": "list"})["servers"]}
         assert states == {"s1": "up", "s2": "draining", "s3": "up"}
         verdicts = check_driver(name, timeout=LONG, end=True)
-        assert all(verdict.passed for verdict in verdicts), [str(verdict) for verdict in verdicts]
+        # HAProxy dispatches by weights alone: there is no index to check.
+        assert {verdict.check for verdict in verdicts if verdict.passed is None} <= {"index"}
+        assert not [str(verdict) for verdict in verdicts if verdict.passed is False]
         assert process.wait(LONG) == 0
         assert balancer.weights() == {"s1": 40, "s2": 20, "s3": 100}
     finally:

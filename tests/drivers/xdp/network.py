@@ -73,12 +73,13 @@ class Network:
     Args:
         servers: n.
         dnat: servers answer through the balancer; else they have the VIPs.
+        xdp: the balancer's kernel has the VIPs, and its veth pair is made ready for XDP; else they are nobody's.
     """
 
-    def __init__(self, servers: int, *, dnat: bool = False) -> None:
+    def __init__(self, servers: int, *, dnat: bool = False, xdp: bool = True) -> None:
         self.prefix = f"lbt{os.getpid()}-"
         self.servers = [f"server-{i}" for i in range(servers)]
-        self.dnat = dnat
+        self.dnat, self.xdp = dnat, xdp
         self._processes: list[subprocess.Popen[str]] = []
         self._helper: XdpPlane | None = None
         self._watches: list[socket.socket] = []
@@ -138,7 +139,8 @@ class Network:
             for subnet, router in (("10.78.0.0/16", "10.77.0.2"), ("fd78::/64", "fd77::2")):
                 via = ["via", router] if self.dnat and part != "balancer" else []
                 ip("route", "add", subnet, *via, "dev", "eth0", namespace=self.name(part))
-        holders = ["balancer"] if self.dnat else ["balancer", *self.servers]
+        holders = ["balancer"] if self.xdp else []
+        holders += [] if self.dnat else self.servers
         for part in holders:
             device = "eth0" if part == "balancer" else "lo"
             if device == "lo":
@@ -146,6 +148,10 @@ class Network:
                     self.run(part, "sysctl", "-qw", f"net.ipv4.conf.all.{key}={value}")
             ip("addr", "add", f"{VIP4}/32", "dev", device, namespace=self.name(part))
             ip("addr", "add", f"{VIP6}/128", "dev", device, "nodad", namespace=self.name(part))
+        if not self.xdp:
+            for family in ("ipv4", "ipv6"):
+                self.run("balancer", "sysctl", "-qw", f"net.{family}.conf.eth0.forwarding=0")
+            return
         # What is sent by XDP_TX over veth arrives only where the far end has a program, and with whole checksums.
         self._helper = XdpPlane.load(Sizes(servers=2, flows=16, syn_flows=16))
         with inside(self.name("fabric")):

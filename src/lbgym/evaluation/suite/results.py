@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ...atomic import whole_file
 from ...errors import ResultError, UnknownNameError
 from ...policies import heuristic
+from ...policies.pretrained import card, pretrained_file, pretrained_names
 from ...scenarios import RULES
 from ..contenders import Contender
 from ..results import Run
@@ -65,13 +66,14 @@ class Entry:
         if contender.path is not None:
             path = Path(contender.path)
             model, digest = path.name, hashlib.sha256(path.read_bytes()).hexdigest()
-        truth = False
+        truth = configured = False
         for case in protocol.cases:
             # What is wrong with a policy is said at once, not by the first run that gets to it.
-            truth |= agents_of(contender, case.scenario, 0)[0].uses_ground_truth
-        return cls(
-            contender.label, contender.dispatch, contender.policy, model, digest, _knows(contender, ground_truth=truth)
-        )
+            agent = agents_of(contender, case.scenario, 0)[0]
+            truth |= agent.uses_ground_truth
+            configured |= agent.reads_configured
+        knows = _knows(contender, ground_truth=truth, configured=configured)
+        return cls(contender.label, contender.dispatch, contender.policy, model, digest, knows)
 
     @property
     def file_name(self) -> str:
@@ -86,13 +88,15 @@ class Entry:
         """The contender, to run it again.
 
         Args:
-            model: the trained model, if it is one.
+            model: the trained model, if it is one; None: a pretrained one.
 
         Raises:
             ResultError: without the model, or with another one than that which was measured.
         """
         if self.sha256 is None:
             return Contender(self.label, self.dispatch, self.policy)
+        if model is None:
+            model = next((pretrained_file(name) for name in pretrained_names() if card(name).file == self.model), None)
         if model is None:
             raise ResultError(f"{self.label!r} is the trained model {self.model}: give its file")
         found = hashlib.sha256(model.read_bytes()).hexdigest()
@@ -104,7 +108,7 @@ class Entry:
         return Contender(self.label, self.dispatch, None, str(model.resolve()))
 
 
-def _knows(contender: Contender, *, ground_truth: bool) -> str:
+def _knows(contender: Contender, *, ground_truth: bool, configured: bool) -> str:
     rule = None if contender.dispatch is None else RULES[contender.dispatch]
     entry = None if contender.policy is None else heuristic(contender.policy)[1]
     if rule is not None and rule.oracle:
@@ -113,7 +117,7 @@ def _knows(contender: Contender, *, ground_truth: bool) -> str:
         return "nothing"
     if ground_truth:
         return "ground truth"
-    return "configured" if entry is not None and entry.configured else "nothing"
+    return "configured" if configured or (entry is not None and entry.configured) else "nothing"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,237 @@
+"""The pretrained policy ``adaptive``: what each of its parts is worth, how long it takes, and its file and card.
+
+python -m benchmarks.pretraining                       # parts switched off in the trained policy, and its speed
+python -m benchmarks.pretraining --train 60 --seeds 3  # trained again without each part
+python -m benchmarks.pretraining --publish out/pretrain/cma-es.pt --suite out/pretrain/suite
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import common
+from lbgym.policies import load_policy
+from lbgym.policies.estimator import CONSTANTS, IndexEstimator, initial_parameters
+from lbgym.policies.neural import EstimatorPolicy
+from lbgym.policies.pretrained import pretrained_file
+from lbgym.training.pretraining import VALIDATION, draw_scenarios, measure
+
+#: Microseconds that a decision for 64 servers may take.
+MOST_MICROSECONDS = 100.0
+#: Constants without a part of the policy.
+WITHOUT: dict[str, dict[str, float]] = {
+    "field estimate": {"log_field": -30.0},
+    "index action (weights only)": {"log_field": -30.0, "rest": -30.0},
+    "memory": {"log_smoothing": -3.0, "log_slow": -3.0, "log_fast": -3.0},
+    "shrinkage to what is configured": {"log_noise": -30.0},
+    "speed estimates": {"gain": 0.0, "gain_load": 0.0, "gain_balancers": 0.0},
+}
+NAME = "adaptive"
+
+
+def measured(parameters: Sequence[Mapping[str, Any]], quick: bool, draws: int) -> list[tuple[float, float, float]]:
+    """Mean and p99 FCT over those of SED, geometric means, and the worst mean, of parameters on unseen scenarios."""
+    stacked = {name: np.stack([np.asarray(p[name], np.float64) for p in parameters]) for name in parameters[0]}
+    means, tails = [], []
+    for draw in range(draws):
+        rng = np.random.default_rng([draw, 0x61626C])
+        for shape in VALIDATION:
+            if quick:
+                shape = replace(shape, servers=min(shape.servers, 8), count=1)
+            scenarios = draw_scenarios(shape, rng)
+            seeds = [int(s) for s in rng.integers(2**31, size=len(scenarios))]
+            duration = 12.0 if quick else 60.0
+            score = measure(stacked, scenarios, seeds, servers=shape.servers, duration=duration, warmup=duration / 4)
+            means.append(score.fct_mean)
+            tails.append(score.fct_p99)
+    mean, tail = np.concatenate(means, axis=1), np.concatenate(tails, axis=1)
+    return [
+        (float(np.exp(a.mean())), float(np.exp(b.mean())), float(np.exp(a.max())))
+        for a, b in zip(mean, tail, strict=True)
+    ]
+
+
+def changed(parameters: Mapping[str, Any], constants: Mapping[str, float], network: bool = True) -> dict[str, Any]:
+    """Parameters with other constants, or with a network whose outputs are 0."""
+    values = np.array(parameters["constants"], np.float64)
+    for name, value in constants.items():
+        values[list(CONSTANTS).index(name)] = value
+    others = {k: v if network else np.zeros_like(v) for k, v in parameters.items() if k != "constants"}
+    return {"constants": values} | others
+
+
+def knock_outs(policy: EstimatorPolicy) -> dict[str, dict[str, Any]]:
+    """The policy, the policy without each part, and what its training began with."""
+    whole = policy.parameters
+    rows = {"all": changed(whole, {})}
+    rows |= {f"without {name}": changed(whole, constants) for name, constants in WITHOUT.items()}
+    if "head.weight" in whole:
+        rows["without the network"] = changed(whole, {}, network=False)
+    first = changed(whole, {}, network=False) | {"constants": initial_parameters(0)["constants"]}
+    return rows | {"before training": first}
+
+
+def trained(generations: int, seed: int, quick: bool) -> dict[str, dict[str, Any]]:
+    """Parameters trained for so many generations, with all parts and without each."""
+    from lbgym.training.cma_es import CMAESConfig, Search, train_cma_es
+
+    small: dict[str, Any] = {"num_envs": 4, "max_steps": 16, "warmup": 1.0} if quick else {}
+    variants: dict[str, dict[str, Any]] = {
+        "all": {},
+        **{f"without {name}": {"fixed": constants} for name, constants in WITHOUT.items()},
+        "without the network": {"hidden": 0},
+        "trained on random-clusters alone": {"scenario": "random-clusters"},
+    }
+    rows = {}
+    for name, changes in variants.items():
+        config = CMAESConfig(seed=seed, network_from=generations // 2, total_steps=1, **{**small, **changes})
+        config.total_steps = generations * Search(config).steps
+        parameters = dict(train_cma_es(config).policy.parameters)
+        rows[name] = initial_parameters(CMAESConfig().hidden) | parameters
+    return rows
+
+
+def microseconds(policy: EstimatorPolicy, servers: int = 64, repeats: int = 400) -> float:
+    """Time of a decision, the least of many, microseconds."""
+    rng = np.random.default_rng(0)
+    network = IndexEstimator(policy.parameters, 0.25)
+    stats = rng.gamma(2.0, 1.0, (servers, 11)).astype(np.float32)
+    inputs = stats, np.ones(servers, np.bool_), np.zeros(servers), np.zeros(servers), np.zeros(1)
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        network(*inputs)
+        times.append(time.perf_counter() - began)
+    return 1e6 * min(times)
+
+
+def publish(file: Path, suite: Path | None, name: str, seeds: str, summary: dict[str, Any]) -> Path:
+    """Put a trained policy, without what resuming needs, into the package, and write its card."""
+    import tomli_w
+
+    from lbgym.policies.checkpoints import read_checkpoint
+    from lbgym.policies.pretrained import card, pretrained_names
+    from lbgym.policies.pretrained.cards import FOLDER, FORMAT
+    from lbgym.training.runs import write_torch
+
+    saved = read_checkpoint(file, "cma-es")
+    saved["trainer"] = {}
+    parameters = saved["network"]["parameters"]
+    if "head.weight" in parameters and not any(parameters[k].any() for k in ("head.weight", "head.bias")):
+        # A network that has learned nothing yet only takes time.
+        saved["network"]["parameters"] = {"constants": parameters["constants"]}
+    # The search's threads change nothing.
+    saved["config"] = {**saved["config"], "threads": None}
+    path = FOLDER / f"{name}.pt"
+    write_torch(path, saved)
+    if suite is not None:
+        from lbgym.evaluation.suite import read_result
+
+        found = read_result(suite / f"{name}.json")
+        if found.entry.sha256 != hashlib.sha256(path.read_bytes()).hexdigest():
+            raise SystemExit(f"{suite / f'{name}.json'} is of another file than {path}: run the suite again")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    last = card(name) if name in pretrained_names() else None
+    version = 1 if last is None else last.version + (last.sha256 != digest)
+    config = saved["config"]
+    entry = {
+        "file": path.name,
+        "sha256": digest,
+        "version": version,
+        "description": "speeds and background loads of any number of servers, one balancer or several, for marginal",
+        "trained_on": (
+            "random clusters of 2 to 64 servers behind 1 to 8 balancers, configured rightly and wrongly; steady, "
+            "bursty and swinging arrivals; light- to heavy-tailed demands; brownouts, failures, drains, flash crowds; "
+            "queues in order; actions up to 0.4 s late (lbgym.training.pretraining)"
+        ),
+        "training": (
+            f"CMA-ES, {seeds}, seed {config['seed']}, {saved['step']:,} environment steps in "
+            f"{saved['seconds'] / 60:.0f} minutes"
+        ),
+        "command": "make pretrain",
+        "suite": summary or {"summary": "not measured"},
+        "limits": [
+            "it needs to know the cores and the number of balancers, and takes the balancers to be alike",
+            "steps of 0.25 s; larger and smaller ones were not tried",
+            "clusters of more than 64 servers were not trained on; the suite has 100 and 256",
+            "on a data plane that takes weights only it sets estimated capacities, and the other balancers' flows are "
+            "left out",
+        ],
+    }
+    (FOLDER / "index.toml").write_text(tomli_w.dumps({"format": FORMAT, name: entry}), "utf-8")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = common.parser(__doc__.splitlines()[0])
+    options.add_argument("--train", type=int, default=0, help="generations to train every variant for")
+    options.add_argument("--seeds", type=int, default=1, help="seeds of the training, with --train")
+    options.add_argument("--draws", type=int, default=2, help="draws of the unseen scenarios, 17 each")
+    options.add_argument("--publish", type=Path, default=None, help="put this trained policy into the package")
+    options.add_argument("--suite", type=Path, default=None, help="folder of its suite results, for its card")
+    given = options.parse_args(arguments)
+    if given.publish is not None:
+        summary = {} if given.suite is None else suite_summary(given.suite)
+        print(publish(given.publish, given.suite, NAME, "one training", summary))
+        return
+    policy = load_policy(pretrained_file(NAME))
+    assert isinstance(policy, EstimatorPolicy)
+    draws = 1 if given.quick else given.draws
+    rows: list[list[Any]] = []
+    if given.train:
+        for seed in range(1, given.seeds + 1):
+            variants = trained(given.train, seed, given.quick)
+            results = measured(list(variants.values()), given.quick, draws)
+            rows += [[f"{name}, seed {seed}", *found] for name, found in zip(variants, results, strict=True)]
+    else:
+        variants = knock_outs(policy)
+        results = measured(list(variants.values()), given.quick, draws)
+        rows = [[name, *found] for name, found in zip(variants, results, strict=True)]
+    took = microseconds(policy)
+    print(common.describe_run(), "\n")
+    print(common.markdown(rows, ["policy", "mean FCT / SED's", "p99 FCT / SED's", "worst mean / SED's"]))
+    print(f"\nA decision for 64 servers takes {took:.0f} microseconds (to reach: {MOST_MICROSECONDS:.0f}).")
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        document = {"machine": common.machine(), "rows": rows, "microseconds": took}
+        (given.out / "pretraining.json").write_text(json.dumps(document, indent=1))
+
+
+def suite_summary(folder: Path) -> dict[str, Any]:
+    """The scores in a folder of suite results, as the card has them."""
+    from lbgym.evaluation.suite import Scores, protocol_of, read_result
+
+    results = [read_result(path) for path in sorted(folder.glob("*.json"))]
+    scores = Scores(protocol_of(results[0].protocol), results)
+
+    def shown(metric: str, versus: str | None = None) -> str:
+        found = scores.geometric_mean(NAME, metric, versus=versus)
+        return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+    summary = {
+        "summary": (
+            f"{scores.protocol.version}, {len(scores.seeds)} seeds: mean FCT {shown('fct_mean')} and p99 "
+            f"{shown('fct_p99')} of LSQ's"
+        )
+    }
+    for label in scores.labels:
+        if label not in (NAME, scores.protocol.baseline):
+            summary[f"over {label}"] = f"mean {shown('fct_mean', label)}, p99 {shown('fct_p99', label)}"
+    if "sed" in scores.labels:
+        for metric in ("fct_mean", "fct_p99"):
+            ratios = scores.case_means(NAME, metric) / scores.case_means("sed", metric)
+            worst = int(ratios.argmax())
+            summary[f"worst {metric} over sed"] = f"{ratios[worst]:.3f}, {scores.protocol.names[worst]}"
+    return summary
+
+
+if __name__ == "__main__":
+    main()
