@@ -186,7 +186,7 @@ test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been u
 		test -z "$(CI)"; }
 	@! $(UNSHARE) 0 true 2>/dev/null || \
 		$(UNSHARE) $$((60 - $(UPTIME))) --boottime $$((60 - $(UPTIME))) \
-		$(BIN)/python -m pytest -q $(PARALLEL) --durations 5 -m "not slow and not xdp" \
+		$(BIN)/python -m pytest -q $(PARALLEL) --durations 5 -m "not slow and not xdp and not lab" \
 		$(TIMELESS:%=--ignore=%) $(LIVE_TESTS)
 
 .PHONY: test-next
