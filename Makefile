@@ -13,17 +13,21 @@ PYTHON_NEXT ?= $(firstword $(foreach path,$(shell command -v $(NEXT)) $(wildcard
 TORCH_INDEX ?=
 SCENARIO ?= heterogeneous
 SECONDS ?= 60
-PYTEST_ARGS ?= -n 2
+# A worker takes a half of the files, and then of what the other has left, so that both seldom need the same fixture.
+PARALLEL := -n 2 --dist worksteal
+PYTEST_ARGS ?= $(PARALLEL) --durations 15
 
 BIN := $(VENV)/bin
 # Python compiles what it imports, by itself; most of what is installed is never imported.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
-# Learning curves take hours, and need both environments: make curves.
-BENCHMARKS := $(filter-out __init__ common learning_curves marl_training node_loss,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+# Learning curves take hours, and need both environments: make curves. So does the laboratory, which needs root.
+BENCHMARKS := $(filter-out __init__ common lab_fidelity learning_curves marl_training node_loss,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
 export OMP_NUM_THREADS ?= 1
+# pip leaves compiling to the first import, which would otherwise be that of every process: torch's takes seconds more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## what there is to make
@@ -95,10 +99,34 @@ xdp: # the tests of XDP need these Debian packages and root; where they cannot b
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(XDP_PACKAGES); } || { \
 		echo "no clang or libbpf, and no right to install them: the tests of XDP will be skipped"; test -z "$(CI)"; }
 
+.PHONY: core
+core: cc # libFuzzer's library, for the tests of the balancer core; where it cannot be had, that test is skipped, but not in CI
+	@command -v clang >/dev/null && echo 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n) { return 0; }' | \
+		clang -fsanitize=fuzzer,address -x c -o /dev/null - 2>/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends clang libclang-rt-dev; } || { \
+		echo "no clang with libFuzzer, and no right to install it: a test of the balancer core will be skipped"; test -z "$(CI)"; }
+
 .PHONY: chromium
 chromium: # the tests of pages need a browser; where it cannot be had, they are skipped, but not in CI
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || { \
 		echo "no Chromium, and no right to install one: the tests of pages will be skipped"; test -z "$(CI)"; }
+
+# Debian starts what it installs, unless this file says no.
+POLICY := /usr/sbin/policy-rc.d
+.PHONY: haproxy
+haproxy: # the tests of HAProxy need it, and curl, but no service; where it cannot be had, they are skipped, but not in CI
+	@command -v haproxy >/dev/null && command -v curl >/dev/null || ( \
+		test -e $(POLICY) || { printf '#!/bin/sh\nexit 101\n' > $(POLICY) && chmod 755 $(POLICY) && trap 'rm $(POLICY)' EXIT; }; \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends haproxy curl ) || { \
+		echo "no haproxy, and no right to install it: its tests will be skipped"; test -z "$(CI)"; }
+LAB_PACKAGES := apache2 libapache2-mod-php nginx-light iproute2 ethtool util-linux procps
+.PHONY: lab-packages
+lab-packages: # as xdp, for the tests of the laboratory, which runs servers of its own
+	@command -v apache2 >/dev/null && ls /usr/lib/apache2/modules/libphp*.so >/dev/null 2>&1 && command -v nginx >/dev/null && \
+		command -v ip >/dev/null && command -v ethtool >/dev/null && command -v setpriv >/dev/null && command -v sysctl >/dev/null || ( \
+		test -e $(POLICY) || { printf '#!/bin/sh\nexit 101\n' > $(POLICY) && chmod 755 $(POLICY) && trap 'rm $(POLICY)' EXIT; }; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) ) || { \
+		echo "no Apache or NGINX, and no right to install them: the tests of the laboratory will be skipped"; test -z "$(CI)"; }
 
 .PHONY: promtool
 promtool: # checks the alert rules of deploy/; Debian's package has it beside a server that nobody wants started
@@ -107,27 +135,49 @@ promtool: # checks the alert rules of deploy/; Debian's package has it beside a 
 		chmod +x promtool && rm prometheus_*.deb; } || { rm -f build/promtool; \
 		echo "no promtool to be had: the test of the alert rules will be skipped"; test -z "$(CI)"; }
 
-.PHONY: warm
-warm: $(VENV)/.dev # or else every process of the tests compiles the simulator at the same time
-	$(BIN)/python -c 'import gymnasium, lbgym; env = gymnasium.make("lbgym/LoadBalance-v0"); env.reset(seed=0); env.step(env.action_space.sample())'
+# What the tests need of Debian; apt works alone, so one after the other.
+TOOLS := cc xdp core chromium promtool haproxy lab-packages
+.PHONY: tools
+tools:
+	@for tool in $(TOOLS); do $(MAKE) --no-print-directory $$tool || exit; done
 
+# Or else every process of the tests compiles the simulator at the same time.
+WARM := -c 'import lbgym; from lbgym.sharedmemory import seqlock; seqlock.warm_up(); \
+	[(env.reset(seed=0), env.step(env.action_space.sample())) for env in (lbgym.LoadBalanceEnv(), lbgym.FlowDispatchEnv())]'
+
+.PHONY: warm warm-next
+warm: $(VENV)/.dev
+	$(BIN)/python $(WARM)
+
+warm-next: $(VENV)-next/.dev
+	$(VENV)-next/bin/python $(WARM)
+
+# Tests of live data planes wait most of the time, and should not have to wait for a processor: with their like.
 .PHONY: test
-test: cc xdp chromium promtool ## lint, then the tests, also those of the frameworks
-	$(MAKE) -j 2 lint warm $(FRAMEWORKS)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
-	$(MAKE) test-young-clock test-next test-frameworks
+test: ## lint, then the tests, also those of the frameworks
+	$(MAKE) -j 4 --output-sync lint warm $(if $(PYTHON_NEXT),warm-next) $(FRAMEWORKS)/.dev tools
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS:%=--ignore=%)
+	$(MAKE) -j 2 --output-sync test-live test-young-clock
+	$(MAKE) -j 2 --output-sync test-next test-frameworks
 
 .PHONY: coverage
-coverage: cc xdp chromium promtool $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
+coverage: tools $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
 	$(BIN)/python -m pytest $(PYTEST_ARGS) --cov --cov-report=
 	$(MAKE) test-frameworks COVERAGE='--cov --cov-append --cov-report=term'
 
-# What talks through shared memory, whose clocks begin at the machine's start, but for XDP, whose clock no namespace moves.
-LIVE_TESTS := tests/sharedmemory tests/dataplanes tests/drivers tests/controller tests/test_recording.py tests/test_cli_shm.py
+# What talks through shared memory, whose clocks begin at the machine's start.
+LIVE_TESTS := tests/sharedmemory tests/dataplanes tests/drivers tests/controller tests/lab tests/test_recording.py tests/test_cli_shm.py
 UPTIME := $$(cut -d. -f1 /proc/uptime)
 
 # Root needs no user namespace, in which nobody else could be changed to.
 UNSHARE := unshare $$(test "$$(id -u)" = 0 || echo --map-root-user) --time --monotonic
+
+.PHONY: test-live
+test-live: $(VENV)/.dev ## the tests of live data planes
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS)
+
+# But for XDP, whose clock no namespace moves, and for what reads no clock.
+TIMELESS := $(addprefix tests/sharedmemory/test_,c_header.py generated.py tearing.py)
 
 .PHONY: test-young-clock
 test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been up for a minute
@@ -136,13 +186,14 @@ test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been u
 		test -z "$(CI)"; }
 	@! $(UNSHARE) 0 true 2>/dev/null || \
 		$(UNSHARE) $$((60 - $(UPTIME))) --boottime $$((60 - $(UPTIME))) \
-		$(BIN)/python -m pytest -q -n 2 -m "not slow and not xdp" $(LIVE_TESTS)
+		$(BIN)/python -m pytest -q $(PARALLEL) --durations 5 -m "not slow and not xdp and not lab" \
+		$(TIMELESS:%=--ignore=%) $(LIVE_TESTS)
 
 .PHONY: test-next
 test-next: pyproject.toml constraints.txt ## a part of the tests on the newest Python that is promised, where it is installed
 	@test -n "$(PYTHON_NEXT)" || echo "no $(NEXT) here: the tests on it are skipped"
-	@test -z "$(PYTHON_NEXT)" || $(MAKE) $(VENV)-next/.dev
-	@test -z "$(PYTHON_NEXT)" || $(VENV)-next/bin/python -m pytest -q -n 2 -m "not slow" \
+	@test -z "$(PYTHON_NEXT)" || $(MAKE) warm-next
+	@test -z "$(PYTHON_NEXT)" || $(VENV)-next/bin/python -m pytest -q $(PARALLEL) --durations 5 -m "not slow" \
 		tests/features tests/simulator tests/scenarios tests/test_env_contract.py tests/policies tests/dataplanes
 
 $(VENV)-next/.dev: pyproject.toml constraints.txt
@@ -152,9 +203,10 @@ $(VENV)-next/.dev: pyproject.toml constraints.txt
 
 .PHONY: test-frameworks
 test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray, and of the contract on the Gymnasium they pin
-	$(FRAMEWORKS)/bin/python -m pytest -n 2 --dist loadfile $(COVERAGE) tests/frameworks tests/training/test_recipes.py
-	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 tests/test_docs.py tests/test_examples.py -k "rllib or benchmarl or clusters"
-	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 -m contract
+	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 --dist loadfile --durations 10 $(COVERAGE) \
+		tests/frameworks tests/training/test_recipes.py
+	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) tests/test_docs.py tests/test_examples.py -k "rllib or benchmarl or clusters"
+	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) -m contract
 
 .PHONY: docs
 docs: $(VENV)/.dev ## the documentation site, in site/

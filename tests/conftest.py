@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.forked import WARM, Template
+
 # The benchmarks and the tests share their closed forms.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -19,6 +21,14 @@ settings.register_profile(
     "lbgym", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("lbgym")
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Template]:
+    """Runs Python's files and modules in processes that need not import what takes seconds to import."""
+    modules = ["torch._dynamo", "torch.utils.tensorboard", "stable_baselines3", "matplotlib.pyplot", "scipy.stats"]
+    with Template([*modules, "typer", "rich.table", "rich.progress"], WARM) as template:
+        yield template
 
 
 @pytest.fixture(autouse=True)

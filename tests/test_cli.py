@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from lbgym.scenarios import (
 )
 from lbgym.sharedmemory import SharedMemoryRegion
 from lbgym.simulator import Simulation
+from tests.forked import WARM, Template
 
 SMALL = """
 name = "small"
@@ -48,9 +50,20 @@ demand = { kind = "exponential", mean = 0.05 }
 """
 
 
-def lbgym_command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lbgym", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+class Command(Protocol):
+    """Runs ``lbgym`` in a process of its own."""
+
+    def __call__(
+        self, *arguments: object, env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture
+def lbgym_command(python: Template) -> Command:
+    def run(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return python.run(["-m", "lbgym", *arguments], env=env, timeout=120)
+
+    return run
 
 
 def in_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -76,7 +89,7 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-def test_version_and_help() -> None:
+def test_version_and_help(lbgym_command: Command) -> None:
     done = lbgym_command("--version")
     assert (done.returncode, done.stdout) == (0, f"lbgym {lbgym.__version__}\n")
     done = lbgym_command("--help")
@@ -103,24 +116,47 @@ OPTIONAL = (
 )  # fmt: skip
 
 
-def core_command(*arguments: object, expect: int = 0, env: dict[str, str] | None = None) -> tuple[str, str]:
+#: Makes them missing, whether they are installed or not.
+MISSING = f"""
+import sys
+from importlib.abc import MetaPathFinder
+
+class Missing(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+assert not {set(OPTIONAL)!r} & sys.modules.keys()
+"""
+
+
+@pytest.fixture(scope="module")
+def core() -> Iterator[Template]:
+    """Gives processes where nothing but the core dependencies can be imported."""
+    with Template(["typer", "rich.table", "rich.progress"], MISSING + WARM) as template:
+        yield template
+
+
+class CoreCommand(Protocol):
     """Standard output and error of a command where nothing but the core dependencies can be imported."""
-    script = (
-        "import sys\nfrom importlib.abc import MetaPathFinder\n"
-        "class Missing(MetaPathFinder):\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {OPTIONAL!r}:\n"
-        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
-        "from lbgym.cli import main\nmain(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}))
-    assert done.returncode == expect, done.stderr
-    return done.stdout, done.stderr
+
+    def __call__(
+        self, *arguments: object, expect: int = 0, env: Mapping[str, str] | None = None
+    ) -> tuple[str, str]: ...
 
 
-def test_with_the_core_alone(small: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def core_command(core: Template) -> CoreCommand:
+    def run(*arguments: object, expect: int = 0, env: Mapping[str, str] | None = None) -> tuple[str, str]:
+        done = core.run(["-m", "lbgym", *arguments], env=os.environ | (env or {}))
+        assert done.returncode == expect, done.stderr
+        return done.stdout, done.stderr
+
+    return run
+
+
+def test_with_the_core_alone(small: Path, tmp_path: Path, core_command: CoreCommand) -> None:
     """What `pip install lbgym` gives."""
     env = {"LBGYM_SHM_DIR": str(tmp_path), "COLUMNS": "120"}
     assert core_command("--version")[0].startswith("lbgym ")
@@ -154,7 +190,7 @@ def test_with_the_core_alone(small: Path, tmp_path: Path) -> None:
         (("tune", "-p", "gamma=uniform(0.9,0.99)"), "rllib"),
     ],
 )
-def test_what_needs_more_names_the_extra(arguments: tuple[str, ...], extra: str, tmp_path: Path) -> None:
+def test_what_needs_more_names_the_extra(arguments: tuple[str, ...], extra: str, core_command: CoreCommand) -> None:
     out, err = core_command(*arguments, expect=2)
     assert out == "" and len(err.splitlines()) == 1 and f"pip install 'lbgym[{extra}]'" in err
 
@@ -291,9 +327,11 @@ def test_every_exception_is_one_line(
     assert ("Traceback" in capsys.readouterr().err) == (not isinstance(error, KeyboardInterrupt))
 
 
-def test_compare_prints_tables_and_writes_files(small: Path, tmp_path: Path) -> None:
+def test_compare_prints_tables_and_writes_files(small: Path, tmp_path: Path, lbgym_command: Command) -> None:
     out = tmp_path / "out"
-    done = lbgym_command("compare", "-s", small, "-p", "ecmp,sed,mine=wcmp+latency", "-n", 3, "--out", out, "--flows")
+    done = lbgym_command(
+        "compare", "-s", small, "-p", "ecmp,sed,mine=wcmp+latency", "-n", 3, "--processes", 1, "--out", out, "--flows"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "" and "…" not in done.stdout
     lines = done.stdout.splitlines()
@@ -303,7 +341,7 @@ def test_compare_prints_tables_and_writes_files(small: Path, tmp_path: Path) -> 
     assert written == {p.name for p in out.iterdir()} and {"summary.json", "fct_distribution.png"} <= written
 
 
-def test_compare_as_json(small: Path, tmp_path: Path) -> None:
+def test_compare_as_json(small: Path, tmp_path: Path, lbgym_command: Command) -> None:
     arguments = ("compare", "-s", small, "-p", "ecmp,sed", "-n", 2, "--load", 0.3, "--baseline", "sed", "--json")
     done = lbgym_command(*arguments, "--out", tmp_path / "out", "--no-plots")
     data = json.loads(done.stdout)
@@ -311,11 +349,11 @@ def test_compare_as_json(small: Path, tmp_path: Path) -> None:
     assert data["baseline"] == "sed" and data["scenario"]["load"] == pytest.approx(0.3) and data["seeds"] == [0, 1]
     again = json.loads(lbgym_command(*arguments, "--processes", 1).stdout)
     assert again["contenders"] == data["contenders"]
-    shifted = json.loads(lbgym_command(*arguments, "--first-seed", 1).stdout)
+    shifted = json.loads(lbgym_command(*arguments, "--processes", 1, "--first-seed", 1).stdout)
     assert shifted["contenders"][0]["runs"][0] == data["contenders"][0]["runs"][1]
 
 
-def test_compare_replays_a_trace(small: Path, tmp_path: Path) -> None:
+def test_compare_replays_a_trace(small: Path, tmp_path: Path, lbgym_command: Command) -> None:
     rng = np.random.default_rng(0)
     trace = tmp_path / "flows.csv.gz"
     write_trace(Trace(times=np.cumsum(rng.exponential(0.01, 3000)), demands=rng.exponential(0.02, 3000)), trace)
@@ -334,7 +372,7 @@ def test_compare_replays_a_trace(small: Path, tmp_path: Path) -> None:
     assert fast["contenders"][0]["runs"][0]["flows"] == pytest.approx(1000, rel=0.15)
 
 
-def test_compare_reads_a_trace_with_options(small: Path, tmp_path: Path) -> None:
+def test_compare_reads_a_trace_with_options(small: Path, tmp_path: Path, lbgym_command: Command) -> None:
     trace = tmp_path / "odd.csv"
     stream = io.StringIO()
     writer = csv.writer(stream)
@@ -379,8 +417,8 @@ def test_standard_output_that_cannot_be_written(command: str, where: str, code: 
     assert (done.returncode, done.stderr) == (code, message)
 
 
-def test_what_the_encoding_lacks_is_no_reason_to_lose_a_comparison(small: Path) -> None:
-    arguments = ("compare", "-s", small, "-p", "größe=ecmp,lsq,日本=sed", "-n", 2)
+def test_what_the_encoding_lacks_is_no_reason_to_lose_a_comparison(small: Path, lbgym_command: Command) -> None:
+    arguments = ("compare", "-s", small, "-p", "größe=ecmp,lsq,日本=sed", "-n", 2, "--processes", 1)
     plain = lbgym_command(*arguments, env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "120"})
     assert plain.returncode == 0 and plain.stderr == "" and plain.stdout.isascii()
     full = lbgym_command(*arguments, env=os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "120"})
@@ -392,7 +430,9 @@ def test_what_the_encoding_lacks_is_no_reason_to_lose_a_comparison(small: Path) 
 
 
 @pytest.mark.parametrize("where", ["full", "folder"])
-def test_results_that_cannot_be_saved_are_said_before_the_work(where: str, small: Path, tmp_path: Path) -> None:
+def test_results_that_cannot_be_saved_are_said_before_the_work(
+    where: str, small: Path, tmp_path: Path, lbgym_command: Command
+) -> None:
     (tmp_path / "file").touch()
     target = tmp_path / "file" / "out" if where == "folder" else Path("/dev/full/out")
     done = lbgym_command("compare", "-s", small, "-p", "ecmp", "-n", "100000", "--out", target)

@@ -20,6 +20,7 @@ import lbgym
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from lbgym.rewards import REWARDS
 from lbgym.sharedmemory import region_names
+from tests.forked import Template
 from tests.report.conftest import Open, browser, open_page
 
 __all__ = ["browser", "open_page"]
@@ -52,6 +53,7 @@ SHORTER = {
 NEEDS = {
     "quickstart": ("torch", "rich", "scipy"),
     "multi-agent": ("pettingzoo",),
+    "fit": ("pyarrow", "typer"),
     "live": ("h5py", "minari", "pyarrow", "typer"),
     "training": ("torch", "tomli_w"),
     "clusters": ("torch", "ray"),
@@ -172,27 +174,23 @@ def test_reference_names_what_the_code_has(site: Path) -> None:
 
 
 #: Pages that drive a live data plane, and the region they name.
-LIVE = {"live": "marllb_lb0"}
+LIVE = {"fit": "marllb_lb0", "live": "marllb_lb0"}
+#: Times real time that it is emulated at, where the page needs minutes of it.
+SPEEDUP = {"fit": 20}
 #: What shows that something was printed that nobody can read: <object at 0x7f...>.
 NOT_TEXT = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>")
 
 
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(folder / "minari")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run(python: Template, arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MINARI_DATASETS_PATH": str(folder / "minari")}
+    return python.run(arguments, cwd=folder, env=environment)
 
 
 @pytest.fixture
-def region() -> Iterator[str]:
+def region(page: str) -> Iterator[str]:
     """The name of a region in which an emulator publishes."""
     name = f"docs_{os.getpid()}"
-    options = ["--name", name, "--scenario", "heterogeneous", "--seed", "1"]
+    options = ["--name", name, "--scenario", "heterogeneous", "--seed", "1", "--speedup", str(SPEEDUP.get(page, 1))]
     process = subprocess.Popen(
         [sys.executable, "-m", "lbgym", "dataplane", "emulate", *options],
         stdout=subprocess.DEVNULL,
@@ -209,13 +207,15 @@ def region() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_every_block_of_python_runs_as_a_file(page: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_every_block_of_python_runs_as_a_file(
+    page: str, tmp_path: Path, python: Template, request: pytest.FixtureRequest
+) -> None:
     for module in NEEDS.get(page, ()):
         pytest.importorskip(module)
     name = request.getfixturevalue("region") if page in LIVE else None
     if name is not None:
         record = ["-m", "lbgym", "shm", "record", name, "out.parquet", "--duration", "3"]
-        done = run(record, tmp_path)
+        done = run(python, record, tmp_path)
         assert done.returncode == 0, done.stderr
     for number, code in enumerate(blocks(page, "python")):
         for long, short in SHORTER.items():
@@ -223,7 +223,7 @@ def test_every_block_of_python_runs_as_a_file(page: str, tmp_path: Path, request
         if name is not None:
             code = code.replace(LIVE[page], name)
         (tmp_path / f"block_{number}.py").write_text(code)
-        done = run([f"block_{number}.py"], tmp_path)
+        done = run(python, [f"block_{number}.py"], tmp_path)
         assert done.returncode == 0, f"docs/{page}.md, block {number}:\n{code}\n{done.stderr}"
         assert not NOT_TEXT.search(done.stdout), f"docs/{page}.md, block {number} prints {done.stdout}"
 

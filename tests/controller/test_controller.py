@@ -361,9 +361,9 @@ def test_the_fallback_is_within_the_envelope_too(nursery: Nursery) -> None:
         assert strings.weights == pytest.approx([0.4, 0.8, 1.2, 1.6])
 
 
-def test_a_dry_run_writes_nothing_and_holds_no_lock(nursery: Nursery, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "lbgym")
-    with data_plane(nursery) as strings, controlling(Fickle(WANTED), dry_run=True) as dry:
+def test_a_shadow_writes_nothing_and_holds_no_lock(nursery: Nursery, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "lbgym")
+    with data_plane(nursery) as strings, controlling(Fickle(WANTED), shadow=True) as dry:
         dry.steps(3)
         assert strings.weights == SAFE
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("/lb0")]

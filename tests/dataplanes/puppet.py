@@ -7,20 +7,22 @@ can tell what it has. Commands come as lines of JSON on standard input and are a
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from lbgym.sharedmemory import Publication, SharedMemoryRegion, seqlock
 from lbgym.snapshot import Snapshot
+from tests.forked import Process, Template
 
 #: The data plane's clock at tick 0, seconds.
 START = 100.0
@@ -108,7 +110,7 @@ class _Puppet:
 class Puppet:
     """The test's end of the strings."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: Process) -> None:
         self.process = process
 
     def tell(self, **words: Any) -> Any:
@@ -136,18 +138,24 @@ def puppet(
     ground_truth: bool = True,
 ) -> Iterator[Puppet]:
     """A puppet that has published its first observation; killed in the end."""
-    command = [sys.executable, "-m", "tests.dataplanes.puppet", name, f"--servers={servers}", f"--period={period}"]
+    command = ["-m", "tests.dataplanes.puppet", name, f"--servers={servers}", f"--period={period}"]
     command += [f"--rate={rate}"] + ([f"--capacity={capacity}"] if capacity else [])
     command += ["--ground-truth"] if ground_truth else []
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = _template().start(command)
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         yield Puppet(process)
     finally:
         process.send_signal(signal.SIGCONT)
-        process.kill()
-        process.communicate()
+        process.close()
+
+
+@cache
+def _template() -> Template:
+    template = Template(["numpy"], "from lbgym.sharedmemory import seqlock; seqlock.warm_up()")
+    atexit.register(template.close)
+    return template
 
 
 def main() -> None:

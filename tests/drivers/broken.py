@@ -36,6 +36,9 @@ DEFECTS = {
     "hears no agent": "action",
     "says an id and has other weights": "action",
     "dies of a NaN": "bad actions",
+    "takes index parameters": "",
+    "takes index parameters and heeds none": "index",
+    "takes up a bad index": "bad actions",
     "knows no leases": "lease",
     "ignores SIGTERM": "end",
     "leaves its file": "end",
@@ -46,7 +49,12 @@ def publish(say: Say, name: str, defect: str) -> None:
     """A driver of three servers with a defect."""
     features = frozenset(abi_features()) - ({"fct_std"} if defect == "fills a column that is not real" else set())
     region = SharedMemoryRegion.create(
-        name, num_servers=SERVERS, publish_interval=INTERVAL, driver="broken", features=features
+        name,
+        num_servers=SERVERS,
+        publish_interval=INTERVAL,
+        driver="broken",
+        features=features,
+        takes_index="index" in defect,
     )
     ended: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: None if defect == "ignores SIGTERM" else ended.append(number))
@@ -58,6 +66,8 @@ def publish(say: Say, name: str, defect: str) -> None:
         region.set_server(server, name=server_name, state=state)
     period = INTERVAL * 1.3 if defect == "drifts" else INTERVAL
     begun, count = time.monotonic(), 0
+    # Publications in which server 0 took no flows.
+    shunned = 0
     while not ended:
         if defect != "hears no agent":
             region.weights_in_force()
@@ -69,8 +79,12 @@ def publish(say: Say, name: str, defect: str) -> None:
             region._sequence_id += 1
         if defect == "says an id and has other weights" and not region.safe_weights_in_force:
             region._in_force[0] = 77.0
+        if defect == "takes up a bad index" and (number := bad_index(region)):
+            region._applied = number, time.monotonic_ns()
+        index = region.index_in_force
+        shunned += index is not None and index[0, 1] > 1e3 and not defect.endswith("heeds none")
         if not (defect == "stops publishing" and count > 3):
-            region.publish(observation(region, count, period, defect))
+            region.publish(observation(region, count, period, defect, shunned))
         poke(region, defect)
         count += 1
         while (left := begun + count * period - time.monotonic()) > 0 and not ended:
@@ -92,7 +106,7 @@ def abi_features() -> tuple[str, ...]:
     return (*FEATURE_NAMES, *GROUND_TRUTH_NAMES)
 
 
-def observation(region: SharedMemoryRegion, count: int, period: float, defect: str) -> Publication:
+def observation(region: SharedMemoryRegion, count: int, period: float, defect: str, shunned: int = 0) -> Publication:
     """Its observation number ``count``; two servers take flows."""
     active = np.array([True, True, False])
     stats = np.zeros((SERVERS, 11), np.float32)
@@ -103,7 +117,7 @@ def observation(region: SharedMemoryRegion, count: int, period: float, defect: s
     if defect == "shows inactive servers":
         stats[2, 1] = 0.25
     number = count % 10 if defect == "begins its counters again" else count
-    completed = np.array([3 * number, 2 * number, 5], np.int64)
+    completed = np.array([3 * (number - shunned), 2 * number, 5], np.int64)
     started = completed + np.array([2, 2, 1])
     if defect == "loses flows":
         started[1] += 1
@@ -138,10 +152,25 @@ def poke(region: SharedMemoryRegion, defect: str) -> None:
         seqlock.store_word(words, seqlock.HEARTBEAT, 1)
 
 
-def spoilt(region: SharedMemoryRegion) -> bool:
-    """The newest action begins with a NaN."""
+def newest_action(region: SharedMemoryRegion) -> tuple[int, np.ndarray]:
+    """How many actions were written, and the words of the newest, unchecked."""
     layout, words = region.layout, region._words
     assert words is not None
     count = int(seqlock.load_word(words, seqlock.ACTION_COUNT))
-    at = layout.actions_offset + count % abi.NUM_ACTIONS * layout.action_size + layout.action_sections["weights"]
-    return bool(count and np.isnan(words[at // 8 :][:1].view(np.float64)[0]))
+    at = layout.actions_offset + count % abi.NUM_ACTIONS * layout.action_size
+    return count, words[at // 8 :][: layout.action_size // 8]
+
+
+def spoilt(region: SharedMemoryRegion) -> bool:
+    """The newest action begins with a NaN."""
+    count, action = newest_action(region)
+    weights = action.view(np.float64)[region.layout.action_sections["weights"] // 8 :]
+    return bool(count and np.isnan(weights[0]))
+
+
+def bad_index(region: SharedMemoryRegion) -> int:
+    """The sequence id of the newest action if its index parameters are NaN; else 0."""
+    count, action = newest_action(region)
+    head = action[: abi.ACTION.size // 8].view(abi.ACTION.dtype)[0]
+    index = action.view(np.float64)[region.layout.action_sections["index"] // 8 :]
+    return int(head["sequence_id"]) if count and head["flags"] & abi.FLAG_INDEX and np.isnan(index[0]) else 0

@@ -1,13 +1,15 @@
-"""The emulator as a process, for tests."""
+"""The emulator as a process, and the loop of a publisher in a thread, for tests."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lbgym.drivers import Publisher
 from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion
 
 
@@ -25,6 +27,19 @@ def emulator(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def running(publisher: Publisher) -> Iterator[None]:
+    """The publisher's loop in a thread."""
+    stop = threading.Event()
+    thread = threading.Thread(target=publisher.run, args=(stop,))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def following(region: SharedMemoryRegion, timeout: float = 10.0) -> Iterator[ObservationBuffer]:

@@ -44,11 +44,14 @@ def test_every_check_can_fail() -> None:
     assert {"region", *DEFECTS.values()} - {""} == set(CHECKS)
 
 
-@pytest.mark.parametrize("scenario", ["heterogeneous", "marllb-moderate"])
-def test_the_emulator_passes(scenario: str, shm_dir: Path) -> None:
-    with emulator("--name", "lb", "--scenario", scenario) as process:
+@pytest.mark.parametrize(("scenario", "rule"), [("heterogeneous", "marginal"), ("marllb-moderate", "wcmp")])
+def test_the_emulator_passes(scenario: str, rule: str, shm_dir: Path) -> None:
+    with emulator("--name", "lb", "--scenario", scenario, "--dispatch", rule) as process:
         verdicts = check_driver("lb" if scenario == "heterogeneous" else "lb_0", end=True)
         assert all(verdict.passed for verdict in verdicts), "\n".join(map(str, verdicts))
+        by_index = next(verdict.detail for verdict in verdicts if verdict.check == "index")
+        assert by_index.startswith("none of" if rule == "marginal" else "none: the data plane takes weights only")
+        assert not by_index.startswith("none of 0 flows")
         assert process.wait(20) == 0
         assert not any(shm_dir.iterdir())
 
@@ -62,7 +65,7 @@ def test_the_command_prints_a_line_per_check(
         out = capsys.readouterr().out.splitlines()
         assert len(out) == len(CHECKS)
         assert [line.split()[0] for line in out if " inactive " in line[:20]] == ["FAILED"]
-        assert sum(line.startswith("skipped") for line in out) == 4
+        assert sum(line.startswith("skipped") for line in out) == 5
     # A region whose driver was killed is none to check.
     assert check.main(["lb", "--timeout", "0.1"]) == 1
     assert "is gone" in capsys.readouterr().out

@@ -15,12 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lbgym import LoadBalanceEnv
+from lbgym.controller import Controller, ControllerConfig
 from lbgym.drivers import Emulator
-from lbgym.errors import InvalidOptionError, InvalidWeightsError, RegionExistsError
+from lbgym.drivers import emulator as emulator_module
+from lbgym.errors import InvalidOptionError, InvalidWeightsError, PolicyError, RegionExistsError
+from lbgym.policies import FieldWeights, make_weight_policy
 from lbgym.scenarios import Event, Exponential, Scenario, Server, Workload, load_scenario
 from lbgym.sharedmemory import SharedMemoryRegion, abi, seqlock
 from lbgym.simulator import Simulation
-from tests.drivers.emulated import emulator, following
+from tests.drivers.emulated import emulator, following, running
 
 #: Exact in binary, so that sums of it are, too.
 INTERVAL = 0.125
@@ -98,6 +102,59 @@ def test_undriven_it_is_the_simulator_bit_for_bit(balancers: int, shm_dir: Path)
         # All that can happen to a flow did.
         assert (totals[1:].sum(axis=1) > 0).all() and unrouted > 0 and drained > 0
     assert not any(shm_dir.iterdir())
+
+
+def test_index_actions_set_background_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an environment and of ``lbgym run``; they end with their action."""
+    scenario = load_scenario("uniform").with_changes(dispatch="marginal", balancers=1)
+    cores = np.array([server.cores for server in scenario.servers])
+    with (
+        Emulator(scenario, "lb", seed=7, speedup=20.0) as emulated,
+        running(emulated),
+        SharedMemoryRegion.attach("lb") as reader,
+    ):
+        simulation = emulated._cluster.simulation
+        env = LoadBalanceEnv("lb", scenario=scenario, action_type="index", step_interval=0.25)
+        env.reset()
+        *_, info = env.step(np.random.default_rng(3).uniform(-1, 1, env.action_space.shape).astype(np.float32))
+        assert info["applied_sequence_id"] == info["action_sequence_id"]
+        np.testing.assert_array_equal(simulation.weights_in_force()[0, 0], info["weights"])
+        np.testing.assert_array_equal(simulation.background_in_force()[0, 0], info["background"])
+        env.close()
+        seen = following(reader)
+        with SharedMemoryRegion.attach("lb") as agent:
+            agent.write_action(sequence_id=1000, weights=cores)
+            next(s for s in seen if not simulation.background_in_force().any())
+            agent.write_action(sequence_id=1001, weights=cores, index=np.ones((len(cores), 2)), lease=0.5)
+            next(s for s in seen if (simulation.background_in_force() == 1.0).all())
+            next(s for s in seen if s.safe and not simulation.background_in_force().any())
+        policy = FieldWeights(make_weight_policy("cores", scenario), num_balancers=3)
+        loads: list[float] = []
+        apply_index = emulator_module._Balancer.apply_index
+        monkeypatch.setattr(
+            emulator_module._Balancer,
+            "apply_index",
+            lambda self, weights, index, now: (loads.append(index[:, 1].max()), apply_index(self, weights, index, now)),
+        )
+        Controller(ControllerConfig(shm="lb", policy="field", steps=8), policy=policy).run()
+        assert max(loads) > 0.0
+
+
+def test_an_emulator_without_an_index_refuses_background_loads() -> None:
+    scenario = load_scenario("uniform").with_changes(dispatch="wcmp", balancers=1)
+    with (
+        Emulator(scenario, "lb", seed=7, speedup=20.0) as emulated,
+        running(emulated),
+        SharedMemoryRegion.attach("lb") as reader,
+    ):
+        with pytest.raises(InvalidOptionError, match="region 'lb' takes weights only"):
+            LoadBalanceEnv("lb", action_type="index", step_interval=0.25)
+        policy = FieldWeights(make_weight_policy("cores", scenario), num_balancers=3)
+        with pytest.raises(PolicyError, match="takes weights only"):
+            Controller(ControllerConfig(shm="lb", policy="field"), policy=policy).run()
+        # No action was written, and the region is free.
+        assert not reader.agent_alive and reader.read_action() is None
+        assert next(following(reader)).safe
 
 
 def test_actions_cut_an_interval_and_change_nothing_but_weights() -> None:

@@ -9,7 +9,6 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from lbgym.drivers.control import control, control_path
 from lbgym.drivers.discovery import Slots
 from lbgym.errors import InvalidOptionError, RegionExistsError, UnknownNameError
 from lbgym.sharedmemory import ObservationBuffer, Publication, ServerState, SharedMemoryRegion, seqlock
-from tests.drivers.emulated import emulator, following
+from tests.drivers.emulated import emulator, following, running
 
 INTERVAL = 0.02
 NS = 1_000_000_000
@@ -100,19 +99,6 @@ class Counting(Source):
 
 
 @contextmanager
-def running(publisher: Publisher) -> Iterator[None]:
-    """The publisher's loop in a thread."""
-    stop = threading.Event()
-    thread = threading.Thread(target=publisher.run, args=(stop,))
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-@contextmanager
 def published(source: Source, **options: object) -> Iterator[tuple[Publisher, Iterator[ObservationBuffer]]]:
     keys = {"publish_interval": INTERVAL, **options}
     with (
@@ -169,6 +155,45 @@ def test_weights_are_applied_and_the_safe_ones_after_the_lease() -> None:
             seen = next(s for s in observations if s.safe)
             assert (seen.published_at - written) / NS >= 0.3
             assert source.applied[-1][1] == seen.weights[:2].tolist() == [1.0, 1.0]
+
+
+class Indexed(Counting):
+    """One that places flows by an index."""
+
+    takes_index = True
+
+    def apply_index(self, weights: NDArray[np.float64], index: NDArray[np.float64], now: float) -> None:
+        self.applied.append((now, [weights.tolist(), index.tolist()]))  # type: ignore[arg-type]
+
+
+def test_index_parameters_are_applied_and_go_with_their_action() -> None:
+    source = Indexed()
+    with published(source) as (_, observations), SharedMemoryRegion.attach("lb") as agent:
+        next(observations)
+
+        def after(number: int, index: list[list[float]] | None, lease: float = 60.0) -> object:
+            agent.write_action(sequence_id=number, weights=[3.0, 4.0][: len(index or "ab")], lease=lease, index=index)
+            next(s for s in observations if s.applied_sequence_id == number)
+            return source.applied[-1][1]
+
+        assert after(5, [[1.5, 2.0], [4.0, 0.0]]) == [[3.0, 4.0], [[1.5, 2.0], [4.0, 0.0]]]
+        # The same weights with another background load, then without any.
+        assert after(6, [[1.5, 2.0], [4.0, 7.0]]) == [[3.0, 4.0], [[1.5, 2.0], [4.0, 7.0]]]
+        assert after(7, None) == [3.0, 4.0]
+        # Servers that the action says nothing of have their safe weight, one core, and no background load.
+        assert after(8, [[1.5, 2.0]]) == [[3.0, 1.0], [[1.5, 2.0], [1.0, 0.0]]]
+        after(9, [[1.5, 2.0], [4.0, 7.0]], lease=0.1)
+        next(s for s in observations if s.safe)
+        assert source.applied[-1][1] == [1.0, 1.0]
+
+
+def test_a_data_plane_that_takes_weights_only_refuses_an_index() -> None:
+    source = Counting()
+    with published(source) as (_, observations), SharedMemoryRegion.attach("lb") as agent:
+        next(observations)
+        with pytest.raises(InvalidOptionError, match="'lb' does not dispatch by index"):
+            agent.write_action(sequence_id=5, weights=[3.0, 4.0], index=[[1.0, 1.0], [1.0, 1.0]])
+        assert next(observations).safe and [weights for _, weights in source.applied] == [[1.0, 1.0]]
 
 
 def test_no_lease_is_longer_than_the_drivers() -> None:

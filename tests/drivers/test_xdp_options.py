@@ -48,6 +48,7 @@ def test_a_good_one(tmp_path: Path) -> None:
         ({**GOOD, "interfaces": ["eth0", "eth0"]}, "interfaces: 'eth0' is there twice"),
         ({**GOOD, "vip": "10.0.0.100:80"}, r"unknown key 'vip' in .*\[driver\]\. Did you mean 'vips'"),
         ({**GOOD, "rule": "oracle_sed"}, "unknown dispatch rule of an XDP balancer 'oracle_sed'"),
+        ({**GOOD, "rule": "table"}, "unknown dispatch rule of an XDP balancer 'table'"),
         ({**GOOD, "mode": "nat"}, "unknown mode 'nat'.* Did you mean 'dnat'"),
         ({**GOOD, "flows": 3}, "flows must be a whole number from 16 to 16777216"),
         ({**GOOD, "syn_flows": 1 << 20}, "syn_flows must be a whole number from 1 to 262144"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pytest
@@ -21,15 +21,25 @@ from lbgym.features import rng
 from lbgym.features.kernel_cache import is_compiled, is_kept, source_stamp, sources_of
 from lbgym.sharedmemory import seqlock
 from lbgym.simulator import kernel, per_flow_kernel
+from tests.forked import Template
 
 PACKAGE = Path(lbgym.__file__).parent
 
 #: A kernel that takes a second to compile: says whether it was loaded from disk.
 PROGRAM = """
-import numpy as np
 from lbgym.features import rng
 assert int(rng.stream_seed(1, 2, 3)) == {expected}
 print(sum(rng.stream_seed._cache_hits.values()))
+"""
+#: In a process that has Numba already, which reads the environment when it is imported, and a limit in bytes per file.
+PREPARE = """
+import resource, sys
+from numba.core import config
+sys.path.insert(0, {path!r})
+config.reload_config()
+limit = {limit}
+if limit is not None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 """
 WARNING = "cannot keep compiled functions on disk"
 
@@ -37,6 +47,13 @@ WARNING = "cannot keep compiled functions on disk"
 @pytest.fixture(scope="module")
 def expected() -> int:
     return int(rng.stream_seed(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def numba() -> Iterator[Template]:
+    """Gives processes that have compiled something, and imported nothing of ours."""
+    with Template(["numpy", "numba"], "import numba; numba.njit(lambda x: x + 1)(1)") as template:
+        yield template
 
 
 @pytest.fixture
@@ -49,49 +66,83 @@ def copy_of_package(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
-def run(arguments: list[str], path: Path = PACKAGE.parent, limit: int | None = None, **variables: str) -> list[str]:
-    """Standard output and standard error of a process that must succeed; ``limit``: bytes per file it writes."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "HOME")}
+def environment(variables: dict[str, str]) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "HOME")}
+    return inherited | {"HOME": "/proc/x", "PYTHONDONTWRITEBYTECODE": "1"} | variables
 
-    def prepare() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
+def run(arguments: list[str], path: Path = PACKAGE.parent, **variables: str) -> list[str]:
+    """Standard output and standard error of a process that must succeed."""
     done = subprocess.run(
         [sys.executable, *arguments],
-        env=environment | {"PYTHONPATH": str(path), "HOME": "/proc/x", "PYTHONDONTWRITEBYTECODE": "1"} | variables,
+        env=environment({"PYTHONPATH": str(path)} | variables),
         capture_output=True,
         text=True,
-        preexec_fn=prepare,
     )
     assert done.returncode == 0, done.stderr
     return [done.stdout.strip(), done.stderr]
 
 
-def loaded(expected: int, **keys: object) -> tuple[int, str]:
+class Runner(Protocol):
+    """Runs a program in a process of its own and returns what it wrote to standard output and standard error."""
+
+    def __call__(
+        self, program: str, path: Path = PACKAGE.parent, limit: int | None = None, **variables: str
+    ) -> list[str]: ...
+
+
+@pytest.fixture
+def forked(numba: Template) -> Runner:
+    """A runner; ``limit``: bytes per file that the program writes."""
+
+    def run_forked(program: str, path: Path = PACKAGE.parent, limit: int | None = None, **variables: str) -> list[str]:
+        program = PREPARE.format(path=str(path), limit=limit) + program
+        done = numba.run(["-c", program], env=environment(variables))
+        assert done.returncode == 0, done.stderr
+        return [done.stdout.strip(), done.stderr]
+
+    return run_forked
+
+
+class Loaded(Protocol):
     """How often a process found the kernel on disk, and what it said."""
-    out, error = run(["-c", PROGRAM.format(expected=expected)], **keys)  # type: ignore[arg-type]
-    return int(out), error
+
+    def __call__(self, path: Path = PACKAGE.parent, limit: int | None = None, **variables: str) -> tuple[int, str]: ...
+
+
+@pytest.fixture
+def loaded(forked: Runner, expected: int) -> Loaded:
+    def load(path: Path = PACKAGE.parent, limit: int | None = None, **variables: str) -> tuple[int, str]:
+        out, error = forked(PROGRAM.format(expected=expected), path, limit, **variables)
+        return int(out), error
+
+    return load
 
 
 def test_kept_from_process_to_process(tmp_path: Path, expected: int) -> None:
-    assert loaded(expected, NUMBA_CACHE_DIR=str(tmp_path)) == (0, "")
-    assert loaded(expected, NUMBA_CACHE_DIR=str(tmp_path)) == (1, "")
+    program = PROGRAM.format(expected=expected)
+    assert run(["-c", program], NUMBA_CACHE_DIR=str(tmp_path)) == ["0", ""]
+    assert run(["-c", program], NUMBA_CACHE_DIR=str(tmp_path)) == ["1", ""]
 
 
-def test_no_place_to_write(copy_of_package: Path, expected: int) -> None:
+def test_no_place_to_write(copy_of_package: Path, loaded: Loaded) -> None:
     for variables in ({}, {"NUMBA_CACHE_DIR": "/proc/x"}):
-        hits, error = loaded(expected, path=copy_of_package, **variables)
+        hits, error = loaded(path=copy_of_package, **variables)
         assert hits == 0
         assert error.count("\n") == 1 and WARNING in error and "NUMBA_CACHE_DIR" in error
 
 
 def test_nothing_is_said_where_nothing_is_compiled(copy_of_package: Path) -> None:
-    _, error = run(["-m", "lbgym", "shm", "ls"], path=copy_of_package)
+    _, error = run(["-m", "lbgym", "shm", "ls"], path=copy_of_package, LBGYM_SHM_DIR=str(copy_of_package))
     assert error == ""
 
 
 def test_a_simulation_without_a_place_to_write(copy_of_package: Path) -> None:
+    # Without its loop over flows, which is most of what there is to compile.
+    source = copy_of_package / "lbgym" / "simulator" / "kernel.py"
+    whole = source.read_text()
+    source.write_text(whole.replace("status[r] = _run(P, S, r, b >= 0)", "status[r] = DONE"))
+    assert source.read_text() != whole
     out, error = run(["-c", "import lbgym; print(lbgym.LoadBalanceEnv().reset(seed=1)[0].shape)"], path=copy_of_package)
     assert out == "(4, 11)"
     assert "in every process" in error and error.count(WARNING) == 1 and "Traceback" not in error
@@ -120,46 +171,46 @@ def damage(folder: Path, pattern: str, content: bytes | None) -> None:
     ids=["empty index", "index of zeros", "truncated index", "empty data", "data of zeros", "a flipped bit"],
 )
 def test_a_damaged_entry_is_a_miss_and_mended(
-    tmp_path: Path, expected: int, pattern: str, content: bytes | None
+    tmp_path: Path, loaded: Loaded, pattern: str, content: bytes | None
 ) -> None:
-    loaded(expected, NUMBA_CACHE_DIR=str(tmp_path))
+    loaded(NUMBA_CACHE_DIR=str(tmp_path))
     damage(tmp_path, pattern, content)
-    assert loaded(expected, NUMBA_CACHE_DIR=str(tmp_path)) == (0, "")
-    assert loaded(expected, NUMBA_CACHE_DIR=str(tmp_path)) == (1, "")
+    assert loaded(NUMBA_CACHE_DIR=str(tmp_path)) == (0, "")
+    assert loaded(NUMBA_CACHE_DIR=str(tmp_path)) == (1, "")
 
 
-def test_a_lost_data_file_is_a_miss(tmp_path: Path, expected: int) -> None:
-    loaded(expected, NUMBA_CACHE_DIR=str(tmp_path))
+def test_a_lost_data_file_is_a_miss(tmp_path: Path, loaded: Loaded) -> None:
+    loaded(NUMBA_CACHE_DIR=str(tmp_path))
     for file in tmp_path.rglob("*.nbc"):
         file.unlink()
-    assert loaded(expected, NUMBA_CACHE_DIR=str(tmp_path)) == (0, "")
-    assert loaded(expected, NUMBA_CACHE_DIR=str(tmp_path)) == (1, "")
+    assert loaded(NUMBA_CACHE_DIR=str(tmp_path)) == (0, "")
+    assert loaded(NUMBA_CACHE_DIR=str(tmp_path)) == (1, "")
 
 
-def test_the_data_of_another_function_is_a_miss(tmp_path: Path, expected: int) -> None:
+def test_the_data_of_another_function_is_a_miss(tmp_path: Path, loaded: Loaded) -> None:
     """Two processes that save different forms of one function at the same time may give both the same number."""
-    loaded(expected, NUMBA_CACHE_DIR=str(tmp_path))
+    loaded(NUMBA_CACHE_DIR=str(tmp_path))
     mine, *others = sorted(tmp_path.rglob("*.nbc"), key=lambda file: "stream_seed" not in file.name)
     assert "stream_seed" in mine.name and others
     shutil.copyfile(others[0], mine)
-    assert loaded(expected, NUMBA_CACHE_DIR=str(tmp_path)) == (0, "")
+    assert loaded(NUMBA_CACHE_DIR=str(tmp_path)) == (0, "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE")
-def test_a_failed_save_is_one_warning(tmp_path: Path, expected: int) -> None:
-    hits, error = loaded(expected, limit=512, NUMBA_CACHE_DIR=str(tmp_path))
+def test_a_failed_save_is_one_warning(tmp_path: Path, loaded: Loaded) -> None:
+    hits, error = loaded(limit=512, NUMBA_CACHE_DIR=str(tmp_path))
     assert hits == 0
     assert error.count("\n") == 1 and WARNING in error and "File too large" in error
     assert not list(tmp_path.rglob("*.nbc"))
-    assert loaded(expected, NUMBA_CACHE_DIR=str(tmp_path)) == (0, "")
+    assert loaded(NUMBA_CACHE_DIR=str(tmp_path)) == (0, "")
 
 
-def test_a_full_disk(tmp_path: Path, expected: int) -> None:
+def test_a_full_disk(tmp_path: Path, loaded: Loaded) -> None:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(tmp_path)], capture_output=True)
     if mounted.returncode != 0:
         pytest.skip("cannot mount a file system")
     try:
-        hits, error = loaded(expected, NUMBA_CACHE_DIR=str(tmp_path))
+        hits, error = loaded(NUMBA_CACHE_DIR=str(tmp_path))
         assert hits == 0
         assert error.count("\n") == 1 and WARNING in error
     finally:
@@ -211,7 +262,7 @@ def test_every_constant_and_function_a_kernel_uses_is_of_one_of_its_sources() ->
 
 
 @pytest.mark.parametrize("place", ["features/rng.py", "elsewhere/deep/rng.py", "rng.py"])
-def test_a_change_in_anything_compiled_in_is_noticed(tmp_path: Path, place: str) -> None:
+def test_a_change_in_anything_compiled_in_is_noticed(tmp_path: Path, place: str, forked: Runner) -> None:
     """Whatever the folders are called: no name of one is known to the cache."""
     root = tmp_path / "lbgym"
     for name in ("features/__init__.py", "features/compile.py", "features/kernel_cache.py", "__init__.py", "errors.py"):
@@ -227,11 +278,11 @@ def test_a_change_in_anything_compiled_in_is_noticed(tmp_path: Path, place: str)
         "@compiled()\ndef number():\n    return NUMBER\n"
     )
     program = "from lbgym.any.where import number; print(number(), sum(number._cache_hits.values()))"
-    keys = {"path": tmp_path, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    assert run(["-c", program], **keys) == ["1 0", ""]  # type: ignore[arg-type]
-    assert run(["-c", program], **keys) == ["1 1", ""]  # type: ignore[arg-type]
+    cache = str(tmp_path / "cache")
+    assert forked(program, tmp_path, NUMBA_CACHE_DIR=cache) == ["1 0", ""]
+    assert forked(program, tmp_path, NUMBA_CACHE_DIR=cache) == ["1 1", ""]
     constant.write_text("NUMBER = 2\n")
-    assert run(["-c", program], **keys) == ["2 0", ""]  # type: ignore[arg-type]
+    assert forked(program, tmp_path, NUMBA_CACHE_DIR=cache) == ["2 0", ""]
 
 
 def test_numba_keeps_the_stamp() -> None:
@@ -326,6 +377,6 @@ def test_the_same_simulation_with_the_compiler_disabled() -> None:
         np.testing.assert_allclose(services, plain[key][2], rtol=1e-12)
 
 
-def test_the_message_names_no_numba_internals(copy_of_package: Path, expected: int) -> None:
-    _, error = loaded(expected, path=copy_of_package)
+def test_the_message_names_no_numba_internals(copy_of_package: Path, loaded: Loaded) -> None:
+    _, error = loaded(path=copy_of_package)
     assert not re.search(r"locator|RuntimeError|Traceback", error)

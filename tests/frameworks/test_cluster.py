@@ -42,9 +42,20 @@ def test_no_cluster_and_no_checkpoint(tmp_path: Path) -> None:
         train_on_ray("ppo", SMALL, address="127.0.0.1:1")
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes: the head, which this process is on, has no CPUs, so that every training is on the other."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    ray.init(address=made.address, log_to_driver=False)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("work", ["train", "tune"])
-def test_a_signal_ends_the_command_in_order(work: str, number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_the_command_in_order(cluster: Any, work: str, number: signal.Signals, tmp_path: Path) -> None:
     """Ray puts a handler of its own in place of ours, which would end the process without saving anything."""
     settings = ["--set", "num_steps=8", "--set", "max_steps=64", "--set", "checkpoint_every=0.0"]
     arguments = ["--scenario", "uniform", "--set", "num_envs=8", *settings, "--seconds", "1000", "--out", str(tmp_path)]
@@ -52,6 +63,9 @@ def test_a_signal_ends_the_command_in_order(work: str, number: signal.Signals, t
         arguments += ["--backend", "ray", "--no-tensorboard"]
     else:
         arguments += ["--param", "learning_rate=loguniform(1e-4, 1e-3)", "--trials", "1"]
+    # One starts a Ray of its own, which takes longer than the training.
+    if (work, number) != ("train", signal.SIGTERM):
+        arguments += ["--address", cluster.address]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "-m", "lbgym", work, *arguments],
@@ -71,17 +85,6 @@ def test_a_signal_ends_the_command_in_order(work: str, number: signal.Signals, t
     assert process.returncode == 128 + number, err
     assert "Traceback" not in err
     assert read_checkpoint(tmp_path / "ppo.pt")["step"] > 0
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Two nodes: the head, which this process is on, has no CPUs, so that every training is on the other."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    ray.init(address=made.address, log_to_driver=False)
-    yield made
-    ray.shutdown()
-    made.shutdown()
 
 
 def test_a_killed_node_costs_the_steps_since_the_checkpoint(

@@ -93,6 +93,13 @@ int write_index(R *r, uint64_t id, const double *weights, const double *index, u
 {
     return lbgym_shm_write_index(r, id, weights, index, n, lease);
 }
+uint32_t index_in_force(const R *r, double *index)
+{
+    uint32_t n;
+    const double *found = lbgym_shm_index_in_force(r, &n);
+    memcpy(index, found != NULL ? found : index, 2 * n * sizeof *index);
+    return n;
+}
 int renew(R *r) { return lbgym_shm_renew(r); }
 
 int set_num_servers(R *r, uint32_t n) { return lbgym_shm_set_num_servers(r, n); }

@@ -68,6 +68,7 @@ _FUNCTIONS: dict[str, tuple[Any, Sequence[Any]]] = {
     "unlock_agent": (None, [_REGION]),
     "write_action": (ctypes.c_int, [_REGION, _U64, _F64S, _U32, _U64]),
     "write_index": (ctypes.c_int, [_REGION, _U64, _F64S, ctypes.c_void_p, _U32, _U64]),
+    "index_in_force": (_U32, [_REGION, _F64S]),
     "renew": (ctypes.c_int, [_REGION]),
     "set_num_servers": (ctypes.c_int, [_REGION, _U32]),
     "set_safe_weights": (ctypes.c_int, [_REGION, _F64S, _U32]),

@@ -363,6 +363,15 @@ def test_index_parameters_reach_a_data_plane_that_takes_them(library: ctypes.CDL
         producer.poll_action()
         action = producer.weights()
         assert action.has_index and action.index[:3].tolist() == index.tolist()
+        in_force = np.zeros((3, 2))
+        assert library.index_in_force(producer.at, in_force) == 3 and in_force.tolist() == index.tolist()
         agent.write_action(2, weights)
         producer.poll_action()
-        assert not producer.weights().has_index
+        assert not producer.weights().has_index and not library.index_in_force(producer.at, in_force)
+        # Of two servers that an action is about, and not beyond its lease.
+        agent.write_action(3, weights[:2], index=index[:2], lease=math.inf)
+        producer.poll_action()
+        assert library.index_in_force(producer.at, in_force) == 2
+        agent.write_action(4, weights, index=index, lease=1e-9)
+        producer.poll_action()
+        assert library.safe(producer.at) and not library.index_in_force(producer.at, in_force)

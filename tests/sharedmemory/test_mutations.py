@@ -23,7 +23,7 @@ from lbgym.sharedmemory.system import path_of
 from lbgym.snapshot import Snapshot
 from tests.sharedmemory.nursery import Nursery, Say
 
-MUTANTS = 25_000  # for each of four seeds
+MUTANTS = 10_000  # for each of four seeds
 CAPACITY = 3
 INT64_END = 1 << 63
 OUTCOMES = (
@@ -338,7 +338,7 @@ def test_mutants_are_refused_or_sane(nursery: Nursery, shm_dir: Path, seed: int)
             raise AssertionError(f"mutant {at} of seed {seed}; -11 is a crash, -14 a hang: {error}") from None
     # All outcomes did occur, the important ones often.
     assert min(tally.values()) >= 10, tally
-    assert min(tally[often] for often in ("refused", "read", "RegionFormatError", "actions refused")) > 1000, tally
+    assert min(tally[often] for often in ("refused", "read", "RegionFormatError", "actions refused")) > 500, tally
 
 
 @pytest.mark.slow

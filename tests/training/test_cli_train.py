@@ -23,6 +23,7 @@ pytest.importorskip("typer")
 
 from lbgym.policies import load_policy
 from lbgym.training import read_checkpoint
+from tests.forked import Template
 
 SHORT = ("--num-envs", "6", "--scenario", "uniform", "--no-tensorboard")
 
@@ -159,23 +160,22 @@ def test_a_signal_saves_the_checkpoint(number: signal.Signals, tmp_path: Path) -
     assert str(tmp_path / "ppo.pt") in out.replace("\n", "")
 
 
-#: Runs with a limit on the size of files, which the system enforces as it does a full disk.
+#: Runs with a limit on the size of files, which the system enforces as it does a full disk. What is compiled must not
+#: be written, or the limit would be met there.
 _NO_SPACE = """
 import resource, sys
 from lbgym.cli import main
+sys.dont_write_bytecode = True
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 main(sys.argv[1:])
 """
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_keeps_the_older_checkpoint(tmp_path: Path, python: Template) -> None:
     out = tmp_path / "ppo.pt"
     out.write_bytes(b"older")
     arguments = ["train", *SHORT, "--steps", "64", "--out", str(out)]
-    # What is compiled must not be written either, or the limit would be met there.
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", _NO_SPACE, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = python.run(["-c", _NO_SPACE, *arguments])
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("lbgym: error: cannot write") and str(out) in last and "File too large" in last

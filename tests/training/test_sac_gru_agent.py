@@ -48,8 +48,8 @@ def test_any_form_of_environment(replicas: int | None, layout: str, action_type:
         env = LoadBalanceVectorEnv(replicas, autoreset_mode="Disabled", **keys)
     agent = SACGRUAgent(env, **SMALL)
     before = [p.clone() for p in agent.networks.actor.parameters()]
-    loop(env, agent, 40)
-    assert agent.step == 40 * (replicas or 1)
+    loop(env, agent, 24)
+    assert agent.step == 24 * (replicas or 1)
     assert not any(torch.equal(p, q) for p, q in zip(before, agent.networks.actor.parameters(), strict=True))
     agent.save(tmp_path / "agent.pt")
     # what is saved acts in the environments that it names, and goes on learning
@@ -60,7 +60,7 @@ def test_any_form_of_environment(replicas: int | None, layout: str, action_type:
     twin = SACGRUAgent.load(tmp_path / "agent.pt", env)
     assert twin.step == agent.step
     assert all(torch.equal(p, q) for p, q in zip(agent.networks.parameters(), twin.networks.parameters(), strict=True))
-    loop(env, twin, 20)
+    loop(env, twin, 18)
 
 
 def test_without_info_the_weights_in_force_are_those_of_the_actions() -> None:
@@ -68,7 +68,7 @@ def test_without_info_the_weights_in_force_are_those_of_the_actions() -> None:
     for with_info in (False, True):
         env = LoadBalanceVectorEnv(3, autoreset_mode="Disabled", max_steps=16)
         agent = SACGRUAgent(env, **SMALL)
-        runs.append((loop(env, agent, 40, with_info=with_info), [p.clone() for p in agent.networks.parameters()]))
+        runs.append((loop(env, agent, 24, with_info=with_info), [p.clone() for p in agent.networks.parameters()]))
         env.close()
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(p, q) for p, q in zip(runs[0][1], runs[1][1], strict=True))

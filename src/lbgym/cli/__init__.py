@@ -1,5 +1,5 @@
-"""The command line, ``lbgym``: compare, train, tune, run, scenarios, describe, suite, dashboard, server-agent,
-dataplane, shm.
+"""The command line, ``lbgym``: compare, train, tune, fit, run, scenarios, describe, suite, dashboard, lab,
+server-agent, dataplane, shm.
 
 Exit codes: 0; 1 for a fault of lbgym; 2 for what the user can put right; 128 + n after signal n (130 after Ctrl-C), 141
 if whoever reads standard output has closed it. Errors are one line on standard error; ``LBGYM_DEBUG=1`` adds the
@@ -37,11 +37,12 @@ def _help(command: Callable[..., None]) -> str:
 def _app() -> typer.Typer:
     import typer
 
-    from . import shm, suite
+    from . import lab, shm, suite
     from ._options import options
     from .compare import compare
     from .dashboard import dashboard
-    from .dataplane import check, ctl, emulate, xdp
+    from .dataplane import afpacket, check, ctl, emulate, haproxy, xdp
+    from .fit import fit
     from .run import run
     from .scenarios import describe, scenarios
     from .server_agent import server_agent
@@ -58,7 +59,7 @@ def _app() -> typer.Typer:
     )
 
     app.callback()(options)
-    for command in (compare, train, tune, run, scenarios, describe, dashboard, server_agent):
+    for command in (compare, train, tune, fit, run, scenarios, describe, dashboard, server_agent):
         app.command(help=_help(command))(command)
     benchmark = typer.Typer(
         help="Run the benchmark with a fixed protocol, and check and show its results.", no_args_is_help=True
@@ -66,8 +67,12 @@ def _app() -> typer.Typer:
     for part in (suite.run, suite.verify, suite.table, suite.show):
         benchmark.command(help=_help(part))(part)
     app.add_typer(benchmark, name="suite")
+    laboratory = typer.Typer(help="Measure policies on real servers on this machine.", no_args_is_help=True)
+    for act in (lab.up, lab.status, lab.run, lab.twin, lab.down):
+        laboratory.command(help=_help(act))(act)
+    app.add_typer(laboratory, name="lab")
     dataplane = typer.Typer(help="Publish a data plane in shared memory, check and change it.", no_args_is_help=True)
-    for work in (emulate, xdp, check, ctl):
+    for work in (emulate, xdp, afpacket, haproxy, check, ctl):
         dataplane.command(help=_help(work))(work)
     app.add_typer(dataplane, name="dataplane")
     regions = typer.Typer(help="Look at regions of shared memory, record them, remove them.", no_args_is_help=True)
@@ -86,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: always, with the exit code.
     """
+    from ._command_line import running
     from ._outcome import exit_code_of
     from ._signals import interruptible
 
@@ -102,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = list(sys.argv[1:] if arguments is None else arguments)
         group = typer.main.get_command(_app())
         # Not group.main, which makes "Aborted." of an EOFError and exit code 1 of a closed pipe.
-        with group.make_context("lbgym", given) as context:
+        with running(given), group.make_context("lbgym", given) as context:
             group.invoke(context)
 
     with interruptible():

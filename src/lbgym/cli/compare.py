@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from ..atomic import check_writable
-from ..errors import MissingExtraError, ScenarioError, UnknownNameError
+from ..errors import ScenarioError, UnknownNameError
 from ..scenarios import (
     TRACE_FORMATS,
     TRACE_OPTIONS,
@@ -19,12 +18,24 @@ from ..scenarios import (
     load_scenario,
     read_trace,
 )
-from ._console import print_json, results_console
-from ._options import installed
+from ._command_line import command_line
+from ._comparison import (
+    AsJson,
+    Baseline,
+    Drain,
+    Duration,
+    FirstSeed,
+    Load,
+    Plots,
+    Quiet,
+    Rate,
+    StepInterval,
+    Warmup,
+    report_comparison,
+    require_extras,
+)
+from ._console import print_json
 from ._progress import ProgressBar
-
-if TYPE_CHECKING:
-    from ..evaluation import Comparison
 
 #: A trace is replayed once, but by default no longer than this, seconds.
 MAX_TRACE_DURATION = 600.0
@@ -42,26 +53,14 @@ def compare(
         str, typer.Option("--policies", "-p", help=_POLICIES_HELP)
     ] = "ecmp,wcmp,maglev,lsq,sed,p2c,sed+latency,sed+littles-law",
     seeds: Annotated[int, typer.Option("--seeds", "-n", min=1, help="Seeds; each is the same flows for all.")] = 10,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first of the seeds.")] = 0,
-    baseline: Annotated[
-        str | None, typer.Option(help="Contender to compare the others with.", show_default="the first")
-    ] = None,
-    load: Annotated[
-        float | None, typer.Option(help="Offered work over the capacity, instead of the scenario's.")
-    ] = None,
-    rate: Annotated[float | None, typer.Option(help="Flows per second, instead of the scenario's.")] = None,
-    duration: Annotated[float | None, typer.Option(help="Seconds of a run.", show_default="the scenario's")] = None,
-    warmup: Annotated[
-        float | None, typer.Option(help="Seconds whose flows do not count.", show_default="a sixth of the duration")
-    ] = None,
-    drain: Annotated[
-        float | None,
-        typer.Option(help="Seconds after the duration to wait for flows.", show_default="the reject timeout"),
-    ] = None,
-    step_interval: Annotated[
-        float | None,
-        typer.Option(help="Seconds between changes of weights.", show_default="a model's own, else 0.25"),
-    ] = None,
+    first_seed: FirstSeed = 0,
+    baseline: Baseline = None,
+    load: Load = None,
+    rate: Rate = None,
+    duration: Duration = None,
+    warmup: Warmup = None,
+    drain: Drain = None,
+    step_interval: StepInterval = None,
     trace: Annotated[
         Path | None,
         typer.Option(help="Replay this trace instead of the scenario's workload; each seed begins elsewhere."),
@@ -77,12 +76,15 @@ def compare(
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for results, summary and plots.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="One HTML file with verdict, tables and interactive plots.")
+    ] = None,
     flows: Annotated[
         bool, typer.Option("--flows", help="With --out, also save each flow that arrives from warm-up to end.")
     ] = False,
-    plots: Annotated[bool, typer.Option(help="Draw plots, with --out.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables, and no progress.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    plots: Plots = True,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare policies on the same flows.
 
@@ -97,7 +99,7 @@ def compare(
         raise ScenarioError(f"give --load or --rate, not both; got {load!r} and {rate!r}")
     if flows and out is None:
         raise ScenarioError("--flows saves to the folder of --out, which is missing")
-    _require(seeds, plots and out is not None)
+    require_extras(seeds, plots and out is not None, report is not None)
     contenders = parse_contenders(policies)
     chosen = load_scenario(scenario)
     if trace is not None:
@@ -113,6 +115,8 @@ def compare(
         chosen = chosen.with_changes(**({"load": load} if load is not None else {"rate": rate}))
     if out is not None:
         check_writable(out / "summary.json")
+    if report is not None:
+        check_writable(report)
     numbers = range(first_seed, first_seed + seeds)
     with ProgressBar("comparing", total=len(contenders) * seeds, quiet=quiet or as_json) as bar:
         comparison = run(
@@ -132,18 +136,16 @@ def compare(
         print_json(comparison.to_dict())
     else:
         # First: a full disk or a lack of permission is no reason to lose the result.
-        _report(comparison)
+        report_comparison(comparison)
     for file in save(comparison, out, plots=plots) if out is not None else []:
         if not as_json:
             typer.echo(f"wrote {file}")
+    if report is not None:
+        from ..report import save_report
 
-
-def _require(seeds: int, plots: bool) -> None:
-    """Refuse before the work starts what would fail for want of a package when it is done."""
-    if seeds > 1 and not installed("scipy"):
-        raise MissingExtraError("scipy", "eval", "a confidence interval (with --seeds above 1)")
-    if plots and not installed("matplotlib"):
-        raise MissingExtraError("matplotlib", "eval", "a plot (--no-plots does without)")
+        save_report(comparison, report, scenario=chosen, command=command_line())
+        if not as_json:
+            typer.echo(f"wrote {report}")
 
 
 def _trace_options(items: list[str]) -> dict[str, Any]:
@@ -173,48 +175,3 @@ def _with_trace(
     trace = read_trace(path, **({"random_start": True} | options))
     changed = replace(scenario, workload=Workload(trace=trace, load=load, rate=rate))
     return replace(changed, duration=min(trace.period * trace.rate / changed.rate, MAX_TRACE_DURATION))
-
-
-def _report(comparison: Comparison) -> None:
-    from ._tables import drawn_table, plain
-
-    console = results_console()
-    settings = comparison.settings
-    source = "" if comparison.trace is None else f", trace {Path(comparison.trace).name}"
-    drawn = ", drawn for each seed" if comparison.drawn else ""
-    flows = comparison.values(comparison.baseline, "flows").mean()
-    count = comparison.balancers
-    name = f"[bold]{escape(comparison.scenario)}[/bold]{escape(source)}{drawn}"
-    console.print(
-        f"{name}: {_span(comparison, 'servers', 'd')} servers, {count} balancer{'s' * (count > 1)}, "
-        f"load {_span(comparison, 'load', '.2f')}, {_span(comparison, 'rate', '.4g')} flows/s\n"
-        f"{flows:,.0f} flows per seed count: those that arrive from {settings.warmup:.4g} to {settings.duration:.4g} s"
-    )
-    console.print()
-    tables = [comparison.table()]
-    if len(comparison.labels) > 1:
-        tables.append(comparison.difference_table())
-    verdicts = []
-    for label in [contender.label for contender in comparison.contenders if contender.path is not None]:
-        if len(comparison.labels) > 2 or label == comparison.baseline:
-            tables.append(comparison.versus_table(label))
-        if len(comparison.labels) > 1:
-            verdicts.append(comparison.verdict(label))
-    for table in tables:
-        if table.rows:
-            console.print(drawn_table(table, console))
-    for verdict in verdicts:
-        console.print(plain(verdict, console), markup=False)
-    still = {label: comparison.values(label, "open").mean() for label in comparison.labels}
-    if max(still.values()) >= 0.5:
-        counts = ", ".join(f"{label} {count:,.0f}" for label, count in still.items() if count >= 0.5)
-        console.print(
-            f"Flows per seed still open {settings.drain:g} s after the end, counted with their age: {counts}.",
-            markup=False,
-        )
-
-
-def _span(comparison: Comparison, name: str, form: str) -> str:
-    """A condition of the runs, or the range of those of the seeds."""
-    values = [getattr(conditions, name) for conditions in comparison.conditions]
-    return " to ".join(dict.fromkeys(f"{x:{form}}" for x in (min(values), max(values))))

@@ -8,7 +8,7 @@ import logging
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,10 @@ from ..atomic import check_writable, write_whole
 from ..errors import InvalidOptionError
 from ..scenarios import fixed_scenario
 from ._signals import stop_on_signal
+
+if TYPE_CHECKING:
+    from ..drivers.config import DataPlaneConfig
+    from ..drivers.xdp.configured import ConfiguredBalancer
 
 logger = logging.getLogger("lbgym")
 
@@ -125,7 +129,6 @@ def xdp(
     exit code is 0. SIGHUP reads --config again. Killed, it leaves the balancer at work for the next driver to take
     over. Needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; the agent needs neither.
     """
-    from ..drivers import Publisher
     from ..drivers.config import DataPlaneConfig, load_config, parse_server
     from ..drivers.xdp import XdpBalancer, XdpOptions, build_object
     from ..drivers.xdp import detach as remove
@@ -181,19 +184,104 @@ def xdp(
                 group=group,
             ),
         )
-    balancer = XdpBalancer(loaded, options, config)
+    _publish(XdpBalancer(loaded, options, config), loaded)
+
+
+def afpacket(
+    config: Annotated[Path, typer.Option("--config", "-c", help="dataplane.toml, as of lbgym dataplane xdp.")],
+    name: Annotated[str | None, typer.Option("--name", help="Name of the region, instead of the file's.")] = None,
+) -> None:
+    """Balance TCP connections in this process, on raw sockets, and publish the balancer in shared memory.
+
+    For where XDP is not to be had: slower, with the same file, rules and modes. It needs CAP_NET_RAW and, once, a C
+    compiler. The VIPs must not be addresses of this machine, and its kernel must not forward. Prints one line as soon
+    as agents can attach. SIGTERM or Ctrl-C end it: flows are forgotten, and the exit code is 0. SIGHUP reads --config
+    again.
+    """
+    from ..drivers.afpacket import AfPacketBalancer
+    from ..drivers.config import load_config
+
+    loaded = load_config(config)
+    if name is not None:
+        loaded = dataclasses.replace(loaded, name=name)
+    _publish(AfPacketBalancer(loaded, None, config), loaded)
+
+
+def _publish(balancer: ConfiguredBalancer, config: DataPlaneConfig) -> None:
+    """Publish until a signal comes, and say so as soon as agents can attach."""
+    from ..drivers import Publisher
+
+    options = balancer.options
     with Publisher(
-        {loaded.name: balancer},
-        publish_interval=loaded.publish_interval,
-        capacity=loaded.capacity,
-        lease=loaded.lease,
-        mode=loaded.mode,
-        group=loaded.group,
+        {config.name: balancer},
+        publish_interval=config.publish_interval,
+        capacity=config.capacity,
+        lease=config.lease,
+        mode=config.mode,
+        group=config.group,
     ) as publisher:
         typer.echo(
-            f"region {loaded.name}: {', '.join(options.vips)} on {', '.join(options.interfaces)}, {options.mode} to "
-            f"{len(balancer.servers())} servers by {options.rule}, an observation every {loaded.publish_interval:g} s"
+            f"region {config.name}: {', '.join(options.vips)} on {', '.join(options.interfaces)}, {options.mode} to "
+            f"{len(balancer.servers())} servers by {options.rule}, an observation every {config.publish_interval:g} s"
         )
+        sys.stdout.flush()
+        publisher.serve()
+
+
+def haproxy(
+    backend: Annotated[list[str], typer.Option("--backend", help="Backend to drive; may be repeated.")],
+    name: Annotated[list[str], typer.Option("--name", help="Name of its region; one per backend, in their order.")],
+    socket: Annotated[
+        str | None, typer.Option("--socket", help="HAProxy's 'stats socket' with level admin: path or HOST:PORT.")
+    ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option("--log", help="Where HAProxy logs to, made here: path or HOST:PORT.", show_default="no FCTs"),
+    ] = None,
+    agent_check: Annotated[
+        str | None,
+        typer.Option(help="[ADDRESS:]PORT to answer agent-checks on, instead of setting weights by the socket."),
+    ] = None,
+    configured_weight: Annotated[
+        int, typer.Option(help="Weight of the servers in HAProxy's configuration, for agent-checks without a socket.")
+    ] = 100,
+    publish_interval: Annotated[float, typer.Option(help="Seconds between observations.")] = 0.2,
+    capacity: Annotated[
+        int | None, typer.Option(help="Servers a region has room for.", show_default="64, or more if needed")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="Permissions of the regions, octal.")] = "600",
+    group: Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")] = None,
+) -> None:
+    """Drive backends of a running HAProxy, each with a region of its own, and publish them in shared memory.
+
+    Prints one line as soon as agents can attach. SIGTERM, SIGHUP or Ctrl-C end it: the configured weights are in force
+    again, and the exit code is 0. HAProxy may be reloaded meanwhile. Needs no root.
+    """
+    from ..drivers import Publisher
+    from ..drivers.haproxy import HaproxyOptions, open_backends, pair_names
+
+    permissions = _permissions(mode)
+    options = HaproxyOptions(
+        backends=pair_names(name, backend),
+        socket=socket,
+        log=log,
+        agent_check=agent_check,
+        configured_weight=configured_weight,
+        capacity=capacity,
+    )
+    with ExitStack() as stack:
+        sources = open_backends(options)
+        for source in sources.values():
+            stack.callback(source.close)
+        publisher = stack.enter_context(
+            Publisher(sources, publish_interval=publish_interval, capacity=capacity, mode=permissions, group=group)
+        )
+        for region, source in zip(publisher.regions, sources.values(), strict=True):
+            typer.echo(
+                f"region {region.name}: backend {options.backends[region.name]}, {len(source.servers())} servers, "
+                f"weights by {'the runtime API' if agent_check is None else 'agent-checks'}, an observation every "
+                f"{publish_interval:g} s of {', '.join(source.features)}"
+            )
         sys.stdout.flush()
         publisher.serve()
 

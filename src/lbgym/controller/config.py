@@ -12,6 +12,7 @@ from ..errors import InvalidOptionError, UnknownNameError
 from ..toml_files import read_toml
 from .envelope import SafetyEnvelope
 from .logs import LOG_FORMATS, LOG_LEVELS
+from .rollback import METRICS
 
 _ENVELOPE = SafetyEnvelope()
 
@@ -104,7 +105,40 @@ class ControllerConfig:
     )
     duration: float | None = _key("Seconds after which to end; default: never.", float, None, low=0.0, above=True)
     steps: int | None = _key("Steps after which to end; default: never.", int, None, low=1, high=1e18)
-    dry_run: bool = _key("Only observe, and log what would be done: no lock, no weights written.", bool, False)
+    shadow: bool = _key(
+        "Decide and record, and change nothing: no lock, no weights written; a report at the end and on SIGUSR1.",
+        bool, False,
+    )  # fmt: skip
+    out: str | None = _key(
+        "File of a shadow: its report (.json) or every decision (.parquet); default: no file.", str, None
+    )
+    share: float = _key(
+        "Part of the way from the data plane's safe weights to the policy's that the weights go: no more than this "
+        "share of the flows is moved.",
+        float, 1.0, low=0.0, high=1.0, above=True,
+    )  # fmt: skip
+    ramp: float = _key(
+        "Seconds in which the share grows to its value from 0, at a steady rate; 0: at once.",
+        float, 0.0, low=0.0, high=1e9,
+    )  # fmt: skip
+    rollback: float | None = _key(
+        "Largest FCT over that under the safe weights, which are in force for a quarter of the time to compare with; "
+        "if it is more, hand back and end (exit code 4); default: no such rule.",
+        float, None, low=1.0, high=1e6,
+    )  # fmt: skip
+    rollback_metric: str = _key("FCT that the rule compares.", str, "fct_p90", choices=METRICS)
+    rollback_failures: float = _key(
+        "Largest excess of the share of failed and rejected flows over that under the safe weights.",
+        float, 0.01, low=0.0, high=1.0, above=True,
+    )  # fmt: skip
+    rollback_slot: float = _key(
+        "Seconds of the data plane's clock until safe and policy's weights may take turns.",
+        float, 15.0, low=0.0, high=86_400.0, above=True,
+    )  # fmt: skip
+    rollback_alarm: float = _key(
+        "Probability that the rule ever hands back though the policy is no worse than allowed.",
+        float, 0.01, low=1e-9, high=0.5,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         for key in fields(self):
@@ -116,6 +150,8 @@ class ControllerConfig:
         return SafetyEnvelope(self.floor, self.max_ratio, self.rate_limit, self.smoothing)
 
 
+#: Keys of older files.
+_RENAMED = {"interval": "step_interval", "dry_run": "shadow"}
 KEYS: dict[str, Field[Any]] = {key.name: key for key in fields(ControllerConfig)}
 
 
@@ -164,8 +200,8 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, Any]:
     file, values = read_toml(path)
     checked = {}
     for name, value in values.items():
-        if name == "interval":
-            raise InvalidOptionError(f"{file}: the key 'interval' is now 'step_interval'")
+        if name in _RENAMED:
+            raise InvalidOptionError(f"{file}: the key {name!r} is now {_RENAMED[name]!r}")
         if name not in KEYS:
             raise UnknownNameError("key", name, KEYS, where=str(file))
         try:

@@ -37,6 +37,8 @@ from .envelope import usable_weights
 from .logs import log_event, logger
 from .metrics import Counts, Metrics, State, Step
 from .notify import Notifier
+from .rollback import Alarm, RollbackGuard
+from .shadow import Shadow, shares
 
 _DEBUG, _INFO, _WARNING = logging.DEBUG, logging.INFO, logging.WARNING
 #: Intervals of movement that a pause saves up at most.
@@ -45,6 +47,8 @@ _MOST_INTERVALS = 2.0
 _LOOK = 0.05
 #: Deadlines missed in a row that are worth a line in the log.
 _MANY_MISSED = 3
+#: Seconds for which the metrics stay after a rollback, so that they are read.
+_LINGER = 60.0
 
 
 class Outcome(StrEnum):
@@ -53,6 +57,7 @@ class Outcome(StrEnum):
     STOPPED = "stopped"
     FINISHED = "finished"
     SILENT = "silent"
+    ROLLED_BACK = "rolled back"
 
 
 class StopRequested(BaseException):
@@ -78,6 +83,11 @@ class Controller:
     first, until ``trial_steps`` observations in a row have come in time and the policy was good on each, whatever
     ``recover`` is.
 
+    **Careful beginnings.** With ``shadow`` nothing is written, and no lock is held, so that another agent may drive the
+    region. With ``share`` the weights go only part of the way from the data plane's safe ones to the policy's, along
+    the straight line between the servers' shares. With ``rollback`` the safe weights are in force for a quarter of the
+    time, and a :class:`~lbgym.controller.rollback.RollbackGuard` compares; its alarm ends the run.
+
     The policy's memory is cleared when another producer takes over, when the data plane's clock jumps, when unknown
     servers join, and when the policy fails.
 
@@ -89,6 +99,8 @@ class Controller:
         config: as given.
         state: the state so far, with all counts.
         metrics: None without ``config.metrics_port``, and before ``run``.
+        shadow: what the policy would have done; None without ``config.shadow``.
+        alarm: that ended the run; None if none did.
 
     Raises:
         LbgymError: if the policy, fallback or scenario does not exist, or they do not match.
@@ -105,6 +117,25 @@ class Controller:
         self._envelope = config.envelope
         self.state = State(__version__, self._policy.name, config.shm)
         self.metrics: Metrics | None = None
+        if config.out is not None and not config.shadow:
+            raise InvalidOptionError(f"out is the file of a shadow, and this is none; got {config.out!r}")
+        self.shadow = Shadow(config.shm, self._policy.name, config.out) if config.shadow else None
+        self.alarm: Alarm | None = None
+        self._guard: RollbackGuard | None = None
+        if config.rollback is not None and not config.shadow:
+            if config.rollback_slot < 4.0 * self._interval:
+                raise InvalidOptionError(
+                    f"rollback_slot must be at least 4 steps of {self._interval:g} s, got {config.rollback_slot:g}"
+                )
+            self._guard = RollbackGuard(
+                config.rollback, config.rollback_metric, config.rollback_failures, config.rollback_slot,
+                config.rollback_alarm,
+            )  # fmt: skip
+            self.state.evidence = {config.rollback_metric: 1.0, "failures": 1.0}
+        self.state.share = 0.0 if config.ramp else config.share
+        self._completed: NDArray[np.int64] | None = None
+        self._driving_since = math.inf
+        self._report_due = False
         self._stop = threading.Event()
         self._waiting = False
         self._notifier = Notifier("")
@@ -162,10 +193,37 @@ class Controller:
             if plane is not None:
                 self._withdraw(plane)
                 self._summarize()
+            if self.shadow is not None:
+                self._report_shadow()
+                self.shadow.close()
+            if self.alarm is not None:
+                self._hand_back(self.alarm)
             self._log(_INFO, "stopped", reason=str(outcome), steps=self.state.counts.steps)
             if interrupted is not None:
                 raise interrupted
             return outcome
+
+    def request_report(self) -> None:
+        """Have a shadow report before its next step; for signal handlers."""
+        self._report_due = True
+
+    def _report_shadow(self) -> None:
+        assert self.shadow is not None
+        self._report_due = False
+        summary = self.shadow.summary()
+        self._log(_INFO, "shadow", **{key: value for key, value in summary.items() if key != "region"})
+        self.shadow.write()
+
+    def _hand_back(self, alarm: Alarm) -> None:
+        """Say why the safe weights are in force, and let the metrics say it for a while."""
+        self.state.rolled_back = True
+        self._notifier.notify(f"STATUS=rolled back region {self.config.shm}: {alarm}")
+        self._log(
+            logging.ERROR, "rollback", f"{alarm}; the data plane's safe weights are in force",
+            metric=alarm.metric, policy=alarm.policy, safe=alarm.safe, evidence=alarm.evidence, seconds=alarm.seconds,
+        )  # fmt: skip
+        if self.metrics is not None:
+            self._stop.wait(_LINGER)
 
     def interrupt(self) -> None:
         """Cut short the present wait, if there is one; for signal handlers, in the thread that runs the controller."""
@@ -201,7 +259,7 @@ class Controller:
                 lease=plane.lease, servers=plane.num_servers, names=region_labels(region, plane.known_servers),
                 driver=region.driver, producer_pid=region.producer_pid,
                 clock_rate=region.clock_rate, publish_interval=region.publish_interval,
-                dry_run=self.config.dry_run, pid=os.getpid(),
+                shadow=self.config.shadow, share=self.config.share, rollback=self.config.rollback, pid=os.getpid(),
             )  # fmt: skip
             if self._usually_missed(plane):
                 self._log(
@@ -225,7 +283,7 @@ class Controller:
                 with self._interruptible():
                     SharedMemoryRegion.attach(config.shm, live=True, read_only=True).close()
                     return SharedMemoryDataPlane(
-                        config.shm, interval=self._interval, timeout=config.timeout, read_only=config.dry_run
+                        config.shm, interval=self._interval, timeout=config.timeout, read_only=config.shadow
                     )
             except (RegionNotFoundError, DataPlaneTimeout) as error:
                 if time.monotonic() >= deadline:
@@ -259,13 +317,26 @@ class Controller:
         self._servers = plane.num_servers
         for agent in (self._policy, self._fallback):
             agent.fit(
-                plane.num_servers, ground_truth=plane.has_ground_truth, index=plane.region.takes_index, tables=False
+                plane.num_servers,
+                features=plane.region.real_features,
+                ground_truth=plane.has_ground_truth,
+                index=plane.region.takes_index,
+                tables=False,
             )
             if agent.weights_only:
                 self._log(
                     _WARNING, "weights_only",
                     f"policy {agent.name!r}: the data plane takes weights only, so background loads are left out",
                 )  # fmt: skip
+
+    def _check_features(self, plane: SharedMemoryDataPlane) -> None:
+        """Leave a data plane that measures less than the policy needs to its safe weights."""
+        try:
+            for agent in (self._policy, self._fallback):
+                agent.check_features(plane.region.real_features)
+        except PolicyError:
+            self._withdraw(plane)
+            raise
 
     def _set_lease(self, plane: SharedMemoryDataPlane, *, refuse: bool = False) -> None:
         """Set the lease: longer than the longest time between two actions in normal operation."""
@@ -293,7 +364,8 @@ class Controller:
 
     def _drive(self, plane: SharedMemoryDataPlane) -> Outcome:
         config = self.config
-        ends_at = math.inf if config.duration is None else time.monotonic() + config.duration
+        self._driving_since = time.monotonic()
+        ends_at = math.inf if config.duration is None else self._driving_since + config.duration
         self._summary = _Summary(self.state.counts)
         self._notifier.notify("READY=1", f"STATUS=driving region {config.shm}")
         snapshot: Snapshot | None = None
@@ -305,6 +377,10 @@ class Controller:
                 return Outcome.FINISHED
             if 0 < config.max_timeouts <= self._timeouts:
                 return Outcome.SILENT
+            if self.alarm is not None:
+                return Outcome.ROLLED_BACK
+            if self._report_due and self.shadow is not None:
+                self._report_shadow()
             snapshot = self._observe(plane) if snapshot is None else self._step(plane, snapshot)
         return Outcome.STOPPED
 
@@ -334,10 +410,14 @@ class Controller:
         if proposed is None:
             counts.held_steps += 1
         weights, limits = self._envelope.apply(
-            before if proposed is None else proposed, before, snapshot.active, self._elapsed(snapshot)
-        )
+            before if proposed is None else self._part_of_the_way(plane, proposed, snapshot.active),
+            before, snapshot.active, self._elapsed(snapshot),
+        )  # fmt: skip
         for limit in limits:
             counts.interventions[limit] += 1
+        safe_slot = self.state.safe_slot = self._guard is not None and self._guard.safe_now(snapshot.timestamp)
+        if safe_slot:
+            weights = plane.safe_weights
         self._decided_at, self._weights = snapshot.timestamp, weights
         in_force = info["weights_in_force"]
         servers = region_labels(plane.region, known)
@@ -351,7 +431,7 @@ class Controller:
         acting = self._policy if self._distrust is None else self._fallback
         try:
             with self._interruptible():
-                after = plane.step(weights, index=acting.index(weights))
+                after = plane.step(weights, index=None if safe_slot else self._index(acting, weights))
         except (DataPlaneTimeout, RegionFormatError) as error:
             self._note_silence(error)
         counts.steps += 1
@@ -360,9 +440,15 @@ class Controller:
         self._summary.latencies.append(latency)
         if self.metrics is not None:
             self.metrics.latency.observe(latency)
-        if logger.isEnabledFor(_DEBUG) or self.config.dry_run:
+        if self.shadow is not None:
+            self.shadow.add(
+                snapshot.timestamp, int(snapshot.sequence_id), servers, weights[:known], in_force[:known],
+                snapshot.active[:known], snapshot.stats[:known], safe=info["safe_weights"],
+                fallback=self._distrust is not None,
+            )  # fmt: skip
+        if logger.isEnabledFor(_DEBUG):
             self._log(
-                _INFO if self.config.dry_run else _DEBUG, "step",
+                _DEBUG, "step",
                 sequence_id=snapshot.sequence_id, timestamp=snapshot.timestamp, servers=servers,
                 weights=weights[:known],
                 proposed=None if proposed is None else proposed[:known], in_force=in_force[:known],
@@ -373,7 +459,45 @@ class Controller:
             )  # fmt: skip
         if after is not None:
             self._note_observation(plane)
+            self._compare(plane, after, safe_slot)
         return after
+
+    def _part_of_the_way(
+        self, plane: SharedMemoryDataPlane, proposed: NDArray[np.float64], active: NDArray[np.bool_]
+    ) -> NDArray[np.float64]:
+        """Weights between the safe ones and the proposed, whose shares differ from the safe ones' by a part of that."""
+        config = self.config
+        driven = time.monotonic() - self._driving_since
+        share = self.state.share = config.share * (min(driven / config.ramp, 1.0) if config.ramp else 1.0)
+        if share == 1.0 or not active.any():
+            return proposed
+        safe = plane.safe_weights
+        # Safe weights that are 0 for every active server say nothing of them.
+        start = shares(safe if safe[active].any() else np.ones(len(safe)), active)
+        target = shares(proposed, active)
+        mixed: NDArray[np.float64] = ((1.0 - share) * start + share * target) * active.sum()
+        return mixed
+
+    def _index(self, acting: Agent, weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        """What goes with the weights to a data plane that dispatches by index; background loads by the share, too."""
+        index = acting.index(weights)
+        return index if index is None else index * (1.0, self.state.share)
+
+    def _compare(self, plane: SharedMemoryDataPlane, after: Snapshot, safe_slot: bool) -> None:
+        """Tell the rollback guard of a step."""
+        if self._guard is None:
+            return
+        info, before, self._completed = plane.info, self._completed, after.completed
+        if info["producer_restarted"] or info["clock_jumped"] or before is None or len(before) != len(after.completed):
+            self._guard.restart()
+            return
+        finished = np.maximum(after.completed - before, 0).astype(np.float64)
+        self.alarm = self._guard.observe(
+            after.timestamp, safe_slot, info["completed"], info["rejected"], info["fct_mean"], after.stats, finished
+        )
+        self.state.evidence.update(
+            {self.config.rollback_metric: self._guard.wealth, "failures": self._guard.failure_wealth}
+        )
 
     def _in_force(self, info: dict[str, Any]) -> NDArray[np.float64]:
         """The weights that the data plane uses, or will use once it has picked up those written last."""
@@ -381,7 +505,7 @@ class Controller:
         written = self._weights
         if written is None:
             return reported
-        if self.config.dry_run:
+        if self.config.shadow:
             return written
         picked_up = info["applied_sequence_id"] == info["action_sequence_id"]
         return reported if picked_up or info["safe_weights"] else written
@@ -452,7 +576,7 @@ class Controller:
     ) -> int:
         """Try whether the policy works again; return the instant at which the fallback's weights were written."""
         # Write first: the trial may take long.
-        plane.write(weights)
+        plane.write(weights, index=self._fallback.index(weights))
         written_at = plane.written_at
         self._ask(plane, snapshot, before)
         if self._failures:
@@ -498,7 +622,7 @@ class Controller:
         counts.missed += missed
         if missed >= self._usually_missed(plane) + _MANY_MISSED:
             self._log(_WARNING, "missed", missed=missed, overrun=info["overrun"])
-        if self.metrics is not None and not self.config.dry_run and math.isfinite(info["action_delay"]):
+        if self.metrics is not None and not self.config.shadow and math.isfinite(info["action_delay"]):
             self.metrics.delay.observe(max(0.0, info["action_delay"]))
         if info["producer_restarted"]:
             counts.restarts += 1
@@ -513,6 +637,8 @@ class Controller:
             names = region_labels(plane.region, plane.known_servers)
             self._log(_INFO, "servers_joined", servers=plane.num_servers, joined=names[self._servers :])
             self._fit(plane)
+        elif info["producer_restarted"]:
+            self._check_features(plane)
         if joined or info["producer_restarted"] or info["clock_jumped"]:
             # The past says nothing about what comes.
             self._forget = True

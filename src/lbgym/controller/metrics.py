@@ -28,7 +28,7 @@ class Counts:
     """Counts since the controller started; they never decrease.
 
     Attributes:
-        steps: actions written (in a dry run: decided).
+        steps: actions written (by a shadow: decided).
         timeouts: observations that did not come in time.
         invalid: observations that break the rules of the binary interface.
         missed: deadlines that passed without an observation of their own.
@@ -95,6 +95,10 @@ class State:
         lease: seconds that weights stay good.
         fallback: whether the fallback decides.
         connected: whether it is attached to a region.
+        share: part of the way from the safe weights to the policy's that the weights go.
+        safe_slot: whether the controller itself has put the safe weights in force, to compare with.
+        rolled_back: whether the rollback rule has handed back to the safe weights.
+        evidence: of the rollback rule, by metric; an alarm needs twice the reciprocal of its probability.
     """
 
     version: str
@@ -106,6 +110,10 @@ class State:
     lease: float = 0.0
     fallback: bool = False
     connected: bool = False
+    share: float = 1.0
+    safe_slot: bool = False
+    rolled_back: bool = False
+    evidence: dict[str, float] = field(default_factory=dict)
 
 
 _COUNTERS = {
@@ -199,6 +207,22 @@ class _Collector:
         yield GaugeMetricFamily("lbgym_connected", "1 while attached to a region.", state.connected)
         yield GaugeMetricFamily("lbgym_fallback_active", "1 while the fallback decides.", state.fallback)
         yield GaugeMetricFamily("lbgym_lease_seconds", "Seconds that weights stay good.", state.lease)
+        yield GaugeMetricFamily(
+            "lbgym_policy_share", "Part of the way from the safe weights to the policy's.", state.share
+        )
+        if state.evidence:
+            yield GaugeMetricFamily(
+                "lbgym_rolled_back", "1: the rollback rule has handed back to the safe weights.", state.rolled_back
+            )
+            yield GaugeMetricFamily(
+                "lbgym_safe_slot", "1: the safe weights are in force to compare with.", state.safe_slot
+            )
+            evidence: Any = GaugeMetricFamily(
+                "lbgym_rollback_evidence", "Evidence that the policy is worse than allowed.", labels=["metric"]
+            )
+            for metric, value in state.evidence.items():
+                evidence.add_metric([metric], value)
+            yield evidence
         if state.observed_at:
             age = max(0, time.monotonic_ns() - state.observed_at) / 1e9
             yield GaugeMetricFamily("lbgym_observation_age_seconds", "Age of the newest observation.", age)

@@ -25,6 +25,10 @@ class BatchedDataPlane(Protocol):
     num_servers: int
 
     @property
+    def features(self) -> frozenset[str]:
+        """The features that are measured; the columns of the others are 0 and mean nothing."""
+
+    @property
     def has_ground_truth(self) -> bool:
         """True if snapshots have the servers' CPU use, memory use and busy workers."""
 

@@ -140,6 +140,14 @@ class SharedMemoryDataPlane:
         return self._buffer.states[: self._buffer.num_servers]
 
     @property
+    def safe_weights(self) -> NDArray[np.float64]:
+        """The data plane's safe weights in the last observation, float64[num_servers]; 1 for servers not known yet."""
+        weights = np.ones(self.num_servers)
+        count = min(self._buffer.num_servers, self.num_servers)
+        weights[:count] = self._buffer.safe_weights[:count]
+        return weights
+
+    @property
     def has_ground_truth(self) -> bool:
         """True if the last observation had CPU use, memory use and busy workers."""
         return self._buffer.has_ground_truth

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, UnknownNameError
+from ..features.columns import FEATURE_NAMES
 from ..scenarios import AnyScenario, Configured, Scenario
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .live import SharedMemoryDataPlane
@@ -78,6 +79,11 @@ class LiveDataPlanes:
             self.close()
             raise
         self.num_servers = counts[0]
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The features that every data plane measures."""
+        return frozenset(FEATURE_NAMES).intersection(*(plane.region.real_features for plane in self._planes))
 
     @property
     def has_ground_truth(self) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, InvalidWeightsError, UnknownNameError
+from ..features.columns import FEATURE_NAMES
 from ..scenarios import RULES, AnyScenario, Event, Scenario, load_scenario
 from ..scenarios.randomization import HORIZON
 from ..simulator import Simulation
@@ -89,6 +90,7 @@ class SimulatedDataPlane:
         horizon: as given.
     """
 
+    features = frozenset(FEATURE_NAMES)
     has_ground_truth = True
     has_interval = True
 

@@ -70,10 +70,13 @@ class Source:
     Attributes:
         driver: kind of data plane, at most 24 bytes; for people.
         features: the columns that this data plane measures. The others are published as zeros and marked as not real.
+        takes_index: True if flows are placed by an index, so that an agent may give speeds and background loads, too:
+            :meth:`apply_index`.
     """
 
     driver: str = ""
     features: tuple[str, ...] = FEATURE_NAMES
+    takes_index: bool = False
 
     def servers(self) -> Sequence[ServerRow]:
         """The rows as they are now. Called before every publication, so it must not block."""
@@ -95,10 +98,27 @@ class Source:
         raise NotImplementedError
 
     def apply(self, weights: NDArray[np.float64], now: float) -> None:
-        """Dispatch by ``weights``, float64[N] of at least 0 and not all 0, from ``now`` on.
+        """Dispatch by ``weights``, float64[N] of at least 0 and not all 0, from ``now`` on; without background loads.
 
         Raises:
             DriverError: if the data plane does not take them.
+        """
+        raise NotImplementedError
+
+    def apply_index(self, weights: NDArray[np.float64], index: NDArray[np.float64], now: float) -> None:
+        """:meth:`apply` for an action with index parameters, where ``takes_index`` is true.
+
+        The weights are the servers' whole speeds. Where the data plane does not know a server's cores, its weight
+        divided by its speed per core are what the agent takes them for.
+
+        Args:
+            weights: as :meth:`apply` has them.
+            index: float64[N, 2], speed per core, above 0 where the weight is, and background load in flows, at least 0:
+                flows of others at the server, which count as if they were the balancer's own.
+            now: as :meth:`apply` has it.
+
+        Raises:
+            DriverError: as :meth:`apply`.
         """
         raise NotImplementedError
 

@@ -31,6 +31,8 @@ from .base import TAKES_FLOWS
 _NS = 1_000_000_000
 #: Publications within which an action must be in force: one may be under way when it is written.
 _PUBLICATIONS = 2
+#: Publications for which a server with a background load of so many flows must take none.
+_FLOW_PUBLICATIONS, _LARGE = 8, 1e6
 #: Longest wait between looks at the heartbeat, seconds.
 _LOOK = 0.05
 
@@ -49,6 +51,7 @@ CHECKS = {
     "ground truth": "CPU and memory use from 0 to 1",
     "action": "weights in force, and their id published, within two publications",
     "bad actions": "actions that no agent may write do no harm",
+    "index": "no flows for a server with a large background load, where a data plane takes index parameters",
     "lease": "the safe weights in force when the lease ends",
     "end": "SIGTERM closes and removes the region",
 }
@@ -176,7 +179,7 @@ class _Suite:
         for check in ("sequence", "heartbeat", "grid", "counters", "flows", "features", "inactive", "servers"):
             yield self._verdict(check, frames)
         yield self._verdict("ground truth", frames)
-        for check in ("action", "bad actions", "lease"):
+        for check in ("action", "bad actions", "index", "lease"):
             if drive:
                 yield self._verdict(check, frames)
             else:
@@ -356,10 +359,10 @@ class _Suite:
             newest = region.read_action()
         return max(applied, newest.sequence_id if newest is not None else 0) + 1
 
-    def _act(self, weights: ArrayLike, lease: float) -> tuple[int, int]:
+    def _act(self, weights: ArrayLike, lease: float, index: ArrayLike | None = None) -> tuple[int, int]:
         """Write an action; returns its id and when it was written."""
         number = self._new_id()
-        return number, self._region.write_action(sequence_id=number, weights=weights, lease=lease)
+        return number, self._region.write_action(sequence_id=number, weights=weights, lease=lease, index=index)
 
     def _published_after(self, instant: int, count: int) -> list[_Frame]:
         """The first ``count`` observations published after an instant of the monotonic clock."""
@@ -395,23 +398,52 @@ class _Suite:
         n = len(frames[-1].active)
         good = 1.0 + np.arange(n) % 2
         self._act(good, math.inf)
-        for what in ("NaN", "negative", "all 0", "too many", "alias out of range", "half-written"):
+        kinds = ["NaN", "negative", "all 0", "too many", "alias out of range", "half-written"]
+        if self._region.takes_index:
+            kinds += ["index of NaN", "index without a speed"]
+        for what in kinds:
             number = self._new_id() + 1000
             with _Vandal(self._region) as vandal:
                 written = vandal.write(what, number, n)
                 try:
                     seen = self._published_after(written, _PUBLICATIONS)[-1]
                 except _Failed as error:
-                    raise _Failed(f"after an action of weights that are {what}: {error}") from None
+                    raise _Failed(f"after a bad action ({what}): {error}") from None
             if seen.applied == number:
-                raise _Failed(f"an action of weights that are {what} is said to be in force")
+                raise _Failed(f"a bad action ({what}) is said to be in force")
             fine = [seen.safe_weights, good] if not seen.safe else [seen.safe_weights]
             if not any(np.array_equal(seen.weights, weights) for weights in fine):
-                raise _Failed(f"after an action of weights that are {what}, {_shown(seen.weights)} are in force")
+                raise _Failed(f"after a bad action ({what}), {_shown(seen.weights)} are in force")
             number, written = self._act(good, math.inf)
             if self._published_after(written, _PUBLICATIONS)[-1].applied != number:
-                raise _Failed(f"after an action of weights that are {what} a good one is not taken up")
-        return "six kinds are ignored, and a good action after each is taken up"
+                raise _Failed(f"after a bad action ({what}) a good one is not taken up")
+        return f"{len(kinds)} kinds are ignored, and a good action after each is taken up"
+
+    def _index(self, frames: Sequence[_Frame]) -> str:
+        if not self._region.takes_index:
+            return "none: the data plane takes weights only"
+        servers = np.flatnonzero(frames[-1].active)
+        if len(servers) < 2:
+            return "not tried: fewer than two servers take flows"
+        n = len(frames[-1].active)
+        shunned, begun = int(servers[0]), 0
+        index = np.stack([np.ones(n), np.zeros(n)], axis=1)
+        index[shunned, 1] = _LARGE
+        number, written = self._act(np.ones(n), math.inf, index)
+        before, *seen = self._published_after(written, _PUBLICATIONS + _FLOW_PUBLICATIONS)[_PUBLICATIONS - 1 :]
+        if before.applied != number or before.safe:
+            raise _Failed(
+                f"action {number}, which has index parameters, is not in force after {_PUBLICATIONS} observations"
+            )
+        for frame in seen:
+            placed = frame.counters[:n, 0] - before.counters[:n, 0]
+            begun = int(placed.sum())
+            if placed[shunned]:
+                raise _Failed(
+                    f"server {shunned} has taken {placed[shunned]} of {begun} flows with a background load of "
+                    f"{_LARGE:g} flows, where the others have none"
+                )
+        return f"none of {begun} flows for server {shunned} with a background load of {_LARGE:g}"
 
     def _lease(self, frames: Sequence[_Frame]) -> str:
         n = len(frames[-1].active)
@@ -507,10 +539,11 @@ class _Vandal:
         n = layout.capacity + 1 if what == "too many" else num_servers
         head["num_servers"] = n
 
-        def section(name: str, dtype: type) -> NDArray[np.generic]:
+        def section(name: str, dtype: type, columns: int = 1) -> NDArray[Any]:
             at = layout.action_sections[name]
-            return slot[at : at + np.dtype(dtype).itemsize * num_servers].view(dtype)
+            return slot[at : at + np.dtype(dtype).itemsize * columns * num_servers].view(dtype)
 
+        head["flags"] = 0
         weights = section("weights", np.float64)
         weights[:] = 5.0
         section("threshold", np.uint32)[:] = 0
@@ -523,6 +556,11 @@ class _Vandal:
             weights[:] = 0.0
         elif what == "alias out of range":
             section("alias", np.uint32)[0] = layout.capacity
+        elif what.startswith("index"):
+            head["flags"] = abi.FLAG_INDEX
+            index = section("index", np.float64, 2)
+            index[:] = 1.0
+            index[0] = np.nan if what == "index of NaN" else 0.0
         if what == "half-written":
             self._half = lock
         else:

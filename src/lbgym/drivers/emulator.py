@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .. import checks
 from ..errors import InvalidWeightsError
-from ..scenarios import Scenario
+from ..scenarios import RULES, Scenario
 from ..sharedmemory import Publication, ServerState, system
 from ..simulator import Simulation
 from ..simulator import layout as at
@@ -135,6 +135,7 @@ class _Cluster:
         self.simulation.observe()
         self.batch = self.simulation.reset([seed])
         self._weights: NDArray[np.float64] = np.ones((1, m, n))
+        self._background: NDArray[np.float64] = np.zeros((1, m, n))
         self._changed = False
         # Of the interval under way: parts and seconds simulated, CPU use times seconds.
         self._parts, self._elapsed, self._cpu = 0, 0.0, np.zeros(n)
@@ -164,10 +165,17 @@ class _Cluster:
         self.simulation.undrain(server)
         self._requested[server] = at.UP
 
-    def set_weights(self, balancer: int, weights: NDArray[np.float64], now: float) -> None:
-        """Dispatch a balancer's flows by ``weights`` from ``now`` on."""
+    @property
+    def takes_index(self) -> bool:
+        """True if the dispatch rule counts flows by a formula that takes a background load."""
+        return RULES[self.simulation.dispatch].takes_background
+
+    def set_weights(
+        self, balancer: int, weights: NDArray[np.float64], background: NDArray[np.float64] | float, now: float
+    ) -> None:
+        """Dispatch a balancer's flows by ``weights`` and background loads from ``now`` on."""
         self.advance(now)
-        self._weights[0, balancer] = weights
+        self._weights[0, balancer], self._background[0, balancer] = weights, background
         self._changed = True
 
     def advance(self, to: float) -> None:
@@ -175,7 +183,10 @@ class _Cluster:
         duration = to - self.time
         if duration <= 0.0:
             return
-        batch = self.batch = self.simulation.step(self._weights if self._changed else None, duration)
+        background = self._background if self.takes_index else None
+        batch = self.batch = self.simulation.step(
+            self._weights if self._changed else None, duration, background=background
+        )
         self._changed = False
         self._requested.clear()
         assert batch.ground_truth is not None
@@ -238,7 +249,7 @@ class _Balancer(Source):
     driver = "emulator"
 
     def __init__(self, cluster: _Cluster, balancer: int, safe_weights: NDArray[np.float64]) -> None:
-        self._cluster, self._balancer = cluster, balancer
+        self._cluster, self._balancer, self.takes_index = cluster, balancer, cluster.takes_index
         self._names = [f"server-{i}" for i in range(cluster.num_servers)]
         self._weights = safe_weights.tolist()
 
@@ -269,7 +280,10 @@ class _Balancer(Source):
         )
 
     def apply(self, weights: NDArray[np.float64], now: float) -> None:
-        self._cluster.set_weights(self._balancer, weights, now)
+        self._cluster.set_weights(self._balancer, weights, 0.0, now)
+
+    def apply_index(self, weights: NDArray[np.float64], index: NDArray[np.float64], now: float) -> None:
+        self._cluster.set_weights(self._balancer, weights, index[:, 1], now)
 
     def add(self, server: str, **_: Any) -> None:
         raise DriverError(f"the emulator cannot add {server!r}: a scenario has a fixed cluster; emulate a larger one")

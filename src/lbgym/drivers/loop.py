@@ -304,12 +304,14 @@ class _Plane:
             safe_weights=_safe_weights(rows),
             features=frozenset(source.features) | frozenset(GROUND_TRUTH_NAMES),
             driver=source.driver,
+            takes_index=source.takes_index,
             **options,
         )
         self.region.longest_lease = lease
         self._last: list[NDArray[np.int64]] | None = None
         self._offsets = [np.zeros(len(rows), np.int64) for _ in _COUNTERS]
         self._weights: NDArray[np.float64] | None = None
+        self._index: NDArray[np.float64] | None = None
         self._last_totals, self._total_offsets = np.zeros(3), np.zeros(3)
         self.pending = True
         self._now = 0.0
@@ -343,20 +345,24 @@ class _Plane:
         self._end()
 
     def look(self) -> bool:
-        """Note the weights that are to be in force by now; true if the data plane does not have them yet."""
+        """Note what is to be in force by now; true if the data plane does not have it yet."""
         wanted = self.region.weights_in_force()
+        index = _index_of(wanted, self.region.index_in_force)
         self.region.heartbeat()
-        if self._weights is None or not np.array_equal(wanted, self._weights):
-            self._weights = wanted.copy()
+        if self._weights is None or not (np.array_equal(wanted, self._weights) and _equal(index, self._index)):
+            self._weights, self._index = wanted.copy(), index
             self.pending = True
         return self.pending
 
     def apply(self, now: float) -> None:
-        """Put the weights in force that :meth:`look` found."""
+        """Put in force what :meth:`look` found."""
         self._now = now
         self.look()
         assert self._weights is not None
-        self.source.apply(self._weights, now)
+        if self._index is None:
+            self.source.apply(self._weights, now)
+        else:
+            self.source.apply_index(self._weights, self._index, now)
         self.pending = False
 
     def publish(self, now: float) -> None:
@@ -507,6 +513,19 @@ def _new_server(request: Mapping[str, Any]) -> dict[str, Any]:
         "weight": checks.number("weight", request.get("weight", 1.0), low=0.0),
         "cores": None if cores is None else checks.whole("cores", cores),
     }
+
+
+def _index_of(weights: NDArray[np.float64], given: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    """Index parameters of all servers: those that an action says nothing of have one core and no background load."""
+    if given is None:
+        return None
+    index = np.stack([weights, np.zeros(len(weights))], axis=1)
+    index[: len(given)] = given
+    return index
+
+
+def _equal(one: NDArray[np.float64] | None, other: NDArray[np.float64] | None) -> bool:
+    return one is other if one is None or other is None else np.array_equal(one, other)
 
 
 def _safe_weights(rows: Sequence[ServerRow]) -> NDArray[np.float64]:

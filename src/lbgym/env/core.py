@@ -11,6 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from ..errors import InvalidOptionError, InvalidRewardError, ResetNeeded
+from ..features.columns import FEATURE_NAMES
 from ..scenarios import AnyScenario, Configured, Scenario, ScenarioDistribution, default_scenario
 from ..snapshot import Snapshot
 from .actions import ActionCodec
@@ -65,11 +66,11 @@ class EnvCore:
         self.options, self.plane, self.view = options, plane, view
         try:
             self.codec = options.codec(plane.num_servers)
-            _check_capabilities(options, plane, self.codec)
+            self.layout = options.layout(plane.num_servers)
+            _check_capabilities(options, plane, self.codec, self.layout)
         except BaseException:
             plane.close()
             raise
-        self.layout = options.layout(plane.num_servers)
         sets_background = self.codec.sets_background
         self._configured: list[Configured] = []
         self.source = plane.source()
@@ -194,6 +195,8 @@ class EnvCore:
         info = step_info(self.snapshot, self.weights)
         if self.background is not None:
             info["background"] = self.background.copy()
+        if self.layout.absent and not self.view.shape:
+            info["absent_features"] = self.layout.absent
         if self._timing is not None:
             info["weights_in_force"] = self.view.of(self.plane.weights_in_force())
             info["action_delay"] = self.view.of(self._delays)
@@ -244,14 +247,27 @@ class EnvCore:
         self.plane.close()
 
 
-def _check_capabilities(options: EnvOptions, plane: BatchedDataPlane, codec: ActionCodec) -> None:
+def _check_capabilities(
+    options: EnvOptions, plane: BatchedDataPlane, codec: ActionCodec, layout: ObservationLayout
+) -> None:
     """Refuse what the data plane does not provide, before an episode begins."""
+    missing = [name for name in layout.features if name not in plane.features]
+    if missing:
+        raise InvalidOptionError(
+            f"this data plane does not measure {', '.join(missing)}; leave the columns out by features="
+            f"{[name for name in layout.features if name in plane.features]}, and train agents for it likewise"
+        )
     if codec.sets_background and not plane.has_index:
         raise InvalidOptionError(
             "action_type 'index' sets background loads, and this data plane does not place flows by an index: "
             f"{plane.no_index_reason}"
         )
     reward = options.reward
+    if absent := sorted(reward.fields - plane.features):
+        raise InvalidRewardError(
+            f"reward {reward.description!r} looks at {', '.join(absent)}, which this data plane does not measure; give "
+            f"as reward_field one of {', '.join(name for name in FEATURE_NAMES if name in plane.features)}"
+        )
     if (options.use_ground_truth or reward.needs_ground_truth) and not plane.has_ground_truth:
         raise InvalidOptionError(
             f"use_ground_truth={options.use_ground_truth}, reward {reward.description!r}: this data plane does not "

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from ..checks import choice
+from ..checks import choice, items
 from ..errors import InvalidOptionError
-from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
+from ..features.columns import FEATURE_ALIASES, FEATURE_NAMES, GROUND_TRUTH_NAMES
 from ..scenarios import Configured
 
 LAYOUTS = ("matrix", "flat", "dict")
@@ -68,6 +69,22 @@ def relative_weights(weights: NDArray[Any], active: NDArray[np.bool_]) -> NDArra
     return np.where(active, logarithms - mean, 0.0).astype(np.float32)
 
 
+def features_named(names: Sequence[str]) -> frozenset[str]:
+    """Features by their names or aliases, for a key ``features``.
+
+    Raises:
+        InvalidOptionError: unless it is a list of at least one name.
+        UnknownNameError: for a name that no feature has.
+    """
+    chosen = items("features", names, "names of features")
+    if not chosen:
+        raise InvalidOptionError(f"features must name at least one of {', '.join(FEATURE_NAMES)}, got none")
+    return frozenset(
+        FEATURE_ALIASES.get(name, name) if name in FEATURE_ALIASES else choice("feature", name, FEATURE_NAMES)
+        for name in chosen
+    )
+
+
 class ObservationLayout:
     """Lays out the features of N servers for an agent; the same for one snapshot and for a batch.
 
@@ -85,7 +102,12 @@ class ObservationLayout:
     Values are flows and seconds, or with ``normalize`` in [0, 1] on a logarithmic scale that depends on nothing but the
     column (``MAX_COUNT``, ``TIME_UNIT``, ``MAX_TIME``). Rows of inactive servers are zero.
 
+    ``features`` are those of the 11 that are shown; the columns of the others stay, so that networks fit every data
+    plane, and are 0 whatever happens.
+
     Attributes:
+        features: those shown, in the order of the columns.
+        absent: the others.
         configured: for ``observe_configured``, with axes that broadcast to a snapshot's; None: weights and cores of 1,
             one balancer. Whoever encodes keeps it up to date.
 
@@ -103,8 +125,13 @@ class ObservationLayout:
         observe_weights: bool = False,
         observe_background: bool = False,
         observe_configured: bool = False,
+        features: Sequence[str] | None = None,
     ) -> None:
         choice("observation layout", observation, LAYOUTS)
+        wanted = FEATURE_NAMES if features is None else features_named(features)
+        self.features = tuple(name for name in FEATURE_NAMES if name in wanted)
+        self.absent = tuple(name for name in FEATURE_NAMES if name not in wanted)
+        self._absent = [FEATURE_NAMES.index(name) for name in self.absent]
         self.num_servers = num_servers
         self.observation = observation
         self.normalize = normalize
@@ -172,6 +199,8 @@ class ObservationLayout:
             features = np.concatenate([stats, ground_truth], axis=-1)
         else:
             features = stats.copy()
+        if self._absent:
+            features[..., self._absent] = 0.0
         if self.normalize:
             self._normalize(features)
         if self.observe_weights:

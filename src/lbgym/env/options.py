@@ -54,6 +54,7 @@ class EnvOptions:
         observe_background: bool = False,
         observe_configured: bool = False,
         observation: str = "matrix",
+        features: Sequence[str] | None = None,
         normalize: bool = False,
         scenario: AnyScenario | str | PathLike[str] | None = None,
         dispatch: str | None = None,
@@ -79,6 +80,7 @@ class EnvOptions:
         }
         self._observation: dict[str, Any] = {
             "observation": observation,
+            "features": features,
             "normalize": normalize,
             "use_ground_truth": use_ground_truth,
             "observe_weights": boolean("observe_weights", observe_weights),

@@ -356,6 +356,7 @@ class Reward:
         description: name and field, as in "jain:duration_mean_decay".
         needs_ground_truth, needs_service: whether the data plane must provide ground truth, and statistics of the
             flows that ended.
+        fields: features it looks at; of a user's own function nothing is known.
     """
 
     def __init__(
@@ -365,8 +366,9 @@ class Reward:
         *,
         needs_ground_truth: bool = False,
         needs_service: bool = False,
+        fields: frozenset[str] = frozenset(),
     ) -> None:
-        self._function = function
+        self._function, self.fields = function, fields
         self.description = description
         self.needs_ground_truth = needs_ground_truth
         self.needs_service = needs_service
@@ -457,7 +459,9 @@ def _term(name: str, reward_field: str, k: float) -> Reward:
     column = _column(field)
     description = f"{base}:{FEATURE_ALIASES.get(field, field)}"
     if column < NUM_FEATURES:
-        return Reward(functools.partial(_of_feature, function, column), description)
+        return Reward(
+            functools.partial(_of_feature, function, column), description, fields=frozenset({FEATURE_NAMES[column]})
+        )
     of_truth = functools.partial(_of_ground_truth, function, column - NUM_FEATURES)
     return Reward(of_truth, description, needs_ground_truth=True)
 
@@ -476,6 +480,7 @@ def _weighted_sum(weights: Mapping[str, float], reward_field: str, k: float) -> 
         " + ".join(f"{weight:g} {reward.description}" for weight, reward in terms),
         needs_ground_truth=any(reward.needs_ground_truth for _, reward in terms),
         needs_service=any(reward.needs_service for _, reward in terms),
+        fields=frozenset().union(*(reward.fields for _, reward in terms)),
     )
 
 

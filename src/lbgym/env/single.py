@@ -48,7 +48,8 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
     **Info**: ``sequence_id``, ``timestamp`` (s), ``active`` bool[N] and ``active_servers`` (their ids, a list),
     ``weights`` float64[N], with index actions ``background`` float64[N] (flows), and of the flows that ended during
     the step ``completed``, ``rejected`` (or failed), ``fct_mean``, ``fct_p50``, ``fct_p90``, ``fct_p99`` (s; a rejected
-    flow counts with the scenario's ``reject_timeout``; 0 if no flow ended).
+    flow counts with the scenario's ``reject_timeout``; 0 if no flow ended); with ``features``, ``absent_features``
+    names those that are not shown.
 
     On a scenario with several balancers the environment sees balancer 0, and its weights go to all.
 
@@ -62,8 +63,9 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
     real time. It attaches at construction. A step writes the weights and waits for the observation one interval on;
     ``info`` then also has the keys of :class:`~lbgym.dataplanes.SharedMemoryDataPlane` (which action the observation
     reflects and how long that took, missed deadlines, restarts). ``reset`` begins an episode and changes nothing. The
-    FCT quantiles of a step are unknown, and rewards of them are refused. A live environment cannot be copied or
-    pickled; a simulated one can, and its copy continues bit for bit.
+    FCT quantiles of a step are unknown, and rewards of them are refused, as are rewards and observations of features
+    that the data plane does not measure (``features``). A live environment cannot be copied or pickled; a simulated one
+    can, and its copy continues bit for bit.
 
     Args:
         shm_name: region of shared memory of a live data plane; None: simulate.
@@ -88,6 +90,8 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         observe_configured: append what the operator knows: ``configured_weight`` (as ``weight``), ``cores`` and
             ``balancers`` (logarithms); 0 for inactive servers.
         observation: "matrix", "flat" or "dict".
+        features: of the 11 features, those to show; the columns of the others stay 0. Data planes that do not measure
+            all of them are refused unless these are left out: train with the same ones. None: all.
         normalize: map every feature to [0, 1] by a fixed logarithmic scale; the weights stay as they are.
         scenario: a Scenario or a distribution of them, the name of one, or the path of a TOML file; None: alternating
             servers of 2 and 4 cores.
@@ -126,6 +130,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         observe_background: bool = False,
         observe_configured: bool = False,
         observation: str = "matrix",
+        features: Sequence[str] | None = None,
         normalize: bool = False,
         scenario: AnyScenario | str | PathLike[str] | None = None,
         dispatch: str | None = None,
@@ -154,6 +159,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
             observe_background=observe_background,
             observe_configured=observe_configured,
             observation=observation,
+            features=features,
             normalize=normalize,
             scenario=scenario,
             dispatch=dispatch,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..checks import whole
@@ -11,7 +11,7 @@ from ..errors import ScenarioError, UnknownNameError
 from ..scenarios import AnyScenario, Scenario, load_scenario
 from .contenders import Contender, parse_contenders
 from .pool import Job, run_jobs
-from .results import Comparison, Conditions, Run
+from .results import Comparison, Conditions, Run, RunSettings
 from .runner import agents_of, scenario_of_seed, settings_for
 
 logger = logging.getLogger("lbgym")
@@ -67,11 +67,8 @@ def compare(
     """
     source = load_scenario(scenario)
     chosen = parse_contenders(contenders)
-    labels = [contender.label for contender in chosen]
-    baseline = labels[0] if baseline is None else baseline
-    if baseline not in labels:
-        raise UnknownNameError("baseline", baseline, labels)
-    numbers = _seeds(seeds)
+    baseline = baseline_of(chosen, baseline)
+    numbers = seed_numbers(seeds)
     settings = settings_for(source, duration, warmup, drain, interval, keep_flows)
     for contender in chosen:
         # Report a bad policy at once, not from a process.
@@ -91,17 +88,28 @@ def compare(
         results[run.label, run.seed] = run
         if progress is not None:
             progress(len(results), len(jobs), run)
-    runs = tuple(results[label, seed] for label in labels for seed in numbers)
+    return assemble(source, chosen, numbers, baseline, settings, results)
+
+
+def assemble(
+    source: AnyScenario,
+    contenders: Sequence[Contender],
+    seeds: tuple[int, ...],
+    baseline: str,
+    settings: RunSettings,
+    results: Mapping[tuple[str, int], Run],
+) -> Comparison:
+    """A comparison of runs that have been made, by label and seed."""
     trace = source.reference.workload.trace
     return Comparison(
         scenario=source.name,
         balancers=source.balancers,
-        conditions=conditions,
-        contenders=tuple(chosen),
-        seeds=numbers,
+        conditions=tuple(_conditions(scenario_of_seed(source, seed, settings)) for seed in seeds),
+        contenders=tuple(contenders),
+        seeds=seeds,
         baseline=baseline,
         settings=settings,
-        runs=runs,
+        runs=tuple(results[contender.label, seed] for contender in contenders for seed in seeds),
         trace=None if trace is None else trace.source,
         drawn=source.varies,
     )
@@ -111,7 +119,24 @@ def _conditions(scenario: Scenario) -> Conditions:
     return Conditions(scenario.num_servers, scenario.capacity, scenario.rate, scenario.load)
 
 
-def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
+def baseline_of(contenders: Sequence[Contender], baseline: str | None) -> str:
+    """The label of the baseline; None: the first contender.
+
+    Raises:
+        UnknownNameError: if no contender has it.
+    """
+    labels = [contender.label for contender in contenders]
+    if baseline is not None and baseline not in labels:
+        raise UnknownNameError("baseline", baseline, labels)
+    return labels[0] if baseline is None else baseline
+
+
+def seed_numbers(seeds: int | Sequence[int]) -> tuple[int, ...]:
+    """Seeds: 0, 1, ... for a number of them, or those given.
+
+    Raises:
+        ScenarioError: for none, one that is there twice, or one below 0.
+    """
     if isinstance(seeds, int):
         whole("the number of seeds", seeds, high=1_000_000, error=ScenarioError)
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)

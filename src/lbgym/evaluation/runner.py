@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -166,7 +166,7 @@ def simulate(
         contender.label,
         seed,
         dispatch,
-        _measure(flows, utilization),
+        flow_metrics(flows, utilization),
         np.append(utilization, np.full(room - servers, np.nan)),
         fct_histogram(flows["fct"]),
         _series(rows, servers) if series else None,
@@ -190,7 +190,8 @@ def _counted(simulation: Simulation, scenario: Scenario, settings: RunSettings) 
     return {name: values[order] for name, values in flows.items()}
 
 
-def _measure(flows: dict[str, NDArray[Any]], utilization: NDArray[np.float64]) -> dict[str, float]:
+def flow_metrics(flows: Mapping[str, NDArray[Any]], utilization: NDArray[np.float64]) -> dict[str, float]:
+    """``METRICS`` and ``COUNTS`` of the flows that count (see ``Run.flows``) and of the servers' utilizations."""
     fct, status = flows["fct"], flows["status"]
     count = np.bincount(status, minlength=5)
     quantiles = np.quantile(fct, list(QUANTILES.values()))
@@ -207,13 +208,23 @@ def _measure(flows: dict[str, NDArray[Any]], utilization: NDArray[np.float64]) -
 def _series(rows: list[tuple[float, Any, NDArray[np.float64]]], servers: int) -> Series:
     """Open flows and weights over time, of the servers that exist."""
     snapshots = [row[1] for row in rows]
-    active = np.array([s.active[0, :servers] for s in snapshots])
-    weights = np.array([row[2][:servers] for row in rows])
-    mean = np.where(active, weights, 0.0).sum(axis=1) / np.maximum(active.sum(axis=1), 1)
     open_flows = np.array([s.started[0] - s.completed[0] - s.rejected[0] - s.failed[0] for s in snapshots])
+    return time_series(
+        np.array([row[0] for row in rows]),
+        open_flows[:, :servers],
+        np.array([row[2][:servers] for row in rows]),
+        np.array([s.active[0, :servers] for s in snapshots]),
+    )
+
+
+def time_series(
+    time: NDArray[np.float64], open_flows: NDArray[Any], weights: NDArray[np.float64], active: NDArray[np.bool_]
+) -> Series:
+    """A series of open flows [T, N], and of weights [T, N] made relative to the mean over active servers."""
+    mean = np.where(active, weights, 0.0).sum(axis=1) / np.maximum(active.sum(axis=1), 1)
     return Series(
-        time=np.array([row[0] for row in rows]),
-        open_flows=open_flows[:, :servers].astype(np.float32),
+        time=time,
+        open_flows=open_flows.astype(np.float32),
         weights=(weights / np.where(mean > 0, mean, 1.0)[:, None]).astype(np.float32),
         active=active,
     )

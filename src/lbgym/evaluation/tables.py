@@ -99,7 +99,12 @@ class Table:
         def row(tag: str, texts: Iterable[str]) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
 
-        body = "".join(row("td", (f"{cell.text} {cell.spread}".rstrip() for cell in line)) for line in self.rows)
+        def cells(line: Iterable[Cell]) -> str:
+            marks = ((f' class="{cell.verdict}"' if cell.verdict else "", cell) for cell in line)
+            texts = ((mark, f"{cell.text} {cell.spread}".rstrip()) for mark, cell in marks)
+            return "<tr>" + "".join(f"<td{mark}>{html.escape(text)}</td>" for mark, text in texts) + "</tr>"
+
+        body = "".join(cells(line) for line in self.rows)
         return (
             f"<table><caption>{html.escape(self.title)}</caption>"
             f"<thead>{row('th', self.columns)}</thead><tbody>{body}</tbody></table>"

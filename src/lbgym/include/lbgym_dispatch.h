@@ -20,6 +20,18 @@
 /* The bits of an infinite score, of a server that takes no flows. */
 #define LBGYM_INDEX_NEVER 0x7FF0000000000000ull
 
+/** What a balancer does for a new flow: nothing, as no server takes flows; draw from an alias table; look a server up by
+ * hash; take turns; take the least score of all servers, or of two. */
+enum lbgym_mechanism { LBGYM_NOBODY, LBGYM_ALIAS, LBGYM_LOOKUP, LBGYM_TURNS, LBGYM_INDEX, LBGYM_TWO_CHOICES };
+
+/** A bucket of an alias table: two servers, and 2**32 times the probability to stay, rounded up. */
+struct lbgym_alias {
+    uint64_t threshold;
+    uint32_t stay, other;
+};
+
+#ifndef LBGYM_MIX64 /* lbgym_features.h has it, too */
+#define LBGYM_MIX64
 /** The finaliser of SplitMix64 (Steele, Lea and Flood, 2014). */
 static inline uint64_t lbgym_mix64(uint64_t x)
 {
@@ -27,6 +39,7 @@ static inline uint64_t lbgym_mix64(uint64_t x)
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
     return x ^ (x >> 31);
 }
+#endif
 
 /** The 64-bit hash of a flow: of the client's address, four words of which IPv4 fills the first, and port, all as they
  * are on the wire, and of a word that stands for the service's address, port and protocol. */
@@ -55,25 +68,34 @@ static inline uint32_t lbgym_to_range(uint64_t h, uint32_t n)
     return (uint32_t)(((h >> 32) * n) >> 32);
 }
 
-/** Whether the bucket of an alias table is left for its alias: `threshold` is 2**32 times the probability to stay, rounded
- * up. */
-static inline int lbgym_takes_alias(uint64_t h, uint64_t threshold)
+/** The server that a hash has in an alias table. */
+static inline uint32_t lbgym_alias_server(const struct lbgym_alias *bucket, uint64_t h)
 {
-    return (h & 0xFFFFFFFFull) >= threshold;
+    return (h & 0xFFFFFFFFull) >= bucket->threshold ? bucket->other : bucket->stay;
+}
+
+/** The second of two candidates out of n, of which `one` is the first; n is at least 2. */
+static inline uint32_t lbgym_second_candidate(uint64_t h, uint32_t one, uint32_t n)
+{
+    uint32_t two = lbgym_to_range(lbgym_second_hash(h), n - 1);
+    return two + (two >= one);
 }
 
 /** The entry of an index table for a number of open flows. */
 static inline uint32_t lbgym_index_entry(uint64_t open_flows)
 {
-    uint32_t q, shift = 0;
-    if (open_flows < LBGYM_INDEX_EXACT)
-        return (uint32_t)open_flows;
-    q = open_flows < LBGYM_INDEX_MOST ? (uint32_t)open_flows : LBGYM_INDEX_MOST - 1;
-    for (int i = 0; i < 10 && q >= LBGYM_INDEX_EXACT; i++) {
-        q >>= 1;
-        shift++;
-    }
-    return LBGYM_INDEX_EXACT + (shift - 1) * (LBGYM_INDEX_EXACT / 2) + (q - LBGYM_INDEX_EXACT / 2);
+    const uint32_t q = open_flows < LBGYM_INDEX_MOST ? (uint32_t)open_flows : LBGYM_INDEX_MOST - 1;
+    /* shift: log2 of x, rounded down, without a branch, which would depend on the counts; x is below 2**11. */
+    uint32_t x = q / (LBGYM_INDEX_EXACT / 2) | 1, shift = ((255u - x) >> 31) << 3, more;
+    x >>= shift;
+    more = ((15u - x) >> 31) << 2;
+    x >>= more;
+    shift += more;
+    more = ((3u - x) >> 31) << 1;
+    x >>= more;
+    shift += more + (x >> 1);
+    /* For each shift 512 entries, of 1 << shift numbers each; those below 512 have an entry each, too. */
+    return (q >> shift) + shift * (LBGYM_INDEX_EXACT / 2);
 }
 
 #endif /* LBGYM_DISPATCH_H */

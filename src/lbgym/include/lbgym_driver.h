@@ -55,7 +55,8 @@ typedef struct lbgym_driver {
 typedef struct lbgym_driver_calls {
     /* Sets what is published as of `now`: lbgym_shm_set_stats and the others. Negative: the driver ends with that code. */
     int (*read)(lbgym_shm_region *region, uint64_t now, void *context);
-    /* region->observation.weights are to be in force from now on; NULL: the packet path reads them there. */
+    /* region->observation.weights are to be in force from now on, and lbgym_shm_index_in_force where the region was made
+     * with takes_index; NULL: the packet path reads them there. */
     int (*apply)(lbgym_shm_region *region, uint64_t now, void *context);
     /* Does what is due up to `now` and returns when it wants to be called again; NULL: nothing. */
     uint64_t (*work)(lbgym_shm_region *region, uint64_t now, void *context);
@@ -215,6 +216,7 @@ static inline void lbgym_driver_close(lbgym_driver *driver, const lbgym_driver_c
 {
     lbgym_shm_region *const region = &driver->region;
     if (calls != NULL && calls->apply != NULL && region->header != NULL && !region->safe) {
+        region->safe = true;
         memcpy(region->observation.weights, region->observation.safe_weights,
                region->observation.frame->num_servers * sizeof *region->observation.weights);
         (void)calls->apply(region, lbgym_driver_now(driver), calls->context);

@@ -101,6 +101,8 @@ typedef struct lbgym_weighted_sample {
     double weight;
 } lbgym_weighted_sample;
 
+#ifndef LBGYM_MIX64 /* lbgym_dispatch.h has it, too */
+#define LBGYM_MIX64
 /** The finaliser of SplitMix64: every bit of x flips half of the bits of the result. */
 static inline uint64_t lbgym_mix64(uint64_t x)
 {
@@ -108,6 +110,7 @@ static inline uint64_t lbgym_mix64(uint64_t x)
     x = (x ^ (x >> 27)) * UINT64_C(0x94D049BB133111EB);
     return x ^ (x >> 31);
 }
+#endif
 
 /** The next 64 random bits: SplitMix64 (Steele, Lea and Flood, 2014). */
 static inline uint64_t lbgym_next(uint64_t *state)

@@ -1493,8 +1493,9 @@ static inline int lbgym_shm_renew(lbgym_shm_region *region)
 
 /** Writes n weights and their alias table; n up to the capacity, further servers keep their safe weights. The first
  * call makes this process the region's agent. Without another action the data plane returns to its safe weights after
- * `lease` ns, below 2^63; 0: never. Observations name the action they reflect by its `sequence_id`, below 2^63. `index`, [n][2], gives each server's speed per core (above 0 where the weight is) and background load (flows
- * of others) to a data plane that takes them; NULL: none. */
+ * `lease` ns, below 2^63; 0: never. Observations name the action they reflect by its `sequence_id`, below 2^63. `index`,
+ * [n][2], gives each server's speed per core (above 0 where the weight is) and background load (flows of others) to a
+ * data plane that takes them; NULL: none. */
 static inline int lbgym_shm_write_index(lbgym_shm_region *region, uint64_t sequence_id, const double *weights,
                                         const double *index, uint32_t n, uint64_t lease)
 {
@@ -2187,6 +2188,21 @@ static inline int lbgym_shm_poll_action(lbgym_shm_region *region)
     region->safe = !good;
     lbgym_shm_combine(region);
     return 1;
+}
+
+/** Index parameters of the action in force, [*n][2]: speed per core and background load of the first *n servers; further
+ * ones have no background load. NULL if it has none or the safe weights are in force, as lbgym_shm_poll_action last
+ * found. */
+static inline const double *lbgym_shm_index_in_force(const lbgym_shm_region *region, uint32_t *n)
+{
+    const lbgym_shm_action *action = region->action.action;
+    const uint32_t servers = region->observation.frame->num_servers;
+    *n = 0;
+    if (!region->is_producer || region->safe || (action->flags & LBGYM_SHM_FLAG_INDEX) == 0) {
+        return NULL;
+    }
+    *n = action->num_servers < servers ? action->num_servers : servers;
+    return region->action.index;
 }
 
 /** ns from now until the lease of the action in force ends and lbgym_shm_poll_action has something to do; UINT64_MAX if

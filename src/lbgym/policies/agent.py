@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..env.actions import ActionCodec
 from ..env.info import step_info
 from ..env.observations import ObservationLayout
 from ..errors import PolicyError
-from ..features.columns import GROUND_TRUTH_NAMES
+from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from ..scenarios import Configured
 from ..snapshot import Snapshot
 from .trained import TrainedPolicy
@@ -78,6 +78,7 @@ class Agent:
         servers: number of servers that the policy is made for; None: any.
         num_servers: N of the data plane that it is fitted to; None before :meth:`fit`.
         uses_ground_truth: whether the policy reads the ground truth.
+        uses_features: the features that the policy reads.
         background: background loads that go with the weights of the last call, float64[N]; None: the policy sets none.
         tables: tables of scores that go with them, float64[N, Q]; None likewise.
         weights_only: whether the background loads that the policy sets are left out, as the data plane has no index.
@@ -109,14 +110,22 @@ class Agent:
         if self._trained is not None:
             self.servers = self._trained.num_servers or servers
             self.uses_ground_truth = self._trained.uses_ground_truth
+            self.uses_features = self._trained.uses_features
         elif self._heuristic is not None:
             self.uses_ground_truth = self._heuristic.uses_ground_truth
+            self.uses_features = self._heuristic.uses_features
         else:
             self.uses_ground_truth = layout is not None and layout.use_ground_truth
+            self.uses_features = () if layout is None else layout.features
         if layout is not None and self.uses_ground_truth and not layout.use_ground_truth:
             raise PolicyError(
                 f"{self.name} needs the ground truth ({', '.join(GROUND_TRUTH_NAMES)}), which the environment does not "
                 "show: make it with use_ground_truth=True"
+            )
+        if layout is not None and (absent := [name for name in self.uses_features if name not in layout.features]):
+            raise PolicyError(
+                f"{self.name} needs {', '.join(absent)}, which the environment does not show: it has features="
+                f"{list(layout.features)}"
             )
         if layout is not None and self._heuristic is not None:
             more = "tables of scores" if self._heuristic.sets_tables else "background loads"
@@ -147,20 +156,30 @@ class Agent:
         """Seconds per step that the policy was trained with, if recorded."""
         return None if self._trained is None else self._trained.step_interval
 
-    def fit(self, num_servers: int, *, ground_truth: bool = True, index: bool = True, tables: bool = True) -> None:
+    def fit(
+        self,
+        num_servers: int,
+        *,
+        features: Collection[str] = FEATURE_NAMES,
+        ground_truth: bool = True,
+        index: bool = True,
+        tables: bool = True,
+    ) -> None:
         """Decide for the servers of a data plane from now on, and forget the episode so far.
 
         Args:
             num_servers: N of the data plane.
+            features: those that the data plane measures, and perhaps other columns.
             ground_truth: whether the data plane publishes it.
             index: whether the data plane dispatches by an index. A trained policy whose weights make sense by
                 themselves then sets these alone: :attr:`weights_only`.
             tables: whether it takes tables of scores.
 
         Raises:
-            PolicyError: if the policy does not fit so many servers, or needs ground truth or an index and there is
-                none.
+            PolicyError: if the policy does not fit so many servers, or needs features, ground truth or an index and
+                there are none.
         """
+        self.check_features(features)
         if self.uses_ground_truth and not ground_truth:
             raise PolicyError(
                 f"policy {self.name!r} needs the ground truth ({', '.join(GROUND_TRUTH_NAMES)}), which the data plane "
@@ -188,6 +207,22 @@ class Agent:
             raise PolicyError(f"policy {self.name!r} sets tables of scores, which the data plane does not take")
         self.num_servers = num_servers
         self.reset()
+
+    def check_features(self, features: Collection[str]) -> None:
+        """Refuse a data plane that does not measure what the policy reads.
+
+        Args:
+            features: those that it measures, and perhaps other columns.
+
+        Raises:
+            PolicyError: naming the others.
+        """
+        if absent := [name for name in self.uses_features if name not in features]:
+            measured = [name for name in FEATURE_NAMES if name in features]
+            raise PolicyError(
+                f"policy {self.name!r} needs {', '.join(absent)}, which the data plane does not measure; take a policy "
+                f"that needs only {', '.join(measured) or 'nothing'}, such as one trained with features={measured}"
+            )
 
     def reset(self, seed: int | None = None) -> None:
         """Begin an episode: forget the last one, and restart the stream of drawn actions from ``seed`` if given."""

@@ -21,6 +21,8 @@ class WeightPolicy(ABC):
 
     Attributes:
         uses_ground_truth: whether :meth:`weights` needs the three ground-truth columns.
+        uses_features: the features that :meth:`weights` reads. It acts on no data plane that does not measure them all:
+            those columns are 0 there and mean nothing.
         sets_background: whether it sets background loads besides weights.
         sets_tables: whether it sets tables of scores, for the rule ``table``, which reads no weights.
         background: float64[..., N], flows that others are believed to hold at a server, as of the last call of
@@ -29,6 +31,7 @@ class WeightPolicy(ABC):
     """
 
     uses_ground_truth: bool = False
+    uses_features: tuple[str, ...] = ()
     sets_background: bool = False
     sets_tables: bool = False
     background: NDArray[np.float64] | None = None

@@ -35,7 +35,8 @@ FORMAT = "lbgym-policy"
 VERSION = 1
 
 _OBSERVATION_KEYS = (
-    "observation", "normalize", "use_ground_truth", "observe_weights", "observe_background", "observe_configured",
+    "observation", "features", "normalize", "use_ground_truth", "observe_weights", "observe_background",
+    "observe_configured",
 )  # fmt: skip
 _ACTION_KEYS = ("action_type", "action_weights", "min_weight", "max_weight", "relative_to_configured")
 

@@ -74,6 +74,12 @@ HEURISTICS: Mapping[str, Heuristic] = MappingProxyType(
             "an operator's usual configuration",
             configured=True,
         ),
+        "configured": Heuristic(
+            lambda s, seed: StaticWeights(s.configured_weights),
+            "weights as the scenario's servers state them, or else in proportion to the cores",
+            "an operator who weighs servers by hand",
+            configured=True,
+        ),
         "uniform": Heuristic(lambda s, seed: UniformWeights(), "every server alike", "the default of most"),
         "random": Heuristic(
             lambda s, seed: RandomWeights(seed=seed),

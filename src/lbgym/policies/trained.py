@@ -61,6 +61,11 @@ class TrainedPolicy(ABC):
         return bool(self.env_kwargs.get("use_ground_truth", False))
 
     @property
+    def uses_features(self) -> tuple[str, ...]:
+        """The features that its observations show."""
+        return self._layout(1).features
+
+    @property
     def observes_weights(self) -> bool:
         """True if its observations include the weights in force."""
         return bool(self.env_kwargs.get("observe_weights", False))
@@ -95,7 +100,10 @@ class TrainedPolicy(ABC):
         keys = self.env_kwargs
         names = ("normalize", "use_ground_truth", "observe_weights", "observe_background", "observe_configured")
         return ObservationLayout(
-            num_servers, keys.get("observation", "matrix"), **{name: bool(keys.get(name, False)) for name in names}
+            num_servers,
+            keys.get("observation", "matrix"),
+            features=keys.get("features"),
+            **{name: bool(keys.get(name, False)) for name in names},
         )
 
     def codecs(self, num_servers: int) -> tuple[ObservationLayout, ActionCodec]:

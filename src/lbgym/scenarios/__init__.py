@@ -2,7 +2,7 @@
 
 from .configured import Configured
 from .dispatch_rules import DISPATCH_RULES, RULES, WEIGHTED_RULES, DispatchRule
-from .files import fixed_scenario, from_toml, load_scenario, read_scenario, to_toml
+from .files import fixed_scenario, from_tables, from_toml, load_scenario, read_scenario, to_toml
 from .library import (
     MARLLB_CPU_SPEED,
     SAMPLE_TRACE,
@@ -86,6 +86,7 @@ __all__ = [
     "default_scenario",
     "distribution_names",
     "fixed_scenario",
+    "from_tables",
     "from_toml",
     "load_scenario",
     "named_distribution",

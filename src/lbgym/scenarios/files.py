@@ -169,6 +169,16 @@ def from_toml(
         data = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ScenarioError(f"{source} is not valid TOML: {error}") from error
+    return from_tables(data, source=source, folder=folder, name=name)
+
+
+def from_tables(
+    data: Mapping[str, Any], *, source: str, folder: str | os.PathLike[str] = ".", name: str = "custom"
+) -> AnyScenario:
+    """The scenario, or distribution, of TOML that has been read, such as a table of a larger file.
+
+    Arguments and errors are those of :func:`from_toml`.
+    """
     _check_keys(data, ("base", "servers", "workload", "events", "sampling", "randomize", *_SCALARS), source)
     changes: dict[str, Any] = {key: data[key] for key in _SCALARS if key in data}
     changes.setdefault("name", name)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import ipaddress
 import json
 import os
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -18,68 +21,14 @@ from typing import Any
 from lbgym.drivers import DriverError
 from lbgym.drivers.xdp import libbpf
 from lbgym.drivers.xdp.plane import Sizes, XdpPlane
+from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion
 
 TOOLS = ("ip", "ethtool", "nsenter")
 VIP4, VIP6 = "10.77.1.100", "fd77::100"
 PORT = 8080
-#: Answers every line with its name; the third argument, if there is one, has it close after the first.
-SERVER = """
-import asyncio, sys
-name, port, mode = sys.argv[1].encode(), int(sys.argv[2]), sys.argv[3]
-async def serve(reader, writer):
-    try:
-        while line := await reader.readline():
-            await asyncio.sleep(float(line))
-            writer.write(name + b"\\n")
-            await writer.drain()
-            if mode == "close":
-                break
-    except (OSError, ValueError):
-        pass
-    finally:
-        writer.close()
-async def main():
-    servers = [await asyncio.start_server(serve, host, port, backlog=1024) for host in ("0.0.0.0", "::")]
-    print("ready", flush=True)
-    await asyncio.gather(*(server.serve_forever() for server in servers))
-asyncio.run(main())
-"""
-#: Opens connections one after another in each of some lanes; prints how often each server answered, failures, and
-#: connections in which not one server answered all lines.
-CLIENT = """
-import asyncio, collections, json, sys
-host, port, connections, lanes, lines, pause = sys.argv[1], *map(int, sys.argv[2:5]), int(sys.argv[5]), sys.argv[6]
-answered, failed, moved = collections.Counter(), [], 0
-async def one():
-    global moved
-    writer = None
-    try:
-        async with asyncio.timeout(20):
-            reader, writer = await asyncio.open_connection(host, port)
-            names = set()
-            for _ in range(lines):
-                writer.write(pause.encode() + b"\\n")
-                line = await reader.readline()
-                if not line:
-                    raise EOFError("closed early")
-                names.add(line.decode().strip())
-        moved += len(names) > 1
-        answered[names.pop()] += 1
-    except (OSError, EOFError, TimeoutError) as error:
-        failed.append(repr(error))
-    finally:
-        if writer is not None:
-            writer.close()
-async def lane():
-    global connections
-    while connections > 0:
-        connections -= 1
-        await one()
-async def main():
-    await asyncio.gather(*(lane() for _ in range(lanes)))
-asyncio.run(main())
-print(json.dumps({"answered": answered, "failed": failed, "moved": moved}), flush=True)
-"""
+SOCKETS = Path(__file__).with_name("sockets.py")
+#: Own addresses of clients, so that there are ports for all connections.
+SOURCES = 4
 
 
 def missing_tools() -> str:
@@ -106,20 +55,34 @@ def inside(namespace: str) -> Iterator[None]:
             assert libc.setns(before.fileno(), 0) == 0
 
 
+#: A packet filter of Linux: "tcp[tcpflags] & tcp-rst != 0" of either IP version, without options.
+_RESETS = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 0), (0x54, 0, 0, 0xF0), (0x15, 0, 4, 0x40), (0x30, 0, 0, 9), (0x15, 0, 8, 6), (0x30, 0, 0, 33),
+        (0x45, 5, 6, 4), (0x15, 0, 5, 0x60), (0x30, 0, 0, 6), (0x15, 0, 3, 6), (0x30, 0, 0, 53), (0x45, 0, 1, 4),
+        (0x06, 0, 0, 128), (0x06, 0, 0, 0),
+    )
+)  # fmt: skip
+_ATTACH_FILTER = 26
+
+
 class Network:
     """Namespaces client, balancer, fabric and server-0 to server-{n-1}, each with an interface eth0.
 
     Args:
         servers: n.
         dnat: servers answer through the balancer; else they have the VIPs.
+        xdp: the balancer's kernel has the VIPs, and its veth pair is made ready for XDP; else they are nobody's.
     """
 
-    def __init__(self, servers: int, *, dnat: bool = False) -> None:
+    def __init__(self, servers: int, *, dnat: bool = False, xdp: bool = True) -> None:
         self.prefix = f"lbt{os.getpid()}-"
         self.servers = [f"server-{i}" for i in range(servers)]
-        self.dnat = dnat
+        self.dnat, self.xdp = dnat, xdp
         self._processes: list[subprocess.Popen[str]] = []
         self._helper: XdpPlane | None = None
+        self._watches: list[socket.socket] = []
 
     def name(self, part: str) -> str:
         return self.prefix + part
@@ -130,11 +93,19 @@ class Network:
             ip("netns", "add", self.name(part))
             self.run(part, "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.default.rp_filter=0")
             ip("link", "set", "lo", "up", namespace=self.name(part))
+        # Ports of the client for tens of thousands of connections that have just been closed.
+        self.run("client", "sysctl", "-qw", "net.ipv4.ip_local_port_range=1024 65535")
         ip("link", "add", "bridge0", "type", "bridge", namespace=self.name("fabric"))
         ip("link", "set", "bridge0", "up", namespace=self.name("fabric"))
-        addresses = {"client": ("10.78.0.1/16", "fd78::1/64"), "balancer": ("10.77.0.2/16", "fd77::2/64")}
+        addresses = {
+            "client": [
+                *(f"{source}/16" for source in self.sources(ipv6=False)),
+                *(f"{source}/64" for source in self.sources(ipv6=True)),
+            ],
+            "balancer": ["10.77.0.2/16", "fd77::2/64"],
+        }
         for i, server in enumerate(self.servers):
-            addresses[server] = (f"10.77.2.{i + 1}/16", f"fd77::1:{i + 1}/64")
+            addresses[server] = [f"10.77.2.{i + 1}/16", f"fd77::1:{i + 1}/64"]
         for i, part in enumerate(parts[1:]):
             port = f"p{i}"
             ip(
@@ -168,7 +139,8 @@ class Network:
             for subnet, router in (("10.78.0.0/16", "10.77.0.2"), ("fd78::/64", "fd77::2")):
                 via = ["via", router] if self.dnat and part != "balancer" else []
                 ip("route", "add", subnet, *via, "dev", "eth0", namespace=self.name(part))
-        holders = ["balancer"] if self.dnat else ["balancer", *self.servers]
+        holders = ["balancer"] if self.xdp else []
+        holders += [] if self.dnat else self.servers
         for part in holders:
             device = "eth0" if part == "balancer" else "lo"
             if device == "lo":
@@ -176,11 +148,13 @@ class Network:
                     self.run(part, "sysctl", "-qw", f"net.ipv4.conf.all.{key}={value}")
             ip("addr", "add", f"{VIP4}/32", "dev", device, namespace=self.name(part))
             ip("addr", "add", f"{VIP6}/128", "dev", device, "nodad", namespace=self.name(part))
+        if not self.xdp:
+            for family in ("ipv4", "ipv6"):
+                self.run("balancer", "sysctl", "-qw", f"net.{family}.conf.eth0.forwarding=0")
+            return
         # What is sent by XDP_TX over veth arrives only where the far end has a program, and with whole checksums.
         self._helper = XdpPlane.load(Sizes(servers=2, flows=16, syn_flows=16))
         with inside(self.name("fabric")):
-            import socket
-
             self._link = libbpf.attach(self._helper.program("pass"), socket.if_nametoindex("p1"), libbpf.DRIVER_MODE)
         self.run("fabric", "ethtool", "-K", "p1", "tx", "off")
 
@@ -199,26 +173,49 @@ class Network:
         self._processes.append(process)
         return process
 
-    def serve(self, server: str, mode: str = "") -> subprocess.Popen[str]:
+    def serve(self, server: str) -> subprocess.Popen[str]:
         """A TCP server that answers with its name."""
-        process = self.start(server, sys.executable, "-c", SERVER, server, PORT, mode)
+        process = self.start(server, sys.executable, "-I", SOCKETS, "serve", server, PORT)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         return process
 
-    def clients(
-        self,
-        connections: int,
-        *,
-        lanes: int = 8,
-        lines: int = 2,
-        pause: float = 0.0,
-        host: str = VIP4,
-        port: int = PORT,
-    ) -> subprocess.Popen[str]:
-        """Clients at work; :func:`outcome` has what came of it."""
-        return self.start("client", sys.executable, "-c", CLIENT, host, port, connections, lanes, lines, pause)
+    def clients(self, connections: int, **keys: Any) -> subprocess.Popen[str]:
+        """Clients at work, by the keys of ``sockets.connect``; :func:`outcome` has what came of it."""
+        keys = {"host": VIP4, "port": PORT, "connections": connections, **keys}
+        return self.start("client", sys.executable, "-I", SOCKETS, "connect", json.dumps(keys))
+
+    def sources(self, *, ipv6: bool) -> list[str]:
+        """Addresses of clients."""
+        return [f"fd78::{i + 1}" if ipv6 else f"10.78.0.{i + 1}" for i in range(SOURCES)]
+
+    def watch_resets(self) -> None:
+        """Notice RSTs that servers send from now on: as they do for packets of connections that they do not know."""
+        for server in self.servers:
+            with inside(self.name(server)):
+                watch = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0003))
+            code = ctypes.create_string_buffer(_RESETS)
+            watch.setsockopt(
+                socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("HP", len(_RESETS) // 8, ctypes.addressof(code))
+            )
+            watch.setblocking(False)
+            self._watches.append(watch)
+
+    def resets(self) -> list[tuple[int, str, int]]:
+        """Of each RST since :meth:`watch_resets`: the server, by number, and the client's address and port."""
+        found = []
+        for number, watch in enumerate(self._watches):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    packet, where = watch.recvfrom(128)
+                    is_ipv6 = packet[0] >> 4 == 6
+                    address, port = (packet[24:40], packet[42:44]) if is_ipv6 else (packet[16:20], packet[22:24])
+                    if where[2] == socket.PACKET_OUTGOING:
+                        found.append((number, str(ipaddress.ip_address(address)), int.from_bytes(port)))
+        return found
 
     def down(self) -> None:
+        for watch in self._watches:
+            watch.close()
         for process in self._processes:
             process.kill()
             process.communicate()
@@ -230,11 +227,17 @@ class Network:
             subprocess.run(["ip", "netns", "delete", self.name(part)], capture_output=True)
 
 
-def outcome(process: subprocess.Popen[str]) -> tuple[Counter[str], list[str], int]:
-    """Answers by server, failures, and connections that changed their server."""
-    out, err = process.communicate(timeout=120)
+def whole_outcome(process: subprocess.Popen[str], timeout: float = 120.0) -> Mapping[str, Any]:
+    """What ``sockets.connect`` returned."""
+    out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err
     told: Mapping[str, Any] = json.loads(out)
+    return told
+
+
+def outcome(process: subprocess.Popen[str]) -> tuple[Counter[str], list[str], int]:
+    """Answers by server, failures, and connections that changed their server."""
+    told = whole_outcome(process)
     return Counter(told["answered"]), told["failed"], told["moved"]
 
 
@@ -269,3 +272,31 @@ def dataplane_toml(
         lines += ["[[servers]]", f'name = "{server}"', f'address = "{address}"', f"port = {PORT}"]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+@contextmanager
+def driver(net: Network, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    process = net.start("balancer", sys.executable, "-m", "lbgym", "dataplane", "xdp", *arguments)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line.startswith("region"):
+        raise DriverError(process.communicate()[1])
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def newest(region: SharedMemoryRegion) -> ObservationBuffer:
+    """The next observation that is published from now on."""
+    buffer = region.new_buffer()
+    assert region.read_into(buffer)
+    assert region.wait_observation(buffer.sequence_id, 10.0)
+    assert region.read_into(buffer)
+    return buffer
+
+
+def has_program(net: Network) -> bool:
+    return "xdp" in net.run("balancer", "ip", "link", "show", "dev", "eth0")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lbgym.drivers.xdp.layout import Mechanism
 from lbgym.drivers.xdp.libbpf import PacketRun
 from lbgym.drivers.xdp.plane import Address, Reach, Vip, XdpPlane
-from lbgym.drivers.xdp.tables import DispatchTable, dispatch_table, maglev_table
+from lbgym.drivers.xdp.tables import DispatchTable, IndexInputs, dispatch_table, maglev_table
 
 PASS, DROP, TX = 2, 1, 3
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
@@ -39,12 +39,12 @@ def install(
     weights: NDArray[np.float64],
     active: NDArray[np.bool_] | None = None,
     *,
-    balancers: int = 1,
+    inputs: IndexInputs | None = None,
     ipv6: bool = False,
 ) -> DispatchTable:
     """Put a rule in force; the fallback table is by equal weights."""
     active = np.ones(len(weights), np.bool_) if active is None else active
-    table = dispatch_table(rule, weights, active, balancers)
+    table = dispatch_table(rule, weights, active, inputs)
     servers = np.flatnonzero(active).astype(np.uint32)
     fallback = maglev_table(np.ones(len(weights)), servers) if len(servers) else servers
     plane.install(table, fallback, reach(len(weights), ipv6=ipv6))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from lbgym.drivers.xdp.layout import INDEX_ENTRIES, INDEX_MOST
 from lbgym.drivers.xdp.plane import Vip
-from lbgym.drivers.xdp.tables import INDEX_GRID, MECHANISMS, TURNS, dispatch_table
+from lbgym.drivers.xdp.tables import INDEX_GRID, MECHANISMS, TURNS, IndexInputs, dispatch_table
+from lbgym.features.compile import compiled
 from lbgym.features.rng import to_range
+from lbgym.scenarios import DISPATCH_RULES, RULES
 from lbgym.simulator import layout as at
 from lbgym.simulator import maglev_table_size
-from lbgym.simulator.dispatch import build_alias, build_maglev, dispatch_by_hash, dispatch_hash, second_hash
+from lbgym.simulator.dispatch import dispatch_by_hash, dispatch_hash, flow_score, refresh_balancer, second_hash
 from tests.drivers.xdp.conftest import Load
 from tests.drivers.xdp.packets import SYN, VIP4, flow_hashes, install, open_flows, runner, server_of, tcp4
 
@@ -20,46 +24,63 @@ pytestmark = pytest.mark.xdp
 
 DECISIONS = 100_000
 N = 13
-RULE_NUMBERS = {"ecmp": at.ECMP, "wcmp": at.WCMP, "maglev": at.MAGLEV, "round_robin": at.ROUND_ROBIN}
 
 
-def scores(rule: str, balancers: int, q: NDArray[np.int64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The definition of the rules that count, on the present open flows q."""
-    if rule in ("lsq", "p2c"):
-        return q.astype(np.float64)
-    return ((balancers if rule == "sed_scaled" else 1) * q + 1.0) / weights
+@compiled(allocates=True)
+def least(rule, two_choices, balancers, h, q, rows, active, bf):  # type: ignore[no-untyped-def]
+    """The choice of the rules that count, at the present open flows q."""
+    n = len(q)
+    values = np.empty(n)
+    for j in range(n):
+        values[j] = flow_score(rule, balancers, q[j], bf[0, j, at.B_WEIGHT], bf[0, j]) if active[j] else np.inf
+    if two_choices:
+        one, two = to_range(h, len(rows)), to_range(second_hash(h), len(rows) - 1)
+        first, second = rows[one], rows[two + (two >= one)]
+        return second if values[second] < values[first] else first
+    best = start = to_range(h, n)
+    for k in range(n):
+        j = (start + k) % n
+        if values[j] < values[best]:
+            best = j
+    return best
 
 
 class Simulated:
-    """The simulator's own functions for a rule, on one balancer."""
+    """The simulator's own functions for a rule, on one balancer; background loads are for rules that take them."""
 
-    def __init__(self, rule: str, weights: NDArray[np.float64], active: NDArray[np.bool_], balancers: int) -> None:
+    def __init__(self, rule: str, weights: NDArray[np.float64], active: NDArray[np.bool_], inputs: IndexInputs) -> None:
         n = len(weights)
-        self.rule, self.weights, self.active, self.balancers = rule, weights, active, balancers
+        self.rule, self.active = rule, active
+        self.number, self.balancers = DISPATCH_RULES.index(rule), inputs.balancers
         self.ri = np.zeros(at.NUM_RI, np.int64)
         self.rows = np.flatnonzero(active).astype(np.int32)
-        self.ri[at.R_ACTIVE] = count = len(self.rows)
-        self.bf, self.bi = np.zeros((1, n, at.NUM_BF)), np.zeros((1, n, at.NUM_BI), np.int64)
-        self.bf[0, :, at.B_WEIGHT] = weights
+        self.ri[at.R_ACTIVE] = len(self.rows)
+        tables = np.zeros((n, at.SCORES_BEYOND_CORES + 16)) if inputs.scores is None else inputs.scores
+        self.bf, self.bi = np.zeros((1, n, at.NUM_BF + tables.shape[1])), np.zeros((1, n, at.NUM_BI), np.int64)
+        self.bf[0, :, at.B_WEIGHT], self.bf[0, :, at.NUM_BF :] = weights, tables
+        if inputs.cores is not None and inputs.background is not None:
+            self.bf[0, :, at.B_CORES], self.bf[0, :, at.B_BACKGROUND] = inputs.cores, inputs.background
         self.size = maglev_table_size(n)
         self.maglev = np.zeros((1, self.size), np.int32)
-        build_alias(0, self.rows, count, self.bf, self.bi)
-        build_maglev(0, self.size, self.rows, count, self.bf, self.maglev)
+        sf, si = np.ones((n, at.NUM_SF)), np.zeros((n, at.NUM_SI), np.int64)
+        si[:, at.S_STATUS] = np.where(active, at.UP, at.DOWN)
+        refresh_balancer(
+            0, self.number, self.size, self.ri, self.rows, self.bf, self.bi, np.zeros((1, n)), self.maglev, sf, si
+        )
 
     def choose(self, flow_hash: np.uint64, q: NDArray[np.int64]) -> int:
         h = np.uint64(dispatch_hash(flow_hash))
-        if self.rule in RULE_NUMBERS:
-            number = RULE_NUMBERS[self.rule]
-            return int(dispatch_by_hash(0, number, self.size, h, self.ri, self.rows, self.bf, self.bi, self.maglev))
-        values = scores(self.rule, self.balancers, q, self.weights)
-        if self.rule.startswith("p2c"):
-            one = to_range(h, len(self.rows))
-            two = to_range(np.uint64(second_hash(h)), len(self.rows) - 1)
-            first, second = self.rows[one], self.rows[two + (two >= one)]
-            return int(second if values[second] < values[first] else first)
-        values[~self.active] = np.inf
-        start = to_range(h, len(values))
-        return int((np.argmin(np.roll(values, -start)) + start) % len(values))
+        if RULES[self.rule].mechanism not in ("index", "two_choices"):
+            return int(
+                dispatch_by_hash(0, self.number, self.size, h, self.ri, self.rows, self.bf, self.bi, self.maglev)
+            )
+        two = RULES[self.rule].mechanism == "two_choices"
+        return int(least(self.number, two, self.balancers, h, q, self.rows, self.active, self.bf))
+
+
+def entry_of(q: Any) -> Any:
+    """The number of open flows that q shares an entry with."""
+    return INDEX_GRID[np.searchsorted(INDEX_GRID, np.minimum(q, INDEX_MOST - 1), side="right") - 1].astype(np.int64)
 
 
 @pytest.mark.slow
@@ -72,23 +93,31 @@ def test_the_same_server_as_the_simulator(load: Load, rule: str) -> None:
     weights = rng.integers(1, 6, N).astype(np.float64) if rule == "round_robin" else rng.choice([0.5, 1.0, 1.7, 3.0], N)
     plane = load(flows=DECISIONS + 1000, syn_flows=DECISIONS + 1000)
     plane.set_vips([VIP4])
-    install(plane, rule, weights, active, balancers=3)
-    simulated = Simulated(rule, weights, active, 3)
+    inputs = IndexInputs(
+        cores=rng.integers(1, 17, N).astype(np.float64),
+        background=rng.choice([0.0, 0.25, 1.0, 3.7, 40.0], N),
+        balancers=3,
+        scores=np.sort(rng.integers(0, 30, (N, 70)), axis=1).astype(np.float64) if rule == "table" else None,
+    )
+    install(plane, rule, weights, active, inputs=inputs)
+    simulated = Simulated(rule, weights, active, inputs)
     clients = rng.integers(0x0B000000, 0xDF000000, DECISIONS, np.uint32)
     ports = rng.integers(1024, 65536, DECISIONS).astype(np.uint16)
     hashes = flow_hashes(VIP4, clients, ports)
     run, held = runner(plane), plane.shared["open_flows"]
     q = np.zeros(N, np.int64)
+    counted = q.copy()
     differ = 0
     for i in range(DECISIONS):
         if i % 100 == 0:
             # Counts of any size, also where entries of the table are shared (then compared by the shared value).
             q = rng.choice(INDEX_GRID.astype(np.int64), N) if i % 200 else rng.integers(0, 5, N)
             held[:N] = q
+            counted = entry_of(q)
         chosen = server_of(run(tcp4(int(clients[i]), int(ports[i]), VIP4, SYN, i + 1)))
-        counted = INDEX_GRID[np.searchsorted(INDEX_GRID, np.minimum(q, INDEX_MOST - 1), side="right") - 1]
-        differ += chosen != simulated.choose(hashes[i], counted.astype(np.int64))
+        differ += chosen != simulated.choose(hashes[i], counted)
         q[chosen] += 1
+        counted[chosen] = entry_of(q[chosen])
     assert differ == 0
     assert plane.shared["totals"]["table_full"] == 0
 
@@ -131,7 +160,7 @@ def test_weight_zero_takes_no_flow_and_all_zero_is_all_alike(load: Load, rule: s
 
     zero = taken([1.0, 0.0, 2.0], 0)
     # ECMP and LSQ do not look at weights; two choices may both be of weight 0, but here are one at most.
-    assert zero == ({0, 1, 2} if rule in ("ecmp", "lsq", "p2c") else {0, 2})
+    assert zero == ({0, 1, 2} if rule in ("ecmp", "lsq", "table", "p2c") else {0, 2})
     assert taken([0.0, 0.0, 0.0], 1000) == {0, 1, 2}
 
 

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import xdp_changes
 from lbgym.drivers import DriverError
 from lbgym.drivers.check import check_driver
 from lbgym.drivers.control import control
 from lbgym.drivers.xdp import XdpOptions, detach
-from lbgym.sharedmemory import ObservationBuffer, ServerState, SharedMemoryRegion
+from lbgym.drivers.xdp.options import default_pin_folder
+from lbgym.drivers.xdp.plane import XdpPlane
+from lbgym.drivers.xdp.tables import IndexInputs, index_table
+from lbgym.sharedmemory import ServerState, SharedMemoryRegion
 from tests.drivers.test_discovery import eventually
-from tests.drivers.xdp.network import PORT, VIP4, VIP6, Network, dataplane_toml, missing_tools, network, outcome
+from tests.drivers.xdp.network import (
+    PORT,
+    VIP4,
+    VIP6,
+    Network,
+    dataplane_toml,
+    driver,
+    has_program,
+    missing_tools,
+    network,
+    newest,
+    outcome,
+)  # fmt: skip
 
 pytestmark = [pytest.mark.xdp, pytest.mark.slow]
 
@@ -41,38 +54,10 @@ def name() -> Iterator[str]:
     detach(chosen)
 
 
-@contextmanager
-def driver(net: Network, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    process = net.start("balancer", sys.executable, "-m", "lbgym", "dataplane", "xdp", *arguments)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line.startswith("region"):
-        raise DriverError(process.communicate()[1])
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
 def refused(net: Network, message: str, *arguments: object) -> None:
     """The driver ends before it is ready, with a message."""
     with pytest.raises(DriverError, match=message), driver(net, *arguments):
         pass
-
-
-def newest(region: SharedMemoryRegion) -> ObservationBuffer:
-    """The next observation that is published from now on."""
-    buffer = region.new_buffer()
-    assert region.read_into(buffer)
-    assert region.wait_observation(buffer.sequence_id, 10.0)
-    assert region.read_into(buffer)
-    return buffer
-
-
-def has_program(net: Network) -> bool:
-    return "xdp" in net.run("balancer", "ip", "link", "show", "dev", "eth0")
 
 
 @pytest.mark.parametrize("ipv6", [False, True], ids=["ipv4", "ipv6"])
@@ -121,11 +106,29 @@ def test_the_driver_keeps_the_contract(name: str, tmp_path: Path) -> None:
     with network(2) as net:
         for server in net.servers:
             net.serve(server)
-        file = dataplane_toml(tmp_path / "dataplane.toml", name, net.servers, head="[health]\ninterval = 0.1")
+        keys = {"rule": "marginal"}
+        file = dataplane_toml(
+            tmp_path / "dataplane.toml", name, net.servers, head="[health]\ninterval = 0.1", driver=keys
+        )
+        # The second server has cores by its configuration; the first has those that the agent says.
+        file.write_text(file.read_text() + "cores = 4\n")
         with driver(net, "--config", file):
-            clients = net.clients(500, lanes=2)
+            with SharedMemoryRegion.attach(name) as agent:
+                eventually(lambda: (newest(agent).states[:2] == ServerState.UP).all())
+                weights, background = np.array([3.0, 2.0]), np.array([0.25, 5.0])
+                index = np.stack([weights / [3.0, 1.0], background], axis=1)
+                agent.write_action(sequence_id=1, weights=weights, index=index, lease=60.0)
+                eventually(lambda: newest(agent).applied_sequence_id == 1)
+                plane = XdpPlane.take_over(default_pin_folder(name))
+                inputs = IndexInputs(cores=np.array([3.0, 4.0]), background=background)
+                expected = index_table("marginal", weights, np.ones(2, np.bool_), inputs)
+                np.testing.assert_array_equal(plane._indices[plane.bank][:, :2], expected)
+                plane.close()
+            clients = net.clients(100_000, lanes=2)
             verdicts = check_driver(name, end=True)
-            assert [str(verdict) for verdict in verdicts if verdict.passed is False] == []
+            assert [str(verdict) for verdict in verdicts if not verdict.passed] == []
+            by_index = next(verdict.detail for verdict in verdicts if verdict.check == "index")
+            assert not by_index.startswith("none of 0 flows")
             clients.kill()
 
 
@@ -157,6 +160,13 @@ def test_servers_come_and_go_under_load(name: str, tmp_path: Path) -> None:
             taken = placed() - before
             assert taken[0] == 0 and (taken[1:3] > 0).all()
 
+            for server, address, message in (
+                ("server-9", "10.77.2.3", "servers 'server-2' and 'server-9' have the same address, 10.77.2.3"),
+                ("server-9", VIP4, f"the address of server 'server-9', {VIP4}, is a VIP's"),
+                ("server-2", "10.77.2.9", "server 'server-2' has the address 10.77.2.3 port 8080 and cannot get"),
+            ):
+                with pytest.raises(DriverError, match=message):
+                    control(name, {"op": "add", "server": server, "address": address, "port": PORT})
             control(name, {"op": "add", "server": "server-3", "address": "10.77.2.4", "port": PORT, "weight": 1.0})
             eventually(lambda: states() == ["DRAINING", "UP", "UP", "UP"])
             before = placed()
@@ -220,6 +230,17 @@ def test_traffic_survives_the_driver_and_the_next_one_takes_over(name: str, tmp_
         refused(net, r"loaded with other sizes \(flows: 262144, not 1024\)", "--config", file)
         assert outcome(net.clients(20))[1] == []
         assert detach(name) and not has_program(net) and not detach(name)
+
+
+def test_the_safe_weights_follow_an_agent_that_is_killed() -> None:
+    """``benchmarks/xdp_changes.py``, in small; servers and drivers that come and go are above."""
+    rows = xdp_changes.agent_is_killed(lanes=4)
+    assert xdp_changes.check(rows), rows
+
+
+def test_maglev_moves_few_who_need_not_move() -> None:
+    rows = xdp_changes.maglev_moves_few(400, 4)
+    assert xdp_changes.check(rows), rows
 
 
 def test_bad_input_attaches_nothing(name: str, tmp_path: Path) -> None:

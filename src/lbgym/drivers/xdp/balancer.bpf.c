@@ -5,6 +5,7 @@
  * halves, of which `shared.settings.bank` is in force. A flow keeps its server, whatever happens to the tables.
  */
 #include "flows.bpf.h"
+#include "lbgym_checksum.h"
 
 /* Its types, of both versions, in <linux/icmp.h> need the C library of another architecture. */
 struct icmp {
@@ -14,34 +15,6 @@ struct icmp {
 };
 enum { ICMP_DEST_UNREACH = 3, ICMP_TIME_EXCEEDED = 11, ICMP_PARAMETERPROB = 12 };
 enum { ICMPV6_DEST_UNREACH = 1, ICMPV6_PARAMPROB = 4 };
-
-/* Checksums: RFC 1624. `sum` is of 16-bit words as they are in memory. */
-
-static __always_inline uint32_t changed(uint32_t sum, uint32_t before, uint32_t after)
-{
-    sum += (~before & 0xFFFF) + (~before >> 16);
-    return sum + (after & 0xFFFF) + (after >> 16);
-}
-
-static __always_inline uint32_t changed_address(uint32_t sum, const uint32_t *before, const uint32_t *after, int words)
-{
-    for (int i = 0; i < words; i++)
-        sum = changed(sum, before[i], after[i]);
-    return sum;
-}
-
-static __always_inline uint16_t checksum(uint16_t check, uint32_t sum)
-{
-    sum += (uint16_t)~check;
-    sum = (sum & 0xFFFF) + (sum >> 16);
-    sum = (sum & 0xFFFF) + (sum >> 16);
-    return ~sum;
-}
-
-static __always_inline uint32_t changed_port(uint32_t sum, uint16_t before, uint16_t after)
-{
-    return sum + (uint16_t)~before + after;
-}
 
 /* Sending */
 
@@ -58,12 +31,12 @@ static __always_inline void translate(void *l3, struct tcphdr *tcp, int is_ipv6,
                                       const uint32_t *new_address, uint16_t new_port)
 {
     int words = is_ipv6 ? 4 : 1;
-    uint32_t sum = changed_address(0, address, new_address, words);
+    uint32_t sum = lbgym_sum_address(0, address, new_address, words);
     if (!is_ipv6) {
         struct iphdr *ip = l3;
-        ip->check = checksum(ip->check, sum);
+        ip->check = lbgym_checksum(ip->check, sum);
     }
-    tcp->check = checksum(tcp->check, changed_port(sum, *port, new_port));
+    tcp->check = lbgym_checksum(tcp->check, lbgym_sum_port(sum, *port, new_port));
     for (int i = 0; i < words; i++)
         address[i] = new_address[i];
     *port = new_port;
@@ -112,8 +85,9 @@ static __always_inline int reply(struct xdp_md *ctx, struct ethhdr *eth, void *l
     uint64_t now = bpf_ktime_get_coarse_ns();
     if (flow->last != now)
         READ(flow->last) = now;
-    if (UNLIKELY(flags & (FIN_FLAG | RST_FLAG)) && is_open(word) && server_of(word) == *row)
-        finish(flow, word, flags & FIN_FLAG ? COMPLETED : state_of(word) == SYN ? REJECTED : FAILED);
+    enum lbgym_tcp_event event = lbgym_tcp_from_server(state_of(word), flags);
+    if (UNLIKELY(event != LBGYM_GOES_ON) && is_open(word) && server_of(word) == *row)
+        finish(flow, word, event);
     struct vip *vip = &shared.vip_table[*index & (MAX_VIPS - 1)];
     translate(l3, tcp, is_ipv6, source, &tcp->source, vip->address, vip->port);
     return send(ctx, eth, flow->client_mac, flow->own_mac, flow->ifindex);
@@ -182,20 +156,20 @@ static __always_inline int icmp_error(struct xdp_md *ctx, struct ethhdr *eth, ui
         return XDP_DROP;
     ADD(shared.totals.icmp, 1);
     if (shared.settings.mode == DNAT) {
-        uint32_t sum = changed_address(0, destination, server->address, words);
+        uint32_t sum = lbgym_sum_address(0, destination, server->address, words);
         if (!is_ipv6)
-            *outer_check = checksum(*outer_check, sum);
+            *outer_check = lbgym_checksum(*outer_check, sum);
         /* ICMPv6 has a pseudo header with the outer address. */
         uint32_t icmp_sum = is_ipv6 ? sum : 0;
-        uint32_t inner = changed_address(0, inner_source, server->address, words);
+        uint32_t inner = lbgym_sum_address(0, inner_source, server->address, words);
         if (!is_ipv6) {
             uint16_t before = *inner_check;
-            *inner_check = checksum(before, inner);
-            icmp_sum = changed_port(icmp_sum, before, *inner_check);
+            *inner_check = lbgym_checksum(before, inner);
+            icmp_sum = lbgym_sum_port(icmp_sum, before, *inner_check);
         }
-        icmp_sum = changed_address(icmp_sum, inner_source, server->address, words);
-        icmp_sum = changed_port(icmp_sum, ports[0], server->port);
-        *icmp_check = checksum(*icmp_check, icmp_sum);
+        icmp_sum = lbgym_sum_address(icmp_sum, inner_source, server->address, words);
+        icmp_sum = lbgym_sum_port(icmp_sum, ports[0], server->port);
+        *icmp_check = lbgym_checksum(*icmp_check, icmp_sum);
         for (int i = 0; i < words; i++) {
             destination[i] = server->address[i];
             inner_source[i] = server->address[i];
@@ -323,6 +297,13 @@ int bounce(struct xdp_md *ctx)
     if (!is_vip(&key))
         return XDP_PASS;
     return send(ctx, eth, shared.servers[0][0].mac, shared.servers[0][0].own_mac, ctx->ingress_ifindex);
+}
+
+/* Where frames of a benchmark end. */
+SEC("xdp")
+int sink(struct xdp_md *ctx)
+{
+    return XDP_DROP;
 }
 
 /* Every packet is of another client, so that every one begins a flow. */

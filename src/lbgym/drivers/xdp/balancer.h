@@ -3,6 +3,9 @@
 #ifndef LBGYM_XDP_BALANCER_H
 #define LBGYM_XDP_BALANCER_H
 
+#include "lbgym_dispatch.h"
+#include "lbgym_tcp.h"
+
 /* Changes with every change of what is here; a driver takes over the pinned maps of its own version only. */
 #define VERSION 1
 
@@ -14,13 +17,10 @@
 #define ANY_PORT 0xFFFFFFFF
 
 enum mode { DSR, DNAT };
-enum mechanism { NOBODY, ALIAS, LOOKUP, TURNS, INDEX, TWO_CHOICES };
-/* Of a flow. DEAD entries are about to be deleted. */
-enum state { FREE, SYN, ESTABLISHED, CLOSED, DEAD };
 
 /* One half of what dispatches flows. */
 struct table {
-    uint32_t mechanism;
+    uint32_t mechanism;     /* enum lbgym_mechanism */
     uint32_t size;          /* entries of the mechanism's table */
     uint32_t rows;          /* servers there are, also those that take no flows */
     uint32_t fallback_size; /* entries of the fallback table, by the configured weights */
@@ -92,11 +92,6 @@ struct totals {
     uint64_t orphaned;       /* flows placed by the fallback table since no driver was heard of */
 };
 
-struct alias {
-    uint64_t threshold;
-    uint32_t stay, other; /* servers */
-};
-
 struct shared {
     struct settings settings;
     uint64_t unused[5];
@@ -106,7 +101,7 @@ struct shared {
     uint64_t entries[MAX_SERVERS];
     struct counters counters[MAX_SERVERS];
     struct server servers[2][MAX_SERVERS];
-    struct alias aliases[2][MAX_SERVERS];
+    struct lbgym_alias aliases[2][MAX_SERVERS];
     struct vip vip_table[MAX_VIPS];
     struct reservoir reservoirs[MAX_SERVERS][2]; /* of FCTs and of durations */
 };

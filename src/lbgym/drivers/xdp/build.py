@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import platform
@@ -12,9 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ...atomic import write_whole
-from ...errors import LbgymError
 from ..base import DriverError
+from ..compiled import kept_file
 
 _HERE = Path(__file__).parent
 _INCLUDE = _HERE.parents[1] / "include"
@@ -23,7 +21,7 @@ _SOURCES = (
     _HERE / "flows.bpf.h",
     _HERE / "dispatch.bpf.h",
     _HERE / "balancer.h",
-    _INCLUDE / "lbgym_dispatch.h",
+    *(_INCLUDE / f"lbgym_{name}.h" for name in ("checksum", "dispatch", "tcp")),
 )
 _PACKAGES = "clang, llvm and libbpf-dev"
 # The newest of these instructions, atomic ones, are of version 3.
@@ -38,12 +36,6 @@ def object_digest() -> str:
     return digest.hexdigest()
 
 
-def cache_folder() -> Path:
-    """Where objects are kept: ``lbgym`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return Path(home if home else Path.home() / ".cache") / "lbgym"
-
-
 def build_object(*, benchmark: bool = False) -> bytes:
     """The compiled program, from the cache or by clang.
 
@@ -55,18 +47,7 @@ def build_object(*, benchmark: bool = False) -> bytes:
     """
     if benchmark:
         return _compile("-DBENCHMARK")
-    kept = None
-    with contextlib.suppress(OSError, RuntimeError):
-        kept = cache_folder() / f"xdp-{object_digest()[:32]}.o"
-        # What another user could have put there is not loaded into the kernel.
-        if kept.stat().st_uid == os.geteuid():
-            return kept.read_bytes()
-    content = _compile()
-    if kept is not None:
-        with contextlib.suppress(OSError, LbgymError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(kept, lambda stream: stream.write(content))
-    return content
+    return kept_file(f"xdp-{object_digest()[:32]}.o", _compile)[0]
 
 
 def _compile(*flags: str) -> bytes:

@@ -21,7 +21,6 @@ typedef __s64 int64_t;
 #include <bpf/bpf_helpers.h>
 
 #include "balancer.h"
-#include "lbgym_dispatch.h"
 
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 #define UNLIKELY(x) __builtin_expect(!!(x), 0)
@@ -30,11 +29,6 @@ typedef __s64 int64_t;
 /* A pointer comparison that the compiler must not rewrite in terms of lengths, which the verifier does not follow. */
 #define BEYOND(pointer, end) ((void *)((pointer) + 1) > (end))
 #define NONE (-1)
-
-#define FIN_FLAG 0x01
-#define SYN_FLAG 0x02
-#define RST_FLAG 0x04
-#define ACK_FLAG 0x10
 
 /* All arrays of fixed size, in one map that the driver has in its memory, too. */
 struct shared shared;
@@ -170,15 +164,15 @@ __attribute__((noinline)) int choose(uint64_t h, uint32_t bank)
     uint32_t size = table->size, half = bank * shared.settings.lookup_size;
     uint32_t capacity = shared.settings.capacity, first = bank * LBGYM_INDEX_ENTRIES * capacity;
     switch (table->mechanism) {
-    case ALIAS: {
-        struct alias *bucket = &shared.aliases[bank][lbgym_to_range(h, size) & (MAX_SERVERS - 1)];
-        return (lbgym_takes_alias(h, bucket->threshold) ? bucket->other : bucket->stay) & (MAX_SERVERS - 1);
+    case LBGYM_ALIAS: {
+        struct lbgym_alias *bucket = &shared.aliases[bank][lbgym_to_range(h, size) & (MAX_SERVERS - 1)];
+        return lbgym_alias_server(bucket, h) & (MAX_SERVERS - 1);
     }
-    case LOOKUP:
+    case LBGYM_LOOKUP:
         return row_of(half + lbgym_to_range(h, size), 0);
-    case TURNS:
+    case LBGYM_TURNS:
         return row_of(half + (uint32_t)(__sync_fetch_and_add(&shared.totals.turn, 1) % (size ? size : 1)), 0);
-    case INDEX: {
+    case LBGYM_INDEX: {
         /* Ties go to the first from the hashed position on. */
         struct scan scan = {.least = LBGYM_INDEX_NEVER, .rows = table->rows, .first = first, .capacity = capacity};
         scan.row = lbgym_to_range(h, scan.rows);
@@ -187,13 +181,12 @@ __attribute__((noinline)) int choose(uint64_t h, uint32_t bank)
         bpf_loop((rows + SCAN_STEP - 1) / SCAN_STEP, scan_step, &scan, 0);
         return scan.least < LBGYM_INDEX_NEVER ? (int)(scan.best & (MAX_SERVERS - 1)) : NONE;
     }
-    case TWO_CHOICES: {
+    case LBGYM_TWO_CHOICES: {
         uint32_t one = lbgym_to_range(h, size);
         int taken = row_of(half + one, 0);
         if (size < 2 || taken < 0)
             return taken;
-        uint32_t two = lbgym_to_range(lbgym_second_hash(h), size - 1);
-        int other = row_of(half + two + (two >= one), 0);
+        int other = row_of(half + lbgym_second_candidate(h, one, size), 0);
         if (other >= 0 && score_of(first, capacity, other) < score_of(first, capacity, taken))
             return other;
         return taken;

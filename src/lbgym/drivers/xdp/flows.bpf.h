@@ -15,41 +15,39 @@ static __always_inline void count_start(uint32_t server)
     ADD(shared.totals.syn_open, 1);
 }
 
-enum how { COMPLETED, REJECTED, FAILED };
-
 /* An open flow has ended; false if another CPU was faster. */
-static __always_inline int end_flow(struct flow *flow, uint64_t word, uint64_t after, uint32_t how)
+static __always_inline int end_flow(struct flow *flow, uint64_t word, uint64_t after, enum lbgym_tcp_event how)
 {
     if (!replace(flow, word, after))
         return 0;
     struct counters *c = &shared.counters[server_of(word)];
-    if (how == COMPLETED)
+    if (how == LBGYM_COMPLETES)
         ADD(c->completed, 1);
-    else if (how == REJECTED)
+    else if (how == LBGYM_REJECTS)
         ADD(c->rejected, 1);
     else
         ADD(c->failed, 1);
     ADD(shared.open_flows[server_of(word)], -1);
-    if (state_of(word) == SYN)
+    if (state_of(word) == LBGYM_SYN)
         ADD(shared.totals.syn_open, -1);
     return 1;
 }
 
 static __always_inline int is_open(uint64_t word)
 {
-    return state_of(word) == SYN || state_of(word) == ESTABLISHED;
+    return lbgym_is_open(state_of(word));
 }
 
 /* Ended by a packet: its FCT is known. */
-static __noinline int finish(struct flow *flow, uint64_t word, uint32_t how)
+static __noinline int finish(struct flow *flow, uint64_t word, enum lbgym_tcp_event how)
 {
     if (!flow)
         return 0;
-    if (!end_flow(flow, word, (word & ~0xFFull) | CLOSED, how))
+    if (!end_flow(flow, word, (word & ~0xFFull) | LBGYM_CLOSED, how))
         return 0;
     uint64_t now = bpf_ktime_get_ns(), fct = now - flow->started;
     uint32_t server = server_of(word);
-    if (how != COMPLETED && state_of(word) == SYN)
+    if (how != LBGYM_COMPLETES && state_of(word) == LBGYM_SYN)
         return 0; /* it never was a flow */
     ADD(shared.counters[server].fct_count, 1);
     ADD(shared.counters[server].fct_sum, fct);
@@ -120,7 +118,10 @@ static __noinline int begin(struct packet *p, uint32_t adopted)
         return NONE;
     }
     struct flow flow = {
-        .word = word_of(SYN, row, p->isn), .started = now, .last = bpf_ktime_get_coarse_ns(), .ifindex = p->ifindex,
+        .word = word_of(LBGYM_SYN, row, p->isn),
+        .started = now,
+        .last = bpf_ktime_get_coarse_ns(),
+        .ifindex = p->ifindex,
     };
     __builtin_memcpy(flow.client_mac, p->client_mac, 6);
     __builtin_memcpy(flow.own_mac, p->own_mac, 6);
@@ -148,14 +149,14 @@ static __noinline int begin_again(struct flow *flow, struct packet *p)
         return NONE;
     uint64_t word = READ(flow->word);
     uint32_t server = server_of(word), state = state_of(word);
-    if (state == DEAD || word >> 32 == p->isn)
+    if (state == LBGYM_DEAD || word >> 32 == p->isn)
         return server; /* sent again */
     int row = server;
-    if (state == ESTABLISHED) {
+    if (state == LBGYM_ESTABLISHED) {
         /* Either the end of the old flow was not seen, or a third party forged the SYN. The server knows. */
         ADD(shared.totals.reused, 1);
     } else {
-        if (state == CLOSED && READ(shared.totals.syn_open) >= shared.settings.syn_flows) {
+        if (state == LBGYM_CLOSED && READ(shared.totals.syn_open) >= shared.settings.syn_flows) {
             ADD(shared.totals.syn_limited, 1);
             return server;
         }
@@ -168,8 +169,8 @@ static __noinline int begin_again(struct flow *flow, struct packet *p)
             return NONE;
         }
     }
-    uint64_t after = word_of(SYN, row, p->isn);
-    if (state == CLOSED ? !replace(flow, word, after) : !end_flow(flow, word, after, FAILED))
+    uint64_t after = word_of(LBGYM_SYN, row, p->isn);
+    if (state == LBGYM_CLOSED ? !replace(flow, word, after) : !end_flow(flow, word, after, LBGYM_FAILS))
         return server_of(READ(flow->word));
     if ((uint32_t)row != server) {
         ADD(shared.entries[server], -1);
@@ -193,7 +194,7 @@ static __noinline int begin_again(struct flow *flow, struct packet *p)
 static __always_inline int server_of_packet(struct packet *p, uint8_t flags)
 {
     struct flow *flow = bpf_map_lookup_elem(&flows, &p->key);
-    int opens = (flags & (SYN_FLAG | ACK_FLAG | RST_FLAG | FIN_FLAG)) == SYN_FLAG;
+    int opens = lbgym_tcp_opens(flags);
     if (LIKELY(flow != NULL)) {
         uint64_t word = READ(flow->word);
         if (UNLIKELY(opens))
@@ -206,14 +207,13 @@ static __always_inline int server_of_packet(struct packet *p, uint8_t flags)
             ADD(shared.totals.after_close, 1);
             return server;
         }
-        if (UNLIKELY(flags & (FIN_FLAG | RST_FLAG))) {
-            /* Behind DNAT the end of a server's answer is seen, which a client may await after its own. */
-            if (flags & RST_FLAG || shared.settings.mode == DSR)
-                finish(flow, word, flags & RST_FLAG ? FAILED : COMPLETED);
+        enum lbgym_tcp_event event = lbgym_tcp_from_client(state_of(word), flags, shared.settings.mode == DNAT);
+        if (UNLIKELY(event >= LBGYM_CLOSES_HALF)) {
+            if (event != LBGYM_CLOSES_HALF)
+                finish(flow, word, event);
             return server;
         }
-        if (state_of(word) == SYN && flags & ACK_FLAG && !(flags & SYN_FLAG) &&
-            replace(flow, word, (word & ~0xFFull) | ESTABLISHED))
+        if (event == LBGYM_CONFIRMS && replace(flow, word, (word & ~0xFFull) | LBGYM_ESTABLISHED))
             ADD(shared.totals.syn_open, -1);
         if (drawn(shared.settings.duration_sampling)) {
             uint64_t exact = bpf_ktime_get_ns();
@@ -223,7 +223,7 @@ static __always_inline int server_of_packet(struct packet *p, uint8_t flags)
     }
     if (opens)
         return begin(p, 0);
-    if ((flags & (SYN_FLAG | ACK_FLAG | RST_FLAG | FIN_FLAG)) == ACK_FLAG)
+    if (lbgym_tcp_adopts(flags))
         return begin(p, 1);
     ADD(shared.totals.untracked, 1);
     return stateless(p);
@@ -238,13 +238,15 @@ static long collect_flow(struct bpf_map *map, struct flow_key *key, struct flow 
     uint64_t word = READ(flow->word), last = READ(flow->last);
     int64_t idle = (int64_t)(c->now - last);
     uint32_t state = state_of(word);
-    uint64_t limit = state == SYN ? c->syn_timeout : state == ESTABLISHED ? c->idle_timeout : c->close_timeout;
+    uint64_t limit = state == LBGYM_SYN           ? c->syn_timeout
+                     : state == LBGYM_ESTABLISHED ? c->idle_timeout
+                                                  : c->close_timeout;
     if (idle < 0 || idle < (int64_t)limit)
         return 0;
-    uint64_t dead = (word & ~0xFFull) | DEAD;
-    if (state == DEAD)
+    uint64_t dead = (word & ~0xFFull) | LBGYM_DEAD;
+    if (state == LBGYM_DEAD)
         return 0;
-    if (state == CLOSED ? !replace(flow, word, dead) : !end_flow(flow, word, dead, FAILED))
+    if (state == LBGYM_CLOSED ? !replace(flow, word, dead) : !end_flow(flow, word, dead, LBGYM_FAILS))
         return 0;
     if (shared.settings.mode == DNAT) {
         struct flow_key reply = *key;

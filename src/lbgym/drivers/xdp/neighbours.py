@@ -67,6 +67,11 @@ class Neighbours:
             raise DriverError(f"interface {name!r} is no Ethernet interface")
         return int(links[name]["index"])
 
+    def own_mac(self, ifindex: int) -> bytes:
+        """The link-layer address of an interface, 6 bytes."""
+        addresses = {link["index"]: _bytes(link.get_attr("IFLA_ADDRESS")) for link in self._dump("get_links")}
+        return addresses.get(ifindex) or bytes(6)
+
     def find(self, addresses: Iterable[Address]) -> dict[Address, NextHop | None]:
         """The next hop to each address; None where there is no route, or its link-layer address is not known (yet)."""
         macs = {

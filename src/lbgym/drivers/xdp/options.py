@@ -16,6 +16,8 @@ from .layout import MAX_SERVERS, MAX_VIPS, NAME_SIZE
 from .plane import Address, Vip
 from .tables import MECHANISMS
 
+#: Dispatch rules that a configuration may name: scores of ``table`` come from nowhere.
+RULES = tuple(rule for rule in MECHANISMS if rule != "table")
 _LOOKS = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<v4>[^:\[\]]+)):(?P<port>\d+)")
 
 
@@ -29,7 +31,7 @@ class XdpOptions:
         interfaces: that clients' packets come in by; with ``dnat`` also those of the servers' answers.
         mode: "dsr": only MAC addresses change, servers have the VIP on an interface that does not answer ARP, and
             answer clients directly; "dnat": servers see their own address, and answer through the balancer.
-        rule: dispatch rule.
+        rule: dispatch rule; any but ``table``, whose scores no configuration and no action has.
         balancers: m of ``sed_scaled``.
         attach: "native", "generic", or "auto": native where the interface's driver can.
         flows: entries of the flow table, 16 to 2**24; about 120 bytes each, twice that with ``dnat``.
@@ -78,7 +80,7 @@ class XdpOptions:
             raise InvalidOptionError(f"there can be {MAX_VIPS} VIPs, got {len(self.vips)}")
         _ = self.parsed_vips
         checks.choice("mode", self.mode, ("dsr", "dnat"))
-        checks.choice("dispatch rule of an XDP balancer", self.rule, MECHANISMS)
+        checks.choice("dispatch rule of an XDP balancer", self.rule, RULES)
         checks.whole("balancers", self.balancers, high=1 << 16)
         checks.choice("way to attach", self.attach, ("auto", "native", "generic"))
         checks.whole("flows", self.flows, low=16, high=1 << 24)

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
-import ipaddress
 import logging
 import os
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ...errors import InvalidOptionError
 from ...features import NUM_FEATURES
 from ...sharedmemory import Publication, abi
-from ..base import DriverError, ServerRow, Source
-from ..config import DataPlaneConfig, ServerConfig, load_config
-from ..discovery import Slot
+from ..base import DriverError
+from ..config import DataPlaneConfig, ServerConfig
 from ..pool import ServerPool
+from .configured import ConfiguredBalancer, InForce, check_same_place
 from .layout import MAX_SERVERS
-from .neighbours import Neighbours, NextHop
-from .options import XdpOptions, check_config, check_servers, default_pin_folder, parse_options
-from .plane import Address, Reach, Sizes, XdpPlane, check_privileges, mount_bpf, unpin
+from .options import XdpOptions, default_pin_folder
+from .plane import Sizes, XdpPlane, check_privileges, mount_bpf, unpin
 from .statistics import SampleStatistics
-from .tables import dispatch_table, maglev_table
+from .tables import IndexInputs, dispatch_table, maglev_table
 
 logger = logging.getLogger("lbgym")
 
-#: Seconds between collections of flows, and between looks at the link-layer addresses of servers.
-_HOUSEKEEPING = 1.0
-#: Longest wait at the start for the link-layer addresses of servers, seconds. Those found later are up later.
-_FIRST_LOOK = 0.5
 
-
-class XdpBalancer(Source):
+class XdpBalancer(ConfiguredBalancer):
     """An L4 balancer for TCP in this kernel.
 
     Everything is checked before anything is changed, and taken back if the constructor raises. Where an earlier driver
@@ -60,19 +48,10 @@ class XdpBalancer(Source):
     def __init__(
         self, config: DataPlaneConfig, options: XdpOptions | None = None, path: str | os.PathLike[str] | None = None
     ) -> None:
-        self._where = "the configuration" if path is None else str(path)
-        self._path = path
-        self.options = options or parse_options(config.driver, f"{self._where}, [driver]")
-        check_config(config, self.options, self._where)
+        super().__init__(config, options, path)
         self._folder = self.options.pin_folder(config.name)
         self._plane: XdpPlane | None = None
-        self._pool: ServerPool | None = None
         self._lock = -1
-        self._house_at = 0.0
-        self._weights = np.zeros(0)
-        self._installed: tuple[object, ...] = ()
-        self._hops: dict[Address, NextHop | None] = {}
-        self._neighbours = Neighbours()
         try:
             self._start(config)
         except BaseException:
@@ -110,14 +89,7 @@ class XdpBalancer(Source):
         self._pool = ServerPool(config, self._path, before)
         self._statistics = SampleStatistics(sizes.servers)
         plane.keep_alive(options.orphan_timeout)
-        self._refresh()
-        until = time.monotonic() + _FIRST_LOOK
-        while any(self._hop(slot) is None for slot in self._pool.slots) and time.monotonic() < until:
-            time.sleep(_FIRST_LOOK / 20)
-            self._house_at = 0.0
-            self._refresh()
-        self._weights = self._safe_weights()
-        self._install()
+        self._put_first_in_force()
         if self._lock < 0:
             plane.pin(self._folder)
             self._take_lock()
@@ -155,14 +127,11 @@ class XdpBalancer(Source):
                 continue
             server = ServerConfig(name=reach.name, address=str(reach.address), port=reach.port or None)
             if reach.name in wanted:
-                _same_place(server, wanted[reach.name], self._where)
+                check_same_place(server, wanted[reach.name], self._where)
             seats.append(server)
         return seats
 
     # Source
-
-    def servers(self) -> Sequence[ServerRow]:
-        return self._running[1].servers()
 
     def read(self, now: float) -> Publication:
         plane, pool = self._running
@@ -195,58 +164,6 @@ class XdpBalancer(Source):
             fct_sum=fct_sum,
         )
 
-    def apply(self, weights: NDArray[np.float64], now: float) -> None:
-        self._weights = weights.copy()
-        self._install()
-
-    def add(self, server: str, *, address: str, port: int | None, weight: float, cores: int | None) -> None:
-        pool = self._running[1]
-        new = ServerConfig(name=server, address=address, port=port, weight=weight, cores=cores)
-        present = [slot.server for slot in pool.slots]
-        check_servers([*(known for known in present if known.name != server), new], self.options, "add")
-        for known in present:
-            if known.name == server:
-                _same_place(known, new, "add")
-        pool.add(server, address=address, port=port, weight=weight, cores=cores)
-        self._house_at = 0.0
-        self._refresh()
-        self._install()
-
-    def drain(self, server: str) -> None:
-        self._running[1].drain(server)
-        self._install()
-
-    def undrain(self, server: str) -> None:
-        self._running[1].undrain(server)
-        self._install()
-
-    def remove(self, server: str) -> None:
-        self._running[1].remove(server)
-        self._install()
-
-    def reload(self) -> str:
-        pool = self._running[1]
-        if self._path is None:
-            return pool.reload()
-        config = load_config(self._path)
-        check_config(config, self.options, str(self._path))
-        known = {slot.server.name: slot.server for slot in pool.slots}
-        for server in config.servers:
-            if server.name in known:
-                _same_place(known[server.name], server, str(self._path))
-        # An address that moved to another name is still taken while the first server has flows.
-        leaving = [server for name, server in known.items() if all(name != new.name for new in config.servers)]
-        check_servers([*config.servers, *leaving], self.options, str(self._path))
-        changes = pool.reload()
-        self._house_at = 0.0
-        self._refresh()
-        self._install()
-        return changes
-
-    @property
-    def reloads(self) -> bool:
-        return self._path is not None
-
     @property
     def plane(self) -> XdpPlane:
         """Program and maps, to look at."""
@@ -256,10 +173,7 @@ class XdpBalancer(Source):
         self._close(detach=not self.options.keep)
 
     def _close(self, *, detach: bool) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-        self._neighbours.close()
+        self._close_pool()
         if self._plane is not None:
             if detach:
                 self._plane.detach()
@@ -273,75 +187,32 @@ class XdpBalancer(Source):
 
     @property
     def _running(self) -> tuple[XdpPlane, ServerPool]:
-        if self._plane is None or self._pool is None:
+        if self._plane is None:
             raise DriverError("the XDP balancer is closed")
-        return self._plane, self._pool
+        return self._plane, self._servers
 
-    def _refresh(self) -> None:
-        """Find out how servers are, and from time to time where; collect flows."""
-        plane, pool = self._running
-        now = time.monotonic()
-        if now >= self._house_at:
-            self._house_at = now + _HOUSEKEEPING
-            options = self.options
-            plane.collect(
-                syn_timeout=options.syn_timeout,
-                idle_timeout=options.idle_timeout,
-                close_timeout=options.close_timeout,
-            )
-            found = self._neighbours.find(address for slot in pool.slots if (address := _address_of(slot)) is not None)
-            for address, hop in found.items():
-                # What was known goes on being used while the kernel asks again.
-                self._hops[address] = hop or self._hops.get(address)
-        for slot in pool.refresh(plane.shared["entries"][: len(pool.slots)].astype(np.int64).tolist()):
-            plane.shared["reservoirs"][slot.index]["accepted"] = 0
-            plane.shared["reservoirs"][slot.index]["samples"] = 0
-            self._statistics.forget(slot.index)
-        for slot in pool.slots:
-            if self._hop(slot) is None:
-                slot.healthy = False
+    def _keep_house(self) -> None:
+        options = self.options
+        self._running[0].collect(
+            syn_timeout=options.syn_timeout, idle_timeout=options.idle_timeout, close_timeout=options.close_timeout
+        )
 
-    def _hop(self, slot: Slot) -> NextHop | None:
-        address = _address_of(slot)
-        return None if address is None else self._hops.get(address)
+    def _entries(self) -> list[int]:
+        entries: list[int] = self._running[0].shared["entries"].astype(np.int64).tolist()
+        return entries
 
-    def _active(self) -> NDArray[np.bool_]:
-        pool = self._running[1]
-        active = np.zeros(len(pool.slots), np.bool_)
-        for slot in pool.slots:
-            active[slot.index] = slot.active
-        return active
+    def _forget(self, row: int) -> None:
+        plane = self._running[0]
+        plane.shared["reservoirs"][row]["accepted"] = 0
+        plane.shared["reservoirs"][row]["samples"] = 0
+        self._statistics.forget(row)
 
-    def _safe_weights(self) -> NDArray[np.float64]:
-        return np.array([row.weight for row in self._running[1].servers()])
-
-    def _install(self) -> None:
-        """Put weights and servers as they are now in force, if anything has changed."""
-        plane, pool = self._running
-        safe, active = self._safe_weights(), self._active()
-        n = len(active)
-        weights = safe.copy()
-        known = min(n, len(self._weights))
-        weights[:known] = self._weights[:known]
-        reach: list[Reach | None] = [None] * n
-        for slot in pool.slots:
-            address, hop = _address_of(slot), self._hop(slot)
-            if address is not None:
-                reach[slot.index] = Reach(
-                    slot.server.name,
-                    address,
-                    slot.server.port or 0,
-                    hop.mac if hop else None,
-                    hop.own_mac if hop else bytes(6),
-                    hop.ifindex if hop else 0,
-                )
-        state = (weights.tobytes(), safe.tobytes(), active.tobytes(), tuple(reach))
-        if state == self._installed:
-            return
-        servers = np.flatnonzero(active).astype(np.uint32)
-        table = dispatch_table(self.options.rule, weights, active, self.options.balancers)
-        plane.install(table, maglev_table(safe, servers) if len(servers) else servers, reach)
-        self._installed = state
+    def _put_in_force(self, wanted: InForce) -> None:
+        servers = np.flatnonzero(wanted.active).astype(np.uint32)
+        inputs = IndexInputs(wanted.cores, wanted.background, self.options.balancers)
+        table = dispatch_table(self.options.rule, wanted.weights, wanted.active, inputs)
+        fallback = maglev_table(wanted.safe, servers) if len(servers) else servers
+        self._running[0].install(table, fallback, wanted.reach)
 
 
 def detach(name: str, options: XdpOptions | None = None) -> bool:
@@ -371,21 +242,6 @@ def detach(name: str, options: XdpOptions | None = None) -> bool:
     except OSError as error:
         raise DriverError(f"the balancer pinned in {where} cannot be removed: {error.strerror or error}") from error
     return True
-
-
-def _address_of(slot: Slot) -> Address | None:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(slot.server.address)
-    return None
-
-
-def _same_place(before: ServerConfig, after: ServerConfig, where: str) -> None:
-    """A server that moves is another one: its flows would be sent where nobody knows them."""
-    if ipaddress.ip_address(before.address) != ipaddress.ip_address(after.address) or before.port != after.port:
-        raise InvalidOptionError(
-            f"{where}: server {after.name!r} has the address {before.address} port {before.port} and cannot get "
-            f"{after.address} port {after.port} while it is known; give the new one another name"
-        )
 
 
 def _read(path: str) -> bytes:

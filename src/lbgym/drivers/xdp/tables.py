@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...features.compile import compiled
+from ...scenarios import DISPATCH_RULES
 from ...simulator import layout as at
 from ...simulator import maglev_table_size
-from ...simulator.dispatch import build_alias, build_maglev, dispatch_by_hash
+from ...simulator.dispatch import build_alias, build_maglev, dispatch_by_hash, fill_whittle, flow_score
 from .layout import ALIAS, INDEX_ENTRIES, INDEX_EXACT, Mechanism
 
 #: Rules by what the program does for them. A rule that has to see more than a balancer can is none of them.
@@ -26,8 +27,12 @@ MECHANISMS = {
     "lsq": Mechanism.INDEX,
     "sed": Mechanism.INDEX,
     "sed_scaled": Mechanism.INDEX,
+    "marginal": Mechanism.INDEX,
+    "whittle": Mechanism.INDEX,
+    "table": Mechanism.INDEX,
     "p2c": Mechanism.TWO_CHOICES,
     "p2c_sed": Mechanism.TWO_CHOICES,
+    "p2c_marginal": Mechanism.TWO_CHOICES,
 }
 #: Most turns of round robin before it begins again.
 TURNS = 16_384
@@ -66,8 +71,25 @@ class DispatchTable:
     index: NDArray[np.float64] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class IndexInputs:
+    """What scores depend on beside the weights.
+
+    Attributes:
+        cores: float64[N], usable cores, at least 1; None: 1.
+        background: float64[N], flows of others at a server, which count as if they were the balancer's own; None: 0.
+        balancers: m of ``sed_scaled``.
+        scores: float64[N, Q], scores by open flows of rule ``table``, which go on by their last difference; None: 0, 1.
+    """
+
+    cores: NDArray[np.float64] | None = None
+    background: NDArray[np.float64] | None = None
+    balancers: int = 1
+    scores: NDArray[np.float64] | None = None
+
+
 def dispatch_table(
-    rule: str, weights: NDArray[np.float64], active: NDArray[np.bool_], balancers: int = 1
+    rule: str, weights: NDArray[np.float64], active: NDArray[np.bool_], inputs: IndexInputs | None = None
 ) -> DispatchTable:
     """The tables of a rule.
 
@@ -75,7 +97,7 @@ def dispatch_table(
         rule: of ``MECHANISMS``.
         weights: float64[N], at least 0.
         active: bool[N], servers that take flows.
-        balancers: m of ``sed_scaled``.
+        inputs: for rules that count flows; None: all of them have their defaults.
     """
     n, mechanism = len(weights), MECHANISMS[rule]
     servers = np.flatnonzero(active).astype(np.uint32)
@@ -91,7 +113,8 @@ def dispatch_table(
         servers = turns(weights, servers)
     if mechanism not in (Mechanism.INDEX, Mechanism.TWO_CHOICES):
         return DispatchTable(mechanism, len(servers), n, servers=servers)
-    return DispatchTable(mechanism, count, n, servers=servers, index=index_table(rule, weights, active, balancers))
+    scores = index_table(rule, weights, active, inputs or IndexInputs())
+    return DispatchTable(mechanism, count, n, servers=servers, index=scores)
 
 
 def alias_table(weights: NDArray[np.float64], servers: NDArray[np.uint32]) -> NDArray[Any]:
@@ -136,19 +159,40 @@ def _take_turns(ri, active, bf, bi, maglev, taken, unrest):  # type: ignore[no-u
 
 
 def index_table(
-    rule: str, weights: NDArray[np.float64], active: NDArray[np.bool_], balancers: int
+    rule: str, weights: NDArray[np.float64], active: NDArray[np.bool_], inputs: IndexInputs
 ) -> NDArray[np.float64]:
     """Scores by entry and server, float64[INDEX_ENTRIES, N]; infinite where a server takes no flows."""
-    q = INDEX_GRID[:, None]
-    if rule in ("lsq", "p2c"):
-        scores = np.tile(q, len(weights))
-    else:
-        if MECHANISMS[rule] is Mechanism.INDEX and not weights[active].any():
-            weights = np.ones_like(weights)
-        with np.errstate(divide="ignore"):
-            scores = ((balancers if rule == "sed_scaled" else 1) * q + 1.0) / weights
-    scores[:, ~active] = np.inf
+    n = len(weights)
+    cores = np.ones(n) if inputs.cores is None else inputs.cores
+    given = np.tile([0.0, 1.0], (n, 1)) if inputs.scores is None else inputs.scores
+    # Whittle's index is a table, too, and needs room for it.
+    columns = at.SCORES_BEYOND_CORES + int(cores.max()) if rule == "whittle" else given.shape[1]
+    view = np.zeros((n, at.NUM_BF + columns))
+    view[:, at.B_CORES] = cores
+    view[:, at.B_BACKGROUND] = 0.0 if inputs.background is None else inputs.background
+    if rule == "table":
+        view[:, at.NUM_BF :] = given
+    if MECHANISMS[rule] is Mechanism.INDEX and not weights[active].any():
+        weights = np.ones(n)
+    scores = np.empty((INDEX_ENTRIES, n))
+    _fill_scores(DISPATCH_RULES.index(rule), inputs.balancers, INDEX_GRID, weights, active, view, scores)
     return scores
+
+
+@compiled()
+def _fill_scores(rule, balancers, grid, weights, active, view, scores):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for j in range(weights.shape[0]):
+        if active[j]:
+            total += weights[j]
+    for j in range(weights.shape[0]):
+        if not active[j]:
+            scores[:, j] = np.inf
+            continue
+        if rule == at.WHITTLE and weights[j] > 0.0:
+            fill_whittle(view[j], weights[j], total)
+        for i in range(grid.shape[0]):
+            scores[i, j] = flow_score(rule, balancers, grid[i], weights[j], view[j])
 
 
 def _views(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

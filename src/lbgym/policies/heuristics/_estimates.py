@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from ...errors import PolicyError
 from ...features.columns import column_index
 
-OPEN_FLOWS = column_index("n_flow_on")
-FCT = column_index("fct_mean_decay")
+OPEN_FLOWS_NAME, FCT_NAME = "n_flow_on", "fct_mean_decay"
+OPEN_FLOWS, FCT = column_index(OPEN_FLOWS_NAME), column_index(FCT_NAME)
 CPU = column_index("cpu_usage")
 BUSY = column_index("busy_workers")
 

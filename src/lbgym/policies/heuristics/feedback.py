@@ -11,7 +11,7 @@ from ...checks import number, seconds
 from ...errors import PolicyError
 from ...snapshot import DEFAULT_STEP_INTERVAL
 from ..base import WeightPolicy, check_features
-from ._estimates import FCT, LEAST_FCT, OPEN_FLOWS, SPREAD, News, mean_of, relative, steps_in
+from ._estimates import FCT, FCT_NAME, LEAST_FCT, OPEN_FLOWS, OPEN_FLOWS_NAME, SPREAD, News, mean_of, relative, steps_in
 
 
 class AIMDWeights(WeightPolicy):
@@ -30,6 +30,8 @@ class AIMDWeights(WeightPolicy):
         period: seconds.
         step_interval: seconds between two steps.
     """
+
+    uses_features: tuple[str, ...] = (FCT_NAME,)
 
     def __init__(
         self,
@@ -93,6 +95,8 @@ class Gradient2Weights(WeightPolicy):
         window: samples.
     """
 
+    uses_features: tuple[str, ...] = (OPEN_FLOWS_NAME, FCT_NAME)
+
     def __init__(
         self,
         tolerance: float = 1.5,
@@ -152,6 +156,8 @@ class PIDWeights(WeightPolicy):
         windup: bound of the integral, seconds.
         step_interval: T, seconds.
     """
+
+    uses_features: tuple[str, ...] = (FCT_NAME,)
 
     def __init__(
         self,

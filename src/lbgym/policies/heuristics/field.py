@@ -11,7 +11,7 @@ from ...checks import seconds, whole
 from ...errors import PolicyError
 from ...snapshot import DEFAULT_STEP_INTERVAL
 from ..base import WeightPolicy
-from ._estimates import OPEN_FLOWS
+from ._estimates import OPEN_FLOWS, OPEN_FLOWS_NAME
 
 
 class FieldWeights(WeightPolicy):
@@ -39,6 +39,7 @@ class FieldWeights(WeightPolicy):
     ) -> None:
         self.policy = policy
         self.uses_ground_truth = policy.uses_ground_truth
+        self.uses_features = tuple(dict.fromkeys((*policy.uses_features, OPEN_FLOWS_NAME)))
         self._others = whole("num_balancers", num_balancers, error=PolicyError) - 1
         step = seconds("step_interval", step_interval, error=PolicyError)
         self._kept = float(np.exp(-step / seconds("time_constant", time_constant, error=PolicyError)))

@@ -106,6 +106,7 @@ class PIDCPUWeights(PIDWeights):
     """:class:`PIDWeights` on the servers' CPU use, as in Robinhood; the ground truth plays the servers' reports."""
 
     uses_ground_truth = True
+    uses_features: tuple[str, ...] = ()
 
     def _signal(
         self, features: NDArray[np.float64], active: NDArray[np.bool_]

@@ -11,7 +11,7 @@ from ...checks import number, seconds, whole
 from ...errors import PolicyError
 from ...snapshot import DEFAULT_STEP_INTERVAL
 from ..base import WeightPolicy, check_features
-from ._estimates import FCT, SPREAD, steps_in
+from ._estimates import FCT, FCT_NAME, SPREAD, steps_in
 
 
 class KnapsackWeights(WeightPolicy):
@@ -38,6 +38,8 @@ class KnapsackWeights(WeightPolicy):
         memory: share of the evidence that a period keeps, in [0, 1).
         step_interval: seconds between two steps.
     """
+
+    uses_features: tuple[str, ...] = (FCT_NAME,)
 
     def __init__(
         self,

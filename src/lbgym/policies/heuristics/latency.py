@@ -12,7 +12,7 @@ from ...checks import seconds
 from ...errors import PolicyError
 from ...snapshot import DEFAULT_STEP_INTERVAL
 from ..base import WeightPolicy, check_features
-from ._estimates import FCT, LEAST_FCT, News, Trust, relative, share
+from ._estimates import FCT, FCT_NAME, LEAST_FCT, News, Trust, relative, share
 from .static import StaticWeights
 
 
@@ -31,6 +31,8 @@ class LatencyWeights(WeightPolicy):
         half_life: steps without a flow coming back until the logarithm of a weight is halved.
         cores: of each server, which an operator knows; None: as many everywhere.
     """
+
+    uses_features: tuple[str, ...] = (FCT_NAME,)
 
     def __init__(
         self,
@@ -82,6 +84,8 @@ class PeakEwmaWeights(WeightPolicy):
         decay: τ, seconds; 10 in Finagle.
         step_interval: seconds between two steps.
     """
+
+    uses_features: tuple[str, ...] = (FCT_NAME,)
 
     def __init__(self, decay: float = 10.0, step_interval: float = DEFAULT_STEP_INTERVAL) -> None:
         decay, step_interval = (

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...errors import PolicyError
 from ..base import WeightPolicy, check_features
-from ._estimates import FCT, LEAST_FCT, OPEN_FLOWS, RunningSum, Trust, relative
+from ._estimates import FCT, FCT_NAME, LEAST_FCT, OPEN_FLOWS, OPEN_FLOWS_NAME, RunningSum, Trust, relative
 from .static import StaticWeights, UniformWeights
 
 
@@ -48,6 +48,8 @@ class LittlesLawWeights(WeightPolicy):
             decayed features do, 0.9 per second, at steps of 0.25 s.
         half_life: steps without a flow coming back until the logarithm of a weight is halved.
     """
+
+    uses_features: tuple[str, ...] = (OPEN_FLOWS_NAME, FCT_NAME)
 
     def __init__(
         self,

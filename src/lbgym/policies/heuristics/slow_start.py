@@ -39,6 +39,7 @@ class SlowStartWeights(WeightPolicy):
         step_interval: float = DEFAULT_STEP_INTERVAL,
     ) -> None:
         self.policy = policy
+        self.uses_features = policy.uses_features
         self.uses_ground_truth, self.sets_background = policy.uses_ground_truth, policy.sets_background
         self._window = seconds("window", window, error=PolicyError)
         self._exponent = 1 / number("aggression", aggression, above=0.0, error=PolicyError)

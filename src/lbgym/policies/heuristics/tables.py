@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ...checks import number, whole
 from ...errors import PolicyError
 from ..base import WeightPolicy, check_features
-from ._estimates import FCT, LEAST_FCT, OPEN_FLOWS, News, RunningSum, mean_of
+from ._estimates import FCT, FCT_NAME, LEAST_FCT, OPEN_FLOWS, OPEN_FLOWS_NAME, News, RunningSum, mean_of
 from .static import StaticWeights, UniformWeights
 
 #: Scores of a table; beyond, the last difference goes on.
@@ -73,6 +73,8 @@ class HotColdWeights(WeightPolicy):
         smoothing: share of the former mean of n that a step keeps, in [0, 1); the default forgets as the FCT does.
     """
 
+    uses_features: tuple[str, ...] = (OPEN_FLOWS_NAME, FCT_NAME)
+
     sets_tables = True
 
     def __init__(self, quantile: float = 2**-0.25, smoothing: float = 0.9**0.25) -> None:
@@ -119,6 +121,8 @@ class C3Weights(WeightPolicy):
         num_balancers: m.
         smoothing: weight of a new sample, in (0, 1]; 0.3 in Elasticsearch.
     """
+
+    uses_features: tuple[str, ...] = (OPEN_FLOWS_NAME, FCT_NAME)
 
     sets_tables = True
 

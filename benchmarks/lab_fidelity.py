@@ -1,0 +1,157 @@
+"""The laboratory against the simulator: ``python -m benchmarks.lab_fidelity``, as root.
+
+The same flows, rules and policies on real packets and simulated, at several loads: mean and p99 FCT, ranking, and how
+much CPU time the servers used of what the simulator says. Nothing is fitted but what a laboratory measures of its
+servers when it is set up, one request at a time: CPU time per iteration and per request, and a latency.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import markdown, parser, report
+from lbgym.errors import LbgymError
+from lbgym.evaluation import Comparison
+from lbgym.lab import LabConfig, Laboratory, compare_in, fidelity, kendall_tau, predict, swapped_pairs
+from lbgym.lab.config import small_scenario
+from lbgym.scenarios import Exponential, Workload
+
+#: Predicted mean FCTs are to be this near.
+LIMIT = 0.10
+POLICIES = "round_robin,wcmp+configured,lsq,sed+configured,p2c,sed+latency"
+METRICS = {"fct_mean": "mean", "fct_p99": "p99"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--policies", default=POLICIES, help="contenders, as lbgym compare takes them")
+    options.add_argument("--loads", default="0.4,0.6,0.8", help="separated by commas")
+    options.add_argument("--repetitions", type=int, default=10, help="seeds per load")
+    options.add_argument("--duration", type=float, default=60.0, help="seconds of a run")
+    options.add_argument("--demand", type=float, default=0.04, help="mean of the exponential demands, core-seconds")
+    given = options.parse_args(arguments)
+    if given.quick:
+        given.policies, given.loads, given.repetitions, given.duration = "round_robin,lsq", "0.5", 1, 5.0
+    loads = [float(part) for part in given.loads.split(",")]
+    base = small_scenario()
+    config = LabConfig(
+        name="fidelity", scenario=replace(base, workload=Workload(load=loads[0], demand=Exponential(mean=given.demand)))
+    )
+    lab = Laboratory(config)
+    averages = [os.getloadavg()[0]]
+    pairs: dict[float, tuple[Comparison, Comparison]] = {}
+    with lab.temporarily():
+        known = lab.config.calibration
+        assert known is not None
+        for load in loads:
+            lab.config = replace(lab.config, scenario=lab.config.scenario.with_changes(load=load))
+            measured = compare_in(
+                lab,
+                given.policies,
+                given.repetitions,
+                duration=given.duration,
+                progress=lambda done, total, run: print(
+                    f"{run.label}, seed {run.seed}: {done} of {total}", file=sys.stderr, flush=True
+                ),
+            )
+            pairs[load] = predict(lab, measured.contenders, measured.seeds, measured.settings), measured
+            averages.append(os.getloadavg()[0])
+    rows, errors = _rows(pairs)
+    text = markdown(
+        rows,
+        (
+            "load",
+            "contender",
+            *(f"{name}, {how}" for name in METRICS.values() for how in ("sim., ms", "ms", "error, %")),
+        ),
+    )
+    taus = {load: {metric: kendall_tau(*pair, metric) for metric in METRICS} for load, pair in pairs.items()}
+    for load, pair in pairs.items():
+        text += (
+            f"\n\nload {load:g}: Kendall's tau {taus[load]['fct_mean']:.2f} (mean), {taus[load]['fct_p99']:.2f} (p99)"
+        )
+        for first, second, simulated, real in swapped_pairs(*pair):
+            text += (
+                f"\n{first} less {second}: {1e3 * simulated.mean:+.3g} ±{1e3 * simulated.half_width:.2g} ms simulated, "
+                f"{1e3 * real.mean:+.3g} ±{1e3 * real.half_width:.2g} ms measured"
+            )
+        text += f"\nCPU time of the servers over the simulated one: {_cpu_ratio(*pair):.2f}"
+    mean_error = float(np.mean(np.abs(errors)))
+    text += (
+        f"\n\nmean error of the mean FCT: {100 * mean_error:.1f} % (at most {100 * LIMIT:g} %)"
+        f"\nservers: {1e9 * known.per_unit:.3g} ns per iteration, {1e3 * known.fixed:.3g} ms per request, latency "
+        f"{1e3 * known.latency:.3g} ms"
+        f"\nload average of the machine from {min(averages):.1f} to {max(averages):.1f}, {os.cpu_count()} cores"
+    )
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+        _draw(pairs, given.out / "lab_fidelity.png")
+    reached = mean_error <= LIMIT and all(tau["fct_mean"] == 1.0 for tau in taus.values())
+    report("lab_fidelity", given, text, {"rows": rows, "taus": taus, "mean_error": mean_error, "reached": reached})
+    return 0 if reached or given.quick else 1
+
+
+def _rows(pairs: dict[float, tuple[Comparison, Comparison]]) -> tuple[list[list[Any]], list[float]]:
+    rows, errors = [], []
+    for load, (predicted, measured) in pairs.items():
+        entries = {(entry.label, entry.metric): entry for entry in fidelity(predicted, measured, tuple(METRICS))}
+        for label in measured.labels:
+            row: list[Any] = [f"{load:g}", label]
+            for metric in METRICS:
+                entry = entries[label, metric]
+                for interval in (entry.predicted, entry.measured):
+                    row.append(f"{1e3 * interval.mean:.1f} ±{1e3 * interval.half_width:.1f}")
+                relative = entry.error.relative
+                row.append(f"{relative.mean:+.1f} ±{relative.half_width:.1f}")
+            rows.append(row)
+            errors.append(entries[label, "fct_mean"].predicted.mean / entries[label, "fct_mean"].measured.mean - 1.0)
+    return rows, errors
+
+
+def _cpu_ratio(predicted: Comparison, measured: Comparison) -> float:
+    """CPU time that the servers used over the simulated one: above 1 where a busy machine slows their cores down."""
+    shares = [[np.mean(run.utilization) for run in comparison.runs] for comparison in (predicted, measured)]
+    return float(np.sum(shares[1]) / np.sum(shares[0]))
+
+
+def _draw(pairs: dict[float, tuple[Comparison, Comparison]], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 4.8), layout="constrained")
+    for axes, (metric, name) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
+        ends = []
+        for marker, (load, (predicted, measured)) in zip("osD^vP", pairs.items(), strict=False):
+            for i, label in enumerate(measured.labels):
+                x, y = (1e3 * c.interval(label, metric).mean for c in (predicted, measured))
+                half = [1e3 * np.nan_to_num(c.interval(label, metric).half_width) for c in (predicted, measured)]
+                axes.errorbar(
+                    x, y, half[1], half[0], fmt=marker, color=f"C{i}", markersize=6, elinewidth=0.8,
+                    label=f"{label}" if load == next(iter(pairs)) else None,
+                )  # fmt: skip
+                ends += [x, y]
+            axes.plot([], [], marker, color="#777777", label=f"load {load:g}")
+        span = [0.8 * min(ends), 1.25 * max(ends)]
+        axes.plot(span, span, color="#999999", linewidth=0.8, zorder=0)
+        axes.fill_between(span, [0.9 * x for x in span], [1.1 * x for x in span], color="#eeeeee", zorder=-1)
+        axes.set(xscale="log", yscale="log", xlim=span, ylim=span)
+        axes.set(
+            xlabel=f"{name} FCT simulated, ms", ylabel=f"{name} FCT measured, ms", title=f"{name} FCT (band: 10 %)"
+        )
+        for side in (axes.xaxis, axes.yaxis):
+            side.set_major_formatter(lambda value, _: f"{value:g}")
+            side.set_minor_formatter(lambda value, _: "")
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except LbgymError as error:
+        sys.exit(f"not measured: {error}")

@@ -1,0 +1,164 @@
+"""The agent that HAProxy's ``agent-check`` asks: :class:`AgentCheck`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Mapping
+
+from ..base import DriverError
+from .runtime import shown
+from .weights import percentage
+
+logger = logging.getLogger("lbgym")
+
+#: Seconds to wait for a question, and at the end for the servers to ask once more.
+_TIMEOUT = 1.0
+#: Longest question, bytes.
+_LONGEST = 256
+
+
+class AgentCheck:
+    """Answers HAProxy's agent-checks with weights, for every server of every process, in a thread of its own.
+
+    A server says which one it is by ``agent-send``: a line BACKEND/SERVER. The answer is a line, too: ``NN%`` of its
+    configured weight; ``drain`` while an operator drains it by the driver; ``ready NN%`` from when it is taken back,
+    so that a drain that somebody else has asked HAProxy for is left alone. A server that is not known gets no answer,
+    and HAProxy leaves it as it is.
+
+    Args:
+        place: host and TCP port to listen on.
+
+    Raises:
+        DriverError: if it cannot listen there.
+    """
+
+    def __init__(self, place: tuple[str, int]) -> None:
+        self._lock = threading.Lock()
+        self._answers: dict[tuple[str, str], str] = {}
+        self._drained: set[tuple[str, str]] = set()
+        self._ready: set[tuple[str, str]] = set()
+        self._asked: dict[tuple[str, str], float] = {}
+        self._intervals: dict[tuple[str, str], float] = {}
+        self._changed_at = 0.0
+        self._users = 0
+        family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+        except OSError as error:
+            listener.close()
+            raise DriverError(f"cannot answer agent-checks at {shown(place)}: {error.strerror or error}") from error
+        self.place: tuple[str, int] = listener.getsockname()[:2]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lbgym-agent-check", daemon=True)
+        self._thread.start()
+        start = asyncio.start_server(self._serve, sock=listener, limit=_LONGEST, backlog=1024)
+        self._server = asyncio.run_coroutine_threadsafe(start, self._loop).result()
+
+    def answer(self, backend: str, weights: Mapping[str, tuple[int, int]]) -> None:
+        """From now on, answer the servers of a backend by these weights.
+
+        Args:
+            backend: its name.
+            weights: by server, the weight it is to have and the one in HAProxy's configuration.
+        """
+        answers = {
+            (backend, server): f"{percentage(weight, configured) if configured else 0}%"
+            for server, (weight, configured) in weights.items()
+        }
+        with self._lock:
+            before = {key: answer for key, answer in self._answers.items() if key[0] == backend}
+            if answers != before:
+                for key in before:
+                    del self._answers[key]
+                self._answers |= answers
+                self._changed_at = time.monotonic()
+
+    def drain(self, backend: str, server: str) -> None:
+        """Answer ``drain`` for a server."""
+        with self._lock:
+            self._drained.add((backend, server))
+            self._ready.discard((backend, server))
+
+    def undrain(self, backend: str, server: str) -> None:
+        """Answer ``ready`` for a server, with its weight."""
+        with self._lock:
+            self._drained.discard((backend, server))
+            self._ready.add((backend, server))
+
+    def asked(self, backend: str) -> dict[str, tuple[float, float]]:
+        """By server of a backend that has asked: when it last did (monotonic clock) and its usual interval, seconds."""
+        with self._lock:
+            return {
+                server: (at, self._intervals.get((name, server), 0.0))
+                for (name, server), at in self._asked.items()
+                if name == backend
+            }
+
+    def _answer(self, question: bytes) -> str:
+        backend, slash, server = question.decode("utf-8", "replace").strip().partition("/")
+        if not slash:
+            return ""
+        key, now = (backend, server), time.monotonic()
+        with self._lock:
+            if key in self._asked:
+                # The longest of late: several processes, and balancers, may ask for the same server.
+                interval = now - self._asked[key]
+                self._intervals[key] = max(interval, 0.9 * self._intervals.get(key, 0.0))
+            self._asked[key] = now
+            if key in self._drained:
+                return "drain\n"
+            answer = self._answers.get(key)
+            if answer is None:
+                return ""
+            return f"ready {answer}\n" if key in self._ready else f"{answer}\n"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Whatever a client does is its own business: it gets its answer, or none.
+        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            async with asyncio.timeout(_TIMEOUT):
+                answer = self._answer(await reader.readuntil(b"\n"))
+                writer.write(answer.encode())
+                await writer.drain()
+        writer.close()
+
+    def share(self) -> AgentCheck:
+        """For one more user, who closes it."""
+        self._users += 1
+        return self
+
+    def close(self) -> None:
+        """When the last user closes it, wait until the servers have heard the last weights, and end."""
+        self._users -= 1
+        if self._users > 0 or self._loop.is_closed():
+            return
+        self._linger()
+        self._loop.call_soon_threadsafe(self._server.close)
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _linger(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            longest = max(self._intervals.values(), default=0.0)
+        until = self._changed_at + min(1.2 * longest + 0.1, 5.0) if longest else now
+        while time.monotonic() < until:
+            with self._lock:
+                if all(self._asked[key] > self._changed_at for key in self._asked if key in self._answers):
+                    return
+            time.sleep(0.02)
+
+
+async def _cancel_others() -> None:
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

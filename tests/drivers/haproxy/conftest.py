@@ -1,0 +1,36 @@
+"""What these tests need: skipped with the reason where it is missing, but not in CI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.drivers.haproxy.balancer import Balancer, Servers, missing
+from tests.sharedmemory.conftest import nursery, shm_dir
+
+__all__ = ["nursery", "shm_dir"]
+
+
+@pytest.fixture(autouse=True)
+def _needs_haproxy(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("haproxy") is not None and missing():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must run the tests of HAProxy: {missing()}")
+        pytest.skip(missing())
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    made = Servers(["s1", "s2", "s3"])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def balancer(_needs_haproxy: None, servers: Servers) -> Iterator[Balancer]:
+    """Not started yet."""
+    made = Balancer(servers)
+    yield made
+    made.close()

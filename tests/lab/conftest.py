@@ -1,0 +1,34 @@
+"""What a laboratory needs: skipped with the reason where it is missing, but not in CI."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import pytest
+
+from lbgym.lab.base import LabError, check_root
+from lbgym.lab.cgroups import missing_controllers
+from lbgym.lab.data_planes import DATA_PLANES
+from lbgym.lab.namespaces import missing_tools
+from lbgym.lab.servers import SERVER_KINDS
+
+
+@cache
+def missing() -> str:
+    """Why no laboratory can be set up here; empty if one can."""
+    try:
+        check_root()
+    except LabError as error:
+        return str(error)
+    parts = [*SERVER_KINDS.values(), *DATA_PLANES.values()]
+    reasons = [missing_tools(), missing_controllers(), *(part.missing() for part in parts)]
+    return next((reason for reason in reasons if reason), "")
+
+
+@pytest.fixture(autouse=True)
+def _needs_lab(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("lab") is not None and missing():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must run the tests of the laboratory: {missing()}")
+        pytest.skip(missing())

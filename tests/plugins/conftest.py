@@ -1,0 +1,40 @@
+"""The core, compiled once; skipped with the reason where there is no C compiler, but not in CI."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from lbgym.drivers import DriverError
+from lbgym.drivers.afpacket.build import compiler
+from lbgym.drivers.afpacket.core import load_library
+from tests.plugins.packets import Bench
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    try:
+        compiler()
+    except DriverError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must run the tests of the core: {error}")
+        pytest.skip(str(error))
+    return load_library()
+
+
+@pytest.fixture
+def bench(library: ctypes.CDLL) -> Iterator[Callable[..., Bench]]:
+    """Makes cores and frees them."""
+    made: list[Bench] = []
+
+    def make(**options: Any) -> Bench:
+        made.append(Bench(library, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.core.close()
