@@ -24,7 +24,8 @@ from lbgym.errors import (
     UnknownNameError,
 )
 from lbgym.features import FEATURE_NAMES
-from lbgym.policies import Agent, load_policy
+from lbgym.policies import Agent, load_policy, make_agent
+from lbgym.scenarios import named_scenario
 from lbgym.sharedmemory import ServerState, SharedMemoryRegion
 from tests.controller.running import INTERVAL, PATIENCE, Fickle, Running, controlling, data_plane, until
 from tests.dataplanes.puppet import features, snapshot
@@ -512,3 +513,14 @@ def test_keyboard_interrupt_withdraws_the_weights_and_closes_everything(nursery:
         until(lambda: strings.weights == SAFE, "the safe weights")
         # The region is free for the next agent.
         assert Controller(ControllerConfig(policy="uniform", shm="lb0", steps=1)).run() is Outcome.FINISHED
+
+
+def test_adaptive_on_a_data_plane_that_takes_weights_only(nursery: Nursery, caplog: pytest.LogCaptureFixture) -> None:
+    """It sets estimated capacities, says so, and other policies of background loads are refused."""
+    with data_plane(nursery) as strings, controlling(policy="adaptive") as running:
+        running.steps(3)
+        assert min(strings.weights) > 0 and strings.weights != SAFE
+        assert running.state.counts.errors == 0
+        with pytest.raises(PolicyError, match="'field' sets background loads, but the data plane takes weights only"):
+            make_agent("field", 4, scenario=named_scenario("uniform")).fit(4, index=False)
+    assert [r.levelname for r in caplog.records if getattr(r, "event", None) == "weights_only"] == ["WARNING"]
