@@ -511,7 +511,7 @@ def test_a_signal_ends_a_comparison_in_order(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("victim", ["worker", "parent"])
+@pytest.mark.parametrize("victim", ["worker", "worker beside a stuck one", "parent"])
 def test_a_killed_process_of_a_comparison(victim: str, small: Path) -> None:
     arguments = ["compare", "-s", str(small), "-p", "sed,lsq", "-n", "100000", "--processes", "2"]
     process = subprocess.Popen(
@@ -526,9 +526,15 @@ def test_a_killed_process_of_a_comparison(victim: str, small: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(1.0)
-    os.kill(workers[0] if victim == "worker" else process.pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
-    if victim == "worker":
+    if victim == "worker beside a stuck one":
+        # As one is that waits for a lock which the killed one held.
+        os.kill(workers[1], signal.SIGSTOP)
+    os.kill(process.pid if victim == "parent" else workers[0], signal.SIGKILL)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if victim != "parent":
         assert process.returncode == 2 and out == "" and len(err.splitlines()) == 1
         assert "one of the 2 processes that make the runs was killed" in err
     while any(running(worker) for worker in workers):

@@ -90,8 +90,10 @@ def _run_in_pool(settings: Sequence[Setting], jobs: Sequence[Job], processes: in
     with _interrupts_held_back():
         # multiprocessing's resource tracker, which starts here, ignores the other two by itself.
         stop = context.Event()
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(processes, context, _begin, (settings, stop))
     running: dict[Future[Run | None], Job] = {}
+    lost = False
     try:
         left = iter(jobs)
         # A few jobs in advance: the executor's bookkeeping for all of them would take longer than many a run.
@@ -106,13 +108,19 @@ def _run_in_pool(settings: Sequence[Setting], jobs: Sequence[Job], processes: in
                 if run is not None:
                     yield job, run
     except BrokenProcessPool:
+        # One that was killed in the middle may have held a lock that the others, and the event, wait for; and they
+        # ignore the SIGTERM by which the executor would end them.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        lost = True
         raise WorkerLostError(
             f"one of the {processes} processes that make the runs was killed, perhaps because memory ran out; fewer of "
             "them take less"
         ) from None
     finally:
         # Also on Ctrl-C or an error: running jobs see the event at their next control step.
-        stop.set()
+        if not lost:
+            stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
