@@ -46,6 +46,8 @@ if not missing():
 
 CLIENT4, CLIENT6 = "11.0.0.1", "fd11::1"
 SERVER_MAC = server_mac(0).hex(":")
+#: With addresses: scapy would ask the network for each that is missing.
+ETHER = Ether(src="02:00:00:00:00:01", dst="02:00:00:00:00:02")
 
 
 def ether() -> Packet:
@@ -135,7 +137,7 @@ def test_a_server_that_refuses_or_resets(load: Load, state: str) -> None:
     run(bytes(client_packet(False)))
     if state == "A":
         run(bytes(client_packet(False, "A")))
-    reset = Ether() / IP(src="10.77.2.1", dst=CLIENT4) / TCP(sport=8080, dport=4000, flags="RA")
+    reset = ETHER / IP(src="10.77.2.1", dst=CLIENT4) / TCP(sport=8080, dport=4000, flags="RA")
     assert sent(run(bytes(reset)))[IP].src == str(VIP4.address)
     assert counters(plane) == {"started": 1, "completed": 0, "rejected": state == "S", "failed": state == "A"}
     assert int(plane.shared["counters"]["fct_count"].sum()) == 1 * (state == "A")
@@ -144,7 +146,7 @@ def test_a_server_that_refuses_or_resets(load: Load, state: str) -> None:
 def test_packets_of_servers_without_a_flow_are_left_to_the_kernel(load: Load) -> None:
     run = runner(balancer(load, False, dnat=True))
     for source, port in (("10.77.2.1", 8080), ("10.77.2.1", 22), ("10.77.2.9", 8080)):
-        assert run(bytes(Ether() / IP(src=source, dst=CLIENT4) / TCP(sport=port, dport=4000)))[0] == PASS
+        assert run(bytes(ETHER / IP(src=source, dst=CLIENT4) / TCP(sport=port, dport=4000)))[0] == PASS
 
 
 def test_one_client_port_cannot_have_flows_of_two_vips_at_one_server(load: Load) -> None:
@@ -163,7 +165,7 @@ def test_one_client_port_cannot_have_flows_of_two_vips_at_one_server(load: Load)
     assert plane.shared["totals"]["conflicts"] == 1 and open_flows(plane) == [1]
     assert syn(VIP4, "R") == TX
     assert syn(other, seq=2) == TX
-    reply = Ether() / IP(src="10.77.2.1", dst=CLIENT4) / TCP(sport=8080, dport=4000, flags="SA")
+    reply = ETHER / IP(src="10.77.2.1", dst=CLIENT4) / TCP(sport=8080, dport=4000, flags="SA")
     assert sent(run(bytes(reply)))[IP].src == str(other.address)
 
 
