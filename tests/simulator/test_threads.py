@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
@@ -70,4 +72,31 @@ def test_a_forked_child_starts_its_own_threads() -> None:
     child.start()
     child.join(30)
     assert child.exitcode == 0 and answers.get() == 2
+    workers.close()
+
+
+def test_ctrl_c_while_jobs_are_handed_out_leaves_none_at_work() -> None:
+    """One that was handed out, and is not known for it, went on writing to arrays that the next reset began to use."""
+    workers = Workers(1)
+    workers.run(lambda: None)
+    pool = workers._pool
+    assert pool is not None
+    submit = pool.submit
+
+    def interrupted(work: Callable[[], None]) -> None:
+        submit(work)
+        raise KeyboardInterrupt
+
+    pool.submit = interrupted  # type: ignore[method-assign, assignment]
+    ended = []
+
+    def work() -> None:
+        time.sleep(0.2)
+        ended.append(threading.get_ident())
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.run(work)
+    assert len(ended) == 1 and ended[0] != threading.get_ident()
+    workers.run(work)
+    assert len(ended) == 3
     workers.close()

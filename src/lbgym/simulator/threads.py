@@ -60,16 +60,19 @@ class Workers:
                 initializer=lambda: self._threads.append(threading.get_native_id()),
             )
         self._keep_off_this_core()
-        jobs = [self._pool.submit(work) for _ in range(self._count)]
         try:
+            jobs = [self._pool.submit(work) for _ in range(self._count)]
             work()
             # What is left takes less than a part of the work; to be woken takes longer where the system is slow at it.
             patience = time.perf_counter() + _PATIENCE
             while not all(job.done() for job in jobs) and time.perf_counter() < patience:
                 time.sleep(0)
-        finally:
-            # Also after an exception here nobody may go on writing to the arrays.
             wait(jobs)
+        except BaseException:
+            # After an exception nobody may go on writing to the arrays: neither a job that Ctrl-C has kept from being
+            # known here. So the threads end, and others begin when they are needed.
+            self.close()
+            raise
         for job in jobs:
             job.result()
 
@@ -88,5 +91,5 @@ class Workers:
     def close(self) -> None:
         """End the threads; idempotent."""
         if self._pool is not None and self._process == os.getpid():
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
         self._pool = None
