@@ -83,14 +83,18 @@ def test_ctrl_c_while_jobs_are_handed_out_leaves_none_at_work() -> None:
     assert pool is not None
     submit = pool.submit
 
+    begun = threading.Event()
+
     def interrupted(work: Callable[[], None]) -> None:
         submit(work)
+        assert begun.wait(30)
         raise KeyboardInterrupt
 
     pool.submit = interrupted  # type: ignore[method-assign, assignment]
     ended = []
 
     def work() -> None:
+        begun.set()
         time.sleep(0.2)
         ended.append(threading.get_ident())
 
