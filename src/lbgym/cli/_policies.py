@@ -82,7 +82,7 @@ def _show(facts: dict[str, Any], known: Card | None) -> None:
     console = results_console()
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
 
     def row(name: str, value: Any) -> None:
         table.add_row(name, str(value).replace("[", "\\["))
