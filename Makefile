@@ -157,7 +157,7 @@ warm-next: $(VENV)-next/.dev
 test: ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 4 --output-sync lint warm $(if $(PYTHON_NEXT),warm-next) $(FRAMEWORKS)/.dev tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS:%=--ignore=%)
-	$(MAKE) -j 2 --output-sync test-live test-young-clock
+	$(MAKE) test-live test-young-clock
 	$(MAKE) -j 2 --output-sync test-next test-frameworks
 
 .PHONY: coverage
