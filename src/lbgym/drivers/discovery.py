@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .. import checks
 from ..sharedmemory import ServerState
 from .base import TAKES_FLOWS, DriverError, ServerRow
@@ -118,6 +121,11 @@ class Slots:
             else ServerRow(slot.server.name, slot.server.safe_weight, slot.state)
             for slot in self._rows
         ]
+
+    @property
+    def active(self) -> NDArray[np.bool_]:
+        """bool[N], by row: it has a server that takes new flows."""
+        return np.array([slot is not None and slot.active for slot in self._rows], np.bool_)
 
     def seat(self, servers: Sequence[ServerConfig | None]) -> None:
         """Begin with the rows of a driver that ran before, as servers that are being removed; add them to keep them."""

@@ -142,7 +142,7 @@ class AfPacketBalancer(ConfiguredBalancer):
         truth, age = pool.ground_truth()
         return Publication(
             timestamp=now,
-            active=self._active(),
+            active=pool.slots.active,
             stats=features,
             started=counters["started"].astype(np.int64),
             completed=counters["completed"].astype(np.int64),

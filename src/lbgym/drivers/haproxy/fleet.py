@@ -91,9 +91,7 @@ class AgentCheckedBackend(Source):
         for name, ended in flows.ended.items():
             if name in rows:
                 self._counters.count(rows[name], ended, flows.failed.get(name, 0))
-        known = np.array([rows.get(name, -1) for name in flows.servers], np.int64)
-        mine = known >= 0
-        self._fct.add(known[mine], np.array(flows.seconds)[mine], np.array(flows.received)[mine])
+        self._fct.add(flows, rows)
         n = len(self._slots)
         self._counters.update(np.zeros(n, np.int64))
         stats = np.zeros((n, NUM_FEATURES), np.float32)
@@ -102,7 +100,7 @@ class AgentCheckedBackend(Source):
         self._install()
         return Publication(
             timestamp=now,
-            active=self._active(),
+            active=self._slots.active,
             stats=stats,
             started=started,
             completed=completed,
@@ -140,12 +138,6 @@ class AgentCheckedBackend(Source):
         for slot in self._slots:
             at, interval = asked[slot.server.name]
             slot.healthy = now - at <= max(_SILENT, _SILENT_INTERVALS * interval)
-
-    def _active(self) -> NDArray[np.bool_]:
-        active = np.zeros(len(self._slots), np.bool_)
-        for slot in self._slots:
-            active[slot.index] = slot.active
-        return active
 
     def _install(self) -> None:
         slots = list(self._slots)

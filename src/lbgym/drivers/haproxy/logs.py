@@ -11,7 +11,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -208,13 +208,15 @@ class FctStatistics:
         self._results = np.zeros((0, RESULT_SIZE))
         self.count, self.sum = 0, 0.0
 
-    def add(self, rows: NDArray[np.int64], seconds: NDArray[np.float64], times: NDArray[np.float64]) -> None:
-        """Take samples in, in the order they came."""
-        self.count += len(rows)
-        self.sum += float(seconds.sum())
-        for row in np.unique(rows).tolist():
+    def add(self, flows: FlowTimes, rows: Mapping[str, int]) -> None:
+        """Take in the FCTs of the servers that have ``rows``, in the order they came."""
+        of = np.array([rows.get(name, -1) for name in flows.servers], np.int64)
+        seconds, times = np.array(flows.seconds), np.array(flows.received)
+        self.count += int((of >= 0).sum())
+        self.sum += float(seconds[of >= 0].sum())
+        for row in np.unique(of[of >= 0]).tolist():
             self._grow(row + 1)
-            mine = rows == row
+            mine = of == row
             add_many(
                 self._values[row], self._weights[row], self._meta[row], self._results[row],
                 seconds[mine], times[mine], 1.0, OVERWRITE, _LOG_DECAY,

@@ -115,7 +115,7 @@ class HaproxyBackend(Source):
         started, completed, failed = self._counters.values(n)
         return Publication(
             timestamp=now,
-            active=self._active(),
+            active=self._slots.active,
             stats=stats,
             started=started,
             completed=completed,
@@ -249,20 +249,8 @@ class HaproxyBackend(Source):
             slot.healthy = state != "down"
             slot.drained = state == "draining" or (server.backup and spared)
 
-    def _active(self) -> NDArray[np.bool_]:
-        active = np.zeros(len(self._slots), np.bool_)
-        for slot in self._slots:
-            active[slot.index] = slot.active
-        return active
-
     def _take_flows(self, log: FlowLog) -> None:
-        flows = log.take(self.backend)
-        rows = self._rows()
-        known = [rows.get(name, -1) for name in flows.servers]
-        if known:
-            indices = np.array(known)
-            mine = indices >= 0
-            self._fct.add(indices[mine], np.array(flows.seconds)[mine], np.array(flows.received)[mine])
+        self._fct.add(log.take(self.backend), self._rows())
         lost, now = self.lost_lines, time.monotonic()
         if lost > self._lost and now >= self._next_warning:
             logger.warning(

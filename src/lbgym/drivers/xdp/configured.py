@@ -209,13 +209,6 @@ class ConfiguredBalancer(Source):
         address = _address_of(slot)
         return None if address is None else self._hops.get(address)
 
-    def _active(self) -> NDArray[np.bool_]:
-        pool = self._servers
-        active = np.zeros(len(pool.slots), np.bool_)
-        for slot in pool.slots:
-            active[slot.index] = slot.active
-        return active
-
     def _safe_weights(self) -> NDArray[np.float64]:
         return np.array([row.weight for row in self._servers.servers()])
 
@@ -233,7 +226,7 @@ class ConfiguredBalancer(Source):
 
     def _install(self) -> None:
         """Put weights and servers as they are now in force, if anything has changed."""
-        safe, active = self._safe_weights(), self._active()
+        safe, active = self._safe_weights(), self._servers.slots.active
         n = len(active)
         weights = safe.copy()
         known = min(n, len(self._weights))

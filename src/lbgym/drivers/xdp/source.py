@@ -151,7 +151,7 @@ class XdpBalancer(ConfiguredBalancer):
         truth, age = pool.ground_truth()
         return Publication(
             timestamp=now,
-            active=self._active(),
+            active=pool.slots.active,
             stats=stats,
             started=started,
             completed=completed,
