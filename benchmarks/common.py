@@ -9,10 +9,10 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -97,6 +97,16 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def run_if_possible(main: Callable[[], int]) -> NoReturn:
+    """Run a benchmark that needs rights or tools which are not everywhere; where it cannot, say why."""
+    from lbgym.drivers import DriverError
+
+    try:
+        sys.exit(main())
+    except DriverError as error:
+        sys.exit(f"not measured: {error}")
 
 
 def report(name: str, options: argparse.Namespace, text: str, data: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import markdown, parser, report
+from benchmarks.common import markdown, parser, report, run_if_possible
 from lbgym.drivers import DriverError
 from lbgym.drivers.afpacket.core import SEND, Packet, load_library
 from lbgym.drivers.xdp import build_object, libbpf
@@ -168,7 +167,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DriverError as error:
-        sys.exit(f"not measured: {error}")
+    run_if_possible(main)

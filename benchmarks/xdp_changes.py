@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import markdown, parser, report
+from benchmarks.common import markdown, parser, report, run_if_possible
 from benchmarks.xdp_connections import connections_of
 from lbgym.drivers import DriverError
 from lbgym.drivers.control import control
@@ -310,7 +309,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DriverError as error:
-        sys.exit(f"not measured: {error}")
+    run_if_possible(main)

@@ -24,8 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import markdown, parser, report
-from lbgym.drivers import DriverError
+from benchmarks.common import markdown, parser, report, run_if_possible
 from lbgym.drivers.xdp import detach
 from lbgym.drivers.xdp.options import default_pin_folder
 from lbgym.drivers.xdp.plane import XdpPlane
@@ -216,7 +215,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DriverError as error:
-        sys.exit(f"not measured: {error}")
+    run_if_possible(main)

@@ -13,7 +13,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,8 +20,7 @@ from statistics import median
 
 import numpy as np
 
-from benchmarks.common import markdown, parser, report
-from lbgym.drivers import DriverError
+from benchmarks.common import markdown, parser, report, run_if_possible
 from lbgym.drivers.xdp import build_object, libbpf
 from lbgym.drivers.xdp.plane import Sizes, XdpPlane
 from tests.drivers.xdp.network import inside, ip
@@ -180,7 +178,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except DriverError as error:
-        sys.exit(f"not measured: {error}")
+    run_if_possible(main)
