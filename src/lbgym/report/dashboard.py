@@ -85,8 +85,7 @@ class Dashboard:
     """Serves a page that shows live regions, until it is closed.
 
     It only reads, answers GET and HEAD alone, and needs nothing from the network. ``/metrics`` has the same for
-    Prometheus. A region that is not there, or whose
-    producer restarts, is waited for.
+    Prometheus. A region that is not there, or whose producer restarts, is waited for.
 
     Args:
         names: of the regions; none: all that there are, also those that appear later.
@@ -116,7 +115,7 @@ class Dashboard:
         self._number = 0
         self._text = b""
         self._views: list[RegionView] = []
-        self._clients = threading.BoundedSemaphore(MOST_CLIENTS)
+        self._clients = 0
         package = files(__package__) / "page"
         self._pages = {path: ((package / file).read_bytes(), kind) for path, (file, kind) in _PAGES.items()}
         try:
@@ -139,17 +138,19 @@ class Dashboard:
     def _watch(self) -> None:
         due = time.monotonic()
         while not self._end:
+            # A picture that is late does not have others hurry after it.
+            due = max(due + self._period, time.monotonic())
             try:
                 self._picture()
+                while not self._end and (left := due - time.monotonic()) > 0.0:
+                    with self._turn:
+                        self._turn.wait_for(lambda: self._end, min(left, _GLANCE))
+                    self._glance()
             except Exception:
                 # The page must not freeze unnoticed; the next look may succeed.
                 logger.exception("the dashboard could not look at the regions")
-            # A picture that is late does not have others hurry after it.
-            due = max(due + self._period, time.monotonic())
-            while not self._end and (left := due - time.monotonic()) > 0.0:
                 with self._turn:
-                    self._turn.wait_for(lambda: self._end, min(left, _GLANCE))
-                self._glance()
+                    self._turn.wait_for(lambda: self._end, self._period)
         for monitor in self._monitors.values():
             monitor.close()
 
@@ -168,19 +169,18 @@ class Dashboard:
         self._glance()
         now = time.time()
         self._views = [monitor.view() for monitor in self._monitors.values()]
-        views = []
-        sums = {}
-        for view in self._views:
-            views.append(plain(view) | {"stale": view.stale})
-            if (total := totals(view)) is not None:
-                sums[view.name] = total
-        text = json.dumps({"time": now, "regions": views, "absent": self._absent, "totals": sums}, allow_nan=False)
+        sums = {view.name: total for view in self._views if (total := totals(view)) is not None}
+        event = b""
+        if self._clients:
+            regions = [plain(view) | {"stale": view.stale} for view in self._views]
+            picture = {"time": now, "regions": regions, "absent": self._absent, "totals": sums}
+            event = f"data: {json.dumps(picture, allow_nan=False)}\n\n".encode()
         with self._turn:
             self._past.append({"time": now, "totals": sums})
             while now - self._past[0]["time"] > HISTORY:
                 self._past.popleft()
             self._number += 1
-            self._text = f"id: {self._number}\ndata: {text}\n\n".encode()
+            self._text = event
             self._turn.notify_all()
 
     def _attach(self) -> None:
@@ -243,7 +243,10 @@ class Dashboard:
                     self.send_error(HTTPStatus.NOT_FOUND)
 
             def _events(self, body: bool) -> None:
-                if not dashboard._clients.acquire(blocking=False):
+                with dashboard._turn:
+                    full = dashboard._clients >= MOST_CLIENTS
+                    dashboard._clients += not full
+                if full:
                     self.send_error(HTTPStatus.SERVICE_UNAVAILABLE, f"{MOST_CLIENTS} browsers are connected")
                     return
                 try:
@@ -254,7 +257,8 @@ class Dashboard:
                 except OSError:
                     pass  # the browser has gone
                 finally:
-                    dashboard._clients.release()
+                    with dashboard._turn:
+                        dashboard._clients -= 1
 
             def _metrics(self, body: bool) -> None:
                 try:
@@ -281,11 +285,12 @@ class Dashboard:
         """Send what has been, and then each picture; a slow browser gets fewer of them."""
         with self._turn:
             past = list(self._past)
-        out.write(f"event: past\ndata: {json.dumps(past, allow_nan=False)}\n\n".encode())
         sent = 0
+        out.write(f"event: past\ndata: {json.dumps(past, allow_nan=False)}\n\n".encode())
 
         def fresher() -> bool:
-            return self._end or self._number != sent
+            # There is no text of a picture that was made when nobody looked.
+            return self._end or (self._number != sent and bool(self._text))
 
         while not self._end:
             with self._turn:
