@@ -260,6 +260,7 @@ def test_describe_plots_what_a_distribution_draws(tmp_path: Path, capsys: pytest
     ("arguments", "message"),
     [
         (("describe", "heterogenous"), "unknown scenario 'heterogenous'. Did you mean 'heterogeneous'"),
+        (("describe", "adaptiv"), "Did you mean 'adaptive'? Known: adaptive, "),
         (("describe", "uniform", "--json", "--toml"), "--json or --toml"),
         (("compare", "--policies", "sedd"), "unknown contender 'sedd'. Did you mean 'sed'"),
         (("compare", "--policies", "sed", "--baseline", "lsq"), "unknown baseline 'lsq'"),
@@ -287,6 +288,7 @@ def test_errors_are_one_line_and_exit_code_2(
     [
         (("compare", "--interval", "1"), "--interval is now --step-interval"),
         (("run", "--interval=1"), "--interval is now --step-interval"),
+        (("run", "--dry-run"), "--dry-run is now --shadow"),
         (("train", "--policy", "mlp"), "--policy is now --network"),
         (("shm", "record", "lb0", "--interval", "1", "out"), "--interval is now --sample-interval"),
     ],

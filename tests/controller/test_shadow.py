@@ -121,6 +121,8 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     from lbgym.cli.run import _show
 
     shadow = Shadow("lb0", "mine")
+    _show(shadow)
+    assert capsys.readouterr().out == "mine in the shadow of region lb0: no decisions\n"
     add(shadow, 0, [3.0, 1.0], [1.0, 1.0])
     add(shadow, 1, [3.0, 1.0], [1.0, 1.0])
     _show(shadow)

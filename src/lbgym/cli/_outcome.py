@@ -16,6 +16,7 @@ from ._streams import STANDARD_OUTPUT, standard_streams
 RENAMED = {
     ("lbgym compare", "--interval"): "--step-interval",
     ("lbgym run", "--interval"): "--step-interval",
+    ("lbgym run", "--dry-run"): "--shadow",
     ("lbgym dataplane emulate", "--interval"): "--publish-interval",
     ("lbgym shm record", "--interval"): "--sample-interval",
     ("lbgym train", "--policy"): "--network",

@@ -128,6 +128,9 @@ def _show(shadow: Shadow) -> None:
     from ._tables import drawn_table, plain
 
     console, summary = results_console(), shadow.summary()
+    if not summary["steps"]:
+        console.print(plain(f"{summary['policy']} in the shadow of region {summary['region']}: no decisions", console))
+        return
     console.print(
         plain(
             f"{summary['policy']} in the shadow of region {summary['region']}: {summary['steps']:,} decisions in "

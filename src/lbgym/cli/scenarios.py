@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import MissingExtraError, ScenarioError
+from ..errors import MissingExtraError, ScenarioError, UnknownNameError
+from ..policies.pretrained import pretrained_names
 from ..scenarios import (
     RULES,
     AnyScenario,
@@ -147,7 +148,12 @@ def describe(
             raise ScenarioError(f"{option} is for scenarios, and {scenario!r} is a trained policy")
         describe_policy(scenario, as_json=as_json)
         return
-    loaded = load_scenario(scenario)
+    try:
+        loaded = load_scenario(scenario)
+    except UnknownNameError as error:
+        if error.kind != "scenario":
+            raise
+        raise UnknownNameError("scenario", scenario, [*error.known, *pretrained_names()]) from None
     if not loaded.varies and not (draw is None and plot is None):
         option = "--plot" if draw is None else "--draw"
         raise ScenarioError(f"{option} needs a distribution, and {loaded.name!r} is a scenario: nothing is drawn")
