@@ -91,42 +91,41 @@ cc: # the tests of the C headers need a compiler; where there is none and none c
 	@command -v cc >/dev/null || { apt-get update -qq && apt-get install -qq -y gcc g++ libc6-dev; } || \
 		echo "no C compiler, and no right to install one: the tests of the C headers will be skipped"
 
-XDP_PACKAGES := clang llvm libbpf-dev libbpf1 iproute2 ethtool util-linux procps
-.PHONY: xdp
-xdp: # the tests of XDP need these Debian packages and root; where they cannot be had, they are skipped, but not in CI
-	@command -v clang >/dev/null && command -v llvm-strip >/dev/null && test -e /usr/include/bpf/bpf_helpers.h && \
-		command -v ip >/dev/null && command -v ethtool >/dev/null && command -v nsenter >/dev/null || \
-		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(XDP_PACKAGES); } || { \
-		echo "no clang or libbpf, and no right to install them: the tests of XDP will be skipped"; test -z "$(CI)"; }
-
-.PHONY: core
-core: cc # libFuzzer's library, for the tests of the balancer core; where it cannot be had, that test is skipped, but not in CI
-	@command -v clang >/dev/null && echo 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n) { return 0; }' | \
-		clang -fsanitize=fuzzer,address -x c -o /dev/null - 2>/dev/null || \
-		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends clang libclang-rt-dev; } || { \
-		echo "no clang with libFuzzer, and no right to install it: a test of the balancer core will be skipped"; test -z "$(CI)"; }
-
-.PHONY: chromium
-chromium: # the tests of pages need a browser; where it cannot be had, they are skipped, but not in CI
-	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } || { \
-		echo "no Chromium, and no right to install one: the tests of pages will be skipped"; test -z "$(CI)"; }
-
 # Debian starts what it installs, unless this file says no.
 POLICY := /usr/sbin/policy-rc.d
+# Install the packages $(1), and start nothing; where that cannot be, say that there is no $(2), and that $(3) will be skipped,
+# but not in CI.
+debian = ( \
+		test -e $(POLICY) || { printf '\#!/bin/sh\nexit 101\n' > $(POLICY) && chmod 755 $(POLICY) && trap 'rm $(POLICY)' EXIT; }; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(1) ) || { \
+		echo "no $(2), and no right to install it: $(3) will be skipped"; test -z "$(CI)"; }
+
+.PHONY: xdp
+xdp: # for the tests of XDP, which also need root
+	@command -v clang >/dev/null && command -v llvm-strip >/dev/null && test -e /usr/include/bpf/bpf_helpers.h && \
+		command -v ip >/dev/null && command -v ethtool >/dev/null && command -v nsenter >/dev/null || \
+		$(call debian,clang llvm libbpf-dev libbpf1 iproute2 ethtool util-linux procps,clang or libbpf,the tests of XDP)
+
+.PHONY: core
+core: cc # libFuzzer's library, for a test of the balancer core
+	@command -v clang >/dev/null && echo 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n) { return 0; }' | \
+		clang -fsanitize=fuzzer,address -x c -o /dev/null - 2>/dev/null || \
+		$(call debian,clang libclang-rt-dev,clang with libFuzzer,a test of the balancer core)
+
+.PHONY: chromium
+chromium: # for the tests of pages
+	@command -v chromium >/dev/null || $(call debian,chromium,Chromium,the tests of pages)
+
 .PHONY: haproxy
-haproxy: # the tests of HAProxy need it, and curl, but no service; where it cannot be had, they are skipped, but not in CI
-	@command -v haproxy >/dev/null && command -v curl >/dev/null || ( \
-		test -e $(POLICY) || { printf '#!/bin/sh\nexit 101\n' > $(POLICY) && chmod 755 $(POLICY) && trap 'rm $(POLICY)' EXIT; }; \
-		apt-get update -qq && apt-get install -qq -y --no-install-recommends haproxy curl ) || { \
-		echo "no haproxy, and no right to install it: its tests will be skipped"; test -z "$(CI)"; }
+haproxy: # for the tests of HAProxy
+	@command -v haproxy >/dev/null && command -v curl >/dev/null || $(call debian,haproxy curl,haproxy,its tests)
+
 LAB_PACKAGES := apache2 libapache2-mod-php nginx-light iproute2 ethtool util-linux procps
 .PHONY: lab-packages
-lab-packages: # as xdp, for the tests of the laboratory, which runs servers of its own
+lab-packages: # for the tests of the laboratory, which runs servers of its own and needs root
 	@command -v apache2 >/dev/null && ls /usr/lib/apache2/modules/libphp*.so >/dev/null 2>&1 && command -v nginx >/dev/null && \
-		command -v ip >/dev/null && command -v ethtool >/dev/null && command -v setpriv >/dev/null && command -v sysctl >/dev/null || ( \
-		test -e $(POLICY) || { printf '#!/bin/sh\nexit 101\n' > $(POLICY) && chmod 755 $(POLICY) && trap 'rm $(POLICY)' EXIT; }; \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(LAB_PACKAGES) ) || { \
-		echo "no Apache or NGINX, and no right to install them: the tests of the laboratory will be skipped"; test -z "$(CI)"; }
+		command -v ip >/dev/null && command -v ethtool >/dev/null && command -v setpriv >/dev/null && command -v sysctl >/dev/null || \
+		$(call debian,$(LAB_PACKAGES),Apache or NGINX,the tests of the laboratory)
 
 .PHONY: promtool
 promtool: # checks the alert rules of deploy/; Debian's package has it beside a server that nobody wants started
