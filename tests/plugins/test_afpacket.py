@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lbgym.drivers import DriverError
@@ -21,9 +17,23 @@ from lbgym.drivers.check import check_driver
 from lbgym.drivers.config import load_config
 from lbgym.drivers.control import control
 from lbgym.errors import InvalidOptionError
-from lbgym.sharedmemory import ObservationBuffer, ServerState, SharedMemoryRegion
+from lbgym.sharedmemory import ServerState, SharedMemoryRegion
 from tests.drivers.test_discovery import eventually
-from tests.drivers.xdp.network import PORT, VIP4, VIP6, Network, dataplane_toml, inside, missing_tools, network, outcome
+from tests.drivers.xdp.network import (
+    PORT,
+    VIP4,
+    VIP6,
+    Network,
+    balance,
+    dataplane_toml,
+    driver,
+    inside,
+    missing_tools,
+    network,
+    newest,
+    outcome,
+)  # fmt: skip
+from tests.privileges import skip_if
 
 pytestmark = pytest.mark.slow
 
@@ -39,39 +49,12 @@ def missing() -> str:
 
 @pytest.fixture(autouse=True)
 def _needs_namespaces(library: object) -> None:
-    if reason := missing():
-        if os.environ.get("CI"):
-            pytest.fail(f"CI must run the balancer on raw sockets: {reason}")
-        pytest.skip(reason)
+    skip_if(missing(), "the balancer on raw sockets")
 
 
 @pytest.fixture
 def name() -> str:
     return f"afpacket-test-{os.getpid()}"
-
-
-@contextmanager
-def driver(net: Network, file: Path) -> Iterator[subprocess.Popen[str]]:
-    process = net.start("balancer", sys.executable, "-m", "lbgym", "dataplane", "afpacket", "--config", file)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line.startswith("region"):
-        raise DriverError(process.communicate()[1])
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def newest(region: SharedMemoryRegion) -> ObservationBuffer:
-    """The next observation that is published from now on."""
-    buffer = region.new_buffer()
-    assert region.read_into(buffer)
-    assert region.wait_observation(buffer.sequence_id, 10.0)
-    assert region.read_into(buffer)
-    return buffer
 
 
 @pytest.mark.parametrize(("mode", "ipv6"), [("dsr", True), ("dnat", False)])
@@ -82,31 +65,8 @@ def test_connections_are_balanced_and_the_contract_is_kept(mode: str, ipv6: bool
         vip = f"[{host}]:{PORT}" if ipv6 else f"{host}:{PORT}"
         keys = {"vips": [vip], "mode": mode, "rule": "wcmp", "duration_sampling": 1.0}
         file = dataplane_toml(tmp_path / "dataplane.toml", name, net.servers, ipv6=ipv6, driver=keys)
-        with driver(net, file) as process, SharedMemoryRegion.attach(name) as region:
-            turn = 1
-            region.write_action(sequence_id=turn, weights=[1.0, 1.0, 1.0], lease=5.0)  # compiled now
-            clients = net.clients(500, host=host, pause=0.01)
-            while clients.poll() is None:
-                turn += 1
-                region.write_action(sequence_id=turn, weights=np.roll([1.0, 2.0, 7.0], turn), lease=5.0)
-                time.sleep(0.1)
-            answered, failed, moved = outcome(clients)
-            assert (sum(answered.values()), failed, moved, turn > 3) == (500, [], 0, True)
-
-            before = newest(region).counters[:3, 0].astype(int)
-            region.write_action(sequence_id=turn + 1, weights=[1.0, 2.0, 7.0], lease=60.0)
-            eventually(lambda: newest(region).applied_sequence_id == turn + 1)
-            answered, failed, moved = outcome(net.clients(500, host=host))
-            assert (failed, moved) == ([], 0)
-            seen = newest(region)
-            placed = seen.counters[:3, 0].astype(int) - before
-            assert placed.tolist() == [answered[server] for server in net.servers]
-            share = np.array([0.1, 0.2, 0.7])
-            assert (np.abs(placed - 500 * share) <= 4 * np.sqrt(500 * share * (1 - share))).all()
-            eventually(lambda: not newest(region).stats[:, 0].any())
-            seen = newest(region)
-            assert (seen.stats[:3, 1] > 0.0).all() and (seen.stats[:3, 6] > 0.0).all()
-            assert seen.fct_count == 1000 and seen.counters[:3, 1].sum() == 1000
+        with driver(net, "--config", file, kind="afpacket") as process, SharedMemoryRegion.attach(name) as region:
+            assert balance(net, region, host, 500).counters[:3, 1].sum() == 1000
             region.unlock_agent()
             clients = net.clients(100_000, host=host, lanes=1)
             verdicts = check_driver(name)
@@ -157,7 +117,7 @@ def test_servers_come_and_go_under_load(name: str, tmp_path: Path) -> None:
         processes = {server: net.serve(server) for server in net.servers}
         health = "[health]\ninterval = 0.05\nfall = 2\nrise = 1"
         file = dataplane_toml(tmp_path / "dataplane.toml", name, net.servers[:2], head=health)
-        with driver(net, file) as process, SharedMemoryRegion.attach(name) as region:
+        with driver(net, "--config", file, kind="afpacket") as process, SharedMemoryRegion.attach(name) as region:
 
             def states() -> list[str]:
                 seen = newest(region)

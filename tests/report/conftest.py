@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.privileges import skip_if
 from tests.sharedmemory.conftest import shm_dir
 
 __all__ = ["shm_dir"]
@@ -38,10 +39,7 @@ def browser() -> Iterator[Any]:
     """Debian's Chromium under Playwright."""
     path = _chromium()
     if path is None:
-        reason = "no Chromium: make chromium"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        skip_if("no Chromium: make chromium", "the tests of pages")
     api = pytest.importorskip("playwright.sync_api")
     with api.sync_playwright() as play:
         # Chromium's sandbox refuses root.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.drivers.haproxy.balancer import Balancer, Servers, missing
+from tests.privileges import skip_if
 from tests.sharedmemory.conftest import nursery, shm_dir
 
 __all__ = ["nursery", "shm_dir"]
@@ -15,10 +15,8 @@ __all__ = ["nursery", "shm_dir"]
 
 @pytest.fixture(autouse=True)
 def _needs_haproxy(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("haproxy") is not None and missing():
-        if os.environ.get("CI"):
-            pytest.fail(f"CI must run the tests of HAProxy: {missing()}")
-        pytest.skip(missing())
+    if request.node.get_closest_marker("haproxy") is not None:
+        skip_if(missing(), "the tests of HAProxy")
 
 
 @pytest.fixture(scope="module")

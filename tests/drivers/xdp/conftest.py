@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -10,6 +9,7 @@ import pytest
 
 from lbgym.drivers import DriverError
 from lbgym.drivers.xdp.plane import Sizes, XdpPlane
+from tests.privileges import skip_if
 from tests.sharedmemory.conftest import nursery, shm_dir
 
 __all__ = ["nursery", "shm_dir"]
@@ -27,10 +27,8 @@ def missing() -> str:
 
 @pytest.fixture(autouse=True)
 def _needs_xdp(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("xdp") is not None and missing():
-        if os.environ.get("CI"):
-            pytest.fail(f"CI must run the tests of XDP: {missing()}")
-        pytest.skip(missing())
+    if request.node.get_closest_marker("xdp") is not None:
+        skip_if(missing(), "the tests of XDP")
 
 
 Load = Callable[..., XdpPlane]

@@ -12,16 +12,20 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lbgym.drivers import DriverError
 from lbgym.drivers.xdp import libbpf
 from lbgym.drivers.xdp.plane import Sizes, XdpPlane
 from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion
+from tests.drivers.test_discovery import eventually
 
 TOOLS = ("ip", "ethtool", "nsenter")
 VIP4, VIP6 = "10.77.1.100", "fd77::100"
@@ -275,8 +279,9 @@ def dataplane_toml(
 
 
 @contextmanager
-def driver(net: Network, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    process = net.start("balancer", sys.executable, "-m", "lbgym", "dataplane", "xdp", *arguments)
+def driver(net: Network, *arguments: object, kind: str = "xdp") -> Iterator[subprocess.Popen[str]]:
+    """``lbgym dataplane KIND`` in the balancer's namespace, at work."""
+    process = net.start("balancer", sys.executable, "-m", "lbgym", "dataplane", kind, *arguments)
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line.startswith("region"):
@@ -296,6 +301,39 @@ def newest(region: SharedMemoryRegion) -> ObservationBuffer:
     assert region.wait_observation(buffer.sequence_id, 10.0)
     assert region.read_into(buffer)
     return buffer
+
+
+def balance(net: Network, region: SharedMemoryRegion, host: str, connections: int) -> ObservationBuffer:
+    """Check twice so many connections: whole while weights change, and spread as by weights that stay.
+
+    Returns:
+        An observation of after they have ended.
+    """
+    turn = 1
+    region.write_action(sequence_id=turn, weights=[1.0, 1.0, 1.0], lease=5.0)  # compiled now
+    clients = net.clients(connections, host=host, pause=0.01)
+    while clients.poll() is None:
+        turn += 1
+        region.write_action(sequence_id=turn, weights=np.roll([1.0, 2.0, 7.0], turn), lease=5.0)
+        time.sleep(0.1)
+    answered, failed, moved = outcome(clients)
+    assert (sum(answered.values()), failed, moved, turn > 3) == (connections, [], 0, True)
+
+    before = newest(region).counters[:3, 0].astype(int)
+    region.write_action(sequence_id=turn + 1, weights=[1.0, 2.0, 7.0], lease=60.0)
+    eventually(lambda: newest(region).applied_sequence_id == turn + 1)
+    answered, failed, moved = outcome(net.clients(connections, host=host))
+    assert (failed, moved) == ([], 0)
+    placed = newest(region).counters[:3, 0].astype(int) - before
+    assert placed.tolist() == [answered[server] for server in net.servers]
+    share = np.array([0.1, 0.2, 0.7])
+    assert (np.abs(placed - connections * share) <= 4 * np.sqrt(connections * share * (1 - share))).all()
+    eventually(lambda: not newest(region).stats[:, 0].any())
+    seen = newest(region)
+    # Of the first ones each took two pauses of 10 ms and more.
+    assert (seen.stats[:3, 1] > 0.0).all() and (seen.stats[:3, 6] > 0.0).all()
+    assert seen.fct_count == 2 * connections
+    return seen
 
 
 def has_program(net: Network) -> bool:

@@ -26,6 +26,7 @@ from tests.drivers.xdp.network import (
     VIP4,
     VIP6,
     Network,
+    balance,
     dataplane_toml,
     driver,
     has_program,
@@ -34,16 +35,14 @@ from tests.drivers.xdp.network import (
     newest,
     outcome,
 )  # fmt: skip
+from tests.privileges import skip_if
 
 pytestmark = [pytest.mark.xdp, pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)
 def _needs_namespaces(_needs_xdp: None) -> None:
-    if reason := missing_tools():
-        if os.environ.get("CI"):
-            pytest.fail(f"CI must run the tests of XDP: {reason}")
-        pytest.skip(reason)
+    skip_if(missing_tools(), "the tests of XDP")
 
 
 @pytest.fixture
@@ -71,31 +70,7 @@ def test_connections_are_balanced_while_weights_change(mode: str, ipv6: bool, na
         file = dataplane_toml(tmp_path / "dataplane.toml", name, net.servers, ipv6=ipv6, driver=keys)
         host = VIP6 if ipv6 else VIP4
         with driver(net, "--config", file) as process, SharedMemoryRegion.attach(name) as region:
-            turn = 1
-            region.write_action(sequence_id=turn, weights=[1.0, 1.0, 1.0], lease=5.0)  # compiled now
-            clients = net.clients(1000, host=host, pause=0.01)
-            while clients.poll() is None:
-                turn += 1
-                region.write_action(sequence_id=turn, weights=np.roll([1.0, 2.0, 7.0], turn), lease=5.0)
-                time.sleep(0.1)
-            answered, failed, moved = outcome(clients)
-            assert (sum(answered.values()), failed, moved, turn > 3) == (1000, [], 0, True)
-
-            before = newest(region).counters[:3, 0].astype(int)
-            region.write_action(sequence_id=turn + 1, weights=[1.0, 2.0, 7.0], lease=30.0)
-            eventually(lambda: newest(region).applied_sequence_id == turn + 1)
-            answered, failed, moved = outcome(net.clients(1000, host=host))
-            assert (failed, moved) == ([], 0)
-            seen = newest(region)
-            placed = seen.counters[:3, 0].astype(int) - before
-            assert placed.tolist() == [answered[server] for server in net.servers]
-            share = np.array([0.1, 0.2, 0.7])
-            assert (np.abs(placed - 1000 * share) <= 4 * np.sqrt(1000 * share * (1 - share))).all()
-            eventually(lambda: not newest(region).stats[:, 0].any())
-            seen = newest(region)
-            # Of the first thousand each took two pauses of 10 ms and more.
-            assert (seen.stats[:3, 1] > 0.0).all() and (seen.stats[:3, 6] > 0.0).all()
-            assert seen.fct_count == 2000 and seen.fct_sum_ns > 1000 * 20_000_000
+            assert balance(net, region, host, 1000).fct_sum_ns > 1000 * 20_000_000
             assert has_program(net)
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
