@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.common import markdown, parser, report, run_if_possible
 from lbgym.drivers.xdp import build_object, libbpf
 from lbgym.drivers.xdp.plane import Sizes, XdpPlane
-from tests.drivers.xdp.network import inside, ip
+from lbgym.lab.namespaces import Network, inside
 from tests.drivers.xdp.packets import ACK, SYN, VIP4, install, tcp4
 
 #: Servers of the index table, entries of the flow table, and flows that begin before all are forgotten again.
@@ -39,16 +39,17 @@ LIMIT_VERIFIED = 60_000
 @contextmanager
 def veth_pair() -> Iterator[tuple[str, int, int]]:
     """A namespace with a veth pair, which the thread enters: its name, and the interfaces' numbers."""
-    name = f"lbc{os.getpid()}"
-    ip("netns", "add", name)
+    net = Network(f"lbc{os.getpid()}-")
+    name = net.name("pair")
+    net.ip("netns", "add", name)
     try:
-        ip("link", "add", "v0", "type", "veth", "peer", "v1", namespace=name)
+        net.ip("link", "add", "v0", "type", "veth", "peer", "v1", part="pair")
         for device in ("v0", "v1"):
-            ip("link", "set", device, "up", namespace=name)
+            net.ip("link", "set", device, "up", part="pair")
         with inside(name):
             yield name, socket.if_nametoindex("v0"), socket.if_nametoindex("v1")
     finally:
-        ip("netns", "delete", name)
+        net.remove()
 
 
 def received(namespace: str) -> int:

@@ -17,6 +17,7 @@ from lbgym.drivers.check import check_driver
 from lbgym.drivers.config import load_config
 from lbgym.drivers.control import control
 from lbgym.errors import InvalidOptionError
+from lbgym.lab.namespaces import inside, missing_tools
 from lbgym.sharedmemory import ServerState, SharedMemoryRegion
 from tests.drivers.test_discovery import eventually
 from tests.drivers.xdp.network import (
@@ -27,8 +28,6 @@ from tests.drivers.xdp.network import (
     balance,
     dataplane_toml,
     driver,
-    inside,
-    missing_tools,
     network,
     newest,
     outcome,

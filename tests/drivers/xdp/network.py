@@ -7,7 +7,6 @@ import ctypes
 import ipaddress
 import json
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -22,41 +21,17 @@ from typing import Any
 import numpy as np
 
 from lbgym.drivers import DriverError
-from lbgym.drivers.xdp import libbpf
-from lbgym.drivers.xdp.plane import Sizes, XdpPlane
+from lbgym.lab import namespaces
+from lbgym.lab.data_planes import pass_packets
+from lbgym.lab.namespaces import inside, missing_tools
 from lbgym.sharedmemory import ObservationBuffer, SharedMemoryRegion
 from tests.drivers.test_discovery import eventually
 
-TOOLS = ("ip", "ethtool", "nsenter")
 VIP4, VIP6 = "10.77.1.100", "fd77::100"
 PORT = 8080
 SOCKETS = Path(__file__).with_name("sockets.py")
 #: Own addresses of clients, so that there are ports for all connections.
 SOURCES = 4
-
-
-def missing_tools() -> str:
-    """What a network needs and is not there; empty if nothing."""
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    return f"no {', '.join(missing)} here: install iproute2, ethtool and util-linux" if missing else ""
-
-
-def ip(*arguments: object, namespace: str | None = None) -> None:
-    command = ["ip", *(["-n", namespace] if namespace else []), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-
-
-@contextmanager
-def inside(namespace: str) -> Iterator[None]:
-    """This thread's network namespace."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{namespace}") as other:
-        assert libc.setns(other.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
-        try:
-            yield
-        finally:
-            assert libc.setns(before.fileno(), 0) == 0
 
 
 #: A packet filter of Linux: "tcp[tcpflags] & tcp-rst != 0" of either IP version, without options.
@@ -81,26 +56,17 @@ class Network:
     """
 
     def __init__(self, servers: int, *, dnat: bool = False, xdp: bool = True) -> None:
-        self.prefix = f"lbt{os.getpid()}-"
+        self._network = namespaces.Network(f"lbt{os.getpid()}-")
         self.servers = [f"server-{i}" for i in range(servers)]
         self.dnat, self.xdp = dnat, xdp
         self._processes: list[subprocess.Popen[str]] = []
-        self._helper: XdpPlane | None = None
         self._watches: list[socket.socket] = []
 
     def name(self, part: str) -> str:
-        return self.prefix + part
+        return self._network.name(part)
 
     def up(self) -> None:
-        parts = ["fabric", "client", "balancer", *self.servers]
-        for part in parts:
-            ip("netns", "add", self.name(part))
-            self.run(part, "sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", "net.ipv4.conf.default.rp_filter=0")
-            ip("link", "set", "lo", "up", namespace=self.name(part))
-        # Ports of the client for tens of thousands of connections that have just been closed.
-        self.run("client", "sysctl", "-qw", "net.ipv4.ip_local_port_range=1024 65535")
-        ip("link", "add", "bridge0", "type", "bridge", namespace=self.name("fabric"))
-        ip("link", "set", "bridge0", "up", namespace=self.name("fabric"))
+        net = self._network
         addresses = {
             "client": [
                 *(f"{source}/16" for source in self.sources(ipv6=False)),
@@ -110,60 +76,28 @@ class Network:
         }
         for i, server in enumerate(self.servers):
             addresses[server] = [f"10.77.2.{i + 1}/16", f"fd77::1:{i + 1}/64"]
-        for i, part in enumerate(parts[1:]):
-            port = f"p{i}"
-            ip(
-                "link",
-                "add",
-                "eth0",
-                "netns",
-                self.name(part),
-                "type",
-                "veth",
-                "peer",
-                port,
-                "netns",
-                self.name("fabric"),
-            )
-            ip("link", "set", port, "master", "bridge0", "up", namespace=self.name("fabric"))
-            ip("link", "set", "eth0", "up", namespace=self.name(part))
-            for address in addresses[part]:
-                ip(
-                    "addr",
-                    "add",
-                    address,
-                    "dev",
-                    "eth0",
-                    *(["nodad"] if ":" in address else []),
-                    namespace=self.name(part),
-                )
+        net.create(addresses)
+        # Ports of the client for tens of thousands of connections that have just been closed.
+        self.run("client", "sysctl", "-qw", "net.ipv4.ip_local_port_range=1024 65535")
         for subnet in ("10.77.0.0/16", "fd77::/64"):
-            ip("route", "add", subnet, "dev", "eth0", namespace=self.name("client"))
+            net.ip("route", "add", subnet, "dev", "eth0", part="client")
         for part in ("balancer", *self.servers):
             for subnet, router in (("10.78.0.0/16", "10.77.0.2"), ("fd78::/64", "fd77::2")):
                 via = ["via", router] if self.dnat and part != "balancer" else []
-                ip("route", "add", subnet, *via, "dev", "eth0", namespace=self.name(part))
-        holders = ["balancer"] if self.xdp else []
-        holders += [] if self.dnat else self.servers
-        for part in holders:
-            device = "eth0" if part == "balancer" else "lo"
-            if device == "lo":
-                for key, value in (("arp_ignore", 1), ("arp_announce", 2)):
-                    self.run(part, "sysctl", "-qw", f"net.ipv4.conf.all.{key}={value}")
-            ip("addr", "add", f"{VIP4}/32", "dev", device, namespace=self.name(part))
-            ip("addr", "add", f"{VIP6}/128", "dev", device, "nodad", namespace=self.name(part))
-        if not self.xdp:
+                net.ip("route", "add", subnet, *via, "dev", "eth0", part=part)
+        for vip in (f"{VIP4}/32", f"{VIP6}/128"):
+            if self.xdp:
+                net.add_address("balancer", vip, "eth0")
+            for server in [] if self.dnat else self.servers:
+                net.hold_vip(server, vip)
+        if self.xdp:
+            pass_packets(self.name("fabric"), net.port("balancer"))
+        else:
             for family in ("ipv4", "ipv6"):
-                self.run("balancer", "sysctl", "-qw", f"net.{family}.conf.eth0.forwarding=0")
-            return
-        # What is sent by XDP_TX over veth arrives only where the far end has a program, and with whole checksums.
-        self._helper = XdpPlane.load(Sizes(servers=2, flows=16, syn_flows=16))
-        with inside(self.name("fabric")):
-            self._link = libbpf.attach(self._helper.program("pass"), socket.if_nametoindex("p1"), libbpf.DRIVER_MODE)
-        self.run("fabric", "ethtool", "-K", "p1", "tx", "off")
+                net.sysctl("balancer", **{f"net.{family}.conf.eth0.forwarding": 0})
 
     def command(self, part: str, *arguments: object) -> list[str]:
-        return ["nsenter", f"--net=/run/netns/{self.name(part)}", *map(str, arguments)]
+        return self._network.command(part, *map(str, arguments))
 
     def run(self, part: str, *arguments: object) -> str:
         done = subprocess.run(self.command(part, *arguments), capture_output=True, text=True)
@@ -223,12 +157,7 @@ class Network:
         for process in self._processes:
             process.kill()
             process.communicate()
-        if self._helper is not None:
-            with contextlib.suppress(AttributeError):
-                os.close(self._link)
-            self._helper.close()
-        for part in ("client", "balancer", *self.servers, "fabric"):
-            subprocess.run(["ip", "netns", "delete", self.name(part)], capture_output=True)
+        self._network.remove()
 
 
 def whole_outcome(process: subprocess.Popen[str], timeout: float = 120.0) -> Mapping[str, Any]:

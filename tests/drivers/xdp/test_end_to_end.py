@@ -19,6 +19,7 @@ from lbgym.drivers.xdp import XdpOptions, detach
 from lbgym.drivers.xdp.options import default_pin_folder
 from lbgym.drivers.xdp.plane import XdpPlane
 from lbgym.drivers.xdp.tables import IndexInputs, index_table
+from lbgym.lab.namespaces import missing_tools
 from lbgym.sharedmemory import ServerState, SharedMemoryRegion
 from tests.drivers.test_discovery import eventually
 from tests.drivers.xdp.network import (
@@ -30,7 +31,6 @@ from tests.drivers.xdp.network import (
     dataplane_toml,
     driver,
     has_program,
-    missing_tools,
     network,
     newest,
     outcome,
