@@ -68,15 +68,16 @@ class Laboratory:
         return dataplane_toml(file, self.name, servers, head=HEALTH, driver={"vips": [f"{VIP4}:{PORT}"], **keys})
 
     @contextmanager
-    def load(self, label: str, **keys: Any) -> Iterator[Callable[[], tuple[NDArray[np.int64], dict[str, Any]]]]:
-        """Clients at work; the function ends them and returns their connections and what they print."""
+    def load(
+        self, label: str, *, ends: bool = False, **keys: Any
+    ) -> Iterator[Callable[[], tuple[NDArray[np.int64], dict[str, Any]]]]:
+        """Clients at work; the function ends them, or waits for their end, and returns their connections and outcome."""
         record = self.folder / label
-        endless = "connections" not in keys
         process = self.net.clients(keys.pop("connections", 1 << 30), record=str(record), **keys)
 
         def end() -> tuple[NDArray[np.int64], dict[str, Any]]:
             # One that ends by itself would be killed by a signal that meets it on its way out.
-            if endless:
+            if not ends:
                 process.send_signal(signal.SIGTERM)
             told = dict(whole_outcome(process))
             return connections_of(record, told["names"], self.net.servers), told
@@ -261,7 +262,7 @@ def maglev_moves_few(connections: int = 4_000, servers: int = 8) -> list[Row]:
         keys = {"lanes": 64, "lines": 1, "first_port": 10_000, "reset": True, "connections": connections}
 
         def placed(label: str) -> NDArray[np.int64]:
-            with lab.load(label, **keys) as end:
+            with lab.load(label, ends=True, **keys) as end:
                 until = time.monotonic() + PATIENCE
                 while newest(region).stats[:, 0].any() or newest(region).fct_count < seen[0] + connections:
                     if time.monotonic() > until:
