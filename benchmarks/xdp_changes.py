@@ -71,7 +71,7 @@ class Laboratory:
     def load(
         self, label: str, *, ends: bool = False, **keys: Any
     ) -> Iterator[Callable[[], tuple[NDArray[np.int64], dict[str, Any]]]]:
-        """Clients at work; the function ends them, or waits for their end, and returns their connections and outcome."""
+        """Clients at work; the function ends them, or waits for their end, and returns connections and outcome."""
         record = self.folder / label
         process = self.net.clients(keys.pop("connections", 1 << 30), record=str(record), **keys)
 
