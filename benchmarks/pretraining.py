@@ -29,10 +29,10 @@ MOST_MICROSECONDS = 100.0
 #: Constants without a part of the policy.
 WITHOUT: dict[str, dict[str, float]] = {
     "field estimate": {"log_field": -30.0},
-    "index action (weights only)": {"log_field": -30.0, "rest": -30.0},
-    "memory": {"log_smoothing": -3.0, "log_slow": -3.0, "log_fast": -3.0},
+    "index action (weights only)": {"log_field": -30.0, "rest": -30.0, "log_linear": -30.0},
+    "memory": {"log_smoothing": -3.0, "log_slow": -3.0, "log_fast": -3.0, "log_long": -3.0},
     "shrinkage to what is configured": {"log_noise": -30.0},
-    "speed estimates": {"gain": 0.0, "gain_load": 0.0, "gain_balancers": 0.0},
+    "speed estimates": {"log_noise": 30.0},
 }
 NAME = "adaptive"
 
