@@ -115,8 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = chosen[:1]
     rows = [row(scenario, (11, 12), 80 if given.quick else 480) for scenario in chosen]
     headings = ["scenario", "balancers", "others' flows", "deviation", "R2 of own flows", "and their past", "and times"]
-    print(common.describe_run(), "\n")
-    print(common.markdown(rows, headings))
+    common.report("others", given, common.markdown(rows, headings), {"columns": headings, "rows": rows})
 
 
 if __name__ == "__main__":

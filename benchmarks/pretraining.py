@@ -9,7 +9,6 @@ python -m benchmarks.pretraining --suite out/pretrain/suite       # its scores o
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -241,16 +240,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = measured(list(variants.values()), given.quick, draws)
         rows = [[name, *found] for name, found in zip(variants, results, strict=True)]
     took = {str(balancers): microseconds(policy, balancers) for balancers in (1, 8)}
-    print(common.describe_run(), "\n")
-    print(common.markdown(rows, COLUMNS))
-    print(
-        f"\nA decision for 64 servers takes {took['1']:.0f} microseconds, of 8 balancers {took['8']:.0f} "
-        f"(to reach: {MOST_MICROSECONDS:.0f})."
+    text = (
+        f"{common.markdown(rows, COLUMNS)}\n\nA decision for 64 servers takes {took['1']:.0f} microseconds, of 8 balancers "
+        f"{took['8']:.0f} (to reach: {MOST_MICROSECONDS:.0f})."
     )
-    if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
-        document = {"machine": common.machine(), "rows": rows, "microseconds": took}
-        (given.out / "pretraining.json").write_text(json.dumps(document, indent=1))
+    common.report("pretraining", given, text, {"columns": COLUMNS, "rows": rows, "microseconds": took})
 
 
 def suite_summary(folder: Path) -> dict[str, Any]:
