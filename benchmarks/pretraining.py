@@ -241,8 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = [[name, *found] for name, found in zip(variants, results, strict=True)]
     took = {str(balancers): microseconds(policy, balancers) for balancers in (1, 8)}
     text = (
-        f"{common.markdown(rows, COLUMNS)}\n\nA decision for 64 servers takes {took['1']:.0f} microseconds, of 8 balancers "
-        f"{took['8']:.0f} (to reach: {MOST_MICROSECONDS:.0f})."
+        f"{common.markdown(rows, COLUMNS)}\n\nA decision for 64 servers takes {took['1']:.0f} microseconds, behind 8 "
+        f"balancers {took['8']:.0f} (to reach: {MOST_MICROSECONDS:.0f})."
     )
     common.report("pretraining", given, text, {"columns": COLUMNS, "rows": rows, "microseconds": took})
 
