@@ -69,7 +69,7 @@ demo: $(VENV)/.all out/demo/agent.pt ## install, train for a minute, compare wit
 		--policies ecmp,wcmp-uniform,wcmp,maglev,lsq,sed,p2c,adaptive,out/demo/agent.pt --out out/demo
 
 # Under an hour on two cores; killed, it goes on where it was.
-PRETRAIN_STEPS ?= 746496
+PRETRAIN_STEPS ?= 373248
 PRETRAIN_SEEDS ?= 1 2 3
 .PHONY: pretrain
 pretrain: $(VENV)/.all ## train the policy adaptive from nothing, put it into the package, and measure it: out/pretrain
