@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = common.parser(__doc__.splitlines()[0])
     options.add_argument("--train", type=int, default=0, help="generations to train every variant for")
     options.add_argument("--seeds", type=int, default=1, help="seeds of the training, with --train")
-    options.add_argument("--draws", type=int, default=2, help="draws of the unseen scenarios, 17 each")
+    options.add_argument("--draws", type=int, default=8, help="draws of the unseen scenarios, 17 each")
     options.add_argument("--publish", type=Path, nargs="+", help="put the best of these policies into the package")
     options.add_argument("--suite", type=Path, default=None, help="folder of suite results, for the card")
     given = options.parse_args(arguments)
