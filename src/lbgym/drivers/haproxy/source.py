@@ -20,7 +20,7 @@ from .agent_check import AgentCheck
 from .counters import FlowCounters
 from .logs import FctStatistics, FlowLog
 from .runtime import Backend, Haproxy, Process, Server, check_rule, shown
-from .weights import whole_weights
+from .weights import MAX_WEIGHT, whole_weights
 
 logger = logging.getLogger("lbgym")
 
@@ -284,6 +284,9 @@ class HaproxyBackend(Source):
             [self._weights[slot.index] if slot.index < len(self._weights) else safe[i] for i, slot in enumerate(slots)]
         )
         takes = np.array([slot.active for slot in slots], np.bool_)
+        if self.rule == "random" and weights.any() and not np.array_equal(weights, safe):
+            # A server has 16 points per unit of its weight on the ring that is drawn from: too few are unequal shares.
+            weights = weights * (MAX_WEIGHT / weights.max())
         # An operator who gives a server the weight 0 wants it to have no flows.
         weights[safe == 0.0] = 0.0
         if not weights[takes].any():
