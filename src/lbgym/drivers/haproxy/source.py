@@ -34,8 +34,8 @@ _STOPPED, _STOPPING = 0, 3
 #: Seconds between warnings of one kind.
 _WARN = 10.0
 
-#: Rules of which small whole weights are as good as great ones.
-_BY_TURNS = ("roundrobin", "leastconn")
+#: What versions of HAProxy call ``random``.
+_RANDOM = ("random", "unknown")
 
 #: Columns that are measured with, and without, the log.
 LOGGED = tuple(name for name in FEATURE_NAMES if name == "n_flow_on" or name.startswith("fct_"))
@@ -287,8 +287,8 @@ class HaproxyBackend(Source):
             [self._weights[slot.index] if slot.index < len(self._weights) else safe[i] for i, slot in enumerate(slots)]
         )
         takes = np.array([slot.active for slot in slots], np.bool_)
-        if self.rule not in _BY_TURNS and weights.any() and not np.array_equal(weights, safe):
-            # Others draw from a ring with 16 points per unit of a server's weight: with few, shares are unequal.
+        if self.rule in _RANDOM and weights.any() and not np.array_equal(weights, safe):
+            # It draws from a ring with 16 points per unit of a server's weight: with few, shares are unequal.
             weights = weights * (MAX_WEIGHT / weights.max())
         # An operator who gives a server the weight 0 wants it to have no flows.
         weights[safe == 0.0] = 0.0
