@@ -103,8 +103,8 @@ def test_the_page_of_a_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     scenario = Scenario(
         servers=(Server(cores=1), Server(cores=2, speed=0.5), Server(cores=1)),
-        workload=Workload(load=0.7, demand=Exponential(mean=0.05)),
-        events=(Event(time=15.0, kind="down", server=2),),
+        workload=Workload(load=0.5, demand=Exponential(mean=0.05)),
+        events=(Event(time=15.0, kind="down", server=1),),
     )
     path = tmp_path_factory.mktemp("recording") / "r.parquet"
     return record_at_full_speed(scenario, path, 30.0, weights=lambda t: np.array([1.0, 1.0 + t / 10.0, 1.0]))
@@ -116,7 +116,9 @@ def test_the_page_of_a_recording(
     text = recording_report(recording, command="lbgym shm report a b")
     assert len(text.encode()) < MOST and nothing_is_fetched(text) and "lbgym shm report a b" in text
     ended = recording.completed[-1].sum() - recording.completed[0].sum()
-    assert f"3 servers completed {ended:,} flows" in text and "failed; an agent&#x27;s weights were in force 100 %" in text
+    (said,) = re.findall(r'class="verdict">(.*?)</p>', text)
+    assert said.startswith(f"3 servers completed {ended:,} flows in 29.9 s, with a mean FCT of ")
+    assert re.search(r"; \d+ failed; an agent&#x27;s weights were in force [\d.]+ % of the time\.$", said), said
     page = tmp_path / "recording.html"
     page.write_text(text)
     for width in (1300, 400):
@@ -138,9 +140,11 @@ def test_many_servers_and_restarts(recording: Recording) -> None:
 
     wide = ("active", "stats", "states", "started", "completed", "rejected", "failed", "weights", "safe_weights")
     changed = {name: many(getattr(recording, name)) for name in wide}
-    again = dict(recording.metadata["producers"][0], instance=7)
+    # Few plots are quickly drawn.
+    first = dict(recording.metadata["producers"][0], real_features=["n_flow_on"])
+    again = dict(first, instance=7)
     instance = np.where(np.arange(len(recording)) < 100, recording.instance, 7)
-    metadata = {**recording.metadata, "producers": [*recording.metadata["producers"], again]}
+    metadata = {**recording.metadata, "producers": [first, again]}
     found = replace(
         recording,
         ground_truth=None,

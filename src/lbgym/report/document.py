@@ -17,6 +17,9 @@ from ..atomic import write_whole
 from ..evaluation.tables import Table
 from .charts import Plot, require_bokeh
 
+#: Characters of a fact that has a row of its own.
+_LONG = 60
+
 
 def document(
     *,
@@ -89,7 +92,11 @@ def write_page(path: str | Path, text: str) -> None:
 
 
 def _listed(rows: Mapping[str, str]) -> str:
-    return "".join(f"<div><dt>{html.escape(name)}</dt><dd>{text}</dd></div>" for name, text in rows.items() if text)
+    return "".join(
+        f"<div{' class=wide' if len(text) > _LONG else ''}><dt>{html.escape(name)}</dt><dd>{text}</dd></div>"
+        for name, text in rows.items()
+        if text
+    )
 
 
 def _versions(command: str | None) -> dict[str, str]:
