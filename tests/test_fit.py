@@ -157,7 +157,7 @@ TWO_KINDS = Empirical(values=(*np.linspace(0.04, 0.06, 90).tolist(), *np.linspac
 )
 def test_demands_of_no_known_form(demand: Demand, folder: Path) -> None:
     truth = Scenario(servers=SERVERS[:3], workload=Workload(load=0.7, demand=demand))
-    recording = record_at_full_speed(truth, folder / "odd.parquet", 300.0, interval=0.05)
+    recording = record_at_full_speed(truth, folder / "odd.parquet", 240.0, interval=0.05)
     fit = fit_recording(recording, cores=[1, 2, 2], mean_demand=demand.mean, hold_out=0.2)
     found, likely = fit.demand, fit.demand.likelihoods
     assert found.singles > 500 and set(likely) == set(KINDS)

@@ -106,8 +106,8 @@ def _report(fit: Fit) -> None:
         f"{fit.source}: fitted to {fit.seconds:.0f} s, tested on {fit.held_out_seconds:.0f} s",
         "",
         f"demand:    {type(law).__name__} ({parameters}) core-seconds; {fit.convention}",
-        f"           log-density of {fit.demand.singles:,} single flows' FCTs, of those held out from the empirical law: "
-        f"{likely or 'too few for one'}",
+        f"           log-likelihood of single flows ({fit.demand.singles:,}) that no empirical law was made of: "
+        f"{likely or 'too few'}",
         f"arrivals:  {arrivals.rate:.4g} flows/s ({arrivals.rate_low:.4g} to {arrivals.rate_high:.4g}), "
         f"{type(arrivals.process).__name__}; load {fit.scenario.load:.2f}",
         f"           variance over mean of counts (1: Poisson): {burst or 'unknown'}",
