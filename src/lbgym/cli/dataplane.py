@@ -258,11 +258,12 @@ def haproxy(
     again, and the exit code is 0. HAProxy may be reloaded meanwhile. Needs no root.
     """
     from ..drivers import Publisher
-    from ..drivers.haproxy import HaproxyOptions, open_backends, pair_names
+    from ..drivers.haproxy import HaproxyOptions, open_backends
+    from ..drivers.proxy.places import pair_names
 
     permissions = _permissions(mode)
     options = HaproxyOptions(
-        backends=pair_names(name, backend),
+        backends=pair_names(name, backend, "backend"),
         socket=socket,
         log=log,
         agent_check=agent_check,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 
 from ..base import DriverError
-from .runtime import shown
+from ..proxy import shown
 from .weights import percentage
 
 logger = logging.getLogger("lbgym")
