@@ -83,7 +83,13 @@ class Followed(Generic[P]):
 
     @property
     def newest(self) -> P:
-        """The process that takes new flows."""
+        """The process that takes new flows.
+
+        Raises:
+            DriverError: if none does.
+        """
+        if not self.processes:
+            raise DriverError(f"no process of {self.proxy} answers at {shown(self.place)}")
         return self.processes[-1]
 
     def _open(self) -> P:

@@ -107,7 +107,7 @@ class ProxySource(Source, Generic[C]):
 
     @property
     def lost_lines(self) -> int:
-        """Log lines that have not come, those that the proxy could not send among them."""
+        """Log lines that have not come, or that the proxy could not send."""
         return 0 if self._log is None else self._log.lost
 
     # Rows
