@@ -23,7 +23,8 @@ import numpy as np
 
 from benchmarks.common import markdown, parser, report
 from lbgym.drivers.haproxy import HaproxyBackend, HaproxyOptions, open_backends
-from tests.drivers.haproxy.balancer import Balancer, Servers, missing
+from tests.drivers.haproxy.balancer import Balancer, missing
+from tests.drivers.proxies import Servers
 
 NAMES = [f"s{i}" for i in range(8)]
 INTERVAL = 0.25

@@ -20,7 +20,7 @@ from lbgym.drivers.haproxy.weights import percentage
 from lbgym.drivers.proxy import FlowCounters, whole_weights
 from lbgym.drivers.proxy.places import pair_names
 from lbgym.errors import InvalidOptionError
-from tests.drivers.haproxy.balancer import eventually, free_ports
+from tests.drivers.proxies import eventually, free_ports
 
 FLOATS = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.drivers.haproxy.balancer import Balancer, Servers, missing
+from tests.drivers.haproxy.balancer import Balancer, missing
+from tests.drivers.proxies import Servers
 from tests.privileges import skip_if
 from tests.sharedmemory.conftest import nursery, shm_dir
 

@@ -16,7 +16,8 @@ from lbgym.drivers.check import check_driver
 from lbgym.drivers.control import control
 from lbgym.drivers.haproxy import HaproxyOptions, open_backends
 from lbgym.sharedmemory import region_names
-from tests.drivers.haproxy.balancer import LONG, Balancer, eventually
+from tests.drivers.haproxy.balancer import Balancer
+from tests.drivers.proxies import LONG, eventually
 
 pytestmark = pytest.mark.haproxy
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.drivers.haproxy.balancer import LONG, Balancer, Servers, eventually, free_ports
+from tests.drivers.haproxy.balancer import Balancer
+from tests.drivers.proxies import LONG, Servers, eventually, free_ports
 from tests.test_docs import ROOT, blocks
 
 pytestmark = [pytest.mark.haproxy, pytest.mark.slow]

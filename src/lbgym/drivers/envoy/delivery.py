@@ -49,6 +49,7 @@ class Delivery:
             return False
         before, self.assignment = self.assignment, read_assignment(self.file, self.assignment.resource)
         self._seen = signature
+        self.again()
         self.removed |= {
             name: endpoint for name, endpoint in before.endpoints.items() if name not in self.assignment.endpoints
         }

@@ -1,0 +1,35 @@
+"""What these tests need: skipped with the reason where it is missing, but not in CI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.drivers.envoy.balancer import Balancer, missing
+from tests.drivers.proxies import Servers
+from tests.privileges import skip_if
+from tests.sharedmemory.conftest import nursery, shm_dir
+
+__all__ = ["nursery", "shm_dir"]
+
+
+@pytest.fixture(autouse=True)
+def _needs_envoy(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("envoy") is not None:
+        skip_if(missing(), "the tests of Envoy")
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    made = Servers(["s1", "s2", "s3"])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def balancer(_needs_envoy: None, servers: Servers) -> Iterator[Balancer]:
+    """Not started yet."""
+    made = Balancer(servers)
+    yield made
+    made.close()
