@@ -37,9 +37,6 @@ class LogFile(Log):
         DriverError: if it may not be read.
     """
 
-    #: Counter of Envoy's for what it could not write.
-    statistic = "filesystem.write_failed"
-
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = Path(path)
@@ -124,8 +121,6 @@ _ENDS = (0, 3, 6)
 
 class LogService(Log):
     """Envoy's gRPC access log service: the entries that ``TcpGrpcAccessLogConfig`` and the like send."""
-
-    statistic = "access_logs.grpc_access_log.logs_dropped"
 
     def __init__(self) -> None:
         super().__init__()

@@ -21,10 +21,7 @@ OLDEST = (1, 30)
 #: Seconds to wait for an answer.
 _TIMEOUT = 2.0
 #: Counters that are read at every look.
-_STATISTICS = (
-    r"^server\.hot_restart_epoch$|\.upstream_cx_none_healthy$|\.update_rejected$"
-    r"|^access_logs\.grpc_access_log\.logs_dropped$|^filesystem\.write_failed$"
-)
+_STATISTICS = r"\.upstream_cx_none_healthy$|\.update_rejected$"
 #: Policies of load balancing that follow the weights of endpoints, by their names in Envoy's two ways to write them.
 _WEIGHTED = {
     "ROUND_ROBIN": "round_robin",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from socket import socket
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from ...sharedmemory import abi
 from ..base import DriverError
-from ..proxy import ProxySource, shown
+from ..proxy import Log, ProxySource, shown
 from ..proxy.counters import ProcessFlows
 from ..proxy.source import LOGGED, TIMES, UNLOGGED
 from .access_log import LogFile, LogService
@@ -25,6 +26,8 @@ logger = logging.getLogger("lbgym")
 
 #: Seconds to wait for Envoy to take weights: it does within milliseconds unless its main thread is busy.
 _TAKE = 1.0
+#: Seconds after which a flow that has ended must be in the log, besides what Envoy lets a file wait.
+_PATIENCE = 2.0
 #: Seconds between looks meanwhile.
 _LOOK = 0.002
 
@@ -73,13 +76,14 @@ class EnvoyCluster(ProxySource[Host]):
             envoy.driven.add(cluster)
         measured = LOGGED if envoys else TIMES
         self.features = measured if log is not None else UNLOGGED if envoys else ()
-        self._statistic = log.statistic if log is not None else ""
         endpoints = delivery.assignment.endpoints
         super().__init__(cluster, log, capacity or max(abi.DEFAULT_CAPACITY, len(endpoints)))
         self._counts_by_log = not envoys
         self._closed = False
-        self._dropped: dict[object, int] = {}
-        self._logs_dropped = 0
+        #: When looked, and how many flows had completed by then.
+        self._completed: deque[tuple[float, int]] = deque()
+        self._missing = 0
+        self._patience = _PATIENCE
         #: What was delivered last has been waited for.
         self._waited = False
         try:
@@ -124,12 +128,13 @@ class EnvoyCluster(ProxySource[Host]):
                     "healthy_panic_threshold to 0 in common_lb_config",
                     where, config.panic_threshold,
                 )  # fmt: skip
-            if self._statistic == LogFile.statistic and envoy.newest.flush_interval > 1.0:
+            if isinstance(self._log, LogFile) and envoy.newest.flush_interval > 1.0:
                 logger.warning(
                     "the Envoy at %s writes its access log every %g s: FCTs are that late; start it with "
                     "--file-flush-interval-msec 100",
                     shown(envoy.place), envoy.newest.flush_interval,
                 )  # fmt: skip
+            self._patience = max(self._patience, _PATIENCE + envoy.newest.flush_interval)
 
     # What operators ask for
 
@@ -188,8 +193,8 @@ class EnvoyCluster(ProxySource[Host]):
 
     @property
     def lost_lines(self) -> int:
-        """Log lines that Envoy says it could not send, or write, since the driver started."""
-        return self._logs_dropped
+        """Flows that have completed by Envoy's counters and are not in its log: at least so many."""
+        return self._missing
 
     # Observing
 
@@ -221,10 +226,6 @@ class EnvoyCluster(ProxySource[Host]):
                 statistics = {} if process.stopping else process.statistics
                 unrouted = statistics.get(f"cluster.{config.statistics}.upstream_cx_none_healthy", 0)
                 founds.append((process, _named(hosts), unrouted))
-                if self._statistic in statistics:
-                    dropped = statistics[self._statistic]
-                    self._logs_dropped += max(0, dropped - self._dropped.get(process.identity, dropped))
-                    self._dropped[process.identity] = dropped
         return founds
 
     def _part_from(self, seen: ProcessFlows[Host], rows: Mapping[str, int]) -> None:
@@ -254,8 +255,21 @@ class EnvoyCluster(ProxySource[Host]):
         rows = self._rows()
         return {key: rows[name] for key, name in self._names().items() if name in rows}
 
+    def _take_times(self, log: Log) -> None:
+        super()._take_times(log)
+        # Envoy gives up entries that it cannot send without a word.
+        now, done = time.monotonic(), self._completed
+        done.append((now, int(self._counters.values(len(self._slots))[1].sum())))
+        while len(done) > 1 and done[1][0] <= now - self._patience:
+            done.popleft()
+        if self._envoys and done[0][0] <= now - self._patience:
+            self._missing = max(self._missing, done[0][1] - self._logged)
+
     def _loss(self, lost: int, received: int) -> str:
-        return f"Envoy could not send or write {lost} lines of its access log, {received} have come: FCTs are of those"
+        return (
+            f"{lost} flows that have completed are not in Envoy's access log, {received} entries have come: FCTs are "
+            "of the others; does every listener of the cluster log here?"
+        )
 
     # Acting
 

@@ -55,6 +55,8 @@ class ProxySource(Source, Generic[C]):
         self._weights = np.zeros(0)
         #: True where nothing but the log says which flows there were: none is known before its end.
         self._counts_by_log = False
+        #: Flows that have ended, by the log.
+        self._logged = 0
         self._lost, self._next_warning = 0, 0.0
 
     def _observe(self, now: float) -> None:
@@ -129,6 +131,7 @@ class ProxySource(Source, Generic[C]):
     def _take_times(self, log: Log) -> None:
         flows, rows = log.take(self.backend), self._logged_rows()
         self._fct.add(flows, rows)
+        self._logged += sum(flows.ended.values())
         if self._counts_by_log:
             for name, ended in flows.ended.items():
                 if name in rows:
