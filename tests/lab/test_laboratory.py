@@ -135,9 +135,25 @@ def test_another_laboratory_beside_it_changes_nothing(
         assert all(both[name]["regions"].values() for name in (NAME, other))
         assert all(server["busy_workers"] is not None for name in (NAME, other) for server in both[name]["servers"])
         code, text, err = in_process(
-            capsys, "lab", "run", other, "-p", "lsq", "-n", 1, "--out", out, "--no-plots", "--json", "--load", 0.3
+            capsys,
+            "lab",
+            "run",
+            other,
+            "-p",
+            "lsq",
+            "-n",
+            1,
+            "--out",
+            out,
+            "--no-plots",
+            "--json",
+            "--load",
+            0.3,
+            "--report",
+            tmp_path / "lab.html",
         )
         assert code == 0, err
+        assert "on real nginx servers behind xdp" in (tmp_path / "lab.html").read_text()
         document = json.loads(text)
         assert document["contenders"][0]["runs"][0]["rejected_share"] == 0.0
         flows = parquet.read_table(out / "flows.parquet").to_pydict()

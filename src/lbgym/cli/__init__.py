@@ -76,7 +76,7 @@ def _app() -> typer.Typer:
         dataplane.command(help=_help(work))(work)
     app.add_typer(dataplane, name="dataplane")
     regions = typer.Typer(help="Look at regions of shared memory, record them, remove them.", no_args_is_help=True)
-    for look in (shm.ls, shm.inspect, shm.watch, shm.record, shm.rm, shm.include):
+    for look in (shm.ls, shm.inspect, shm.watch, shm.record, shm.report, shm.rm, shm.include):
         regions.command(help=_help(look))(look)
     app.add_typer(regions, name="shm")
     return app

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +19,7 @@ from typing import Any, Protocol
 from .. import checks
 from ..drivers import DriverError
 from ..errors import InvalidOptionError, MissingExtraError, UnknownNameError
-from ..scenarios import Scenario
+from ..scenarios import RULES, Scenario
 from .base import LabError, run_tool
 from .namespaces import Network, inside
 
@@ -181,8 +184,123 @@ def pass_packets(namespace: str, interface: str) -> None:
     run_tool(["nsenter", f"--net=/run/netns/{namespace}", "ethtool", "-K", interface, "tx", "off"])
 
 
+class ProxyDataPlane:
+    """A proxy, which ends the clients' connections and opens others to the servers, with its driver beside it.
+
+    A subclass names the proxy and its package, has a table of rules, and writes the proxy's configuration.
+
+    Attributes:
+        name: of the data plane.
+        tool: the proxy's program.
+        package: that it is in.
+        balancing: what the proxy calls a dispatch rule. One that reads no weights is one that does, with equal weights.
+    """
+
+    name: str
+    tool: str
+    package: str
+    balancing: Mapping[str, str]
+
+    @property
+    def rules(self) -> Sequence[str]:
+        return tuple(self.balancing)
+
+    def check(self, options: Mapping[str, Any], scenario: Scenario, where: str) -> None:
+        for key in options:
+            raise InvalidOptionError(f"{where}: the data plane {self.name!r} takes no options, got {key!r}")
+
+    def missing(self) -> str:
+        return "" if shutil.which(self.tool) else f"no {self.tool} here: install {self.package}"
+
+    def translates(self, options: Mapping[str, Any]) -> bool:
+        return True
+
+    def prepare(self, place: Place) -> None:
+        pass  # it listens and connects as any process does
+
+    def clear(self, region: str) -> None:
+        pass  # all it has are processes and files of the laboratory's folder
+
+    @staticmethod
+    def weights(place: Place, rule: str, most: int) -> list[int]:
+        """The configured weights of the servers as whole numbers up to ``most``, equal if the rule reads none."""
+        given = place.scenario.configured_weights
+        if not RULES[rule].weighted:
+            return [most] * len(given)
+        return [max(1, round(most * weight / max(given))) for weight in given]
+
+    @staticmethod
+    def together(proxy: Sequence[str], ready: Path, driver: Sequence[str]) -> list[str]:
+        """A command that runs a proxy, and its driver once the proxy has made its socket.
+
+        The proxy ends with the driver, however that ends; the driver does not begin without the proxy.
+        """
+        ready.unlink(missing_ok=True)
+        script = (
+            f"setpriv --pdeathsig TERM {shlex.join(proxy)} & "
+            f"until [ -S {shlex.quote(str(ready))} ]; do kill -0 $! 2> /dev/null || exit 1; sleep 0.02; done; "
+            f"exec {shlex.join(driver)}"
+        )
+        return ["sh", "-c", script]
+
+
+class HaproxyDataPlane(ProxyDataPlane):
+    """HAProxy in mode tcp, with ``lbgym dataplane haproxy``."""
+
+    name, tool, package = "haproxy", "haproxy", "haproxy"
+    #: ``leastconn`` is SED, but for idle servers, which come first whatever their weight. ``random(2)`` draws both
+    #: servers by their weights, ``p2c_sed`` by chance alone: they are the same where weights are equal. HAProxy's own
+    #: hashes of addresses would see one client, so ``ecmp`` is a server by chance, too.
+    balancing = MappingProxyType(
+        {
+            "round_robin": "roundrobin",
+            "lsq": "leastconn",
+            "sed": "leastconn",
+            "ecmp": "random(1)",
+            "wcmp": "random(1)",
+            "p2c": "random(2)",
+        }
+    )
+
+    #: Where HAProxy logs to, in the balancer's own namespace.
+    _LOG = "127.0.0.1:1514"
+
+    def command(self, place: Place, rule: str) -> list[str]:
+        from ..drivers.haproxy import LOG_FORMAT
+
+        socket, file = place.folder / f"{place.part}.sock", place.folder / f"{place.part}.cfg"
+        # A connection that no server takes fails as late as it would without a proxy.
+        patience = f"{1e3 * place.scenario.reject_timeout + 1000.0:.0f}ms"
+        weights = self.weights(place, rule, 256)
+        # Two descriptors each; left to itself, it allocates for as many as there could be.
+        most = min(20_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1] // 2 - 100)
+        lines = [
+            "global",
+            f"  stats socket {socket} mode 600 level admin",
+            f"  log {self._LOG} format raw local0",
+            f"  maxconn {most}",
+            "defaults",
+            "  mode tcp",
+            "  log global",
+            "  retries 0",
+            *(f"  timeout {side} {patience}" for side in ("connect", "client", "server")),
+            "frontend front",
+            f"  bind {VIP}:{VIP_PORT}",
+            f'  log-format "{LOG_FORMAT}"',
+            "  default_backend servers",
+            "backend servers",
+            f"  balance {self.balancing[rule]}",
+        ]
+        for (name, address, port), weight in zip(place.servers, weights, strict=True):
+            lines.append(f"  server {name} {address}:{port} weight {weight}")
+        file.write_text("\n".join(lines) + "\n")
+        driver = [sys.executable, "-m", "lbgym", "dataplane", "haproxy", "--backend", "servers", "--name", place.region]
+        driver += ["--socket", str(socket), "--log", self._LOG, "--publish-interval", str(place.publish_interval)]
+        return self.together([self.tool, "-db", "-f", str(file)], socket, driver)
+
+
 #: Every data plane by its name.
-DATA_PLANES: Mapping[str, LabDataPlane] = MappingProxyType({"xdp": XdpDataPlane()})
+DATA_PLANES: Mapping[str, LabDataPlane] = MappingProxyType({"xdp": XdpDataPlane(), "haproxy": HaproxyDataPlane()})
 
 
 def data_plane(name: str) -> LabDataPlane:

@@ -32,6 +32,15 @@ def driving(balancer: Balancer, backend: str = "web", *, log: bool = False, star
         yield Driven(source)
 
 
+def test_random_gets_great_weights(balancer: Balancer) -> None:
+    balancer.configure(WEB, rule="random(1)")
+    with driving(balancer) as driven:
+        driven.read()
+        assert balancer.weights("web") == {"s1": 100, "s2": 100, "s3": 100}
+        driven.apply(1.0, 2.0, 0.0)
+        assert balancer.weights("web") == {"s1": 128, "s2": 256, "s3": 0}
+
+
 def test_weights_move_flows(balancer: Balancer) -> None:
     balancer.configure(WEB)
     with driving(balancer) as driven:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...sharedmemory import abi
 from ..base import DriverError
@@ -22,6 +23,9 @@ _DRAIN = 0x08 | 0x10
 _AGENT = 0x02
 #: Values of srv_op_state.
 _STOPPED, _STOPPING = 0, 3
+
+#: What versions of HAProxy call ``random``.
+_RANDOM = ("random", "unknown")
 
 
 class HaproxyBackend(ProxySource[Server]):
@@ -170,6 +174,12 @@ class HaproxyBackend(ProxySource[Server]):
         )
 
     # Acting
+
+    def _scaled(self, weights: NDArray[np.float64], safe: NDArray[np.float64]) -> NDArray[np.float64]:
+        if self.rule in _RANDOM and weights.any() and not np.array_equal(weights, safe):
+            # It draws from a ring with 16 points per unit of a server's weight: with few, shares are unequal.
+            return weights * (MAX_WEIGHT / weights.max())
+        return weights
 
     def _install(self) -> None:
         found = self._found

@@ -187,6 +187,10 @@ class ProxySource(Source, Generic[C]):
 
     # Acting
 
+    def _scaled(self, weights: NDArray[np.float64], safe: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Weights, float64[N], in the proportions of those given, as the proxy likes them best."""
+        return weights
+
     def _whole(self, names: Container[str], top: int) -> dict[str, int]:
         """Whole weights by server, from 0 to ``top``, of the servers that the proxy has."""
         slots = [slot for slot in self._slots if slot.server.name in names and not slot.removed]
@@ -195,6 +199,7 @@ class ProxySource(Source, Generic[C]):
             [self._weights[slot.index] if slot.index < len(self._weights) else safe[i] for i, slot in enumerate(slots)]
         )
         takes = np.array([slot.active for slot in slots], np.bool_)
+        weights = self._scaled(weights, safe)
         # An operator who gives a server the weight 0 wants it to have no flows.
         weights[safe == 0.0] = 0.0
         if not weights[takes].any():
