@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import numpy as np
+import pytest
 
+from lbgym.dataplanes import SharedMemoryDataPlane
+from lbgym.drivers.check import check_driver
+from lbgym.drivers.control import control
 from lbgym.drivers.proxy import ProxySource
 from lbgym.sharedmemory import Publication
+from tests.test_docs import ROOT, blocks
 
 #: Seconds until which what must happen has happened on any machine.
 LONG = 60.0
@@ -151,3 +160,128 @@ class Client:
         with closing(socket.create_connection(("127.0.0.1", self.port), LONG)) as client:
             client.sendall(f"{work}\n".encode())
             yield client
+
+
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own, of which there is soon no more."""
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts a file system to fill")
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """``lbgym dataplane ARGUMENTS`` as a process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lbgym", "dataplane", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def hold_to_contract(
+    process: subprocess.Popen[str],
+    region: str,
+    line: str,
+    weights: Callable[[], dict[str, int]],
+    flow: Callable[[], str],
+    safe: dict[str, int],
+) -> None:
+    """Drive the servers s1, s2 and s3 of a command that has just been started, and hold it to the contract of drivers.
+
+    Args:
+        process: the command.
+        region: its region.
+        line: that it prints.
+        weights: that the proxy has.
+        flow: sends a flow through it, and returns the server's name.
+        safe: weights at the end, that of s2 but for its drain.
+    """
+    assert process.stdout is not None
+    assert process.stdout.readline() == line, process.communicate()[1]
+    plane = SharedMemoryDataPlane(region, timeout=LONG)
+    try:
+        plane.reset()
+        # An action moves the weights of a real proxy, and so its flows.
+        plane.step(np.array([1.0, 1.0, 2.0]))
+        eventually(lambda: weights() == {"s1": 1, "s2": 1, "s3": 2})
+        served = [flow() for _ in range(40)]
+        assert [served.count(server) for server in ("s1", "s2", "s3")] == [10, 10, 20]
+        eventually(lambda: plane.step(np.array([1.0, 1.0, 2.0])).completed.tolist() == [10, 10, 20])
+    finally:
+        plane.close()
+    control(region, {"op": "drain", "server": "s2"})
+    states = {row["name"]: row["state"] for row in control(region, {"op": "list"})["servers"]}
+    assert states == {"s1": "up", "s2": "draining", "s3": "up"}
+    verdicts = check_driver(region, timeout=LONG, end=True)
+    # A proxy dispatches by weights alone: there is no index to check.
+    assert {verdict.check for verdict in verdicts if verdict.passed is None} <= {"index"}
+    assert not [str(verdict) for verdict in verdicts if verdict.passed is False]
+    assert process.wait(LONG) == 0
+    assert weights() == safe
+
+
+@contextmanager
+def ten_lines(page: str, folder: Path, files: Sequence[str], names: Mapping[str, str]) -> Iterator[str]:
+    """The first lines of a page, from installed packages on; yields what they have shown by then.
+
+    Args:
+        page: of the documentation.
+        folder: to run them in.
+        files: of deploy/ that they use.
+        names: ports, paths and names in lines and files that others may have, and what to use instead.
+    """
+    lines = blocks(page, "sh")[0]
+    assert len(lines.splitlines()) <= 10
+    lines = "\n".join(line for line in lines.splitlines() if not line.startswith(("sudo apt install", "pip install")))
+    names = {**names, "--name web": "--name web-ten", "--shm web": "--shm web-ten", "inspect web": "inspect web-ten"}
+
+    def renamed(text: str) -> str:
+        for old, new in names.items():
+            text = text.replace(old, new)
+        return text
+
+    (folder / "deploy").mkdir()
+    for file in files:
+        (folder / "deploy" / file).write_text(renamed((ROOT / "deploy" / file).read_text()))
+    program = folder / "lbgym"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m lbgym "$@"\n')
+    program.chmod(0o755)
+    shell = subprocess.Popen(
+        ["bash", "-c", f"{renamed(lines)}\nread"],
+        cwd=folder,
+        env=os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert shell.stdout is not None
+        shown = ""
+        for line in shell.stdout:
+            shown += line
+            if line.startswith("web-3") and "started" in shown:
+                break
+        yield shown
+    finally:
+        os.killpg(shell.pid, signal.SIGTERM)
+        shell.communicate()
+
+
+def fetch(url: str) -> None:
+    subprocess.run(["curl", "-s", url], stdout=subprocess.DEVNULL, timeout=LONG, check=True)

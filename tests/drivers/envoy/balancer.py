@@ -53,6 +53,7 @@ class Balancer(Client):
         driver_port: where it expects xDS and the gRPC access log.
         log: path of its access log.
         process: the newest one; None: not started.
+        at: folder of the files with servers; None: its own.
     """
 
     def __init__(self, servers: Servers) -> None:
@@ -61,13 +62,14 @@ class Balancer(Client):
         self.admin, self.log = str(self.folder / "admin.sock"), str(self.folder / "access.log")
         self.port, self.driver_port = free_ports(2)
         self.process: subprocess.Popen[bytes] | None = None
+        self.at: Path | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._base = str(self.port)
         self._epoch = 0
 
     def file(self, cluster: str = "web") -> Path:
         """The file with a cluster's servers."""
-        return self.folder / f"{cluster}.json"
+        return (self.at or self.folder) / f"{cluster}.json"
 
     def write_servers(
         self, names: Sequence[str], cluster: str = "web", weights: Mapping[str, int] | None = None, **entry: Any
@@ -190,17 +192,7 @@ class Balancer(Client):
         base = ["--base-id", self._base, "--restart-epoch", str(self._epoch), "--file-flush-interval-msec", "50"]
         with (self.folder / "envoy.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [
-                    find_envoy(),
-                    "-c",
-                    "envoy.json",
-                    "--concurrency",
-                    "1",
-                    "--file-flush-interval-msec",
-                    "50",
-                    *base,
-                    *more,
-                ],
+                [find_envoy(), "-c", "envoy.json", "--concurrency", "1", *base, *more],
                 cwd=self.folder,
                 stderr=log,
             )

@@ -33,3 +33,13 @@ def balancer(_needs_envoy: None, servers: Servers) -> Iterator[Balancer]:
     made = Balancer(servers)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def envoy(servers: Servers) -> Iterator[Balancer]:
+    """One that runs, with a cluster that nobody drives."""
+    made = Balancer(servers)
+    made.configure({"web": ["s1", "s2", "s3"]})
+    made.start()
+    yield made
+    made.close()
