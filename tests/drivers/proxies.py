@@ -105,6 +105,13 @@ class Servers:
         self._loop.close()
 
 
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    made = Servers(["s1", "s2", "s3"])
+    yield made
+    made.close()
+
+
 class Driven:
     """A source with a clock."""
 

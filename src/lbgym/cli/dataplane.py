@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lbgym")
 
+_Capacity = Annotated[
+    int | None, typer.Option(help="Servers a region has room for.", show_default="64, or more if needed")
+]
+_Mode = Annotated[str, typer.Option(help="Permissions of the regions, octal.")]
+_Group = Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")]
+
 
 def emulate(
     name: Annotated[
@@ -47,11 +53,9 @@ def emulate(
         str | None,
         typer.Option(help="Weights in force without an agent's, separated by commas.", show_default="numbers of cores"),
     ] = None,
-    capacity: Annotated[
-        int | None, typer.Option(help="Servers a region has room for.", show_default="64, or more if needed")
-    ] = None,
-    mode: Annotated[str, typer.Option(help="Permissions of the regions, octal.")] = "600",
-    group: Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")] = None,
+    capacity: _Capacity = None,
+    mode: _Mode = "600",
+    group: _Group = None,
 ) -> None:
     """Emulate a data plane: a scenario simulated in real or scaled time behind shared memory.
 
@@ -249,11 +253,9 @@ def haproxy(
         int, typer.Option(help="Weight of the servers in HAProxy's configuration, for agent-checks without a socket.")
     ] = 100,
     publish_interval: Annotated[float, typer.Option(help="Seconds between observations.")] = 0.2,
-    capacity: Annotated[
-        int | None, typer.Option(help="Servers a region has room for.", show_default="64, or more if needed")
-    ] = None,
-    mode: Annotated[str, typer.Option(help="Permissions of the regions, octal.")] = "600",
-    group: Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")] = None,
+    capacity: _Capacity = None,
+    mode: _Mode = "600",
+    group: _Group = None,
 ) -> None:
     """Drive backends of a running HAProxy, each with a region of its own, and publish them in shared memory.
 
@@ -301,11 +303,9 @@ def envoy(
         ),
     ] = None,
     publish_interval: Annotated[float, typer.Option(help="Seconds between observations.")] = 0.2,
-    capacity: Annotated[
-        int | None, typer.Option(help="Servers a region has room for.", show_default="64, or more if needed")
-    ] = None,
-    mode: Annotated[str, typer.Option(help="Permissions of the regions, octal.")] = "600",
-    group: Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")] = None,
+    capacity: _Capacity = None,
+    mode: _Mode = "600",
+    group: _Group = None,
 ) -> None:
     """Drive clusters of a running Envoy by EDS, each with a region of its own, and publish them in shared memory.
 

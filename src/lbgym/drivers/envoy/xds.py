@@ -9,12 +9,13 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...errors import MissingExtraError
+from ..background import BackgroundLoop
 from ..base import DriverError
 from ..proxy import shown
 from .access_log import LogService
@@ -118,17 +119,12 @@ class XdsServer:
         handlers = [self._handler(grpc, service, *method) for service, method in _METHODS.items()] if xds else []
         if log is not None:
             handlers.append(_log_handler(grpc, log))
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="lbgym-xds", daemon=True)
-        self._thread.start()
+        self._loop = BackgroundLoop("lbgym-xds")
         try:
-            self._server = self._run(_start(place, handlers))
+            self._server = self._loop.run(_start(place, handlers), _TIMEOUT)
         except BaseException:
-            self._end_loop()
+            self._loop.close()
             raise
-
-    def _run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_TIMEOUT)
 
     def _handler(self, grpc: Any, service: str, method: str, kind: str | None) -> Any:
         async def serve(requests: AsyncIterator[Any], context: Any) -> None:
@@ -158,10 +154,8 @@ class XdsServer:
 
         resource = assignment["cluster_name"]
         endpoints = _message(ClusterLoadAssignment, assignment), _message(ClusterLoadAssignment, _by_server(assignment))
-        self._call(lambda: self._set({EDS: {resource: endpoints}, **_for_grpc(cluster, resource)}))
-
-    def _call(self, work: Callable[[], None]) -> None:
-        self._loop.call_soon_threadsafe(work)
+        resources = {EDS: {resource: endpoints}, **_for_grpc(cluster, resource)}
+        self._loop.call(lambda: self._set(resources))
 
     def subscribers(self, resource: str) -> dict[str, str]:
         """What each client of some endpoints has against those served last, by its name; empty if nothing."""
@@ -187,7 +181,7 @@ class XdsServer:
         async def nothing() -> None:
             pass
 
-        self._run(nothing())
+        self._loop.run(nothing(), _TIMEOUT)
 
     def _subscriptions(self, resource: str) -> list[tuple[_Client, _Subscription]]:
         return [
@@ -298,23 +292,10 @@ class XdsServer:
     def close(self) -> None:
         """End when the last user closes it."""
         self._users -= 1
-        if self._users > 0 or self._loop.is_closed():
+        if self._users > 0 or self._loop.closed:
             return
         with contextlib.suppress(TimeoutError):
-            self._run(self._server.stop(0.1))
-        self._end_loop()
-
-    def _end_loop(self) -> None:
-        async def cancel() -> None:
-            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-        with contextlib.suppress(TimeoutError):
-            self._run(cancel())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+            self._loop.run(self._server.stop(0.1), _TIMEOUT)
         self._loop.close()
 
 
