@@ -381,7 +381,7 @@ class EnvoyDataPlane(ProxyDataPlane):
             "type": "EDS",
             "connect_timeout": patience,
             "load_balancing_policy": {"policies": [{"typed_extension_config": {"name": rule, "typed_config": policy}}]},
-            "common_lb_config": {"update_merge_window": "0s", "healthy_panic_threshold": {"value": 0}},
+            "common_lb_config": {"update_merge_window": "0s"},
             "circuit_breakers": {"thresholds": [{"max_connections": 1 << 20, "max_pending_requests": 1 << 20}]},
             "eds_cluster_config": {
                 "eds_config": {"resource_api_version": "V3", "path_config_source": {"path": str(servers)}}

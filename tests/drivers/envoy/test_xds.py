@@ -273,3 +273,32 @@ def test_grpc_clients_follow(tmp_path: Path) -> None:
         client.communicate()
         for server, _ in backends.values():
             server.stop(None)
+
+
+@pytest.mark.envoy
+def test_envoy_refuses_and_says_why(balancer: Balancer, caplog: pytest.LogCaptureFixture) -> None:
+    balancer.configure({"web": ["s1", "s2"]}, source="ads")
+    balancer.start()
+    document = json.loads(balancer.file().read_text())
+    good = balancer.file().read_text()
+    entries = document["resources"][0]["endpoints"][0]["lb_endpoints"]
+    entries[1]["endpoint"]["address"]["socket_address"]["port_value"] = 70_000
+    options = EnvoyOptions(
+        clusters={"a": "web"},
+        files={"web": str(balancer.file())},
+        admin=(balancer.admin,),
+        xds=str(balancer.driver_port),
+    )
+    (source,) = open_clusters(options).values()
+    with closing(source):
+        driven = Driven(source)
+        driven.apply(1.0, 2.0)
+        balancer.file().write_text(json.dumps(document))
+        with pytest.raises(DriverError, match=r"by xDS: Envoy 'envoy-test' refuses them: .*PortValue") as refused:
+            driven.read()
+        assert "\n" not in str(refused.value) and balancer.weights() == {"s1": 1, "s2": 2}
+        assert sum("refuses ClusterLoadAssignment" in record.message for record in caplog.records) == 1
+        balancer.file().write_text(good)
+        driven.read()
+        driven.apply(3.0, 1.0)
+        assert balancer.weights() == {"s1": 3, "s2": 1}

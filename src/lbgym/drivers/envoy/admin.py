@@ -18,6 +18,8 @@ from .endpoints import address_key
 
 #: The oldest version whose answers are understood.
 OLDEST = (1, 30)
+#: The first version that has weights of EDS come into force at once, whatever update_merge_window is: 1.39.3 does not.
+_UNMERGED = (1, 40)
 #: Seconds to wait for an answer.
 _TIMEOUT = 2.0
 #: Counters that are read at every look.
@@ -190,6 +192,7 @@ class EnvoyProcess(Process):
     Attributes:
         connection: to it, by which a process is asked that another has taken over from.
         epoch: of hot restarts.
+        merges: it puts updates of weights together, and so some off.
         flush_interval: of its file logs, seconds.
         clusters: hosts by cluster and address, as of the last look.
         statistics: counters, likewise.
@@ -203,7 +206,7 @@ class EnvoyProcess(Process):
     def __init__(self, connection: Connection, place: Place, driven: set[str]) -> None:
         super().__init__(connection)
         self._place = place
-        self.epoch, self.flush_interval = 0, 0.0
+        self.epoch, self.flush_interval, self.merges = 0, 0.0, False
         self.clusters: dict[str, dict[str, Host]] = {}
         self.statistics: dict[str, int] = {}
         self.configured: dict[str, dict[str, Any]] = {}
@@ -237,7 +240,9 @@ class EnvoyProcess(Process):
                 f"this is no Envoy at {shown(self._place)}: it answers /server_info by {str(info)[:60]!r}"
             ) from None
         found = re.match(r"(\d+)\.(\d+)", self.version)
-        if found is None or tuple(map(int, found.groups())) < OLDEST:
+        number = tuple(map(int, found.groups())) if found else (0, 0)
+        self.merges = number < _UNMERGED
+        if number < OLDEST:
             raise DriverError(f"Envoy {self.version} is too old: {OLDEST[0]}.{OLDEST[1]} or newer is needed")
         self.configure()
 
@@ -316,15 +321,13 @@ class ClusterConfig:
         statistics: name in statistics.
         policy: of load balancing.
         file: that it reads its endpoints from; empty if it asks by gRPC.
-        panic_threshold: percentage of servers that take flows below which Envoy sends flows to all.
-        merge_window: seconds for which Envoy may hold back weights.
+        merge_window: seconds for which an Envoy that merges updates may hold back weights.
     """
 
     resource: str
     statistics: str
     policy: str
     file: str
-    panic_threshold: float
     merge_window: float
 
 
@@ -358,14 +361,12 @@ def read_cluster(envoy: Envoy, name: str) -> ClusterConfig:
             f"cluster {name!r} asks for its servers by {api['api_type']}, which is not served here; use GRPC"
         )
     common = cluster.get("common_lb_config", {})
-    threshold, window = common.get("healthy_panic_threshold"), common.get("update_merge_window", "1s")
     return ClusterConfig(
         resource=eds.get("service_name") or name,
         statistics=(cluster.get("alt_stat_name") or name).replace(":", "_"),
         policy=_WEIGHTED[policy],
         file=file,
-        panic_threshold=50.0 if threshold is None else float(threshold.get("value", 0.0)),
-        merge_window=float(window.removesuffix("s")),
+        merge_window=float(common.get("update_merge_window", "1s").removesuffix("s")),
     )
 
 

@@ -114,19 +114,13 @@ class EnvoyCluster(ProxySource[Host]):
         self._count(self._founds(), began=False)
 
     def _warn(self) -> None:
-        """Say what keeps weights and drains from meaning what they say."""
+        """Say what makes weights or FCTs late."""
         for envoy, config in self._envoys:
-            where = f"cluster {self.backend!r} of the Envoy at {shown(envoy.place)}"
-            if config.merge_window > 0.0:
+            if config.merge_window > 0.0 and envoy.newest.merges:
                 logger.warning(
-                    "%s holds weights back for up to %g s: set update_merge_window to 0s in common_lb_config",
-                    where, config.merge_window,
-                )  # fmt: skip
-            if config.panic_threshold > 0.0:
-                logger.warning(
-                    "%s sends flows to all servers, drained ones too, while fewer than %g %% of them take flows: set "
-                    "healthy_panic_threshold to 0 in common_lb_config",
-                    where, config.panic_threshold,
+                    "cluster %r of the Envoy at %s holds weights back for up to %g s: set update_merge_window to 0s in "
+                    "common_lb_config",
+                    self.backend, shown(envoy.place), config.merge_window,
                 )  # fmt: skip
             if isinstance(self._log, LogFile) and envoy.newest.flush_interval > 1.0:
                 logger.warning(
