@@ -34,7 +34,7 @@ def _chromium() -> str | None:
     )
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Debian's Chromium under Playwright."""
     path = _chromium()

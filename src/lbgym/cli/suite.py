@@ -79,17 +79,15 @@ def run(
     labels = {result.label for result in results}
     if chosen.baseline not in labels:
         results.append(read_result(out / f"{chosen.baseline}.json"))
-    common = [result for result in results if result.seeds == results[0].seeds]
-    if len(common) == len(results):
+    comparable = all(result.seeds == results[0].seeds for result in results)
+    if comparable:
         _show(Scores(chosen, results), as_json, report)
-    elif report is not None:
-        raise ResultError(
-            f"no report: {chosen.baseline!r} has {len(results[-1].seeds)} seeds and {results[0].label!r} "
-            f"{len(results[0].seeds)}, and scores need the same"
-        )
     if not as_json:
         for result in results:
             typer.echo(f"{out / result.entry.file_name}: {_state(result, chosen.seeds)}")
+    if report is not None and not comparable:
+        counts = ", ".join(f"{result.label} has {len(result.seeds)} of them" for result in results)
+        raise ResultError(f"{report} is not written, since scores need the same seeds: {counts}")
 
 
 def verify(

@@ -25,8 +25,9 @@ _DASHES = ("solid", "dashed", "dotted")
 #: Numbers of all lines of a page together, and of one at most.
 _NUMBERS, _POINTS = 120_000, 400
 _TIME = "time, s"
-#: Characters of a name that leaves room for the plot beside it, and pixels of a plot in a narrow window.
-_SHORT_NAME, _NARROW = 14, 330
+#: Characters of a name that leaves room for the plot beside it, and for one with a row of its own; and pixels of a plot
+#: in a narrow window.
+_SHORT_NAME, _LONGER_NAME, _NARROW = 14, 22, 330
 #: More servers than this are shown by their least, median and largest.
 MOST_SERVERS = 16
 
@@ -83,13 +84,18 @@ def new_figure(**options: Any) -> Figure:
     return made
 
 
-def finished(figure: Figure) -> Figure:
-    """Legends beside the plot, or below it where names are long; their entries hide what they name."""
+def finished(figure: Figure, *, wide: bool = False) -> Figure:
+    """Legends beside the plot, or below it where names are long; their entries hide what they name.
+
+    Args:
+        figure: whose plot is drawn.
+        wide: whether it has a row of its own.
+    """
     if figure.legend:
         legend = figure.legend[0]
         items: list[Any] = list(legend.items)
         longest = max(len(item.label.value) for item in items)
-        below = longest > _SHORT_NAME
+        below = longest > (_LONGER_NAME if wide else _SHORT_NAME)
         figure.add_layout(legend, "below" if below else "right")
         legend.click_policy = "hide"
         legend.border_line_color = None
@@ -97,7 +103,7 @@ def finished(figure: Figure) -> Figure:
         if below:
             # As many as a narrow window has room for.
             columns = max(1, _NARROW // (40 + 7 * longest))
-            legend.orientation, legend.ncols = "horizontal", columns
+            legend.orientation, legend.ncols, legend.location = "horizontal", columns, "top_left"
             figure.height = int(figure.height or 0) + 24 * -(-len(items) // columns)
     return figure
 

@@ -138,7 +138,7 @@ def _open_flows(runs: Sequence[Run], every: int) -> Figure:
         data = ColumnDataSource({"time": short(run.series.time[::every]), "flows": short(total)})
         lines.append(figure.line("time", "flows", source=data, legend_label=run.label, name=run.label, **style(k)))
     figure.add_tools(hover((("", "$name"), ("time", "@time s"), ("open", "@flows{0.0}")), lines))
-    return finished(figure)
+    return finished(figure, wide=True)
 
 
 def verdict(comparison: Comparison) -> str:
@@ -168,7 +168,7 @@ def _distribution(comparison: Comparison) -> Figure:
         lines.append(figure.line("fct", "longer", source=data, legend_label=label, name=label, **style(k)))
     figure.add_tools(hover((("", "$name"), ("FCT", "@fct{0.000[000]} s"), ("longer", "@longer{0.000 %}")), lines))
     figure.height = 380
-    return finished(figure)
+    return finished(figure, wide=True)
 
 
 def _differences(comparison: Comparison, metric: str) -> Figure:

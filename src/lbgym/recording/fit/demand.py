@@ -36,6 +36,7 @@ _ALPHAS = (1.05, 1.2, 1.35, 1.5, 1.75, 2.0, 2.5, 3.0)
 #: The part of the time, at its end, that an empirical law is not made of but judged by; simulations of each law there;
 #: and standard errors by which it must be likelier.
 _VALIDATION, _DRAWS, _DEVIATIONS = 0.25, 3, 3.0
+_FEWEST_HELD_OUT = 50
 #: Largest over least demand of a bounded Pareto law.
 _SPAN = 1000.0
 
@@ -141,7 +142,7 @@ def _with_empirical(
     parts = np.cumsum(counts.seconds) <= (1.0 - _VALIDATION) * counts.duration
     fitted, last = counts.part(parts), counts.part(~parts)
     singles, others = single_flows(counts, rates, overhead), single_flows(last, rates, overhead)
-    if len(singles) - len(others) < FEWEST:
+    if len(singles) - len(others) < FEWEST or len(others) < _FEWEST_HELD_OUT:
         if alone:
             raise RecordingError(
                 f"{counts.recording!r} shows the FCTs of {len(singles):,} single flows, those that ended alone between "

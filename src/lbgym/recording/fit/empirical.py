@@ -146,6 +146,8 @@ def simulated_singles(
 
 def log_likelihood(singles: NDArray[np.float64], simulated: NDArray[np.float64]) -> NDArray[np.float64]:
     """The log-density, over the logarithm of the FCT, of recorded flows by that of simulated ones: float64[S]."""
+    if not len(simulated):
+        return np.full(len(singles), np.log(_SPREAD))
     logs, others = np.log(singles), np.log(simulated)
     low, high = min(logs.min(), others.min()) - 0.5, max(logs.max(), others.max()) + 0.5
     width = (high - low) / _BINS
