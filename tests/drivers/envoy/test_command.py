@@ -64,7 +64,7 @@ DRIVEN = ["--admin", "{admin}", *FILE]
             "with --xds-port give the servers",
         ),
         (["--admin", "{admin}", "--cluster", "web", "--xds-port", "0", "--servers", "{file}"], "xds_port must be"),
-        ([*DRIVEN, "--access-log", "0"], "access_log must be"),
+        ([*DRIVEN, "--access-log", "0"], "must be a TCP port or ADDRESS:PORT, got '0'"),
         (
             [*DRIVEN, "--access-log", "/nowhere/log"],
             "cannot read Envoy's access log /nowhere/log: No such file",

@@ -56,7 +56,7 @@ class EnvoyOptions:
         if self.xds is not None:
             parse_port(self.xds, "xds_port")
         if self.access_log is not None and "/" not in self.access_log:
-            parse_port(self.access_log, "access_log")
+            parse_port(self.access_log, "access_log, unless it is a path with a '/' in it,")
         if self.capacity is not None:
             checks.whole("capacity", self.capacity)
 

@@ -39,7 +39,10 @@ def parse_port(text: str, what: str) -> tuple[str, int]:
     Raises:
         InvalidOptionError: for anything else.
     """
-    place = parse_place(text if ":" in text else f"127.0.0.1:{text}", what)
+    try:
+        place = parse_place(text if ":" in text else f"127.0.0.1:{text}", what)
+    except InvalidOptionError:
+        place = ""
     if isinstance(place, str):
         raise InvalidOptionError(f"{what} must be a TCP port or ADDRESS:PORT, got {text!r}")
     return place
