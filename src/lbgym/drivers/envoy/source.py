@@ -26,10 +26,10 @@ logger = logging.getLogger("lbgym")
 
 #: Seconds to wait for Envoy to take weights: it does within milliseconds unless its main thread is busy.
 _TAKE = 1.0
-#: Seconds after which a flow that has ended must be in the log, besides what Envoy lets a file wait.
-_PATIENCE = 2.0
 #: Seconds between looks meanwhile.
 _LOOK = 0.002
+#: Seconds after which a flow that has ended must be in the log, besides what Envoy lets a file wait.
+_PATIENCE = 2.0
 
 
 class EnvoyCluster(ProxySource[Host]):

@@ -27,7 +27,6 @@ _TYPES = "type.googleapis.com/envoy.config."
 EDS = f"{_TYPES}endpoint.v3.ClusterLoadAssignment"
 CDS = f"{_TYPES}cluster.v3.Cluster"
 LDS = f"{_TYPES}listener.v3.Listener"
-RDS = f"{_TYPES}route.v3.RouteConfiguration"
 #: Types for which asking for nothing means asking for all.
 _WILDCARD = (CDS, LDS)
 _SERVICES = "envoy.service."
@@ -37,7 +36,6 @@ _METHODS = {
     f"{_SERVICES}endpoint.v3.EndpointDiscoveryService": ("StreamEndpoints", EDS),
     f"{_SERVICES}cluster.v3.ClusterDiscoveryService": ("StreamClusters", CDS),
     f"{_SERVICES}listener.v3.ListenerDiscoveryService": ("StreamListeners", LDS),
-    f"{_SERVICES}route.v3.RouteDiscoveryService": ("StreamRoutes", RDS),
 }
 #: Seconds to wait for the start and the end of the server.
 _TIMEOUT = 5.0
@@ -54,6 +52,7 @@ class _Subscription:
         waiting: it has not been answered by the client.
         due: the client has asked for something else since.
         refusal: what the client has against it; empty if nothing.
+        refused: the client had something against the last one that it has answered.
     """
 
     names: tuple[str, ...] = ()
@@ -62,6 +61,7 @@ class _Subscription:
     waiting: bool = False
     due: bool = True
     refusal: str = ""
+    refused: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -86,8 +86,9 @@ class _Client:
 class XdsServer:
     """Serves the endpoints of clusters to Envoys, and all that gRPC's own clients need, in a thread of its own.
 
-    EDS, over ADS or its own service, carries the weights. CDS, LDS and routes are for gRPC's clients: ``xds:///NAME``
-    leads to cluster NAME. They know no weights of endpoints, but of localities, so each server is a locality to them.
+    EDS, over ADS or its own service, carries the weights. LDS, with the route, and CDS are for gRPC's clients:
+    ``xds:///NAME`` leads to cluster NAME. They know no weights of endpoints, but of localities, so each server is a
+    locality to them.
 
     Args:
         place: host and TCP port to listen on.
@@ -109,12 +110,11 @@ class XdsServer:
         self.place = place
         self._changed = threading.Condition()
         #: By type: version, and resources by name, as messages for Envoy and for gRPC's clients.
-        self._versions: dict[str, int] = dict.fromkeys((EDS, CDS, LDS, RDS), 1)
+        self._versions: dict[str, int] = dict.fromkeys((EDS, CDS, LDS), 1)
         self._resources: dict[str, dict[str, tuple[Any, Any]]] = {kind: {} for kind in self._versions}
         self._clients: set[_Client] = set()
         self._unknown: set[str] = set()
         self._users = 0
-        self.refusals = 0
         _check_free(place)
         handlers = [self._handler(grpc, service, *method) for service, method in _METHODS.items()] if xds else []
         if log is not None:
@@ -157,10 +157,10 @@ class XdsServer:
         resources = {EDS: {resource: endpoints}, **_for_grpc(cluster, resource)}
         self._loop.call(lambda: self._set(resources))
 
-    def subscribers(self, resource: str) -> dict[str, str]:
-        """What each client of some endpoints has against those served last, by its name; empty if nothing."""
+    def subscribers(self, resource: str) -> list[tuple[str, str]]:
+        """Each client of some endpoints, and what it has against those served last; empty if nothing."""
         with self._changed:
-            return {client.name: subscription.refusal for client, subscription in self._subscriptions(resource)}
+            return sorted((client.name, subscription.refusal) for client, subscription in self._subscriptions(resource))
 
     def settled(self, resource: str) -> bool:
         """True if all clients of some endpoints have answered to those served last."""
@@ -251,9 +251,9 @@ class XdsServer:
                 subscription.refusal = request.error_detail.message if request.HasField("error_detail") else ""
                 subscription.due |= set(names) != set(subscription.names)
                 subscription.names = names
+            before, subscription.refused = subscription.refused, bool(subscription.refusal)
             self._changed.notify_all()
-        if subscription.refusal:
-            self.refusals += 1
+        if subscription.refused and not before:
             logger.error("%s refuses %s: %s", client.name, kind.rpartition(".")[2], _sentence(subscription.refusal))
         if kind == EDS:
             for name in set(names) - set(self._resources[EDS]) - self._unknown:
@@ -450,7 +450,7 @@ class XdsDelivery(Delivery):
 
     def refusal(self) -> str:
         refusals = self._server.subscribers(self.assignment.resource)
-        return "; ".join(f"{name} refuses them: {_sentence(text)}" for name, text in sorted(refusals.items()) if text)
+        return "; ".join(f"{name} refuses them: {_sentence(text)}" for name, text in refusals if text)
 
     def await_answers(self, timeout: float) -> None:
         until = time.monotonic() + timeout
