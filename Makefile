@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 # Learning curves take hours, and need both environments: make curves. So does the laboratory, which needs root.
-BENCHMARKS := $(filter-out __init__ common lab_fidelity lab_fit learning_curves marl_training node_loss,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out __init__ common lab_fidelity lab_fit learning_curves marl_training node_loss proxy_connections,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
 export OMP_NUM_THREADS ?= 1

@@ -21,12 +21,15 @@ from tests.lab.test_laboratory import config, left
 
 NAME = f"p{os.getpid()}"
 
-pytestmark = [pytest.mark.lab("haproxy"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Laboratory]:
-    made = Laboratory(config(NAME, data_plane="haproxy", server_kind="nginx"))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.lab(name)) for name in ("haproxy", "envoy")],
+)
+def lab(request: pytest.FixtureRequest) -> Iterator[Laboratory]:
+    made = Laboratory(config(NAME, data_plane=request.param, server_kind="nginx"))
     try:
         made.up()
         yield made
@@ -49,7 +52,7 @@ def processes(part: str) -> dict[str, int]:
     return found
 
 
-def test_flows_go_through_haproxy_by_the_weights(lab: Laboratory, tmp_path: Path) -> None:
+def test_flows_go_through_the_proxy_by_the_weights(lab: Laboratory, tmp_path: Path) -> None:
     with lab.restored():
         measured = compare_in(
             lab, "round_robin+configured", 1, warmup=0.0, keep_flows=True, recordings=tmp_path, interval=0.1
@@ -65,19 +68,26 @@ def test_flows_go_through_haproxy_by_the_weights(lab: Laboratory, tmp_path: Path
 
 
 def test_what_it_does_not_have_is_refused(lab: Laboratory) -> None:
-    with pytest.raises(PolicyError, match="'haproxy' does not have the dispatch rule 'marginal'; it has round_"):
+    with pytest.raises(PolicyError, match="' does not have the dispatch rule 'marginal'; it has round_"):
         compare_in(lab, "marginal", 1)
 
 
 def test_proxy_and_driver_end_together(lab: Laboratory) -> None:
     there = processes("balancer-0")
     driver = there.pop(next(name for name in there if name.startswith("python")))
-    assert "haproxy" in there
+    assert lab.config.data_plane in there
     os.kill(driver, signal.SIGKILL)
     eventually(lambda: not processes("balancer-0"), 60.0)
-    lab.start_balancers("wcmp", detached=True)
-    file = (lab.folder / "balancer-0.cfg").read_text()
-    assert "balance random(1)" in file and "weight 128\n" in file and "weight 256\n" in file
+    if lab.config.data_plane == "haproxy":
+        lab.start_balancers("wcmp", detached=True)
+        file = (lab.folder / "balancer-0.cfg").read_text()
+        assert "balance random(1)" in file and "weight 128\n" in file and "weight 256\n" in file
+    else:
+        lab.start_balancers("sed", detached=True)
+        file = (lab.folder / "balancer-0.json").read_text()
+        assert "LeastRequest" in file and "FULL_SCAN" not in file
+        # With servers that are no slower than each other's double, LEAST_REQUEST follows the weights of the file.
+        assert '"load_balancing_weight": 500' in (lab.folder / "balancer-0-servers.json").read_text()
 
 
 def test_rules_are_lbgyms_own() -> None:
