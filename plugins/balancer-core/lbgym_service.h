@@ -93,6 +93,11 @@ uint64_t lbgym_service_left(const lbgym_service *service);
 /** Does what is due, without blocking. 1: an observation was published, rows of servers that had left are free; 0: none. */
 int lbgym_service_work(lbgym_service *service);
 
+/** True while an observation waits for workers, which are to tick. */
+bool lbgym_service_waits(const lbgym_service *service);
+/** Removes the region before the service; nothing else may follow but lbgym_service_destroy. Workers may be at work. */
+void lbgym_service_retire(lbgym_service *service);
+
 /** Rows so far; never fewer later. */
 uint32_t lbgym_service_rows(const lbgym_service *service);
 

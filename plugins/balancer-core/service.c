@@ -168,14 +168,20 @@ int lbgym_service_create(lbgym_service **service, const char *name, const lbgym_
     return 0;
 }
 
+void lbgym_service_retire(lbgym_service *s)
+{
+    if (s->is_open) {
+        lbgym_publisher_close(&s->publisher);
+        s->is_open = false;
+    }
+}
+
 void lbgym_service_destroy(lbgym_service *s)
 {
     if (s == NULL) {
         return;
     }
-    if (s->is_open) {
-        lbgym_publisher_close(&s->publisher);
-    }
+    lbgym_service_retire(s);
     lbgym_core_destroy(s->core);
     free(s->servers);
     free(s->generations);
@@ -399,6 +405,11 @@ int lbgym_service_reach(lbgym_service *s, uint32_t row, bool reachable)
 uint64_t lbgym_service_left(const lbgym_service *s)
 {
     return lbgym_publisher_left(&s->publisher);
+}
+
+bool lbgym_service_waits(const lbgym_service *s)
+{
+    return s->publisher.asked;
 }
 
 static bool release(lbgym_service *s)
