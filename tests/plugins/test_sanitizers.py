@@ -31,7 +31,7 @@ def unavailable(reason: str) -> None:
 
 
 def build(command: list[str], name: str, folder: Path, *sanitizers: str, more: Sequence[Path] = ()) -> Path:
-    """A program of this folder with the core and further sources; skipped where the compiler has no such sanitizer, but not in CI."""
+    """A program of this folder with the core and ``more``; skipped where there is no such sanitizer, but not in CI."""
     out = folder / name
     flags = [f"-fsanitize={','.join(sanitizers)}", "-fno-sanitize-recover=all"]
     done = subprocess.run(

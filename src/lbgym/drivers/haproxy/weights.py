@@ -28,7 +28,8 @@ def whole_weights(weights: NDArray[np.float64], top: int = MAX_WEIGHT) -> NDArra
     if (weights == np.round(weights)).all() and weights.max() <= top:
         return weights.astype(np.int64)
     used = weights > 0.0
-    shares = weights[used] / weights.max()
+    # Whatever is below 1 / top counts as that; errors of what is far below would be beyond all numbers.
+    shares = np.maximum(weights[used] / weights.max(), 1e-9)
     tops = _TOPS if top == MAX_WEIGHT else np.arange(top // 2 + 1, top + 1, dtype=np.float64)
     exact = tops[:, None] * shares
     rounded = np.maximum(np.round(exact), 1.0)
