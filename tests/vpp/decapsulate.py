@@ -12,6 +12,7 @@ import socket
 import struct
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 1, 0x1000
+_SO_RCVBUFFORCE = 33
 _GRE, _IPIP, _IPV6 = 47, 4, 41
 
 
@@ -21,9 +22,10 @@ def main() -> None:
     os.system("ip link set inside up mtu 9000")
     sockets: dict[int, tuple[socket.socket, bool, int]] = {}
     for family in (socket.AF_INET, socket.AF_INET6):
-        for protocol in (_GRE, _IPIP, _IPV6):
+        for protocol in (_SO_RCVBUFFORCE = 33
+_GRE, _IPIP, _IPV6):
             made = socket.socket(family, socket.SOCK_RAW, protocol)
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUFFORCE, 1 << 24)
+            made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 24)
             sockets[made.fileno()] = made, family == socket.AF_INET, protocol
     poll = select.epoll()
     for number in sockets:

@@ -21,7 +21,7 @@ from tests.drivers.xdp.network import PORT, VIP4, VIP6, Network, network
 PREFIX = os.environ.get("VPP_PREFIX", "")
 BUILD = Path(os.environ.get("VPP_PLUGIN_BUILD", Path(__file__).parents[2] / "out" / "vpp"))
 _HERE = Path(__file__).parent
-_PLUGINS = ("af_packet", "lb", "perfmon", "ping")
+_PLUGINS = ("af_packet", "lb", "ping")
 Reply = Any
 
 
@@ -125,11 +125,14 @@ class Vpp:
         until = time.monotonic() + 60.0
         assert self.process is not None
         while True:
-            assert self.process.poll() is None, self.process.communicate()[1]
+            assert self.process.poll() is None, f"{self.process.communicate()} {(self.folder / 'vpp.log').read_text()}"
             try:
                 self._client.connect("lbgym-tests")
                 return
             except Exception:
+                # It leaves the socket open then.
+                if self._client.transport.socket is not None:
+                    self._client.transport.socket.close()
                 assert time.monotonic() < until, (self.folder / "vpp.log").read_text()
                 time.sleep(0.05)
 
@@ -157,10 +160,13 @@ class Vpp:
         """A number of the stats segment."""
         from vpp_papi.vpp_stats import VPPStats
 
-        with VPPStats(str(self.folder / "stats.sock")) as segment:
+        segment = VPPStats(str(self.folder / "stats.sock"))
+        try:
             found = segment.dump(segment.ls([f"^{name}$"]))
             assert found, f"no {name} in the stats segment"
             return int(found[name])
+        finally:
+            segment.disconnect()
 
     def vip(self, name: str, mode: str, *, ipv6: bool = False, words: str = "", servers: Sequence[str] = ()) -> None:
         """Add a VIP, and servers of the network, with further words of the command."""

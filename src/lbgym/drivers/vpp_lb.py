@@ -288,6 +288,9 @@ class _Api:
         try:
             client.connect("lbgym")
         except Exception as error:
+            # It leaves its socket open then.
+            with contextlib.suppress(Exception):
+                client.transport.socket.close()
             raise DriverError(f"VPP does not answer at {options.socket}: {_said(error)}") from None
         self._client = client
         self.version = str(client.api.show_version().version)
