@@ -22,8 +22,7 @@ def main() -> None:
     os.system("ip link set inside up mtu 9000")
     sockets: dict[int, tuple[socket.socket, bool, int]] = {}
     for family in (socket.AF_INET, socket.AF_INET6):
-        for protocol in (_SO_RCVBUFFORCE = 33
-_GRE, _IPIP, _IPV6):
+        for protocol in (_GRE, _IPIP, _IPV6):
             made = socket.socket(family, socket.SOCK_RAW, protocol)
             made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 24)
             sockets[made.fileno()] = made, family == socket.AF_INET, protocol
