@@ -8,6 +8,8 @@
 #include <stdlib.h>
 
 #define WORD 256
+/* VPP's own format writes all digits of a number. */
+#define DIGITS 32
 
 /* The next word; an error if there is none, or it is longer than `size`. */
 static clib_error_t *next_word(unformat_input_t *input, const char *what, char *to, size_t size)
@@ -36,8 +38,10 @@ static clib_error_t *number(unformat_input_t *input, const char *what, f64 low, 
     }
     *value = whole ? (f64)strtoll(text, &end, base) : strtod(text, &end);
     if (*end != '\0' || !(*value >= low && *value <= high)) {
-        return clib_error_return(0, "%s must be %s from %.12g to %.12g, got '%s'", what,
-                                 whole ? "a whole number" : "a number", low, high, text);
+        char bounds[2 * DIGITS];
+        (void)snprintf(bounds, sizeof bounds, "%.12g to %.12g", low, high);
+        return clib_error_return(0, "%s must be %s from %s, got '%s'", what, whole ? "a whole number" : "a number",
+                                 bounds, text);
     }
     return 0;
 }
@@ -423,6 +427,7 @@ static void show_servers(vlib_main_t *vm, const lbgym_vip_t *vip)
     vlib_cli_output(vm, "  %-20s %-30s %-9s %8s %8s %8s %10s %10s %8s %8s", "server", "address", "state", "weight",
                     "safe", "open", "started", "completed", "rejected", "failed");
     for (u32 row = 0; lbgym_service_read(vip->service, row, &server, &status); row++) {
+        char weight[DIGITS], safe[DIGITS];
         ip_address_t given;
         u8 *place;
         if (!server.known) {
@@ -433,8 +438,10 @@ static void show_servers(vlib_main_t *vm, const lbgym_vip_t *vip)
         if (vip->mode == LBGYM_NAT) {
             place = format(place, " port %u", clib_net_to_host_u16(server.port));
         }
-        vlib_cli_output(vm, "  %-20s %-30v %-9s %8.3g %8.3g %8lu %10lu %10lu %8lu %8lu", server.name, place,
-                        states[lbgym_state_of(&server)], status.weight, server.weight, status.counters.open,
+        (void)snprintf(weight, sizeof weight, "%.3g", status.weight);
+        (void)snprintf(safe, sizeof safe, "%.3g", server.weight);
+        vlib_cli_output(vm, "  %-20s %-30v %-9s %8s %8s %8lu %10lu %10lu %8lu %8lu", server.name, place,
+                        states[lbgym_state_of(&server)], weight, safe, status.counters.open,
                         status.counters.started, status.counters.completed, status.counters.rejected,
                         status.counters.failed);
         vec_free(place);

@@ -601,6 +601,7 @@ VLIB_REGISTER_NODE(lbgym_process_node) = {
     .function = lbgym_process,
     .type = VLIB_NODE_TYPE_PROCESS,
     .name = "lbgym-process",
+    .process_log2_n_stack_bytes = 17,
 };
 
 static const char *const nodes4[] = {"lbgym4", NULL};
