@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 # Learning curves take hours, and need both environments: make curves. So does the laboratory, which needs root.
-BENCHMARKS := $(filter-out __init__ common lab_fidelity lab_fit learning_curves marl_training node_loss proxy_connections,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out __init__ common lab_fidelity lab_fit learning_curves marl_training node_loss proxy_connections vpp_connections vpp_cost,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
 export OMP_NUM_THREADS ?= 1
@@ -69,16 +69,20 @@ demo: $(VENV)/.all out/demo/agent.pt ## install, train for a minute, compare wit
 		--policies ecmp,wcmp-uniform,wcmp,maglev,lsq,sed,p2c,adaptive,out/demo/agent.pt --out out/demo
 
 # Under an hour on two cores; killed, it goes on where it was.
-PRETRAIN_STEPS ?= 10000000
+PRETRAIN_STEPS ?= 373248
+PRETRAIN_SEEDS ?= 1 2 3
 .PHONY: pretrain
 pretrain: $(VENV)/.all ## train the policy adaptive from nothing, put it into the package, and measure it: out/pretrain
 	@mkdir -p out/pretrain
-	$(BIN)/lbgym train --algo cma-es --steps $(PRETRAIN_STEPS) --out out/pretrain/cma-es.pt \
-		$$(test ! -e out/pretrain/cma-es.pt || echo --resume out/pretrain/cma-es.pt)
-	$(BIN)/python -m benchmarks.pretraining --publish out/pretrain/cma-es.pt
+	for seed in $(PRETRAIN_SEEDS); do \
+		file=out/pretrain/seed$$seed.pt; \
+		$(BIN)/lbgym train --algo cma-es --seed $$seed --steps $(PRETRAIN_STEPS) --out $$file \
+			$$(test ! -e $$file || echo --resume $$file) || exit; \
+	done
+	$(BIN)/python -m benchmarks.pretraining --publish $(PRETRAIN_SEEDS:%=out/pretrain/seed%.pt)
 	$(BIN)/lbgym suite run --seeds 4 --out out/pretrain/suite \
 		--policies adaptive,sed,sed_scaled,sed+latency,marginal+core-latency,marginal+field+core-latency
-	$(BIN)/python -m benchmarks.pretraining --publish out/pretrain/cma-es.pt --suite out/pretrain/suite
+	$(BIN)/python -m benchmarks.pretraining --suite out/pretrain/suite
 
 .PHONY: lint
 lint: $(VENV)/.dev ## style and types
@@ -197,6 +201,19 @@ test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been u
 		$(UNSHARE) $$((60 - $(UPTIME))) --boottime $$((60 - $(UPTIME))) \
 		$(BIN)/python -m pytest -q $(PARALLEL) --durations 5 -m "not slow and not xdp and not lab" \
 		$(TIMELESS:%=--ignore=%) $(LIVE_TESTS)
+
+# VPP is in no registry of packages: its own documentation says how to build and install it.
+VPP_PREFIX ?=
+.PHONY: vpp-plugin
+vpp-plugin: cc ## the VPP plugin, in out/vpp, for the VPP installed in VPP_PREFIX
+	@test -x "$(VPP_PREFIX)/bin/vpp" || echo "no VPP in '$(VPP_PREFIX)': the plugin is not built (make vpp-plugin VPP_PREFIX=...)"
+	@test ! -x "$(VPP_PREFIX)/bin/vpp" || { \
+		cmake -S plugins/vpp -B out/vpp -DCMAKE_PREFIX_PATH="$(VPP_PREFIX)" -DCMAKE_BUILD_TYPE=Release && \
+		PATH=/usr/bin:$$PATH cmake --build out/vpp && ls out/vpp/lib/vpp_plugins/lbgym_plugin.so; }
+
+.PHONY: test-vpp
+test-vpp: vpp-plugin $(VENV)/.dev ## the end-to-end tests of the VPP plugin: real TCP through a VPP that is installed in VPP_PREFIX
+	VPP_PREFIX="$(VPP_PREFIX)" $(BIN)/python -m pytest -q -m vpp tests/vpp
 
 .PHONY: test-next
 test-next: pyproject.toml constraints.txt ## a part of the tests on the newest Python that is promised, where it is installed

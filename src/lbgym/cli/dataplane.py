@@ -191,7 +191,8 @@ def xdp(
                 group=group,
             ),
         )
-    _publish(XdpBalancer(loaded, options, config), loaded)
+    balancer = XdpBalancer(loaded, options, config)
+    _publish(balancer, loaded, _balancing(balancer))
 
 
 def afpacket(
@@ -211,14 +212,46 @@ def afpacket(
     loaded = load_config(config)
     if name is not None:
         loaded = dataclasses.replace(loaded, name=name)
-    _publish(AfPacketBalancer(loaded, None, config), loaded)
+    balancer = AfPacketBalancer(loaded, None, config)
+    _publish(balancer, loaded, _balancing(balancer))
 
 
-def _publish(balancer: ConfiguredBalancer, config: DataPlaneConfig) -> None:
+def vpp_lb(
+    config: Annotated[Path, typer.Option("--config", "-c", help="dataplane.toml with the VIP and its servers.")],
+    name: Annotated[str | None, typer.Option("--name", help="Name of the region, instead of the file's.")] = None,
+) -> None:
+    """Set the weights of the stock load balancer of a running VPP, and publish its servers in shared memory.
+
+    For VPP 26.10 or newer without lbgym's plugin. Open flows are what agents on the servers report. Prints one line as
+    soon as agents can attach. SIGTERM or Ctrl-C end it: the configured weights are in force again, and the exit code is
+    0. SIGHUP reads --config again. Needs no root, but the right to open VPP's API socket.
+    """
+    from ..drivers.config import load_config
+    from ..drivers.vpp_lb import VppLb
+
+    loaded = load_config(config)
+    if name is not None:
+        loaded = dataclasses.replace(loaded, name=name)
+    balancer = VppLb(loaded, config)
+    _publish(
+        balancer,
+        loaded,
+        f"{balancer.options.vip} of VPP {balancer.version}, {len(balancer.servers())} servers, weights from 0 to 100",
+    )
+
+
+def _balancing(balancer: ConfiguredBalancer) -> str:
+    options = balancer.options
+    return (
+        f"{', '.join(options.vips)} on {', '.join(options.interfaces)}, {options.mode} to {len(balancer.servers())} "
+        f"servers by {options.rule}"
+    )
+
+
+def _publish(balancer: Source, config: DataPlaneConfig, shown: str) -> None:
     """Publish until a signal comes, and say so as soon as agents can attach."""
     from ..drivers import Publisher
 
-    options = balancer.options
     with Publisher(
         {config.name: balancer},
         publish_interval=config.publish_interval,
@@ -227,10 +260,7 @@ def _publish(balancer: ConfiguredBalancer, config: DataPlaneConfig) -> None:
         mode=config.mode,
         group=config.group,
     ) as publisher:
-        typer.echo(
-            f"region {config.name}: {', '.join(options.vips)} on {', '.join(options.interfaces)}, {options.mode} to "
-            f"{len(balancer.servers())} servers by {options.rule}, an observation every {config.publish_interval:g} s"
-        )
+        typer.echo(f"region {config.name}: {shown}, an observation every {config.publish_interval:g} s")
         sys.stdout.flush()
         publisher.serve()
 
