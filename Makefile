@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 # Learning curves take hours, and need both environments: make curves. So does the laboratory, which needs root.
-BENCHMARKS := $(filter-out __init__ common lab_fidelity learning_curves marl_training node_loss vpp_connections vpp_cost,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out __init__ common lab_fidelity lab_fit learning_curves marl_training node_loss proxy_connections vpp_connections vpp_cost,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
 export OMP_NUM_THREADS ?= 1
@@ -151,13 +151,23 @@ warm: $(VENV)/.dev
 warm-next: $(VENV)-next/.dev
 	$(VENV)-next/bin/python $(WARM)
 
-# Tests of live data planes wait most of the time, and should not have to wait for a processor: with their like.
+# Tests of live data planes wait for a third of the time, and must not wait for a processor: beside them only what yields.
 .PHONY: test
 test: ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 4 --output-sync lint warm $(if $(PYTHON_NEXT),warm-next) $(FRAMEWORKS)/.dev tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS:%=--ignore=%)
-	$(MAKE) test-live test-young-clock
-	$(MAKE) -j 2 --output-sync test-next test-frameworks
+	$(MAKE) -j 2 --output-sync test-clocks test-idle
+	$(MAKE) test-frameworks
+
+.PHONY: test-clocks
+test-clocks:
+	$(MAKE) --no-print-directory test-live
+	$(MAKE) --no-print-directory test-young-clock
+
+.PHONY: test-idle
+test-idle:
+	nice -n 19 $(MAKE) --no-print-directory test-next
+	nice -n 19 $(MAKE) --no-print-directory test-contract
 
 .PHONY: coverage
 coverage: tools $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
@@ -214,10 +224,13 @@ $(VENV)-next/.dev: pyproject.toml constraints.txt
 	@touch $@
 
 .PHONY: test-frameworks
-test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray, and of the contract on the Gymnasium they pin
+test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray
 	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 --dist loadfile --durations 10 $(COVERAGE) \
 		tests/frameworks tests/training/test_recipes.py
 	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) tests/test_docs.py tests/test_examples.py -k "rllib or benchmarl or clusters"
+
+.PHONY: test-contract
+test-contract: $(FRAMEWORKS)/.dev ## the contract of the environments on the Gymnasium that the frameworks pin
 	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) -m contract
 
 .PHONY: docs

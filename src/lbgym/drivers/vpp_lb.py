@@ -20,7 +20,7 @@ from ..features import GROUND_TRUTH_NAMES, NUM_FEATURES
 from ..sharedmemory import Publication
 from .base import DriverError, ServerRow, Source
 from .config import DataPlaneConfig, ServerConfig, load_config, parse_table
-from .haproxy.weights import whole_weights
+from .proxy.weights import whole_weights
 from .pool import ServerPool
 
 #: Largest weight that the plugin knows.

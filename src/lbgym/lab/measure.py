@@ -132,7 +132,7 @@ def _check(lab: Laboratory, contender: Contender) -> None:
     if rule not in lab.rules:
         raise PolicyError(
             f"contender {contender.label!r}: the data plane {lab.config.data_plane!r} does not have the dispatch rule "
-            f"{rule!r}; it has {', '.join(lab.rules)}"
+            f"{rule!r}; it has {', '.join(lab.rules)}: choose one as in RULE+POLICY"
         )
     if agents[0].uses_ground_truth:
         raise PolicyError(
