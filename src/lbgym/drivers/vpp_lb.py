@@ -20,8 +20,8 @@ from ..features import GROUND_TRUTH_NAMES, NUM_FEATURES
 from ..sharedmemory import Publication
 from .base import DriverError, ServerRow, Source
 from .config import DataPlaneConfig, ServerConfig, load_config, parse_table
-from .proxy.weights import whole_weights
 from .pool import ServerPool
+from .proxy.weights import whole_weights
 
 #: Largest weight that the plugin knows.
 MAX_WEIGHT = 100
