@@ -38,6 +38,8 @@ def measure(mode: str, *, ipv6: bool, connections: int, workers: int) -> Outcome
             return {key: getattr(found, key) for key in UNUSUAL}
 
         with SharedMemoryRegion.attach(name) as region:
+            if not region.wait_observation(0, 20.0):
+                raise DriverError("VPP publishes nothing")
             shown = f"{mode}, {workers} worker{'s' if workers != 1 else ''}"
             return watch(net, region, shown, totals, ipv6=ipv6, connections=connections)
 

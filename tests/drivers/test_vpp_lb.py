@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lbgym.drivers.config import load_config
-from lbgym.drivers.proxy import whole_weights
+from lbgym.drivers.proxy.weights import whole_weights
 from lbgym.drivers.vpp_lb import MAX_WEIGHT, VppLb, VppLbOptions
 from lbgym.errors import InvalidOptionError, UnknownNameError
 from tests.vpp.vpp import vpp_lb_toml

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 
 from lbgym import LoadBalanceEnv
 from lbgym.drivers.check import check_driver
+from lbgym.lab.namespaces import inside
 from lbgym.sharedmemory import ServerState, SharedMemoryRegion
 from tests.drivers.test_discovery import eventually
 from tests.drivers.xdp.network import PORT, VIP4, VIP6, Network, balance, newest, outcome
@@ -155,7 +157,7 @@ def test_vpp_is_killed_and_comes_back(name: str, tmp_path: Path) -> None:
     with balanced(tmp_path, "dsr") as (net, vpp):
         vpp.vip(name, "dsr", words="rule wcmp")
         agent = subprocess.Popen(
-            [sys.executable, "-m", "lbgym", "run", "--policy", "sed", "--shm", name, "--steps", "1000000"],
+            [sys.executable, "-m", "lbgym", "run", "--policy", "adaptive", "--shm", name, "--steps", "1000000"],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:
@@ -243,4 +245,8 @@ def test_two_vips_two_agents(name: str, tmp_path: Path) -> None:
         assert len(failed) == 2
         eventually(lambda: vpp.api.lbgym_server_dump(vip=f"{name}-other")[0].started == 2)
         # The VIP itself answers.
-        net.run("client", "ping", "-c", "1", "-W", "5", VIP4)
+        with inside(net.name("client")), socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as ping:
+            ping.settimeout(10.0)
+            ping.sendto(bytes.fromhex("0800f7fd00010001"), (VIP4, 0))
+            answer = ping.recv(64)
+            assert answer[12:16] == socket.inet_aton(VIP4) and answer[20] == 0

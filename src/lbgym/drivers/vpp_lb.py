@@ -21,7 +21,7 @@ from ..sharedmemory import Publication
 from .base import DriverError, ServerRow, Source
 from .config import DataPlaneConfig, ServerConfig, load_config, parse_table
 from .pool import ServerPool
-from .proxy import whole_weights
+from .proxy.weights import whole_weights
 
 #: Largest weight that the plugin knows.
 MAX_WEIGHT = 100

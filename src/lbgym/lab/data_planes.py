@@ -24,6 +24,7 @@ from ..errors import InvalidOptionError, MissingExtraError, UnknownNameError
 from ..scenarios import RULES, Scenario
 from .base import LabError, run_tool
 from .namespaces import Network, inside
+from .vpp import VppDataPlane
 
 VIP, VIP_PORT = "10.77.1.100", 80
 
@@ -426,7 +427,7 @@ def find_envoy() -> str:
 
 #: Every data plane by its name.
 DATA_PLANES: Mapping[str, LabDataPlane] = MappingProxyType(
-    {"xdp": XdpDataPlane(), "haproxy": HaproxyDataPlane(), "envoy": EnvoyDataPlane()}
+    {"xdp": XdpDataPlane(), "haproxy": HaproxyDataPlane(), "envoy": EnvoyDataPlane(), "vpp": VppDataPlane()}
 )
 
 

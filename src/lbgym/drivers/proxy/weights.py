@@ -27,7 +27,7 @@ def whole_weights(weights: NDArray[np.float64], top: int) -> NDArray[np.int64]:
         return weights.astype(np.int64)
     used = weights > 0.0
     # Whatever is below 1 / top counts as that; errors of what is far below would be beyond all numbers.
-    shares = np.maximum(weights[used] / weights.max(), 1e-12)
+    shares = np.maximum(weights[used] / weights.max(), 1e-3 / top)
     tops = np.arange(top // 2 + 1 if top <= _FEW else top, top + 1, dtype=np.float64)
     exact = tops[:, None] * shares
     rounded = np.maximum(np.round(exact), 1.0)
