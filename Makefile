@@ -22,7 +22,7 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL) -c constraints.txt
 # Learning curves take hours, and need both environments: make curves. So does the laboratory, which needs root.
-BENCHMARKS := $(filter-out __init__ common lab_fidelity learning_curves marl_training node_loss,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
+BENCHMARKS := $(filter-out __init__ common lab_fidelity lab_fit learning_curves marl_training node_loss proxy_connections vpp_connections vpp_cost,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
 export OMP_NUM_THREADS ?= 1
@@ -155,13 +155,23 @@ warm: $(VENV)/.dev
 warm-next: $(VENV)-next/.dev
 	$(VENV)-next/bin/python $(WARM)
 
-# Tests of live data planes wait most of the time, and should not have to wait for a processor: with their like.
+# Tests of live data planes wait for a third of the time, and must not wait for a processor: beside them only what yields.
 .PHONY: test
 test: ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 4 --output-sync lint warm $(if $(PYTHON_NEXT),warm-next) $(FRAMEWORKS)/.dev tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS:%=--ignore=%)
-	$(MAKE) test-live test-young-clock
-	$(MAKE) -j 2 --output-sync test-next test-frameworks
+	$(MAKE) -j 2 --output-sync test-clocks test-idle
+	$(MAKE) test-frameworks
+
+.PHONY: test-clocks
+test-clocks:
+	$(MAKE) --no-print-directory test-live
+	$(MAKE) --no-print-directory test-young-clock
+
+.PHONY: test-idle
+test-idle:
+	nice -n 19 $(MAKE) --no-print-directory test-next
+	nice -n 19 $(MAKE) --no-print-directory test-contract
 
 .PHONY: coverage
 coverage: tools $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
@@ -192,6 +202,19 @@ test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been u
 		$(BIN)/python -m pytest -q $(PARALLEL) --durations 5 -m "not slow and not xdp and not lab" \
 		$(TIMELESS:%=--ignore=%) $(LIVE_TESTS)
 
+# VPP is in no registry of packages: its own documentation says how to build and install it.
+VPP_PREFIX ?=
+.PHONY: vpp-plugin
+vpp-plugin: cc ## the VPP plugin, in out/vpp, for the VPP installed in VPP_PREFIX
+	@test -x "$(VPP_PREFIX)/bin/vpp" || echo "no VPP in '$(VPP_PREFIX)': the plugin is not built (make vpp-plugin VPP_PREFIX=...)"
+	@test ! -x "$(VPP_PREFIX)/bin/vpp" || { \
+		cmake -S plugins/vpp -B out/vpp -DCMAKE_PREFIX_PATH="$(VPP_PREFIX)" -DCMAKE_BUILD_TYPE=Release && \
+		PATH=/usr/bin:$$PATH cmake --build out/vpp && ls out/vpp/lib/vpp_plugins/lbgym_plugin.so; }
+
+.PHONY: test-vpp
+test-vpp: vpp-plugin $(VENV)/.dev ## the end-to-end tests of the VPP plugin: real TCP through a VPP that is installed in VPP_PREFIX
+	VPP_PREFIX="$(VPP_PREFIX)" $(BIN)/python -m pytest -q -m vpp tests/vpp
+
 .PHONY: test-next
 test-next: pyproject.toml constraints.txt ## a part of the tests on the newest Python that is promised, where it is installed
 	@test -n "$(PYTHON_NEXT)" || echo "no $(NEXT) here: the tests on it are skipped"
@@ -205,10 +228,13 @@ $(VENV)-next/.dev: pyproject.toml constraints.txt
 	@touch $@
 
 .PHONY: test-frameworks
-test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray, and of the contract on the Gymnasium they pin
+test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray
 	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 --dist loadfile --durations 10 $(COVERAGE) \
 		tests/frameworks tests/training/test_recipes.py
 	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) tests/test_docs.py tests/test_examples.py -k "rllib or benchmarl or clusters"
+
+.PHONY: test-contract
+test-contract: $(FRAMEWORKS)/.dev ## the contract of the environments on the Gymnasium that the frameworks pin
 	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) -m contract
 
 .PHONY: docs

@@ -13,11 +13,12 @@ its standard deviation that of as many independent draws.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +30,25 @@ from lbgym.drivers.xdp import detach
 from lbgym.drivers.xdp.options import default_pin_folder
 from lbgym.drivers.xdp.plane import XdpPlane
 from lbgym.sharedmemory import SharedMemoryRegion, seqlock
-from tests.drivers.xdp.network import PORT, VIP4, VIP6, dataplane_toml, driver, network, newest, whole_outcome
+from tests.drivers.xdp.network import (
+    PORT,
+    VIP4,
+    VIP6,
+    Network,
+    dataplane_toml,
+    driver,
+    network,
+    newest,
+    whole_outcome,
+)
 
 MODES = ("dsr", "dnat")
 WEIGHTS = np.array([1.0, 2.0, 4.0, 0.5])
 CHANGE = 0.25
 #: Longest wait for the last flows to end, seconds; those of which the balancer has not seen the end stay for longer.
 PATIENCE = 20.0
+#: Events of a balancer that must not be.
+UNUSUAL = ("untracked", "adopted", "syn_limited", "table_full", "unrouted", "conflicts", "reused")
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Outcome:
     """Of the connections of one run.
 
     Attributes:
-        mode: "dsr" or "dnat".
+        mode: of the balancer.
         ipv6: or IPv4.
         connections: that were opened.
         seconds: that took.
@@ -97,49 +110,92 @@ def measure(
     with tempfile.TemporaryDirectory() as folder, network(len(WEIGHTS), dnat=mode == "dnat") as net:
         for server in net.servers:
             net.serve(server)
-        net.watch_resets()
         host = VIP6 if ipv6 else VIP4
         keys = {"vips": [f"[{host}]:{PORT}" if ipv6 else f"{host}:{PORT}"], "mode": mode, "rule": "wcmp"}
         file = dataplane_toml(Path(folder, "dataplane.toml"), name, net.servers, ipv6=ipv6, driver=keys)
-        record = Path(folder, "connections")
+
+        def totals() -> Mapping[str, int]:
+            plane = XdpPlane.take_over(default_pin_folder(name))
+            found = plane.shared["totals"].copy()
+            plane.close()
+            return {key: int(found[key]) for key in UNUSUAL}
+
         try:
             with driver(net, "--config", file), SharedMemoryRegion.attach(name) as region:
-                begun = time.monotonic()
-                clients = net.clients(
-                    connections, host=host, lanes=lanes, lines=3, pause=pause, sources=net.sources(ipv6=ipv6),
-                    record=str(record),
-                )  # fmt: skip
-                periods: list[tuple[NDArray[np.float64], int, int]] = []
-                turn = 0
-                while clients.poll() is None:
-                    turn += 1
-                    weights = np.roll(WEIGHTS, turn)
-                    due = time.monotonic() + change
-                    region.write_action(sequence_id=turn, weights=weights, lease=60.0)
-                    while (seen := newest(region)).applied_sequence_id != turn:
-                        pass
-                    since = seen.published_at
-                    time.sleep(max(0.0, due - time.monotonic()))
-                    periods.append((weights, since, time.monotonic_ns()))
-                seconds = time.monotonic() - begun
-                told = whole_outcome(clients)
-                until = time.monotonic() + PATIENCE
-                while (seen := newest(region)).stats[:, 0].any() and time.monotonic() < until:
-                    pass
-                plane = XdpPlane.take_over(default_pin_folder(name))
-                totals = plane.shared["totals"].copy()
-                plane.close()
-                unusual = ("untracked", "adopted", "syn_limited", "table_full", "unrouted", "conflicts", "reused")
-                rows = connections_of(record, told["names"], net.servers)
-                placed, expected, deviation = split(rows, periods)
-                strays, late = resets_of(net.resets(), rows, net.sources(ipv6=ipv6))
-                return Outcome(
-                    mode, ipv6, connections, seconds, len(periods), len(told["failed"]), told["moved"], strays, late,
-                    int(seen.counters[:, 0].sum()), int(seen.stats[:, 0].sum()),
-                    int(sum(totals[key] for key in unusual)), placed, expected, deviation,
-                )  # fmt: skip
+                return watch(
+                    net,
+                    region,
+                    mode,
+                    totals,
+                    ipv6=ipv6,
+                    connections=connections,
+                    lanes=lanes,
+                    pause=pause,
+                    change=change,
+                )
         finally:
             detach(name)
+
+
+def watch(
+    net: Network,
+    region: SharedMemoryRegion,
+    mode: str,
+    totals: Callable[[], Mapping[str, int]],
+    *,
+    ipv6: bool,
+    connections: int,
+    lanes: int = 256,
+    pause: float = 0.05,
+    change: float = CHANGE,
+) -> Outcome:
+    """Open ``connections`` through a balancer that is at work.
+
+    Args:
+        net: with servers that answer.
+        region: of the balancer.
+        mode: to call it in the outcome.
+        totals: the balancer's events, ``UNUSUAL``, in the end.
+        ipv6: or IPv4.
+        connections: in all.
+        lanes: at the same time.
+        pause: of each of three lines, seconds.
+        change: seconds between changes of weights.
+    """
+    host = VIP6 if ipv6 else VIP4
+    net.watch_resets()
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder, "connections")
+        begun = time.monotonic()
+        clients = net.clients(
+            connections, host=host, lanes=lanes, lines=3, pause=pause, sources=net.sources(ipv6=ipv6),
+            record=str(record),
+        )  # fmt: skip
+        periods: list[tuple[NDArray[np.float64], int, int]] = []
+        turn = 0
+        while clients.poll() is None:
+            turn += 1
+            weights = np.roll(WEIGHTS, turn)
+            due = time.monotonic() + change
+            region.write_action(sequence_id=turn, weights=weights, lease=60.0)
+            while (seen := newest(region)).applied_sequence_id != turn:
+                pass
+            since = seen.published_at
+            time.sleep(max(0.0, due - time.monotonic()))
+            periods.append((weights, since, time.monotonic_ns()))
+        seconds = time.monotonic() - begun
+        told = whole_outcome(clients)
+        until = time.monotonic() + PATIENCE
+        while (seen := newest(region)).stats[:, 0].any() and time.monotonic() < until:
+            pass
+        rows = connections_of(record, told["names"], net.servers)
+    placed, expected, deviation = split(rows, periods)
+    strays, late = resets_of(net.resets(), rows, net.sources(ipv6=ipv6))
+    return Outcome(
+        mode, ipv6, connections, seconds, len(periods), len(told["failed"]), told["moved"], strays, late,
+        int(seen.counters[:, 0].sum()), int(seen.stats[:, 0].sum()), sum(totals().values()), placed, expected,
+        deviation,
+    )  # fmt: skip
 
 
 def connections_of(record: Path, names: Sequence[str], servers: Sequence[str]) -> NDArray[np.int64]:
@@ -192,6 +248,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for ipv6 in (False, True):
             outcomes.append(measure(mode, ipv6=ipv6, connections=count))
             print(f"{mode}, IPv{6 if ipv6 else 4}: {outcomes[-1]}", file=sys.stderr)
+    return conclude("xdp_connections", given, outcomes)
+
+
+def conclude(benchmark: str, given: argparse.Namespace, outcomes: Sequence[Outcome]) -> int:
+    """Report outcomes; returns the exit code."""
     text = markdown(
         [
             (
@@ -210,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(outcome).items()}
         for outcome in outcomes
     ]
-    report("xdp_connections", given, text, {"outcomes": data, "reached": reached})
+    report(benchmark, given, text, {"outcomes": data, "reached": reached})
     return 0 if reached or given.quick else 1
 
 

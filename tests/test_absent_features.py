@@ -16,8 +16,9 @@ from lbgym.env.observations import ObservationLayout
 from lbgym.errors import InvalidOptionError, InvalidRewardError, PolicyError, UnknownNameError
 from lbgym.features import FEATURE_NAMES
 from lbgym.policies import HEURISTICS, Agent, LatencyWeights, WeightPolicy, make_agent, make_weight_policy
-from lbgym.scenarios import load_scenario
+from lbgym.scenarios import Scenario, load_scenario
 from lbgym.sharedmemory import Publication, SharedMemoryRegion
+from lbgym.snapshot import Snapshot
 from tests.drivers.test_discovery import eventually
 from tests.sharedmemory.conftest import shm_dir
 
@@ -127,6 +128,26 @@ def test_policies_are_refused_at_attach(publisher: Publisher, tmp_path: Path) ->
     with pytest.raises(PolicyError, match=message):
         Agent(Durations()).fit(2, features=FCT)
     make_agent("latency", num_servers=2).fit(2, features=FCT)
+
+
+def test_adaptive_does_without_durations() -> None:
+    scenario = load_scenario("heterogeneous")
+    assert isinstance(scenario, Scenario)
+    agent = make_agent("adaptive", scenario=scenario)
+    with pytest.raises(PolicyError, match=r"needs fct_mean, .*which the data plane does not measure"):
+        agent.fit(8, features=["n_flow_on"])
+    agent.fit(8, features=FCT, index=False)
+    random = np.random.default_rng(0)
+    stats = random.uniform(0.1, 1.0, (2, 8, 11)).astype(np.float32)
+    # What is in columns that are not measured makes no difference.
+    stats[1, :, :6] = stats[0, :, :6]
+    found = []
+    for each in stats:
+        agent.reset()
+        none = np.zeros(8, np.int64)
+        found.append(agent(Snapshot(1, 0.0, np.ones(8, np.bool_), each, None, none, none, none, none, 0), np.ones(8)))
+    np.testing.assert_array_equal(*found)
+    assert np.ptp(found[0]) > 0.1
 
 
 def test_driver_that_measures_less_is_left_to_its_safe_weights(shm_dir: Path) -> None:

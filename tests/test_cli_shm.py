@@ -541,8 +541,10 @@ def test_record_a_number_of_observations(capsys: Capture, tmp_path: Path, monkey
         assert "interval must be" in refused(capsys, "record", "lb0", more, "--sample-interval", "0")
         assert not more.exists()
         producer.run(0.01)
-        code, text, _ = shm(capsys, "record", "lb0", out, "--steps", 1, "--overwrite")
-        assert code == 0 and "1 observation in" in text
+        code, text, _ = shm(
+            capsys, "record", "lb0", out, "--steps", 2, "--overwrite", "--report", tmp_path / "page.html"
+        )
+        assert code == 0 and "2 observations in" in text and "<figure" in (tmp_path / "page.html").read_text()
     assert "there is no region 'none'" in refused(capsys, "record", "none", tmp_path / "none.parquet")
 
 

@@ -16,8 +16,13 @@ from lbgym.recording import Recording, load_recording, record
 from lbgym.recording.fit import Fit, fit_recording
 from lbgym.recording.fit.cluster import throughput
 from lbgym.recording.fit.counts import Counts
+from lbgym.recording.fit.demand import KINDS
+from lbgym.recording.fit.replay import quantiles
 from lbgym.scenarios import (
+    BoundedPareto,
+    Demand,
     Deterministic,
+    Empirical,
     Exponential,
     Lognormal,
     ModulatedPoisson,
@@ -25,6 +30,7 @@ from lbgym.scenarios import (
     Scenario,
     Server,
     Workload,
+    from_toml,
     load_scenario,
 )
 from lbgym.simulator import Simulation
@@ -140,6 +146,43 @@ def test_deterministic_demands(folder: Path) -> None:
     fit = fit_recording(record_at_full_speed(truth, folder / "constant.parquet", 200.0), cores=[1, 2], hold_out=0.0)
     assert isinstance(fit.demand.law, Deterministic)
     assert fit.demand.errors["deterministic"] < fit.demand.errors["exponential"]
+
+
+#: Most flows are small and nearly alike, one in ten is sixteen times as large.
+TWO_KINDS = Empirical(values=(*np.linspace(0.04, 0.06, 90).tolist(), *np.linspace(0.75, 0.85, 10).tolist()))
+
+
+@pytest.mark.parametrize(
+    "demand", [TWO_KINDS, BoundedPareto(alpha=1.3, minimum=0.05, maximum=20.0)], ids=["two kinds", "heavy tail"]
+)
+def test_demands_of_no_known_form(demand: Demand, folder: Path) -> None:
+    truth = Scenario(servers=SERVERS[:3], workload=Workload(load=0.7, demand=demand))
+    recording = record_at_full_speed(truth, folder / "odd.parquet", 240.0, interval=0.05)
+    fit = fit_recording(recording, cores=[1, 2, 2], mean_demand=demand.mean, hold_out=0.2)
+    found, likely = fit.demand, fit.demand.likelihoods
+    assert found.singles > 500 and set(likely) == set(KINDS)
+    if demand is TWO_KINDS:
+        assert isinstance(found.law, Empirical)
+        assert likely["empirical"] > max(value for kind, value in likely.items() if kind != "empirical") + 0.5
+        # A power of ten lies between the two kinds, and nearly nothing there.
+        small = np.mean(np.array(found.law.values) < 0.2)
+        assert small == pytest.approx(0.9, abs=0.03)
+    assert from_toml(fit.to_toml()).workload.demand == found.law
+    normal = np.random.default_rng(0).standard_normal(200_000)
+    ours, theirs = (np.quantile(quantiles(law, normal), [0.25, 0.5, 0.75, 0.95, 0.99]) for law in (found.law, demand))
+    assert np.abs(np.log(ours / theirs)).max() < 0.4
+    assert found.law.mean == pytest.approx(demand.mean, rel=1e-3)
+    (error,) = (row.error for row in fit.held_out if (row.server, row.measure) == ("all", "fct_mean"))
+    assert abs(error) < 0.3
+
+
+def test_an_empirical_law_is_refused_without_single_flows(folder: Path) -> None:
+    truth = Scenario(servers=SERVERS[:2], workload=Workload(load=0.6, demand=Exponential(mean=0.02)))
+    recording = record_at_full_speed(truth, folder / "many.parquet", 30.0, interval=0.25)
+    with pytest.raises(
+        RecordingError, match=r"shows the FCTs of \d+ single flows, those that ended alone .* needs 400"
+    ):
+        fit_recording(recording, cores=[1, 2], demand="empirical")
 
 
 def test_throughput_is_that_of_mean_value_analysis() -> None:

@@ -34,6 +34,7 @@ HEAVY = (
     "pandas",
     "scipy",
     "PIL",
+    "grpc",
     "tensorboard",
     "pettingzoo",
     "prometheus_client",

@@ -58,6 +58,7 @@ static bool good(const lbgym_core_options *o, char *message, size_t size)
            within(message, size, "flows", o->flows, 16, LBGYM_CORE_MAX_FLOWS) &&
            within(message, size, "syn_flows", o->syn_flows, 0, o->flows) &&
            within(message, size, "mode", o->mode, LBGYM_DSR, LBGYM_NAT) &&
+           within(message, size, "owners", o->owners, 0, o->mode == LBGYM_NAT ? o->workers : 0) &&
            within(message, size, "syn_timeout", o->syn_timeout, 1, LONGEST) &&
            within(message, size, "idle_timeout", o->idle_timeout, 1, LONGEST) &&
            within(message, size, "udp_timeout", o->udp_timeout, 1, LONGEST) &&

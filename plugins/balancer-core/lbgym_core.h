@@ -19,7 +19,8 @@
  *
  * Three threads of control, and no lock: a worker is used by one thread, which owns its flows and counters. Everything
  * that changes or reads the core (lbgym_core_*) is called by one other thread, or by the same. Flows stay on the worker
- * that their packets come to: a client's packets must always come to the same, and with NAT its server's as well.
+ * that their packets come to: a client's packets must always come to the same, and with NAT its server's as well, unless
+ * options.owners has workers hand them over.
  *
  * `now` is in ns of any clock that does not go back, the same for all workers. Addresses and ports are in network byte
  * order; IPv4 fills the first word.
@@ -80,7 +81,8 @@ typedef struct lbgym_core_options {
     uint32_t flows;           /* of each worker, 16 to LBGYM_CORE_MAX_FLOWS; about 100 bytes each, 140 with NAT */
     uint32_t syn_flows;       /* most of them of which only one packet was seen; 0: a quarter */
     uint32_t mode;            /* lbgym_mode */
-    uint32_t reserved;
+    uint32_t owners;          /* NAT: the last so many workers share the flows by the client's address, and give packets
+                               * of each other's back as LBGYM_HANDOVER; 0: a flow is its first packet's worker's */
     uint64_t seed;            /* of samples and of the place of flows in the table; 0: a random one */
     uint64_t syn_timeout;     /* ns without a packet after which a flow is forgotten: one of a single packet */
     uint64_t idle_timeout;    /* one that is open */
@@ -143,7 +145,8 @@ typedef enum lbgym_verdict {
     LBGYM_PASS = 0,  /* none of the balancer's: the host's, or the next node's */
     LBGYM_SEND = 1,  /* to server `server`, by `via` */
     LBGYM_REPLY = 2, /* NAT: to the client; `link` is that of the packet with which the flow began */
-    LBGYM_DROP = 3
+    LBGYM_DROP = 3,
+    LBGYM_HANDOVER = 4 /* unchanged, to be run again by worker `via`; only with options.owners */
 } lbgym_verdict;
 
 typedef struct lbgym_packet {

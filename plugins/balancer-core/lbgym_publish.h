@@ -30,6 +30,7 @@ typedef struct lbgym_publisher {
     uint32_t balancers;
     uint32_t num_servers;
     lbgym_core_server servers[LBGYM_CORE_MAX_SERVERS];
+    double safe[LBGYM_CORE_MAX_SERVERS]; /* scratch: an embedder's stack may be small */
     bool asked;       /* workers are copying what they have counted */
     uint64_t instant; /* of the publication that waits for them */
     uint64_t missed;  /* publications for which no answer came in time */
@@ -58,14 +59,13 @@ static inline int lbgym_publisher_set_servers(lbgym_publisher *p, const lbgym_co
                                               const char *const *names, uint32_t n)
 {
     lbgym_shm_region *const region = &p->driver.region;
-    double safe[LBGYM_CORE_MAX_SERVERS];
     int code = n <= LBGYM_CORE_MAX_SERVERS ? lbgym_shm_set_num_servers(region, n) : (int)LBGYM_SHM_OPTION;
     for (uint32_t i = 0; i < n && code >= 0; i++) {
         const enum lbgym_shm_state state = servers[i].active      ? LBGYM_SHM_UP
                                            : servers[i].reachable ? LBGYM_SHM_DRAINING
                                                                   : LBGYM_SHM_DOWN;
         p->servers[i] = servers[i];
-        safe[i] = servers[i].safe_weight;
+        p->safe[i] = servers[i].safe_weight;
         code = lbgym_shm_set_active(region, i, servers[i].active);
         if (code >= 0) {
             code = lbgym_shm_set_server_state(region, i, state);
@@ -75,7 +75,7 @@ static inline int lbgym_publisher_set_servers(lbgym_publisher *p, const lbgym_co
         }
     }
     if (code >= 0) {
-        code = lbgym_shm_set_safe_weights(region, safe, n);
+        code = lbgym_shm_set_safe_weights(region, p->safe, n);
     }
     if (code >= 0) {
         p->num_servers = n;

@@ -823,6 +823,27 @@ static void later_fragment(lbgym_worker *w, lbgym_packet *packet, const struct p
     to_server(w, packet, p, f->server);
 }
 
+/* The worker that has the flow of a packet, by its client's address, as later fragments have no ports. */
+static uint32_t owner_of(const lbgym_worker *w, const struct work *work)
+{
+    const struct parsed *p = &work->parsed;
+    const struct snapshot *s = w->now_in_force;
+    const lbgym_core_options *options = &w->core->options;
+    const uint32_t *client;
+    if (work->vip != NONE) {
+        client = p->source;
+    } else if (work->row != NONE) {
+        client = p->destination;
+    } else if (p->kind == ERROR && find_vip(s, p->inner_source, p->source_port, p->protocol) != NONE) {
+        client = p->inner_destination;
+    } else if (p->kind == FRAGMENT) {
+        client = is_vip_address(s, p->destination) ? p->source : p->destination;
+    } else {
+        return w->number;
+    }
+    return options->workers - options->owners + lbgym_to_range(lbgym_flow_hash(0, client, 0), options->owners);
+}
+
 /* First pass: find out what it is, and have the bucket of its flow fetched. */
 static inline void look(lbgym_worker *w, lbgym_packet *packet, struct work *work)
 {
@@ -833,20 +854,29 @@ static inline void look(lbgym_worker *w, lbgym_packet *packet, struct work *work
     packet->vip = 0;
     work->vip = work->row = NONE;
     lbgym_parse(packet->data, packet->length, p);
-    if (UNLIKELY(p->kind != L4)) {
-        return;
+    if (LIKELY(p->kind == L4)) {
+        work->vip = find_vip(s, p->destination, p->destination_port, p->protocol);
+        if (work->vip == NONE && w->core->options.mode == LBGYM_NAT) {
+            work->row = find_backend(s, w->core->backend_mask, p->source, p->source_port);
+        }
     }
-    work->vip = find_vip(s, p->destination, p->destination_port, p->protocol);
+    if (UNLIKELY(w->core->options.owners != 0)) {
+        const uint32_t owner = owner_of(w, work);
+        if (owner != w->number) {
+            packet->verdict = LBGYM_HANDOVER;
+            packet->via = owner;
+            work->vip = work->row = NONE;
+            p->kind = OTHER;
+            return;
+        }
+    }
     if (LIKELY(work->vip != NONE)) {
         work->flow_hash = lbgym_flow_hash(s->vips[work->vip].service, p->source, p->source_port);
         work->hash = client_hash(w, work->flow_hash);
         __builtin_prefetch(first_bucket(&w->by_client, work->hash));
-    } else if (w->core->options.mode == LBGYM_NAT) {
-        work->row = find_backend(s, w->core->backend_mask, p->source, p->source_port);
-        if (work->row != NONE) {
-            work->hash = server_hash(w, p->destination, p->destination_port, work->row);
-            __builtin_prefetch(first_bucket(&w->by_server, work->hash));
-        }
+    } else if (work->row != NONE) {
+        work->hash = server_hash(w, p->destination, p->destination_port, work->row);
+        __builtin_prefetch(first_bucket(&w->by_server, work->hash));
     }
 }
 

@@ -13,11 +13,15 @@ from .errors import FileWriteError, LbgymError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, mode: int | None = None) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place if the block ends without an exception.
 
     Otherwise, the file that was there before stays as it is. The temporary path ends as ``path`` does, since some
     libraries choose the format by it.
+
+    Args:
+        path: of the file.
+        mode: its permissions; None: those of any new file.
 
     Raises:
         FileWriteError: if the system refuses (no space, no permission, no such folder), with its reason.
@@ -32,7 +36,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
             # mkstemp makes files private to the user; the result is as readable as any other new file
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(0o666 & ~_umask() if mode is None else mode)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -483,8 +483,15 @@ def test_the_command_runs_shows_and_verifies(
 ) -> None:
     out = tmp_path / "results"
     options = ("--protocol", "tiny", "--out", out, "--processes", 1)
-    code, text, _ = command(capsys, "run", "--policies", "sed", *options)
+    page = tmp_path / "suite.html"
+    code, text, _ = command(capsys, "run", "--policies", "sed", *options, "--report", page)
     assert code == 0 and "suite tiny, 3 scenarios, 4 seeds" in text and "sed.json: complete" in text
+    assert "sed has the least mean FCT over 3 scenarios" in page.read_text()
+    code, text, err = command(
+        capsys, "run", "-p", "sed+latency", *options, "--seeds", 1, "--report", tmp_path / "not.html"
+    )
+    assert code == 2 and "sed+latency.json: 1 of 4 seeds" in text and not (tmp_path / "not.html").exists()
+    assert "not.html is not written, since scores need the same seeds: sed+latency has 1 of them, lsq has 4" in err
     assert (out / "sed.json").read_bytes() == (folder / "sed.json").read_bytes()
     code, text, _ = command(capsys, "table", folder, "--protocol", "tiny", "--json", "--page", tmp_path / "page.md")
     rows = json.loads(text)["contenders"]

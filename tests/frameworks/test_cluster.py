@@ -53,19 +53,17 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
-@pytest.mark.parametrize("work", ["train", "tune"])
+# Every command against every signal is in test_cli_train.py, without Ray; a process here costs half a minute.
+@pytest.mark.parametrize(("work", "number"), [("train", signal.SIGTERM), ("tune", signal.SIGHUP)])
 def test_a_signal_ends_the_command_in_order(cluster: Any, work: str, number: signal.Signals, tmp_path: Path) -> None:
     """Ray puts a handler of its own in place of ours, which would end the process without saving anything."""
     settings = ["--set", "num_steps=8", "--set", "max_steps=64", "--set", "checkpoint_every=0.0"]
     arguments = ["--scenario", "uniform", "--set", "num_envs=8", *settings, "--seconds", "1000", "--out", str(tmp_path)]
     if work == "train":
+        # With a Ray of its own.
         arguments += ["--backend", "ray", "--no-tensorboard"]
     else:
-        arguments += ["--param", "learning_rate=loguniform(1e-4, 1e-3)", "--trials", "1"]
-    # One starts a Ray of its own, which takes longer than the training.
-    if (work, number) != ("train", signal.SIGTERM):
-        arguments += ["--address", cluster.address]
+        arguments += ["--address", cluster.address, "--param", "learning_rate=loguniform(1e-4, 1e-3)", "--trials", "1"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "-m", "lbgym", work, *arguments],

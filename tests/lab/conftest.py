@@ -15,18 +15,20 @@ from tests.privileges import skip_if
 
 
 @cache
-def missing() -> str:
-    """Why no laboratory can be set up here; empty if one can."""
+def missing(plane: str) -> str:
+    """Why no laboratory with this data plane can be set up here; empty if one can."""
     try:
         check_root()
     except LabError as error:
         return str(error)
-    parts = [*SERVER_KINDS.values(), *DATA_PLANES.values()]
+    parts = [*SERVER_KINDS.values(), DATA_PLANES[plane]]
     reasons = [missing_tools(), missing_controllers(), *(part.missing() for part in parts)]
     return next((reason for reason in reasons if reason), "")
 
 
 @pytest.fixture(autouse=True)
 def _needs_lab(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("lab") is not None:
-        skip_if(missing(), "the tests of the laboratory")
+    marker = request.node.get_closest_marker("lab")
+    if marker is not None:
+        (plane,) = marker.args or ("xdp",)
+        skip_if(missing(plane), "the tests of the laboratory")

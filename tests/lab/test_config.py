@@ -51,6 +51,16 @@ def refused(tmp_path: Path, text: str) -> str:
         ("[driver]\nmdoe = 'dsr'", "unknown key 'mdoe' in lab.toml, [driver]. Did you mean 'mode'?"),
         ("[driver]\nrule = 'sed'", "unknown key 'rule' in lab.toml, [driver]."),
         ("[driver]\nmode = 'tunnel'", "unknown mode 'tunnel'"),
+        (
+            "data_plane = 'haproxy'\n[driver]\nmode = 'dsr'",
+            "lab.toml, [driver]: the data plane 'haproxy' takes no options, got 'mode'",
+        ),
+        (
+            "data_plane = 'vpp'\n[driver]\nmdoe = 'nat'",
+            "unknown key 'mdoe' in lab.toml, [driver]. Did you mean 'mode'?",
+        ),
+        ("data_plane = 'vpp'\n[driver]\nmode = 'dnat'", "unknown mode 'dnat'"),
+        ("data_plane = 'vpp'\n[driver]\nflows = 3", "flows must be a whole number from 16"),
         ("scenario = 'nowhere'", "unknown scenario 'nowhere'"),
         ("scenario = 3", "lab.toml: scenario must be a name, a path or a table, got 3"),
         (SCENARIO.replace("mean", "maen"), "unknown key 'maen' in lab.toml, [scenario]"),

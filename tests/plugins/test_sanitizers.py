@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,13 @@ def unavailable(reason: str) -> None:
     skip_if(reason, "the core under its sanitizers")
 
 
-def build(command: list[str], name: str, folder: Path, *sanitizers: str) -> Path:
-    """A program of this folder with the core; skipped where the compiler has no such sanitizer, but not in CI."""
+def build(command: list[str], name: str, folder: Path, *sanitizers: str, more: Sequence[Path] = ()) -> Path:
+    """A program of this folder with the core and ``more``; skipped where there is no such sanitizer, but not in CI."""
     out = folder / name
     flags = [f"-fsanitize={','.join(sanitizers)}", "-fno-sanitize-recover=all"]
     done = subprocess.run(
         [*command, *FLAGS, *flags, *include_flags(), "-o", str(out),
-         str(HERE / f"{name}.c"), *map(str, SOURCES), "-lm", "-lpthread"],
+         str(HERE / f"{name}.c"), *map(str, [*SOURCES, *more]), "-lm", "-lpthread"],
         capture_output=True,
         text=True,
     )  # fmt: skip

@@ -11,7 +11,8 @@ import pytest
 from lbgym.errors import MissingExtraError
 from lbgym.evaluation import Comparison, compare
 from lbgym.report import comparison_report, save_report
-from lbgym.report.comparison import _thinned, verdict
+from lbgym.report.charts import thinned
+from lbgym.report.comparison import verdict
 from lbgym.scenarios import Scenario, Server, Workload, load_scenario
 from tests.report.conftest import Open
 from tests.test_cli import in_process
@@ -92,11 +93,12 @@ def test_one_contender_one_seed_and_many_servers(open_page: Open, tmp_path: Path
         assert tab.locator("figure").count() == 3
     two = compare(many, "sed,lsq", 1, processes=1)
     assert "one seed cannot show whether by chance" in verdict(two)
+    assert "nan" not in two.verdict("sed") + two.verdict("lsq")
     assert len(comparison_report(two).encode()) < MOST
 
 
 def test_means_of_parts() -> None:
-    assert _thinned(np.array([1.0, 3.0, 5.0, 7.0, 10.0]), 2).tolist() == [2.0, 6.0, 10.0]
+    assert thinned(np.array([1.0, 3.0, 5.0, 7.0, 10.0]), 2).tolist() == [2.0, 6.0, 10.0]
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def test_the_containers_run_commands_that_there_are() -> None:
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     entry = re.search(r"^ENTRYPOINT (\[.*\])$", (DEPLOY / "Containerfile").read_text(), re.MULTILINE)
     assert entry is not None
-    services = compose["services"]
+    services, given = compose["services"], {}
     for name in ("emulator", "agent", "regions"):
         service = services[name]
         program, *words = service.get("entrypoint", json.loads(entry[1]))
@@ -120,8 +121,48 @@ def test_the_containers_run_commands_that_there_are() -> None:
         while hasattr(command, "commands"):
             word, *words = words
             command = command.commands[word]
-        command.make_context("lbgym", words)
+        given[name] = command.make_context("lbgym", words).params
+    assert given["agent"]["shm"] == given["emulator"]["name"] and given["regions"]["host"] == "0.0.0.0"
     targets = re.findall(r'targets: \["(\w+):(\d+)"\]', compose["configs"]["prometheus"]["content"])
     assert targets == [("agent", "9464"), ("regions", "8080")] and {name for name, _ in targets} <= services.keys()
     for volume in services["grafana"]["volumes"]:
         assert (DEPLOY / shlex.split(volume.split(":")[0])[0]).exists()
+
+
+def test_the_parts_of_the_compose_file_fit_together() -> None:
+    yaml = pytest.importorskip("yaml")
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    services = compose["services"]
+    images = {name: service["image"] for name, service in services.items()}
+    assert set(images.values()) == {"lbgym-run", "prom/prometheus", "grafana/grafana"}
+    # What is of this repository is built once, and all of it shares memory in one place.
+    (build,) = (service["build"] for service in services.values() if "build" in service)
+    assert (DEPLOY / build["context"] / build["dockerfile"]).samefile(DEPLOY / "Containerfile")
+    assert (
+        set(build["args"]["EXTRAS"].split(",")) <= extras() and "ARG EXTRAS=" in (DEPLOY / "Containerfile").read_text()
+    )
+    for name, service in services.items():
+        assert set(service.get("depends_on", ())) <= services.keys() - {name}
+        assert {config["source"] for config in service.get("configs", ())} <= compose["configs"].keys()
+        named = {volume.split(":")[0] for volume in service.get("volumes", ()) if not volume.startswith(".")}
+        assert named <= compose["volumes"].keys()
+        if service["image"] == "lbgym-run":
+            (volume,) = service["volumes"]
+            assert volume == f"shm:{service['environment']['LBGYM_SHM_DIR']}"
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    assert (DEPLOY / compose["configs"]["alerts"]["file"]).is_file()
+    inside = yaml.safe_load(compose["configs"]["prometheus"]["content"])
+    outside = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    for config in (inside, outside):
+        for job in config["scrape_configs"]:
+            del job["static_configs"]
+    assert inside == outside
+    (source,) = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    (provider,) = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/lbgym.yml").read_text())["providers"]
+    mounted = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]
+    assert any(path.startswith(provider["options"]["path"] + "/") for path in mounted)
+
+
+def extras() -> set[str]:
+    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])

@@ -41,7 +41,7 @@ def _app() -> typer.Typer:
     from ._options import options
     from .compare import compare
     from .dashboard import dashboard
-    from .dataplane import afpacket, check, ctl, emulate, haproxy, xdp
+    from .dataplane import afpacket, check, ctl, emulate, envoy, haproxy, vpp_lb, xdp
     from .fit import fit
     from .run import run
     from .scenarios import describe, scenarios
@@ -72,11 +72,11 @@ def _app() -> typer.Typer:
         laboratory.command(help=_help(act))(act)
     app.add_typer(laboratory, name="lab")
     dataplane = typer.Typer(help="Publish a data plane in shared memory, check and change it.", no_args_is_help=True)
-    for work in (emulate, xdp, afpacket, haproxy, check, ctl):
+    for work in (emulate, xdp, afpacket, haproxy, envoy, vpp_lb, check, ctl):
         dataplane.command(help=_help(work))(work)
     app.add_typer(dataplane, name="dataplane")
     regions = typer.Typer(help="Look at regions of shared memory, record them, remove them.", no_args_is_help=True)
-    for look in (shm.ls, shm.inspect, shm.watch, shm.record, shm.rm, shm.include):
+    for look in (shm.ls, shm.inspect, shm.watch, shm.record, shm.report, shm.rm, shm.include):
         regions.command(help=_help(look))(look)
     app.add_typer(regions, name="shm")
     return app

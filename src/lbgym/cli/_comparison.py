@@ -34,10 +34,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
-def require_extras(seeds: int, plots: bool, report: bool = False) -> None:
+def require_extras(seeds: int, plots: bool) -> None:
     """Refuse before the work starts what would fail for want of a package when it is done."""
-    if report and not installed("bokeh"):
-        raise MissingExtraError("bokeh", "report", "an HTML report")
     if seeds > 1 and not installed("scipy"):
         raise MissingExtraError("scipy", "eval", "a confidence interval (with --seeds above 1)")
     if plots and not installed("matplotlib"):

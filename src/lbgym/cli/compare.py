@@ -36,6 +36,7 @@ from ._comparison import (
 )
 from ._console import print_json
 from ._progress import ProgressBar
+from ._report import Report, check_report
 
 #: A trace is replayed once, but by default no longer than this, seconds.
 MAX_TRACE_DURATION = 600.0
@@ -76,9 +77,7 @@ def compare(
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for results, summary and plots.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="One HTML file with verdict, tables and interactive plots.")
-    ] = None,
+    report: Report = None,
     flows: Annotated[
         bool, typer.Option("--flows", help="With --out, also save each flow that arrives from warm-up to end.")
     ] = False,
@@ -99,7 +98,7 @@ def compare(
         raise ScenarioError(f"give --load or --rate, not both; got {load!r} and {rate!r}")
     if flows and out is None:
         raise ScenarioError("--flows saves to the folder of --out, which is missing")
-    require_extras(seeds, plots and out is not None, report is not None)
+    require_extras(seeds, plots and out is not None)
     contenders = parse_contenders(policies)
     chosen = load_scenario(scenario)
     if trace is not None:
@@ -115,8 +114,7 @@ def compare(
         chosen = chosen.with_changes(**({"load": load} if load is not None else {"rate": rate}))
     if out is not None:
         check_writable(out / "summary.json")
-    if report is not None:
-        check_writable(report)
+    check_report(report)
     numbers = range(first_seed, first_seed + seeds)
     with ProgressBar("comparing", total=len(contenders) * seeds, quiet=quiet or as_json) as bar:
         comparison = run(

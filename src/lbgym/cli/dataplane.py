@@ -18,10 +18,19 @@ from ..scenarios import fixed_scenario
 from ._signals import stop_on_signal
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..drivers import Source
     from ..drivers.config import DataPlaneConfig
     from ..drivers.xdp.configured import ConfiguredBalancer
 
 logger = logging.getLogger("lbgym")
+
+_Capacity = Annotated[
+    int | None, typer.Option(help="Servers a region has room for.", show_default="64, or more if needed")
+]
+_Mode = Annotated[str, typer.Option(help="Permissions of the regions, octal.")]
+_Group = Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")]
 
 
 def emulate(
@@ -44,11 +53,9 @@ def emulate(
         str | None,
         typer.Option(help="Weights in force without an agent's, separated by commas.", show_default="numbers of cores"),
     ] = None,
-    capacity: Annotated[
-        int | None, typer.Option(help="Servers a region has room for.", show_default="64, or more if needed")
-    ] = None,
-    mode: Annotated[str, typer.Option(help="Permissions of the regions, octal.")] = "600",
-    group: Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")] = None,
+    capacity: _Capacity = None,
+    mode: _Mode = "600",
+    group: _Group = None,
 ) -> None:
     """Emulate a data plane: a scenario simulated in real or scaled time behind shared memory.
 
@@ -184,7 +191,8 @@ def xdp(
                 group=group,
             ),
         )
-    _publish(XdpBalancer(loaded, options, config), loaded)
+    balancer = XdpBalancer(loaded, options, config)
+    _publish(balancer, loaded, _balancing(balancer))
 
 
 def afpacket(
@@ -204,14 +212,46 @@ def afpacket(
     loaded = load_config(config)
     if name is not None:
         loaded = dataclasses.replace(loaded, name=name)
-    _publish(AfPacketBalancer(loaded, None, config), loaded)
+    balancer = AfPacketBalancer(loaded, None, config)
+    _publish(balancer, loaded, _balancing(balancer))
 
 
-def _publish(balancer: ConfiguredBalancer, config: DataPlaneConfig) -> None:
+def vpp_lb(
+    config: Annotated[Path, typer.Option("--config", "-c", help="dataplane.toml with the VIP and its servers.")],
+    name: Annotated[str | None, typer.Option("--name", help="Name of the region, instead of the file's.")] = None,
+) -> None:
+    """Set the weights of the stock load balancer of a running VPP, and publish its servers in shared memory.
+
+    For VPP 26.10 or newer without lbgym's plugin. Open flows are what agents on the servers report. Prints one line as
+    soon as agents can attach. SIGTERM or Ctrl-C end it: the configured weights are in force again, and the exit code is
+    0. SIGHUP reads --config again. Needs no root, but the right to open VPP's API socket.
+    """
+    from ..drivers.config import load_config
+    from ..drivers.vpp_lb import VppLb
+
+    loaded = load_config(config)
+    if name is not None:
+        loaded = dataclasses.replace(loaded, name=name)
+    balancer = VppLb(loaded, config)
+    _publish(
+        balancer,
+        loaded,
+        f"{balancer.options.vip} of VPP {balancer.version}, {len(balancer.servers())} servers, weights from 0 to 100",
+    )
+
+
+def _balancing(balancer: ConfiguredBalancer) -> str:
+    options = balancer.options
+    return (
+        f"{', '.join(options.vips)} on {', '.join(options.interfaces)}, {options.mode} to {len(balancer.servers())} "
+        f"servers by {options.rule}"
+    )
+
+
+def _publish(balancer: Source, config: DataPlaneConfig, shown: str) -> None:
     """Publish until a signal comes, and say so as soon as agents can attach."""
     from ..drivers import Publisher
 
-    options = balancer.options
     with Publisher(
         {config.name: balancer},
         publish_interval=config.publish_interval,
@@ -220,10 +260,7 @@ def _publish(balancer: ConfiguredBalancer, config: DataPlaneConfig) -> None:
         mode=config.mode,
         group=config.group,
     ) as publisher:
-        typer.echo(
-            f"region {config.name}: {', '.join(options.vips)} on {', '.join(options.interfaces)}, {options.mode} to "
-            f"{len(balancer.servers())} servers by {options.rule}, an observation every {config.publish_interval:g} s"
-        )
+        typer.echo(f"region {config.name}: {shown}, an observation every {config.publish_interval:g} s")
         sys.stdout.flush()
         publisher.serve()
 
@@ -246,41 +283,114 @@ def haproxy(
         int, typer.Option(help="Weight of the servers in HAProxy's configuration, for agent-checks without a socket.")
     ] = 100,
     publish_interval: Annotated[float, typer.Option(help="Seconds between observations.")] = 0.2,
-    capacity: Annotated[
-        int | None, typer.Option(help="Servers a region has room for.", show_default="64, or more if needed")
-    ] = None,
-    mode: Annotated[str, typer.Option(help="Permissions of the regions, octal.")] = "600",
-    group: Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")] = None,
+    capacity: _Capacity = None,
+    mode: _Mode = "600",
+    group: _Group = None,
 ) -> None:
     """Drive backends of a running HAProxy, each with a region of its own, and publish them in shared memory.
 
     Prints one line as soon as agents can attach. SIGTERM, SIGHUP or Ctrl-C end it: the configured weights are in force
     again, and the exit code is 0. HAProxy may be reloaded meanwhile. Needs no root.
     """
-    from ..drivers import Publisher
-    from ..drivers.haproxy import HaproxyOptions, open_backends, pair_names
+    from ..drivers.haproxy import HaproxyOptions, open_backends
+    from ..drivers.proxy.places import pair_names
 
-    permissions = _permissions(mode)
+    _permissions(mode)
     options = HaproxyOptions(
-        backends=pair_names(name, backend),
+        backends=pair_names(name, backend, "backend"),
         socket=socket,
         log=log,
         agent_check=agent_check,
         configured_weight=configured_weight,
         capacity=capacity,
     )
+    way = "the runtime API" if agent_check is None else "agent-checks"
+    _publish_proxy(open_backends(options), "backend", options.backends, way, publish_interval, capacity, mode, group)
+
+
+def envoy(
+    cluster: Annotated[list[str], typer.Option("--cluster", help="Cluster to drive; may be repeated.")],
+    name: Annotated[list[str], typer.Option("--name", help="Name of its region; one per cluster, in their order.")],
+    admin: Annotated[
+        list[str] | None,
+        typer.Option("--admin", help="Admin interface: http://HOST:PORT, or the path of its pipe; one per Envoy."),
+    ] = None,
+    eds_file: Annotated[
+        list[str] | None,
+        typer.Option("--eds-file", help="File of servers that Envoy watches, one per cluster; it is written."),
+    ] = None,
+    xds_port: Annotated[
+        str | None, typer.Option(help="[ADDRESS:]PORT to serve xDS on, instead of writing files.")
+    ] = None,
+    servers: Annotated[
+        list[str] | None,
+        typer.Option("--servers", help="With --xds-port: file of servers, one per cluster; as --eds-file, or TOML."),
+    ] = None,
+    access_log: Annotated[
+        str | None,
+        typer.Option(
+            help="Envoy's access log: path of a file, or [ADDRESS:]PORT to take it by gRPC on.", show_default="no FCTs"
+        ),
+    ] = None,
+    publish_interval: Annotated[float, typer.Option(help="Seconds between observations.")] = 0.2,
+    capacity: _Capacity = None,
+    mode: _Mode = "600",
+    group: _Group = None,
+) -> None:
+    """Drive clusters of a running Envoy by EDS, each with a region of its own, and publish them in shared memory.
+
+    Prints one line as soon as agents can attach. SIGTERM, SIGHUP or Ctrl-C end it: the configured weights are in force
+    again, and the exit code is 0. Envoy may be restarted meanwhile. Needs no root.
+    """
+    from ..drivers.envoy import EnvoyOptions, open_clusters
+    from ..drivers.proxy.places import pair_names
+
+    _permissions(mode)
+    clusters = pair_names(name, cluster, "cluster")
+    if xds_port is None and (servers or not eds_file):
+        raise InvalidOptionError("give --eds-file, the file that Envoy watches; or both --xds-port and --servers")
+    if xds_port is not None and (eds_file or not servers):
+        raise InvalidOptionError("with --xds-port give the servers by --servers; --eds-file is for Envoy to watch")
+    files = eds_file or servers or []
+    if len(files) != len(cluster):
+        raise InvalidOptionError(f"give one file per cluster: there are {len(cluster)} clusters and {len(files)} files")
+    options = EnvoyOptions(
+        clusters=clusters,
+        files=dict(zip(cluster, files, strict=True)),
+        admin=tuple(admin or ()),
+        xds=xds_port,
+        access_log=access_log,
+        capacity=capacity,
+    )
+    way = "the EDS file" if xds_port is None else f"xDS on port {xds_port}"
+    _publish_proxy(open_clusters(options), "cluster", clusters, way, publish_interval, capacity, mode, group)
+
+
+def _publish_proxy(
+    sources: Mapping[str, Source],
+    kind: str,
+    backends: Mapping[str, str],
+    way: str,
+    publish_interval: float,
+    capacity: int | None,
+    mode: str,
+    group: str | None,
+) -> None:
+    """Publish the backends of a proxy until a signal comes, and say so as soon as agents can attach."""
+    from ..drivers import Publisher
+
     with ExitStack() as stack:
-        sources = open_backends(options)
         for source in sources.values():
             stack.callback(source.close)
         publisher = stack.enter_context(
-            Publisher(sources, publish_interval=publish_interval, capacity=capacity, mode=permissions, group=group)
+            Publisher(
+                sources, publish_interval=publish_interval, capacity=capacity, mode=_permissions(mode), group=group
+            )
         )
         for region, source in zip(publisher.regions, sources.values(), strict=True):
             typer.echo(
-                f"region {region.name}: backend {options.backends[region.name]}, {len(source.servers())} servers, "
-                f"weights by {'the runtime API' if agent_check is None else 'agent-checks'}, an observation every "
-                f"{publish_interval:g} s of {', '.join(source.features)}"
+                f"region {region.name}: {kind} {backends[region.name]}, {len(source.servers())} servers, weights by "
+                f"{way}, an observation every {publish_interval:g} s of {', '.join(source.features) or 'nothing'}"
             )
         sys.stdout.flush()
         publisher.serve()

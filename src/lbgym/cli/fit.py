@@ -32,7 +32,8 @@ def fit(
     demand: Annotated[
         str | None,
         typer.Option(
-            help="Law of demands: deterministic, exponential, lognormal, bounded_pareto.", show_default="the nearest"
+            help="Law of demands: deterministic, exponential, lognormal, bounded_pareto, empirical.",
+            show_default="the nearest",
         ),
     ] = None,
     mean_demand: Annotated[
@@ -86,16 +87,27 @@ def _cores(text: str | None) -> list[int] | int | str | None:
 
 
 def _report(fit: Fit) -> None:
+    import numpy as np
+
+    from ..scenarios import Empirical
     from ._tables import drawn_table, plain
 
     console = results_console()
     arrivals, law = fit.arrivals, fit.demand.law
-    parameters = ", ".join(f"{key} {value:.4g}" for key, value in vars(law).items())
+    if isinstance(law, Empirical):
+        levels = ("median", 0.5), ("p90", 0.9), ("p99", 0.99)
+        drawn = ", ".join(f"{word} {np.quantile(law.values, level):.4g}" for word, level in levels)
+        parameters = f"{len(law.values)} values, mean {law.mean:.4g}, {drawn}"
+    else:
+        parameters = ", ".join(f"{key} {value:.4g}" for key, value in vars(law).items())
+    likely = ", ".join(f"{kind} {value:.3g}" for kind, value in fit.demand.likelihoods.items())
     burst = ", ".join(f"{value:.3g} in {window:g} s" for window, value in arrivals.dispersion.items())
     lines = [
         f"{fit.source}: fitted to {fit.seconds:.0f} s, tested on {fit.held_out_seconds:.0f} s",
         "",
         f"demand:    {type(law).__name__} ({parameters}) core-seconds; {fit.convention}",
+        f"           log-likelihood of single flows ({fit.demand.singles:,}) that no empirical law was made of: "
+        f"{likely or 'too few'}",
         f"arrivals:  {arrivals.rate:.4g} flows/s ({arrivals.rate_low:.4g} to {arrivals.rate_high:.4g}), "
         f"{type(arrivals.process).__name__}; load {fit.scenario.load:.2f}",
         f"           variance over mean of counts (1: Poisson): {burst or 'unknown'}",

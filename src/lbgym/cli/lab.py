@@ -14,6 +14,7 @@ import typer
 from ..atomic import check_writable
 from ..errors import InvalidOptionError, ScenarioError
 from ..scenarios import Scenario, fixed_scenario
+from ._command_line import command_line
 from ._comparison import (
     AsJson,
     Baseline,
@@ -31,6 +32,7 @@ from ._comparison import (
 )
 from ._console import print_json, results_console
 from ._progress import ProgressBar
+from ._report import Report, check_report
 
 if TYPE_CHECKING:
     from ..lab import LabConfig, Laboratory
@@ -156,6 +158,7 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for results, flows, recordings, summary and plots.")
     ] = None,
+    report: Report = None,
     recordings: Annotated[bool, typer.Option(help="Record the balancers, with --out.")] = True,
     plots: Plots = True,
     as_json: AsJson = False,
@@ -173,6 +176,7 @@ def run(
     contenders = parse_contenders(policies)
     if out is not None:
         check_writable(out / "summary.json")
+    check_report(report)
     options = (scenario, servers, balancers, server_kind, data_plane, load, rate)
     with (
         _used(name, config, options) as lab,
@@ -212,9 +216,27 @@ def run(
     files = [] if out is None else save(measured, out, plots=plots)
     if out is not None and predicted is not None:
         files += save(predicted, out / "predicted", plots=False)
+    if report is not None:
+        from ..report import save_report
+
+        save_report(
+            measured, report, scenario=lab.config.scenario, command=command_line(), facts=_facts(lab.config),
+            tables=[] if table is None else [table],
+        )  # fmt: skip
+        files = [*files, report]
     for file in files:
         if not as_json:
             typer.echo(f"wrote {file}")
+
+
+def _facts(config: LabConfig) -> dict[str, str]:
+    """How flows were measured, for a page."""
+    known = config.calibration
+    return {
+        "Measured": f"on real {config.server_kind} servers behind {config.data_plane}",
+        "Quotas": f"{', '.join(f'{share:g}' for share in config.shares())} CPU, every {1e3 * config.period:g} ms",
+        "Latency": "" if known is None else f"{1e3 * known.latency:.3g} ms beside demand over speed",
+    }
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidOptionError, MissingExtraError, ResultError
+from ._command_line import command_line
 from ._console import print_json, results_console
 from ._options import installed
 from ._progress import ProgressBar
+from ._report import Report, check_report
 
 if TYPE_CHECKING:
     from ..evaluation.suite import Scores, SuiteResult
@@ -36,6 +38,7 @@ def run(
     seeds: Annotated[
         int | None, typer.Option("--seeds", "-n", min=1, help="Only the first of the protocol's seeds.")
     ] = None,
+    report: Report = None,
     processes: _PROCESSES = None,
     backend: Annotated[
         str, typer.Option(metavar="NAME", help="local: on this machine's cores; ray: on a Ray cluster.")
@@ -57,6 +60,7 @@ def run(
         raise InvalidOptionError(f"--backend must be one of {', '.join(Backend)}, got {backend!r}")
     chosen = protocol_of(protocol)
     _need_scipy()
+    check_report(report)
     with ProgressBar("suite", total=1, quiet=quiet or as_json) as bar:
 
         def show(done: int, total: int, label: str, case: str, seed: int) -> None:
@@ -75,12 +79,15 @@ def run(
     labels = {result.label for result in results}
     if chosen.baseline not in labels:
         results.append(read_result(out / f"{chosen.baseline}.json"))
-    common = [result for result in results if result.seeds == results[0].seeds]
-    if len(common) == len(results):
-        _print(Scores(chosen, results), as_json)
+    comparable = all(result.seeds == results[0].seeds for result in results)
+    if comparable:
+        _show(Scores(chosen, results), as_json, report)
     if not as_json:
         for result in results:
             typer.echo(f"{out / result.entry.file_name}: {_state(result, chosen.seeds)}")
+    if report is not None and not comparable:
+        counts = ", ".join(f"{result.label} has {len(result.seeds)} of them" for result in results)
+        raise ResultError(f"{report} is not written, since scores need the same seeds: {counts}")
 
 
 def verify(
@@ -136,6 +143,7 @@ def table(
     page: Annotated[
         Path | None, typer.Option(help="Also write this Markdown page, and its plots into images/ beside it.")
     ] = None,
+    report: Report = None,
     as_json: _JSON = False,
 ) -> None:
     """Print the scores of results files, and write them as a page with plots."""
@@ -144,6 +152,7 @@ def table(
     _need_scipy()
     if page is not None and not installed("matplotlib"):
         raise MissingExtraError("matplotlib", "eval", "a plot of a suite")
+    check_report(report)
     paths = [path for file in files for path in (sorted(file.glob("*.json")) if file.is_dir() else [file])]
     if not paths:
         raise ResultError(f"there is no results file in {', '.join(map(str, files))}")
@@ -154,7 +163,7 @@ def table(
             raise ResultError(f"{path} is a second result of {result.label!r}")
         results[result.label] = result
     scores = Scores(protocol_of(protocol), list(results.values()))
-    _print(scores, as_json)
+    _show(scores, as_json, report)
     if page is not None:
         from ..evaluation.suite.page import write_page
 
@@ -190,6 +199,17 @@ def show(protocol: _PROTOCOL = "v1", as_json: _JSON = False) -> None:
     console = results_console()
     console.print(drawn_table(case_table(chosen), console))
     console.print(f"hash {chosen.hash}", markup=False)
+
+
+def _show(scores: Scores, as_json: bool, report: Path | None) -> None:
+    """Print the scores, and write their page."""
+    _print(scores, as_json)
+    if report is not None:
+        from ..report import save_suite_report
+
+        save_suite_report(scores, report, command=command_line())
+        if not as_json:
+            typer.echo(f"wrote {report}")
 
 
 def _print(scores: Scores, as_json: bool) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import threading
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 
+from .background import BackgroundLoop
 from .base import DriverError
 
 #: Bytes of an HTTP answer that are read.
@@ -25,16 +25,14 @@ class Probes:
         # Of its own: a thread has no business in the random numbers of the process.
         self._random = random.Random()
         self._tasks: dict[Hashable, asyncio.Task[None]] = {}
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
-        self._thread.start()
+        self._loop = BackgroundLoop(name)
 
     def set_targets(self, targets: Mapping[Hashable, tuple[Callable[[], Awaitable[None]], float]]) -> None:
         """Ask these targets, by key: a question that raises nothing, and the seconds between an answer and the next.
 
         A key that was there before goes on as it was.
         """
-        asyncio.run_coroutine_threadsafe(self._set_targets(dict(targets)), self._loop).result()
+        self._loop.run(self._set_targets(dict(targets)))
 
     async def _set_targets(self, targets: dict[Hashable, tuple[Callable[[], Awaitable[None]], float]]) -> None:
         for key in [key for key in self._tasks if key not in targets]:
@@ -51,19 +49,7 @@ class Probes:
 
     def close(self) -> None:
         """End all questions and the thread. Idempotent."""
-        if self._loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
         self._loop.close()
-
-    async def _end(self) -> None:
-        tasks = list(self._tasks.values())
-        self._tasks.clear()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def connect(address: str, port: int, timeout: float) -> None:

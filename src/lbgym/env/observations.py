@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,6 +152,14 @@ class ObservationLayout:
         self._scaled = len(scaled)
         self._units, self._gains = _scales(scaled)
         self._fractions = [i for i, name in enumerate(scaled) if name in _FRACTIONS]
+
+    def without(self, absent: Collection[str]) -> ObservationLayout:
+        """The same layout with some features 0 throughout, in the place of what a data plane does not measure."""
+        made = copy.copy(self)
+        made.features = tuple(name for name in self.features if name not in absent)
+        made.absent = tuple(name for name in FEATURE_NAMES if name not in made.features)
+        made._absent = [FEATURE_NAMES.index(name) for name in made.absent]
+        return made
 
     @property
     def space(self) -> spaces.Space[Any]:

@@ -186,7 +186,9 @@ class Agent:
                 "does not publish"
             )
         if self._trained is not None:
-            self.layout, self.codec = self._trained.codecs(num_servers)
+            layout, self.codec = self._trained.codecs(num_servers)
+            # What it can do without is 0, whatever the data plane has there.
+            self.layout = layout.without([name for name in layout.features if name not in features])
             self.layout.configured = self.codec.configured = Configured.of(self._scenario, num_servers)
         elif self.layout is not None and self.layout.num_servers != num_servers:
             raise PolicyError(

@@ -88,6 +88,8 @@ _COLUMNS = [
     column_index(name)
     for name in ("n_flow_on", "fct_mean_decay", "fct_mean", "fct_p90_decay", "duration_mean_decay", "fct_std")
 ]
+#: Those without which there is no estimate; durations have little weight in it, and none where they are 0.
+NEEDED = ("n_flow_on", "fct_mean_decay", "fct_mean", "fct_p90_decay", "fct_std")
 
 
 def initial_parameters(hidden: int, seed: int = 0) -> dict[str, Array]:

@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..features.columns import NUM_FEATURES
 from .acting import ACTING
 from .action_kind import ActionKind
-from .estimator import LARGEST_CHANGE
+from .estimator import LARGEST_CHANGE, NEEDED
 from .inputs import Encoder, server_inputs, with_weights
 from .trained import TrainedPolicy
 
@@ -211,6 +211,11 @@ class EstimatorPolicy(NetworkPolicy):
     """
 
     weights_alone = True
+
+    @property
+    def uses_features(self) -> tuple[str, ...]:
+        """The features that it cannot do without: where durations are 0, estimates are made of FCTs alone."""
+        return tuple(name for name in super().uses_features if name in NEEDED)
 
     def _separate(self) -> None:
         self._network = self._network.copy()

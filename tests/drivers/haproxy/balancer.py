@@ -1,26 +1,19 @@
-"""A real HAProxy, as an ordinary user on loopback ports, and servers behind it."""
+"""A real HAProxy, as an ordinary user on loopback ports."""
 
 from __future__ import annotations
 
-import asyncio
-import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
 from lbgym.drivers.haproxy import LOG_FORMAT
-
-#: Seconds until which what must happen has happened on any machine.
-LONG = 60.0
+from tests.drivers.proxies import Client, Servers, eventually, free_ports, ordinary
 
 
 @cache
@@ -29,83 +22,7 @@ def missing() -> str:
     return "" if shutil.which("haproxy") else "haproxy is not installed (make haproxy)"
 
 
-def free_ports(count: int) -> list[int]:
-    """TCP ports of 127.0.0.1 that nobody has."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def eventually(condition: Callable[[], object], timeout: float = LONG) -> None:
-    until = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < until, "what was waited for does not come"
-        time.sleep(0.01)
-
-
-def ordinary() -> dict[str, object]:
-    """Arguments of ``subprocess`` that make a process of root's one of nobody's."""
-    return {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-
-
-class Servers:
-    """TCP servers in a thread. A client sends ``SECONDS`` and a line feed, and gets the server's name that much later;
-    instead of seconds, ``break`` has the server reset the connection."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.ports: dict[str, int] = {}
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-        self._servers: dict[str, asyncio.Server] = {}
-        for name in names:
-            self.up(name)
-
-    def up(self, name: str) -> None:
-        """Listen, on the same port as before."""
-
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            try:
-                line = await reader.readline()
-                if line == b"break\n":
-                    connection = writer.get_extra_info("socket")
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    writer.transport.abort()
-                    return
-                await asyncio.sleep(float(line or 0))
-                writer.write(name.encode())
-                await writer.drain()
-            except (OSError, ValueError):
-                pass
-            finally:
-                writer.close()
-
-        start = asyncio.start_server(serve, "127.0.0.1", self.ports.get(name, 0), backlog=1024)
-        server = self._servers[name] = asyncio.run_coroutine_threadsafe(start, self._loop).result(LONG)
-        self.ports[name] = server.sockets[0].getsockname()[1]
-
-    def down(self, name: str) -> None:
-        """Refuse connections; those that are open go on."""
-        self._loop.call_soon_threadsafe(self._servers.pop(name).close)
-
-    def close(self) -> None:
-        for name in list(self._servers):
-            self.down(name)
-
-        async def cancel() -> None:
-            for task in asyncio.all_tasks():
-                if task is not asyncio.current_task():
-                    task.cancel()
-
-        asyncio.run_coroutine_threadsafe(cancel(), self._loop).result(LONG)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(LONG)
-        self._loop.close()
-
-
-class Balancer:
+class Balancer(Client):
     """HAProxy in master-worker mode in a folder of its own; ``configure`` and ``reload`` change it.
 
     Attributes:
@@ -228,21 +145,6 @@ class Balancer:
         """As HAProxy has them."""
         rows = [line.split() for line in self.ask(f"show servers state {backend}").splitlines()[2:] if line]
         return {row[3]: int(row[7]) for row in rows}
-
-    def flow(self, work: object = 0) -> str:
-        """The name of the server that took a flow; empty if it failed."""
-        with self.open(work) as client:
-            try:
-                return client.recv(100).decode()
-            except OSError:
-                return ""
-
-    @contextmanager
-    def open(self, work: object = 0) -> Iterator[socket.socket]:
-        """A flow that has begun."""
-        with closing(socket.create_connection(("127.0.0.1", self.port), LONG)) as client:
-            client.sendall(f"{work}\n".encode())
-            yield client
 
     def close(self) -> None:
         self.kill()

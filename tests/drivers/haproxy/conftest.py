@@ -6,24 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.drivers.haproxy.balancer import Balancer, Servers, missing
+from tests.drivers.haproxy.balancer import Balancer, missing
+from tests.drivers.proxies import Servers, servers
 from tests.privileges import skip_if
 from tests.sharedmemory.conftest import nursery, shm_dir
 
-__all__ = ["nursery", "shm_dir"]
+__all__ = ["nursery", "servers", "shm_dir"]
 
 
 @pytest.fixture(autouse=True)
 def _needs_haproxy(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("haproxy") is not None:
         skip_if(missing(), "the tests of HAProxy")
-
-
-@pytest.fixture(scope="module")
-def servers() -> Iterator[Servers]:
-    made = Servers(["s1", "s2", "s3"])
-    yield made
-    made.close()
 
 
 @pytest.fixture

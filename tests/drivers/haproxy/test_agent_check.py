@@ -11,7 +11,8 @@ import pytest
 from lbgym.drivers import DriverError
 from lbgym.drivers.haproxy import AgentCheck, HaproxyOptions, open_backends
 from lbgym.sharedmemory import ServerState
-from tests.drivers.haproxy.balancer import LONG, Balancer, eventually
+from tests.drivers.haproxy.balancer import Balancer
+from tests.drivers.proxies import LONG, eventually
 
 WEB = {"web": ["s1", "s2", "s3"]}
 

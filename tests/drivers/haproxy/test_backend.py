@@ -12,48 +12,13 @@ import pytest
 from lbgym.drivers import DriverError
 from lbgym.drivers.haproxy import FlowLog, Haproxy, HaproxyBackend, HaproxyOptions, open_backends
 from lbgym.features import FEATURE_NAMES
-from lbgym.sharedmemory import Publication, ServerState
-from tests.drivers.haproxy.balancer import Balancer, eventually
+from lbgym.sharedmemory import ServerState
+from tests.drivers.haproxy.balancer import Balancer
+from tests.drivers.proxies import Driven, answer, eventually
 
 pytestmark = pytest.mark.haproxy
 
 WEB = {"web": ["s1", "s2", "s3"]}
-
-
-class Driven:
-    """A source with a clock."""
-
-    def __init__(self, source: HaproxyBackend) -> None:
-        self.source, self.now = source, 0.0
-
-    def read(self) -> Publication:
-        self.now += 0.2
-        seen = self.source.read(self.now)
-        ended = seen.completed + seen.rejected + seen.failed
-        np.testing.assert_array_equal(seen.started - ended, seen.stats[:, 0].astype(int))
-        return seen
-
-    def apply(self, *weights: float) -> None:
-        self.now += 0.01
-        self.source.apply(np.array(weights), self.now)
-
-    def settled(self, started: int) -> Publication:
-        """Once so many flows have been counted and none is open."""
-        seen = self.read()
-
-        def done() -> bool:
-            nonlocal seen
-            seen = self.read()
-            return seen.started.sum() >= started and not seen.stats[:, 0].any()
-
-        eventually(done)
-        return seen
-
-
-def answer(client: socket.socket) -> str:
-    """Of the server that has the flow, which is over then."""
-    with client:
-        return client.recv(100).decode()
 
 
 @contextmanager
@@ -65,6 +30,15 @@ def driving(balancer: Balancer, backend: str = "web", *, log: bool = False, star
     assert isinstance(source, HaproxyBackend)
     with closing(source):
         yield Driven(source)
+
+
+def test_random_gets_great_weights(balancer: Balancer) -> None:
+    balancer.configure(WEB, rule="random(1)")
+    with driving(balancer) as driven:
+        driven.read()
+        assert balancer.weights("web") == {"s1": 100, "s2": 100, "s3": 100}
+        driven.apply(1.0, 2.0, 0.0)
+        assert balancer.weights("web") == {"s1": 128, "s2": 256, "s3": 0}
 
 
 def test_weights_move_flows(balancer: Balancer) -> None:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .._progress import StatusLine
+from .._report import Report, check_report
 from .._signals import stop_on_signal
 from ._arguments import Name
+from ._report import write_report
 
 if TYPE_CHECKING:
     from ...recording import Summary
@@ -31,6 +33,7 @@ def record(
     minari: Annotated[
         str | None, typer.Option(metavar="DATASET_ID", help="Also write a Minari dataset, such as balancers/lb0-v0.")
     ] = None,
+    report: Report = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
@@ -42,6 +45,7 @@ def record(
 
     if minari is not None:
         recording.check_dataset_id(minari)
+    check_report(report)
     with stop_on_signal(expected=True) as stop, StatusLine(quiet=quiet) as line:
         summary = recording.record(
             name,
@@ -54,6 +58,8 @@ def record(
             progress=lambda summary: line.show(f"recording {name}: {_words(summary)}; Ctrl-C ends it"),
         )
     typer.echo(f"wrote {out}: {_words(summary)}")
+    if report is not None:
+        write_report(out, report)
     if minari is not None:
         dataset = recording.to_minari(out, minari)
         typer.echo(f"wrote Minari dataset {minari}: {dataset.total_steps:,} steps, {dataset.total_episodes:,} episodes")

@@ -18,7 +18,7 @@ from .build import build_library
 
 NO_SERVER = 0xFFFF
 MODES = ("dsr", "gre", "ipip", "dnat")
-PASS, SEND, REPLY, DROP = range(4)
+PASS, SEND, REPLY, DROP, HANDOVER = range(5)
 TCP, UDP = 6, 17
 
 SERVER = np.dtype(
@@ -56,7 +56,7 @@ class Packet(ctypes.Structure):
 
 class _Options(ctypes.Structure):
     _fields_ = [
-        *[(name, ctypes.c_uint32) for name in ("workers", "servers", "flows", "syn_flows", "mode", "reserved")],
+        *[(name, ctypes.c_uint32) for name in ("workers", "servers", "flows", "syn_flows", "mode", "owners")],
         *[(name, ctypes.c_uint64) for name in ("seed", "syn_timeout", "idle_timeout", "udp_timeout", "close_timeout")],
         *[(name, ctypes.c_double) for name in ("fct_sampling", "duration_sampling")],
         ("source4", ctypes.c_uint8 * 4),
@@ -74,6 +74,7 @@ class CoreOptions:
     flows: int = 262_144
     syn_flows: int = 0
     mode: str = "dsr"
+    owners: int = 0
     seed: int = 0
     syn_timeout: float = 10.0
     idle_timeout: float = 300.0

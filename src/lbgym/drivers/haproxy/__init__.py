@@ -3,7 +3,7 @@
 from .agent_check import AgentCheck
 from .fleet import AgentCheckedBackend
 from .logs import LOG_FORMAT, FlowLog
-from .options import HaproxyOptions, open_backends, pair_names
+from .options import HaproxyOptions, open_backends
 from .runtime import Haproxy
 from .source import HaproxyBackend
 
@@ -16,5 +16,4 @@ __all__ = [
     "HaproxyBackend",
     "HaproxyOptions",
     "open_backends",
-    "pair_names",
 ]

@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Mapping
 
+from ..background import BackgroundLoop
 from ..base import DriverError
-from .runtime import shown
+from ..proxy import shown
 from .weights import percentage
 
 logger = logging.getLogger("lbgym")
@@ -55,11 +56,8 @@ class AgentCheck:
             listener.close()
             raise DriverError(f"cannot answer agent-checks at {shown(place)}: {error.strerror or error}") from error
         self.place: tuple[str, int] = listener.getsockname()[:2]
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="lbgym-agent-check", daemon=True)
-        self._thread.start()
-        start = asyncio.start_server(self._serve, sock=listener, limit=_LONGEST, backlog=1024)
-        self._server = asyncio.run_coroutine_threadsafe(start, self._loop).result()
+        self._loop = BackgroundLoop("lbgym-agent-check")
+        self._server = self._loop.run(self._listen(listener))
 
     def answer(self, backend: str, weights: Mapping[str, tuple[int, int]]) -> None:
         """From now on, answer the servers of a backend by these weights.
@@ -119,6 +117,9 @@ class AgentCheck:
                 return ""
             return f"ready {answer}\n" if key in self._ready else f"{answer}\n"
 
+    async def _listen(self, listener: socket.socket) -> asyncio.Server:
+        return await asyncio.start_server(self._serve, sock=listener, limit=_LONGEST, backlog=1024)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         # Whatever a client does is its own business: it gets its answer, or none.
         with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
@@ -136,13 +137,10 @@ class AgentCheck:
     def close(self) -> None:
         """When the last user closes it, wait until the servers have heard the last weights, and end."""
         self._users -= 1
-        if self._users > 0 or self._loop.is_closed():
+        if self._users > 0 or self._loop.closed:
             return
         self._linger()
-        self._loop.call_soon_threadsafe(self._server.close)
-        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._loop.call(self._server.close)
         self._loop.close()
 
     def _linger(self) -> None:
@@ -155,10 +153,3 @@ class AgentCheck:
                 if all(self._asked[key] > self._changed_at for key in self._asked if key in self._answers):
                     return
             time.sleep(0.02)
-
-
-async def _cancel_others() -> None:
-    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)

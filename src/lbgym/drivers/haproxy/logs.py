@@ -5,23 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
 import selectors
 import socket
 import stat
 import threading
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ...features import STATISTICS
-from ...features.reservoir_kernel import CHANGED, META_SIZE, OVERWRITE, RESULT_SIZE, RNG, add_many, reservoir_features
 from ..base import DriverError
-from .runtime import shown
+from ..proxy import Log, Place, shown
 
 #: What a frontend in ``mode tcp`` must log; in ``mode http`` with %Ta, the time of a request, in place of %Tt.
 LOG_FORMAT = "lbgym1 %pid %f %lc %b %s %Tt %ts"
@@ -32,32 +25,9 @@ _BUFFER = 16 << 20
 #: States of termination (first letter of %ts) of flows whose time says how long a server took: normal, and ended by
 #: the client. The others were ended by a timeout, by HAProxy, or by a server that did not do its work.
 _TIMED = b"-C"
-#: Samples kept of each server.
-_SLOTS = 128
-#: Weight of a sample per second of its age, as everywhere in lbgym.
-_LOG_DECAY = float(np.log(0.9))
 
 
-@dataclass(slots=True)
-class FlowTimes:
-    """Flows of one backend that have ended, as logged.
-
-    Attributes:
-        servers: name of each flow's server.
-        seconds: FCT of each.
-        received: when its line came, seconds on the monotonic clock.
-        ended: flows that ended, by server, also those whose time says nothing.
-        failed: those of them that the server did not answer or broke off.
-    """
-
-    servers: list[str] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    received: list[float] = field(default_factory=list)
-    ended: dict[str, int] = field(default_factory=dict)
-    failed: dict[str, int] = field(default_factory=dict)
-
-
-class FlowLog:
+class FlowLog(Log):
     """Receives HAProxy's log lines on a datagram socket, in a thread of its own: one for all backends.
 
     Lines are those of :data:`LOG_FORMAT`, with whatever header before it; others are left alone. Every frontend of
@@ -72,14 +42,11 @@ class FlowLog:
         DriverError: if it cannot be bound.
     """
 
-    def __init__(self, place: str | tuple[str, int]) -> None:
+    def __init__(self, place: Place) -> None:
+        super().__init__()
         self.place = place
-        self._lock = threading.Lock()
-        self._flows: dict[str, FlowTimes] = {}
         #: By sender, process and frontend: the first number, the largest, and how many have come.
         self._numbers: dict[tuple[object, bytes, bytes], list[int]] = {}
-        self._received = 0
-        self._users = 0
         self._socket = _bind(place)
         self._identity = _file_of(place)
         self._wake, self._end = socket.socketpair()
@@ -87,21 +54,10 @@ class FlowLog:
         self._thread.start()
 
     @property
-    def received(self) -> int:
-        """Lines that have come."""
-        with self._lock:
-            return self._received
-
-    @property
     def lost(self) -> int:
         """Lines that HAProxy numbered and that have not come."""
         with self._lock:
             return sum(last - first + 1 - count for first, last, count in self._numbers.values())
-
-    def take(self, backend: str) -> FlowTimes:
-        """The flows of a backend that have ended since the last call."""
-        with self._lock:
-            return self._flows.pop(backend, None) or FlowTimes()
 
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -131,24 +87,12 @@ class FlowLog:
                 count[0], count[1], count[2] = min(count[0], int(number)), max(count[1], int(number)), count[2] + 1
                 if server.startswith(b"<"):
                     continue
-                flows, name = self._flows.setdefault(backend.decode(), FlowTimes()), server.decode()
-                flows.ended[name] = flows.ended.get(name, 0) + 1
-                if state in _TIMED:
-                    flows.servers.append(name)
-                    flows.seconds.append(max(0, int(milliseconds)) * 1e-3)
-                    flows.received.append(now)
-                elif state != b"c":
-                    flows.failed[name] = flows.failed.get(name, 0) + 1
+                timed = state in _TIMED
+                seconds = max(0, int(milliseconds)) * 1e-3 if timed else None
+                self._note_flow(backend.decode(), server.decode(), now, seconds, not timed and state != b"c")
 
-    def share(self) -> FlowLog:
-        """For one more user, who closes it."""
-        self._users += 1
-        return self
-
-    def close(self) -> None:
-        """End when the last user closes it."""
-        self._users -= 1
-        if self._users > 0 or self._socket.fileno() < 0:
+    def _stop(self) -> None:
+        if self._socket.fileno() < 0:
             return
         self._wake.close()
         self._thread.join()
@@ -159,7 +103,7 @@ class FlowLog:
                 os.unlink(self.place)
 
 
-def _file_of(place: str | tuple[str, int]) -> tuple[int, int] | None:
+def _file_of(place: Place) -> tuple[int, int] | None:
     """Device and inode of a socket's file."""
     if isinstance(place, str):
         with contextlib.suppress(OSError):
@@ -168,7 +112,7 @@ def _file_of(place: str | tuple[str, int]) -> tuple[int, int] | None:
     return None
 
 
-def _bind(place: str | tuple[str, int]) -> socket.socket:
+def _bind(place: Place) -> socket.socket:
     if isinstance(place, str):
         family, address = socket.AF_UNIX, place
         _remove_dead(place)
@@ -197,50 +141,3 @@ def _remove_dead(path: str) -> None:
                 probe.connect(path)
             except ConnectionRefusedError:
                 Path(path).unlink()
-
-
-class FctStatistics:
-    """A reservoir of FCTs per row, and the five statistics drawn from each."""
-
-    def __init__(self) -> None:
-        self._values, self._weights = np.zeros((0, _SLOTS)), np.zeros((0, _SLOTS))
-        self._meta = np.zeros((0, META_SIZE), np.int64)
-        self._results = np.zeros((0, RESULT_SIZE))
-        self.count, self.sum = 0, 0.0
-
-    def add(self, flows: FlowTimes, rows: Mapping[str, int]) -> None:
-        """Take in the FCTs of the servers that have ``rows``, in the order they came."""
-        of = np.array([rows.get(name, -1) for name in flows.servers], np.int64)
-        seconds, times = np.array(flows.seconds), np.array(flows.received)
-        self.count += int((of >= 0).sum())
-        self.sum += float(seconds[of >= 0].sum())
-        for row in np.unique(of[of >= 0]).tolist():
-            self._grow(row + 1)
-            mine = of == row
-            add_many(
-                self._values[row], self._weights[row], self._meta[row], self._results[row],
-                seconds[mine], times[mine], 1.0, OVERWRITE, _LOG_DECAY,
-            )  # fmt: skip
-
-    def statistics(self, count: int) -> NDArray[np.float32]:
-        """float32[count, 5], seconds; 0 without a sample."""
-        self._grow(count)
-        for row in np.flatnonzero(self._meta[:, CHANGED]).tolist():
-            reservoir_features(self._values[row], self._weights[row], self._meta[row], self._results[row])
-        return self._results[:count, : len(STATISTICS)].astype(np.float32)
-
-    def forget(self, row: int) -> None:
-        """A row belongs to another server from now on."""
-        if row < len(self._meta):
-            self._meta[row, :RNG], self._results[row] = 0, 0.0
-
-    def _grow(self, count: int) -> None:
-        more = count - len(self._meta)
-        if more <= 0:
-            return
-        meta = np.zeros((more, META_SIZE), np.int64)
-        meta[:, RNG] = [secrets.randbits(63) for _ in range(more)]
-        self._values = np.concatenate([self._values, np.zeros((more, _SLOTS))])
-        self._weights = np.concatenate([self._weights, np.zeros((more, _SLOTS))])
-        self._meta = np.concatenate([self._meta, meta])
-        self._results = np.concatenate([self._results, np.zeros((more, RESULT_SIZE))])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ... import checks
 from ...errors import InvalidOptionError
 from ..base import Source
+from ..proxy import parse_place
+from ..proxy.places import check_pairs, parse_port
 from .agent_check import AgentCheck
 from .fleet import AgentCheckedBackend
 from .logs import FlowLog
-from .runtime import Haproxy, parse_place
+from .runtime import Haproxy
 from .source import HaproxyBackend
 from .weights import MAX_WEIGHT
 
@@ -41,10 +43,7 @@ class HaproxyOptions:
     capacity: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.backends:
-            raise InvalidOptionError("give a backend and the name of its region")
-        if len(set(self.backends.values())) < len(self.backends):
-            raise InvalidOptionError(f"each backend has one region, got {', '.join(self.backends.values())}")
+        check_pairs(self.backends, "backend")
         for backend in self.backends.values():
             checks.text("backend", backend)
             if any(not (c.isascii() and (c.isalnum() or c in "-_.:")) for c in backend):
@@ -53,7 +52,7 @@ class HaproxyOptions:
             if (place := getattr(self, what)) is not None:
                 parse_place(place, what)
         if self.agent_check is not None:
-            _agent_place(self.agent_check)
+            parse_port(self.agent_check, "agent_check")
         if self.socket is None and (self.agent_check is None or self.log is None):
             raise InvalidOptionError(
                 "give socket, HAProxy's 'stats socket'; or both agent_check and log, which do without it"
@@ -82,7 +81,7 @@ def open_backends(options: HaproxyOptions, *, wait: float = 10.0) -> dict[str, S
             log = FlowLog(parse_place(options.log, "log")).share()
             made.callback(log.close)
         if options.agent_check is not None:
-            agent = AgentCheck(_agent_place(options.agent_check)).share()
+            agent = AgentCheck(parse_port(options.agent_check, "agent_check")).share()
             made.callback(agent.close)
         sources: dict[str, Source] = {}
         try:
@@ -106,25 +105,4 @@ def open_backends(options: HaproxyOptions, *, wait: float = 10.0) -> dict[str, S
         return sources
 
 
-def pair_names(names: Sequence[str], backends: Sequence[str]) -> dict[str, str]:
-    """Backends by the names of their regions.
-
-    Raises:
-        InvalidOptionError: unless there are as many names, all different, as backends.
-    """
-    if len(names) != len(backends) or len(set(names)) < len(names):
-        raise InvalidOptionError(
-            f"give each backend a region of its own: there are {len(backends)} backends ({', '.join(backends) or '-'}) "
-            f"and {len(set(names))} names ({', '.join(names) or '-'})"
-        )
-    return dict(zip(names, backends, strict=True))
-
-
-def _agent_place(text: str) -> tuple[str, int]:
-    place = parse_place(text if ":" in text else f"127.0.0.1:{text}", "agent_check")
-    if isinstance(place, str):
-        raise InvalidOptionError(f"agent_check must be a TCP port or ADDRESS:PORT, got {text!r}")
-    return place
-
-
-__all__ = ["HaproxyOptions", "open_backends", "pair_names"]
+__all__ = ["HaproxyOptions", "open_backends"]

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
-import logging
-import math
 import re
 import socket
 from dataclasses import dataclass
 
-from ...errors import InvalidOptionError
 from ..base import DriverError
-
-logger = logging.getLogger("lbgym")
+from ..proxy import Followed, Place, Process, shown
 
 #: The oldest version whose answers are understood.
 OLDEST = (2, 4)
@@ -22,26 +18,6 @@ _WEIGHTED, _UNWEIGHTED = ("roundrobin", "leastconn", "random"), ("static-rr", "f
 _PROMPT = b"\n> "
 #: Seconds to wait for an answer.
 _TIMEOUT = 2.0
-
-
-def parse_place(text: str, what: str) -> str | tuple[str, int]:
-    """The path of a Unix socket, or host and port: ``/PATH``, ``unix:PATH``, ``HOST:PORT`` or ``[IPV6]:PORT``.
-
-    Raises:
-        InvalidOptionError: for anything else.
-    """
-    if text.startswith("unix:") or "/" in text:
-        path = text.removeprefix("unix:")
-        if path and path.isprintable() and len(path.encode()) <= 107:
-            return path
-    else:
-        host, _, port = text.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
-        if host and port.isascii() and port.isdigit() and 0 < int(port) < 65_536:
-            return host, int(port)
-    raise InvalidOptionError(
-        f"{what} must be the path of a Unix socket with a '/' in it, of at most 107 bytes, or HOST:PORT, got {text!r}"
-    )
 
 
 class Connection:
@@ -54,7 +30,7 @@ class Connection:
         DriverError: if nobody answers there, or may not be asked.
     """
 
-    def __init__(self, place: str | tuple[str, int]) -> None:
+    def __init__(self, place: Place) -> None:
         self._place = place
         try:
             if isinstance(place, str):
@@ -106,14 +82,7 @@ class Connection:
         self._socket.close()
 
 
-def shown(place: str | tuple[str, int]) -> str:
-    """A place as it is written on a command line."""
-    if isinstance(place, str):
-        return place
-    return f"[{place[0]}]:{place[1]}" if ":" in place[0] else f"{place[0]}:{place[1]}"
-
-
-def _unreachable(place: str | tuple[str, int], error: OSError) -> str:
+def _unreachable(place: Place, error: OSError) -> str:
     where = shown(place)
     if isinstance(error, FileNotFoundError):
         return f"there is no socket {where}: does HAProxy run, with 'stats socket {where} level admin' in 'global'?"
@@ -173,36 +142,27 @@ class Backend:
     servers: dict[str, Server]
 
 
-@dataclass(slots=True, eq=False)
-class Process:
+class HaproxyProcess(Process):
     """A process of HAProxy.
 
     Attributes:
         connection: to it; as long as it lasts, a process that is stopping does not end.
-        identity: process id and time of start.
-        version: as it says it.
-        stopping: it takes no new flows.
-        idle: it has no flows.
+        pid: of the process.
         dropped_logs: log lines that it could not send.
     """
 
     connection: Connection
-    identity: tuple[int, int] = (0, 0)
-    version: str = ""
-    stopping: bool = False
-    idle: bool = False
-    dropped_logs: int = 0
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self.pid = self.dropped_logs = 0
 
     def look(self) -> None:
-        """Ask how it is.
-
-        Raises:
-            DriverError: if it does not answer.
-        """
         (answer,) = self.connection.ask("show info")
         info = dict(line.split(": ", 1) for line in answer.splitlines() if ": " in line)
         try:
-            self.identity = int(info["Pid"]), int(info.get("Start_time_sec", 0))
+            self.pid = int(info["Pid"])
+            self.identity = self.pid, int(info.get("Start_time_sec", 0))
             self.version = info["Version"]
             self.stopping = info.get("Stopping", "0") != "0"
             self.idle = int(info["CurrConns"]) == 0
@@ -283,119 +243,37 @@ def _server(row: dict[str, str], state: dict[str, str]) -> Server:
     )
 
 
-class Haproxy:
+class Haproxy(Followed[HaproxyProcess]):
     """A HAProxy, followed through restarts and reloads; shared by the backends that are driven.
 
-    While it reloads there are two processes or more: one that takes new flows, and those that only finish theirs. They
-    are reached by the connections that were made before, which also keep them from ending unseen.
+    The connections to its processes also keep those that are stopping from ending unseen.
 
     Args:
         place: path of its ``stats socket``, or host and port.
 
     Attributes:
-        processes: those that are followed, oldest first; the last takes new flows.
         dropped_logs: log lines that HAProxy says it could not send, since this object exists.
 
     Raises:
         DriverError: if it does not answer, or is too old.
     """
 
-    def __init__(self, place: str | tuple[str, int]) -> None:
-        self.place = place
-        self.processes: list[Process] = []
+    proxy = "HAProxy"
+
+    def __init__(self, place: Place) -> None:
         self.dropped_logs = 0
-        self._looked_at = math.nan
-        self._users = 0
-        self._connect()
+        super().__init__(place)
 
-    @property
-    def newest(self) -> Process:
-        """The process that takes new flows."""
-        return self.processes[-1]
+    def _open(self) -> HaproxyProcess:
+        return HaproxyProcess(Connection(self.place))
 
-    def _connect(self) -> None:
-        process = Process(Connection(self.place))
-        try:
-            process.look()
-        except BaseException:
-            process.connection.close()
-            raise
-        same = next((other for other in self.processes if other.identity == process.identity), None)
-        if same is not None:
-            # Only the connection was lost.
-            same.connection.close()
-            same.connection = process.connection
-        else:
-            self.processes.append(process)
-
-    def look(self, now: float) -> None:
-        """Find out which processes there are; once for each ``now``.
-
-        Raises:
-            DriverError: if no process takes new flows; those that are finishing are known.
-        """
-        if now == self._looked_at:
-            return
-        for process in self.processes[:]:
-            # Everything that it did has been counted at the last look.
-            if process.stopping and process.idle:
-                self._forget(process)
-                continue
-            before = process.dropped_logs
-            try:
-                process.look()
-            except DriverError as error:
-                logger.debug("%s", error)
-                self._lose(process)
-            else:
-                self.dropped_logs += max(0, process.dropped_logs - before)
-        if not self.processes or self.newest.stopping:
-            before_identities = {process.identity for process in self.processes}
-            self._connect()
-            if self.newest.identity in before_identities and self.newest.stopping:
-                raise DriverError(f"HAProxy at {shown(self.place)} is stopping, and no other process has taken over")
-            logger.info("following process %d of HAProxy %s", self.newest.identity[0], self.newest.version)
-        self._looked_at = now
-
-    def _lose(self, process: Process) -> None:
-        """Look for a process that has closed its connection: it may have done so only for being idle."""
-        try:
-            again = Process(Connection(self.place))
-        except DriverError:
-            self._forget(process)
-            return
-        try:
-            again.look()
-        except DriverError:
-            again.connection.close()
-            self._forget(process)
-            return
-        if again.identity != process.identity:
-            again.connection.close()
-            self._forget(process)
-            return
-        process.connection.close()
-        process.connection = again.connection
-        process.stopping, process.idle = again.stopping, again.idle
-
-    def _forget(self, process: Process) -> None:
-        process.connection.close()
-        self.processes.remove(process)
-
-    def share(self) -> Haproxy:
-        """For one more user, who closes it."""
-        self._users += 1
-        return self
-
-    def close(self) -> None:
-        """End the connections when the last user closes it."""
-        self._users -= 1
-        if self._users <= 0:
-            for process in self.processes:
-                process.connection.close()
+    def _look_at(self, process: HaproxyProcess) -> None:
+        before = process.dropped_logs
+        process.look()
+        self.dropped_logs += max(0, process.dropped_logs - before)
 
 
-def check_rule(process: Process, name: str, backend: Backend) -> None:
+def check_rule(process: HaproxyProcess, name: str, backend: Backend) -> None:
     """Refuse rules of ``balance`` that do not follow weights while HAProxy runs, and leave the weights as they are.
 
     Raises:
@@ -429,4 +307,4 @@ def check_rule(process: Process, name: str, backend: Backend) -> None:
         return
 
 
-__all__ = ["Backend", "Connection", "Haproxy", "Process", "Server", "check_rule", "parse_place", "shown"]
+__all__ = ["Backend", "Connection", "Haproxy", "HaproxyProcess", "Server", "check_rule"]

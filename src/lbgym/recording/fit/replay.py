@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...features.columns import FEATURE_NAMES
-from ...scenarios import BoundedPareto, Demand, Deterministic, Exponential, Lognormal, Scenario, Trace, Workload
+from ...scenarios import (
+    BoundedPareto,
+    Demand,
+    Deterministic,
+    Empirical,
+    Exponential,
+    Lognormal,
+    Scenario,
+    Trace,
+    Workload,
+)
 from ...simulator import Simulation
+from ...snapshot import Snapshot
 from .counts import Counts
 
 MEAN, P90, STD = (FEATURE_NAMES.index(name) for name in ("fct_mean", "fct_p90", "fct_std"))
@@ -73,33 +85,10 @@ def replay(
         warmup: seconds at the beginning that do not count.
         generator: of the arrivals' instants within their intervals, the same for all replicas.
     """
-    ends = np.cumsum(counts.seconds)
-    interval = np.repeat(np.arange(len(counts)), counts.arrivals)
-    times = np.sort(ends[interval] - generator.random(len(interval)) * counts.seconds[interval])
-    scenarios = [
-        replace(twin, workload=Workload(trace=Trace(times=times, demands=each, repeat=False)), events=())
-        for each in demands
-    ]
-    simulation = Simulation(scenarios[0], len(demands), service=False)
-    simulation.set_scenarios(dict(enumerate(scenarios)))
-    simulation.reset(seeds)
-    recording = counts.recording
-    weights = np.where(recording.active[counts.rows], recording.weights[counts.rows], 0.0)
-    # An interval in which no server is active has no weights of its own.
-    weights[~weights.any(axis=1)] = 1.0
-    changes = np.ones(len(counts), bool)
-    changes[1:] = (np.diff(weights, axis=0) != 0.0).any(axis=1)
-    n = twin.num_servers
-    stats, looks = np.zeros((2, len(demands), n)), 0
+    simulation = _simulation(twin, counts, demands, seeds, generator)
+    stats, looks = np.zeros((2, len(demands), twin.num_servers)), 0
     before: tuple[dict[str, NDArray[np.float64]], NDArray[np.int64], NDArray[np.int64]] | None = None
-    clock, first = 0.0, 0
-    for k in range(len(counts)):
-        due = k + 1 == len(counts) or changes[k + 1] or ends[k] - clock >= _LOOK - 1e-9
-        if not due:
-            continue
-        given = np.broadcast_to(weights[first], (len(demands), 1, n)) if changes[first] else None
-        snapshot = simulation.step(given, float(ends[k] - clock))
-        clock, first = float(ends[k]), k + 1
+    for clock, snapshot in _steps(simulation, counts):
         if clock < warmup:
             continue
         if before is None:
@@ -123,6 +112,67 @@ def replay(
     )
 
 
+def replay_flows(twin: Scenario, counts: Counts, demands: NDArray[np.float64], seed: int) -> dict[str, NDArray[Any]]:
+    """The flows that end when the twin is simulated so, as ``Simulation.take_flows`` has them.
+
+    Args:
+        twin: its servers, dispatch rule and sampling.
+        counts: the intervals.
+        demands: of each flow.
+        seed: of the flows' hashes and instants.
+    """
+    simulation = _simulation(twin, counts, [demands], [seed], np.random.default_rng(seed), record_flows=True)
+    for _ in _steps(simulation, counts):
+        pass
+    flows = simulation.take_flows()
+    simulation.close()
+    return flows
+
+
+def _simulation(
+    twin: Scenario,
+    counts: Counts,
+    demands: Sequence[NDArray[np.float64]],
+    seeds: Sequence[int],
+    generator: np.random.Generator,
+    *,
+    record_flows: bool = False,
+) -> Simulation:
+    """The twin at time 0, with the recorded arrivals as its trace."""
+    ends = np.cumsum(counts.seconds)
+    interval = np.repeat(np.arange(len(counts)), counts.arrivals)
+    times = np.sort(ends[interval] - generator.random(len(interval)) * counts.seconds[interval])
+    scenarios = [
+        replace(twin, workload=Workload(trace=Trace(times=times, demands=each, repeat=False)), events=())
+        for each in demands
+    ]
+    simulation = Simulation(scenarios[0], len(demands), service=False, record_flows=record_flows)
+    simulation.set_scenarios(dict(enumerate(scenarios)))
+    simulation.reset(seeds)
+    return simulation
+
+
+def _steps(simulation: Simulation, counts: Counts) -> Iterator[tuple[float, Snapshot]]:
+    """Simulate under the recorded weights: the time and the snapshot at every look."""
+    recording = counts.recording
+    weights = np.where(recording.active[counts.rows], recording.weights[counts.rows], 0.0)
+    # An interval in which no server is active has no weights of its own.
+    weights[~weights.any(axis=1)] = 1.0
+    changes = np.ones(len(counts), bool)
+    changes[1:] = (np.diff(weights, axis=0) != 0.0).any(axis=1)
+    ends = np.cumsum(counts.seconds)
+    clock, first = 0.0, 0
+    for k in range(len(counts)):
+        due = k + 1 == len(counts) or changes[k + 1] or ends[k] - clock >= _LOOK - 1e-9
+        if not due:
+            continue
+        shape = (simulation.num_replicas, 1, weights.shape[1])
+        given = np.broadcast_to(weights[first], shape) if changes[first] else None
+        snapshot = simulation.step(given, float(ends[k] - clock))
+        clock, first = float(ends[k]), k + 1
+        yield clock, snapshot
+
+
 def quantiles(demand: Demand, normal: NDArray[np.float64]) -> NDArray[np.float64]:
     """Demands of a law from standard normal numbers, each by its own quantile: the same numbers, comparable flows."""
     match demand:
@@ -140,6 +190,10 @@ def quantiles(demand: Demand, normal: NDArray[np.float64]) -> NDArray[np.float64
                 -1.0 / demand.alpha
             )
             return pareto
+        case Empirical():
+            values = np.sort(np.asarray(demand.values))
+            below = 1.0 - _above(normal)
+            return values[np.minimum((below * len(values)).astype(int), len(values) - 1)]
         case _:
             raise TypeError(f"no quantiles of {demand!r}")
 

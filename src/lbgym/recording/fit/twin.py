@@ -172,7 +172,12 @@ class Fit:
             "servers": [
                 {name: getattr(server, name) for name in FittedServer.__dataclass_fields__} for server in self.servers
             ],
-            "demand": {"law": _named(self.demand.law), "errors": self.demand.errors},
+            "demand": {
+                "law": _named(self.demand.law),
+                "errors": self.demand.errors,
+                "likelihoods": self.demand.likelihoods,
+                "singles": self.demand.singles,
+            },
             "arrivals": {
                 "process": _named(arrivals.process),
                 "rate": arrivals.rate,
@@ -226,7 +231,7 @@ def fit_recording(
         recording: the recording or its path.
         cores: of each server, or of every one; "weights": the safe weights are the cores; None: estimated.
         dispatch: rule of the data plane; None: estimated.
-        demand: "deterministic", "exponential", "lognormal" or "bounded_pareto"; None: the one that fits best.
+        demand: "deterministic", "exponential", "lognormal", "bounded_pareto", "empirical"; None: the best.
         mean_demand: core-seconds of a flow, in the mean.
         hold_out: share of the time, at the end, that the twin is tested on; 0: none.
         name: of the scenario.
@@ -290,7 +295,9 @@ def fit_recording(
         ),
         dispatch=chosen,
     )
-    law = estimate_demand(scenario, fitted, demand_scale, generator, KINDS if demand is None else (demand,))
+    law = estimate_demand(
+        scenario, fitted, demand_scale, generator, KINDS if demand is None else (demand,), overhead=cluster.overhead
+    )
     if not law.errors:
         warnings.append(
             "The law of demands cannot be estimated: too few flows, or no FCT is measured; assumed exponential."

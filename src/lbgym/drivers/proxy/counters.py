@@ -1,6 +1,8 @@
-"""Flows per row, from what processes that come and go count: :class:`FlowCounters`."""
+"""Flows per row, from what processes that come and go count: :class:`FlowCounters`, :class:`ProcessFlows`."""
 
 from __future__ import annotations
+
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +11,7 @@ from numpy.typing import NDArray
 class FlowCounters:
     """Flows that started, completed and failed, by row, since the driver started.
 
-    HAProxy's threads count on while it is read, so what it shows may be off by the flows of that moment. Here nothing
+    A proxy's threads count on while it is read, so what it shows may be off by the flows of that moment. Here nothing
     goes back, and ``started = completed + failed + open`` holds in every row.
 
     Attributes:
@@ -56,3 +58,52 @@ class FlowCounters:
             names = ("open", "_ended", "_failures", "_started", "_completed", "_failed")
             for name in names:
                 setattr(self, name, np.concatenate([getattr(self, name), np.zeros(more, np.int64)]))
+
+
+class Counted(Protocol):
+    """A server as one process has counted.
+
+    Attributes:
+        name: of the server.
+        open: flows it has, or that wait for it.
+        ended: flows that it had and has no more, since the process began.
+        failed: those of them that failed.
+        attempts: to begin a flow, since the process began.
+    """
+
+    name: str
+    open: int
+    ended: int
+    failed: int
+    attempts: int
+
+
+C = TypeVar("C", bound=Counted)
+
+
+class ProcessFlows(Generic[C]):
+    """What was counted of a process.
+
+    Attributes:
+        servers: by name, as of the last look.
+        unrouted: flows that found no server, likewise.
+        stopping: likewise.
+    """
+
+    def __init__(self, unrouted: int = 0) -> None:
+        self.servers: dict[str, C] = {}
+        self.unrouted, self.stopping = unrouted, False
+
+    def more(self, server: C) -> tuple[int, int]:
+        """Flows that have ended, and failed, since the last look."""
+        last = self.servers.get(server.name)
+        self.servers[server.name] = server
+        if last is None:
+            return server.ended, server.failed
+        if server.attempts < last.attempts:
+            # An operator has cleared the counters, or the server is a new one of the same name.
+            return 0, 0
+        ended, failed = server.ended - last.ended, server.failed - last.failed
+        # Between an attempt that fails and the next, a flow has not ended.
+        server.ended, server.failed = max(server.ended, last.ended), max(server.failed, last.failed)
+        return max(0, ended), max(0, failed)

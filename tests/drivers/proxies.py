@@ -1,0 +1,294 @@
+"""What tests of real proxies share: servers behind them, and a driver's source with a clock."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lbgym.dataplanes import SharedMemoryDataPlane
+from lbgym.drivers.check import check_driver
+from lbgym.drivers.control import control
+from lbgym.drivers.proxy import ProxySource
+from lbgym.sharedmemory import Publication
+from tests.test_docs import ROOT, blocks
+
+#: Seconds until which what must happen has happened on any machine.
+LONG = 60.0
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of 127.0.0.1 that nobody has."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports: list[int] = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def eventually(condition: Callable[[], object], timeout: float = LONG) -> None:
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "what was waited for does not come"
+        time.sleep(0.01)
+
+
+def ordinary() -> dict[str, object]:
+    """Arguments of ``subprocess`` that make a process of root's one of nobody's."""
+    return {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+
+
+class Servers:
+    """TCP servers in a thread. A client sends ``SECONDS`` and a line feed, and gets the server's name that much later;
+    instead of seconds, ``break`` has the server reset the connection."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.ports: dict[str, int] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self._servers: dict[str, asyncio.Server] = {}
+        for name in names:
+            self.up(name)
+
+    def up(self, name: str) -> None:
+        """Listen, on the same port as before."""
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                line = await reader.readline()
+                if line == b"break\n":
+                    connection = writer.get_extra_info("socket")
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    writer.transport.abort()
+                    return
+                await asyncio.sleep(float(line or 0))
+                writer.write(name.encode())
+                await writer.drain()
+            except (OSError, ValueError):
+                pass
+            finally:
+                writer.close()
+
+        start = asyncio.start_server(serve, "127.0.0.1", self.ports.get(name, 0), backlog=1024)
+        server = self._servers[name] = asyncio.run_coroutine_threadsafe(start, self._loop).result(LONG)
+        self.ports[name] = server.sockets[0].getsockname()[1]
+
+    def down(self, name: str) -> None:
+        """Refuse connections; those that are open go on."""
+        self._loop.call_soon_threadsafe(self._servers.pop(name).close)
+
+    def close(self) -> None:
+        for name in list(self._servers):
+            self.down(name)
+
+        async def cancel() -> None:
+            for task in asyncio.all_tasks():
+                if task is not asyncio.current_task():
+                    task.cancel()
+
+        asyncio.run_coroutine_threadsafe(cancel(), self._loop).result(LONG)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(LONG)
+        self._loop.close()
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Servers]:
+    made = Servers(["s1", "s2", "s3"])
+    yield made
+    made.close()
+
+
+class Driven:
+    """A source with a clock."""
+
+    def __init__(self, source: ProxySource) -> None:
+        self.source, self.now = source, 0.0
+
+    def read(self) -> Publication:
+        self.now += 0.2
+        seen = self.source.read(self.now)
+        ended = seen.completed + seen.rejected + seen.failed
+        np.testing.assert_array_equal(seen.started - ended, seen.stats[:, 0].astype(int))
+        return seen
+
+    def apply(self, *weights: float) -> None:
+        self.now += 0.01
+        self.source.apply(np.array(weights), self.now)
+
+    def settled(self, started: int) -> Publication:
+        """Once so many flows have been counted and none is open."""
+        seen = self.read()
+
+        def done() -> bool:
+            nonlocal seen
+            seen = self.read()
+            return seen.started.sum() >= started and not seen.stats[:, 0].any()
+
+        eventually(done)
+        return seen
+
+
+def answer(client: socket.socket) -> str:
+    """Of the server that has the flow, which is over then."""
+    with client:
+        return client.recv(100).decode()
+
+
+class Client:
+    """Of a proxy that listens on a port of 127.0.0.1."""
+
+    port: int
+
+    def flow(self, work: object = 0) -> str:
+        """The name of the server that took a flow; empty if it failed."""
+        with self.open(work) as client:
+            try:
+                return client.recv(100).decode()
+            except OSError:
+                return ""
+
+    @contextmanager
+    def open(self, work: object = 0) -> Iterator[socket.socket]:
+        """A flow that has begun."""
+        with closing(socket.create_connection(("127.0.0.1", self.port), LONG)) as client:
+            client.sendall(f"{work}\n".encode())
+            yield client
+
+
+@contextmanager
+def small_disk(folder: Path, options: str) -> Iterator[Path]:
+    """A file system of its own, of which there is soon no more."""
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts a file system to fill")
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """``lbgym dataplane ARGUMENTS`` as a process."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lbgym", "dataplane", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def hold_to_contract(
+    process: subprocess.Popen[str],
+    region: str,
+    line: str,
+    weights: Callable[[], dict[str, int]],
+    flow: Callable[[], str],
+    safe: dict[str, int],
+) -> None:
+    """Drive the servers s1, s2 and s3 of a command that has just been started, and hold it to the contract of drivers.
+
+    Args:
+        process: the command.
+        region: its region.
+        line: that it prints.
+        weights: that the proxy has.
+        flow: sends a flow through it, and returns the server's name.
+        safe: weights at the end, that of s2 but for its drain.
+    """
+    assert process.stdout is not None
+    assert process.stdout.readline() == line, process.communicate()[1]
+    plane = SharedMemoryDataPlane(region, timeout=LONG)
+    try:
+        plane.reset()
+        # An action moves the weights of a real proxy, and so its flows.
+        plane.step(np.array([1.0, 1.0, 2.0]))
+        eventually(lambda: weights() == {"s1": 1, "s2": 1, "s3": 2})
+        served = [flow() for _ in range(40)]
+        assert [served.count(server) for server in ("s1", "s2", "s3")] == [10, 10, 20]
+        eventually(lambda: plane.step(np.array([1.0, 1.0, 2.0])).completed.tolist() == [10, 10, 20])
+    finally:
+        plane.close()
+    control(region, {"op": "drain", "server": "s2"})
+    states = {row["name"]: row["state"] for row in control(region, {"op": "list"})["servers"]}
+    assert states == {"s1": "up", "s2": "draining", "s3": "up"}
+    verdicts = check_driver(region, timeout=LONG, end=True)
+    # A proxy dispatches by weights alone: there is no index to check.
+    assert {verdict.check for verdict in verdicts if verdict.passed is None} <= {"index"}
+    assert not [str(verdict) for verdict in verdicts if verdict.passed is False]
+    assert process.wait(LONG) == 0
+    assert weights() == safe
+
+
+@contextmanager
+def ten_lines(page: str, folder: Path, files: Sequence[str], names: Mapping[str, str]) -> Iterator[str]:
+    """The first lines of a page, from installed packages on; yields what they have shown by then.
+
+    Args:
+        page: of the documentation.
+        folder: to run them in.
+        files: of deploy/ that they use.
+        names: ports, paths and names in lines and files that others may have, and what to use instead.
+    """
+    lines = blocks(page, "sh")[0]
+    assert len(lines.splitlines()) <= 10
+    lines = "\n".join(line for line in lines.splitlines() if not line.startswith(("sudo apt install", "pip install")))
+    names = {**names, "--name web": "--name web-ten", "--shm web": "--shm web-ten", "inspect web": "inspect web-ten"}
+
+    def renamed(text: str) -> str:
+        for old, new in names.items():
+            text = text.replace(old, new)
+        return text
+
+    (folder / "deploy").mkdir()
+    for file in files:
+        (folder / "deploy" / file).write_text(renamed((ROOT / "deploy" / file).read_text()))
+    program = folder / "lbgym"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m lbgym "$@"\n')
+    program.chmod(0o755)
+    shell = subprocess.Popen(
+        ["bash", "-c", f"{renamed(lines)}\nread"],
+        cwd=folder,
+        env=os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert shell.stdout is not None
+        shown = ""
+        for line in shell.stdout:
+            shown += line
+            if line.startswith("web-3") and "started" in shown:
+                break
+        yield shown
+    finally:
+        os.killpg(shell.pid, signal.SIGTERM)
+        shell.communicate()
+
+
+def fetch(url: str) -> None:
+    subprocess.run(["curl", "-s", url], stdout=subprocess.DEVNULL, timeout=LONG, check=True)
