@@ -46,8 +46,10 @@ def intervals(scores: Scores) -> Figure:
             colour = _colour(scores, label)
             mean, middle = scores.geometric_mean(label, metric), scores.iqm(label, metric)
             if mean.value > _MOST:
+                # At the edge, wherever the others' scores put it.
                 axes.annotate(
-                    f"{mean.value:.3g} →", (_MOST, row), ha="right", va="center", fontsize=8, color=colour,
+                    f"{mean.value:.3g} →", (0.99, row), xycoords=axes.get_yaxis_transform(), ha="right", va="center",
+                    fontsize=8, color=colour,
                 )  # fmt: skip
                 continue
             axes.barh(
