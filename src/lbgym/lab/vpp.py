@@ -8,15 +8,13 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import checks
 from ..errors import InvalidOptionError, UnknownNameError
 from ..scenarios import Scenario
 from .base import LabError, run_tool
-
-if TYPE_CHECKING:
-    from .data_planes import Place
+from .place import VIP, VIP_PORT, Place
 
 #: Options of ``[driver]``.
 _KEYS = ("mode", "flows")
@@ -99,8 +97,6 @@ class VppDataPlane:
         return ["sh", "-c", script]
 
     def _commands(self, place: Place, rule: str, sampling: float) -> list[str]:
-        from .data_planes import VIP, VIP_PORT
-
         mode, balancers = place.options.get("mode", "dsr"), place.scenario.balancers
         lines = [
             "create host-interface name eth0",
