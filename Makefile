@@ -69,16 +69,20 @@ demo: $(VENV)/.all out/demo/agent.pt ## install, train for a minute, compare wit
 		--policies ecmp,wcmp-uniform,wcmp,maglev,lsq,sed,p2c,adaptive,out/demo/agent.pt --out out/demo
 
 # Under an hour on two cores; killed, it goes on where it was.
-PRETRAIN_STEPS ?= 10000000
+PRETRAIN_STEPS ?= 373248
+PRETRAIN_SEEDS ?= 1 2 3
 .PHONY: pretrain
 pretrain: $(VENV)/.all ## train the policy adaptive from nothing, put it into the package, and measure it: out/pretrain
 	@mkdir -p out/pretrain
-	$(BIN)/lbgym train --algo cma-es --steps $(PRETRAIN_STEPS) --out out/pretrain/cma-es.pt \
-		$$(test ! -e out/pretrain/cma-es.pt || echo --resume out/pretrain/cma-es.pt)
-	$(BIN)/python -m benchmarks.pretraining --publish out/pretrain/cma-es.pt
+	for seed in $(PRETRAIN_SEEDS); do \
+		file=out/pretrain/seed$$seed.pt; \
+		$(BIN)/lbgym train --algo cma-es --seed $$seed --steps $(PRETRAIN_STEPS) --out $$file \
+			$$(test ! -e $$file || echo --resume $$file) || exit; \
+	done
+	$(BIN)/python -m benchmarks.pretraining --publish $(PRETRAIN_SEEDS:%=out/pretrain/seed%.pt)
 	$(BIN)/lbgym suite run --seeds 4 --out out/pretrain/suite \
 		--policies adaptive,sed,sed_scaled,sed+latency,marginal+core-latency,marginal+field+core-latency
-	$(BIN)/python -m benchmarks.pretraining --publish out/pretrain/cma-es.pt --suite out/pretrain/suite
+	$(BIN)/python -m benchmarks.pretraining --suite out/pretrain/suite
 
 .PHONY: lint
 lint: $(VENV)/.dev ## style and types

@@ -70,6 +70,8 @@ def test_flows_go_through_the_proxy_by_the_weights(lab: Laboratory, tmp_path: Pa
 def test_what_it_does_not_have_is_refused(lab: Laboratory) -> None:
     with pytest.raises(PolicyError, match="' does not have the dispatch rule 'marginal'; it has round_"):
         compare_in(lab, "marginal", 1)
+    with pytest.raises(PolicyError, match=r"rule 'marginal'; it has .*; name one of them, as in 'sed\+adaptive'$"):
+        compare_in(lab, "adaptive", 1)
 
 
 def test_proxy_and_driver_end_together(lab: Laboratory) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lbgym.errors import CheckpointError, PolicyError, UnknownNameError
 from lbgym.evaluation import compare, parse_contender
+from lbgym.features import FEATURE_NAMES
 from lbgym.policies import load_policy, make_agent, pretrained
 from lbgym.policies.estimator import CONSTANTS, INPUTS, LARGEST_CHANGE, IndexEstimator, initial_parameters
 from lbgym.policies.neural import EstimatorPolicy
@@ -248,3 +249,34 @@ def test_the_first_estimate_is_what_is_configured() -> None:
     constants = dict(zip(CONSTANTS, initial_parameters(0)["constants"], strict=True))
     np.testing.assert_allclose(change, 0.0, atol=1e-12)
     np.testing.assert_allclose(load, math.exp(constants["rest"] - 0.5 * constants["rest_load"]))
+
+
+def background_of(flows: list[list[float]], steps: int, **constants: float) -> NDArray[np.float64]:
+    """Background loads of four servers of a core behind three balancers, after so many steps of these flows in turn."""
+    values = dict.fromkeys(CONSTANTS, 0.0) | {"log_slow": 0.7, "log_noise": 30.0, "rest": -30.0, "log_linear": -30.0}
+    values |= {"log_memory": 4.0, "log_long": 4.0} | constants
+    estimator = IndexEstimator({"constants": np.array([values[name] for name in CONSTANTS])}, 0.25)
+    stats = np.zeros((4, COLUMNS))
+    stats[:, FEATURE_NAMES.index("fct_mean_decay")] = 0.1
+    for step in range(steps):
+        stats[:, FEATURE_NAMES.index("n_flow_on")] = flows[step % len(flows)]
+        _, load = estimator(stats, np.ones(4, np.bool_), np.zeros(4), np.zeros(4), np.array([math.log(3.0)]))
+    return load
+
+
+def test_other_balancers_hold_what_this_one_does_unless_that_is_chance() -> None:
+    # A second says little: all servers are thought to be alike.
+    brief = background_of([[6.0, 2.0, 4.0, 4.0]], 4, log_sampling=3.0)
+    np.testing.assert_allclose(brief, background_of([[4.0] * 4], 4), rtol=0.05)
+    # What stays so for ten minutes is no chance.
+    np.testing.assert_allclose(background_of([[6.0, 2.0, 4.0, 4.0]], 2400), [12.0, 4.0, 8.0, 8.0], rtol=0.02)
+    # The level follows within seconds, the shares do not.
+    rising = background_of([[2.0, 6.0, 4.0, 4.0]] * 600 + [[24.0, 8.0, 16.0, 16.0]] * 40, 640)
+    assert rising.sum() == pytest.approx(2 * 64.0, rel=0.05) and rising[0] < rising[1]
+
+
+def test_an_offset_by_capacities_changes_no_order() -> None:
+    """It adds the same to every score of the rule where servers hold no fewer flows than they have cores."""
+    flows = [[3.0, 1.0, 2.0, 5.0]]
+    near, far = background_of(flows, 400), background_of(flows, 400, log_linear=1.0)
+    np.testing.assert_allclose(far - near, math.e * 2 / 3, rtol=1e-9)

@@ -93,6 +93,7 @@ def test_one_contender_one_seed_and_many_servers(open_page: Open, tmp_path: Path
         assert tab.locator("figure").count() == 3
     two = compare(many, "sed,lsq", 1, processes=1)
     assert "one seed cannot show whether by chance" in verdict(two)
+    assert "nan" not in two.verdict("sed") + two.verdict("lsq")
     assert len(comparison_report(two).encode()) < MOST
 
 

@@ -118,7 +118,8 @@ def _lives(vpp: Vpp) -> Any:
     assert vpp.alive() and vpp.version
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# Names of tests may not differ between the processes that run them.
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.replace(NAME, "NAME"))
 def test_commands(vpp: Vpp, command: str) -> None:
     if not COMMANDS[command] and command.startswith("lbgym server"):
         vpp.cli(command)

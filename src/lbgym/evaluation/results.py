@@ -255,7 +255,7 @@ class Comparison:
             if all(d.high < 0 for d in differences.values()):
                 better.append(other)
             else:
-                shown = (f"{HEADINGS[m]} {d.mean:+.1f} ±{d.half_width:.1f} %" for m, d in differences.items())
+                shown = (f"{HEADINGS[m]} {_percent(d)}" for m, d in differences.items())
                 rest.append(f"{other} ({', '.join(shown)})")
         parts = []
         if better:
@@ -263,6 +263,12 @@ class Comparison:
         if rest:
             parts.append(f"{label} is not shown to have a lower {names} FCT than {', '.join(rest)}.")
         return " ".join(parts)
+
+
+def _percent(interval: Interval) -> str:
+    """With its half width, where more than one seed gives it one."""
+    half = f" ±{interval.half_width:.1f}" if np.isfinite(interval.half_width) else ""
+    return f"{interval.mean:+.1f}{half} %"
 
 
 def _plain(metrics: dict[str, float]) -> dict[str, float | int | None]:

@@ -130,9 +130,12 @@ def _check(lab: Laboratory, contender: Contender) -> None:
     agents = agents_of(contender, lab.config.scenario, 0)
     rule = dispatch_of(contender, lab.config.scenario, agents)
     if rule not in lab.rules:
+        weighted = next((name for name in ("sed", *lab.rules) if name in lab.rules and RULES[name].weighted), None)
+        brought = contender.dispatch is None and weighted is not None
+        hint = f"; name one of them, as in '{weighted}+{contender.label}'" if brought else ""
         raise PolicyError(
             f"contender {contender.label!r}: the data plane {lab.config.data_plane!r} does not have the dispatch rule "
-            f"{rule!r}; it has {', '.join(lab.rules)}: choose one as in RULE+POLICY"
+            f"{rule!r}; it has {', '.join(lab.rules)}{hint}"
         )
     if agents[0].uses_ground_truth:
         raise PolicyError(

@@ -32,38 +32,39 @@ from ..features.columns import column_index
 Array = NDArray[Any]
 
 #: Learned constants: the values that training begins with, and the standard deviation of its first steps. The values
-#: are rounded from a first search of 72 generations, which began with those of ``marginal+field+core-latency``. Times
-#: are logarithms of seconds.
+#: are rounded from earlier searches, the first of which began with those of ``marginal+field+core-latency``, and from
+#: experiments with several balancers. Times are logarithms of seconds.
 CONSTANTS: dict[str, tuple[float, float]] = {
     # The estimate of the speed: weights of the logarithms of the FCT's statistics.
-    "fct_decay": (1.0, 0.2),
-    "fct_mean": (0.1, 0.2),
-    "fct_p90": (0.05, 0.2),
-    "duration": (0.0, 0.2),
-    "congestion": (0.3, 0.2),
-    "log_smoothing": (1.6, 0.5),
+    "fct_decay": (0.95, 0.2),
+    "fct_mean": (-0.15, 0.2),
+    "fct_p90": (0.2, 0.2),
+    "duration": (0.05, 0.2),
+    "congestion": (0.5, 0.2),
+    "log_smoothing": (1.4, 0.5),
     # Shrinkage: the flows that an estimate remembers, the noise of one, the prior variance.
-    "log_memory": (4.0, 0.5),
-    "log_noise": (-1.2, 0.7),
-    "log_variance": (-4.5, 0.7),
+    "log_memory": (4.8, 0.5),
+    "log_noise": (-2.3, 0.7),
+    "log_variance": (-3.4, 0.7),
     # The exponent of the estimate.
     "gain": (0.65, 0.2),
-    "gain_load": (0.2, 0.3),
+    "gain_load": (-0.15, 0.3),
     "gain_balancers": (0.0, 0.1),
-    # The background load that stands for the other balancers.
+    # The background load that stands for the other balancers: shares by a long memory, at the level of a shorter one.
     "log_slow": (2.0, 0.5),
     "log_fast": (0.0, 0.5),
-    "fast_share": (0.45, 0.3),
-    "log_field": (0.1, 0.3),
-    "field_load": (0.6, 0.3),
-    "field_balancers": (-0.1, 0.2),
-    "pooling": (-0.5, 1.0),
-    "pooling_evidence": (0.0, 0.3),
-    "surge": (0.0, 0.2),
+    "log_long": (3.7, 0.5),
+    "log_field": (0.0, 0.2),
+    "field_load": (0.3, 0.3),
+    "field_balancers": (0.0, 0.1),
+    "log_sampling": (0.0, 0.7),
+    "surge": (0.1, 0.2),
+    "log_linear": (0.0, 0.5),
+    "linear_load": (0.0, 0.5),
+    "linear_balancers": (0.0, 0.3),
     # The background load of every server, per core.
-    "rest": (-3.5, 0.7),
-    "rest_load": (0.3, 0.5),
-    "rest_balancers": (0.0, 0.5),
+    "rest": (-3.2, 0.7),
+    "rest_load": (0.2, 0.5),
 }
 
 #: What the residual network reads of every server.
@@ -79,6 +80,8 @@ _LEAST = 1e-9
 LARGEST_CHANGE = math.log(10.0)
 #: The variance of the prior counts as this many servers.
 _PRIOR_SERVERS = 2.0
+#: The prior variance of a server's share of the flows over what capacities let one expect.
+_FIELD_VARIANCE = 0.01
 
 #: Columns that are read: the flows, what the speed is estimated from, and the spread.
 _COLUMNS = [
@@ -134,6 +137,7 @@ class IndexEstimator:
             name: np.exp(-step_interval * np.exp(-self._c[f"log_{name}"]))
             for name in ("smoothing", "memory", "slow", "fast")
         }
+        self._memory, self._sampling = np.exp(self._c["log_long"]), np.exp(self._c["log_sampling"])
         self._noise = np.exp(self._c["log_noise"])
         self._prior_excess = _PRIOR_SERVERS * np.exp(self._c["log_variance"])
         zero = np.zeros_like(self._c["fct_mean"])
@@ -175,13 +179,15 @@ class IndexEstimator:
         flows, fct = columns[..., 0], columns[..., 1]
         known = given.active & (fct > 0.0)
         if self._slow is None or self._slow.shape != active.shape:
-            self._slow, self._fast, self._log_speed, self._evidence = np.zeros((4, *active.shape))
+            self._slow, self._fast, self._long, self._log_speed, self._evidence = np.zeros((5, *active.shape))
+            self._age = 0.0
+        self._age += self._step
         self._slow = flows + keep["slow"] * (self._slow - flows)
-        self._fast = flows + keep["fast"] * (self._fast - flows)
 
         # Where the cluster stands: flows per core of all balancers, by symmetry.
         own_load = given.per_core * self._slow
-        load = given.balancers * given.sum(self._slow) / given.total_size
+        mine = given.sum(self._slow)
+        load = given.balancers * mine / given.total_size
         load = load / (1.0 + load)
         busy = load - 0.5
 
@@ -217,26 +223,27 @@ class IndexEstimator:
         log_weight = speed = given.prior + shrinkage * deviation
 
         # What the others hold, per core.
-        field: Any = np.zeros(active.shape)
         news = given.masked(np.minimum(np.maximum(news, -2.0), 2.0))
-        seen = np.log(self._evidence + 0.1)
+        field: Any = 0.0
+        background: Any = np.exp(c["rest"] + c["rest_load"] * busy)
         if given.several:
-            mine = np.maximum(self._slow + c["fast_share"] * (self._fast - self._slow), 0.0)
             worth = given.size * np.exp(np.minimum(np.maximum(log_weight, -3.0), 3.0))
-            expected = given.sum(mine) * worth / np.maximum(worth.sum(-1, keepdims=True), _LEAST)
-            share = 1.0 / (1.0 + np.exp(-c["pooling"] - c["pooling_evidence"] * seen))
-            factor = c["log_field"] + c["field_load"] * busy + c["field_balancers"] * (balancers - 1.0)
-            others = mine + share * (expected - mine)
-            field = given.others_per_core * others * np.exp(factor - c["surge"] * news)
-        background = field + np.exp(c["rest"] + c["rest_load"] * busy + c["rest_balancers"] * balancers)
+            field = self._field(flows, fct, worth, shrinkage * news, mine, busy, balancers, given)
+            # Far from 0 the rule's scores are straight lines: an offset by the capacities makes them so, and changes
+            # no order.
+            offset = c["log_linear"] + c["linear_load"] * busy + c["linear_balancers"] * (balancers - 1.0)
+            background = background + field + given.others_share * worth * np.exp(offset)
+        else:
+            background = background + given.zeros
 
         if self._network:
+            self._fast = flows + keep["fast"] * (self._fast - flows)
             inputs = np.empty((*active.shape, len(INPUTS)))
             for i, value in enumerate(
                 (
                     speed, given.prior, deviation, shrinkage, np.log1p(own_load),
                     np.log((self._fast + 0.5) / (self._slow + 0.5)), cores, load, balancers, np.log1p(field), spread,
-                    0.3 * seen, news,
+                    0.3 * np.log(self._evidence + 0.1), news,
                 )
             ):  # fmt: skip
                 inputs[..., i] = value
@@ -245,6 +252,40 @@ class IndexEstimator:
             background = background * np.exp(np.minimum(np.maximum(more[..., 1], -3.0), 3.0))
         # The weight is cores times the speed per core; what is configured is taken out again.
         return given.centred(log_weight - given.prior), given.masked(background)
+
+    def _field(
+        self,
+        flows: Array,
+        fct: Array,
+        worth: Array,
+        news: Array,
+        level: Array,
+        busy: Array,
+        balancers: Array,
+        given: _Given,
+    ) -> Array:
+        """What the other balancers hold of every server, per core.
+
+        A balancer's own flows in the long run stand for theirs. What their spread over the servers owes to chance, by
+        Poisson's law, is shrunk towards what capacities let one expect.
+        """
+        c = self._c
+        # A mean, until it remembers as much as it should.
+        memory = np.minimum(self._memory, self._age)
+        long = self._long = flows + np.exp(-self._step / memory) * (self._long - flows)
+        total = given.sum(long) + _LEAST
+        expected = (total / (worth.sum(-1, keepdims=True) + _LEAST)) * worth + _LEAST
+        apart = given.masked(long / expected - 1.0)
+        seconds = given.sum(fct) / given.count
+        chance = (self._sampling * (seconds / (seconds + memory)) + _LEAST) / expected
+        excess = np.maximum(given.sum(apart * apart - chance), 0.0)
+        variance = (excess + _PRIOR_SERVERS * _FIELD_VARIANCE) / (given.count + _PRIOR_SERVERS)
+        mine = expected + expected * apart * variance / (variance + chance)
+        factor = c["log_field"] + c["field_load"] * busy + c["field_balancers"] * (balancers - 1.0)
+        field: Array = (
+            given.others_per_core * mine * np.exp(factor + np.log(level / total + _LEAST) - c["surge"] * news)
+        )
+        return field
 
     def _given_by(self, active: Array, weights: Array, cores: Array, balancers: Array) -> _Given:
         """What follows from these alone, which rarely change."""
@@ -275,6 +316,7 @@ class _Given:
 
     def __init__(self, active: Array, weights: Array, cores: Array, balancers: Array) -> None:
         self.active, self.all = active, bool(active.all())
+        self.zeros = np.zeros(active.shape)
         self.count = np.maximum(active.sum(-1, keepdims=True), 1.0)
         self.prior = self.centred(weights - cores)
         self.size = np.where(active, np.exp(cores), 0.0)
@@ -283,6 +325,7 @@ class _Given:
         self.several = bool((self.balancers > 1.0).any())
         self.per_core = self.balancers / np.where(active, self.size, 1.0)
         self.others_per_core = (self.balancers - 1.0) / np.where(active, self.size, 1.0)
+        self.others_share = self.others_per_core / self.balancers
 
     def masked(self, values: Array) -> Array:
         """0 where inactive."""

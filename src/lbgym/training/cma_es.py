@@ -77,7 +77,7 @@ class CMAESConfig(TrainingConfig):
     """generation from which the residual network is learned"""
     network_step: float = 0.05
     """first step size of the network's parameters"""
-    validate_every: int = 12
+    validate_every: int = 6
     """generations between two runs on scenarios that training does not see; the best on them is kept"""
     initial: str | None = None
     """a file of this recipe or a pretrained policy to begin with"""
