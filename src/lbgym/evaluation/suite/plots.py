@@ -59,6 +59,7 @@ def intervals(scores: Scores) -> Figure:
         axes.axvline(1.0, color="#9a9a9a", linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
         # Bars would keep the margin off the side that they end at, and cut the baseline's dot in half.
         axes.use_sticky_edges = False
+        axes.margins(x=0.04)
         axes.set_title(f"{_NAMES[metric]} over {scores.protocol.baseline}'s", loc="left", fontsize=10, color=_TEXT)
         axes.set_ylim(-0.6, len(labels) - 0.4)
         _dress(axes, 8.5)
