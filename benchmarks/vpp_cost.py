@@ -2,7 +2,7 @@
 
 VPP's packet generator sends TCP packets to a VIP of the plugin and to one of VPP's ``lb``, both with GRE and the same
 servers, in the same run and on the same thread; ``show runtime`` says what each node takes for a packet of the vectors
-that it was given. An interface that discards follows. VPP_PREFIX is where VPP is installed.
+that it was given. A loopback interface follows. VPP_PREFIX is where VPP is installed.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Generator:
 
     def __init__(self, vpp: Vpp, folder: Path) -> None:
         self.vpp, self.folder, self._count = vpp, folder, 0
-        vpp.cli("create packet-generator interface pg0")
-        vpp.cli("set interface ip address pg0 10.98.0.1/24")
-        vpp.cli("set interface state pg0 up")
-        vpp.cli("set ip neighbor pg0 10.98.0.2 02:00:00:00:00:02")
-        vpp.cli("ip route add 10.99.0.0/16 via 10.98.0.2 pg0")
+        vpp.cli("create loopback interface")
+        vpp.cli("set interface ip address loop0 10.98.0.1/24")
+        vpp.cli("set interface state loop0 up")
+        vpp.cli("set ip neighbor loop0 10.98.0.2 02:00:00:00:00:02")
+        vpp.cli("ip route add 10.99.0.0/16 via 10.98.0.2 loop0")
 
     def send(self, vip: str, flags: int, first: int, flows: int, packets: int, node: str) -> float:
         """Send packets of as many flows, in turn; returns the cycles that ``node`` took for each."""
@@ -58,9 +58,7 @@ class Generator:
         to = Vip(ipaddress.IPv4Address(vip), 80)
         numbers = range(first, first + flows)
         write_pcap(pcap, [tcp4(0x0B000000 + n // 50_000, 1024 + n % 50_000, to, flags, n)[ETHERNET:] for n in numbers])
-        self.vpp.cli(
-            f"packet-generator new {{ name {name} limit {packets} node ip4-lookup interface pg0 pcap {pcap} }}"
-        )
+        self.vpp.cli(f"packet-generator new {{ name {name} limit {packets} node ip4-lookup pcap {pcap} }}")
         self.vpp.cli("clear runtime")
         self.vpp.cli(f"packet-generator enable-stream {name}")
         while True:

@@ -89,6 +89,8 @@ static void *zeroed(size_t size)
         (void)madvise(memory, size, MADV_HUGEPAGE);
     }
 #endif
+    /* Pages come now, and not one by one as packets need them. */
+    memset(memory, 0, size);
     return memory;
 }
 

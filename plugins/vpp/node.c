@@ -101,11 +101,35 @@ static_always_inline bool make_whole(vlib_main_t *vm, vlib_buffer_t *b, bool is_
     return true;
 }
 
+/* The usual case: a whole frame for one VIP. False: it is not that simple. */
+static_always_inline bool run_all(vlib_main_t *vm, lbgym_burst_t *burst, const u32 *vips, u32 n, bool is_ipv6, u64 now)
+{
+    const lbgym_vip_t *vip;
+    if (PREDICT_FALSE(vec_len(vips) != 1)) {
+        return false;
+    }
+    vip = pool_elt_at_index(lbgym_main.vips, vips[0]);
+    for (u32 i = 0; i < n && (vip->mode == LBGYM_GRE || vip->mode == LBGYM_IPIP); i++) {
+        if (PREDICT_FALSE(!make_whole(vm, burst->buffers[i], is_ipv6))) {
+            return false;
+        }
+        burst->packets[i].partial = 0;
+    }
+    lbgym_worker_run(vip->workers[vm->thread_index], burst->packets, n, now);
+    for (u32 i = 0; i < n; i++) {
+        burst->vips[i] = vips[0];
+    }
+    return true;
+}
+
 /* Run packets, given by number, by one VIP after another until one of them takes each. */
 static_always_inline void run(vlib_main_t *vm, vlib_node_runtime_t *node, lbgym_burst_t *burst, u32 *vips,
-                              u32 *which, u32 n, bool is_ipv6, u64 now)
+                              u32 *which, u32 n, u32 of, bool is_ipv6, u64 now)
 {
     u32 *index;
+    if (PREDICT_TRUE(n == of && run_all(vm, burst, vips, n, is_ipv6, now))) {
+        return;
+    }
     vec_foreach (index, vips) {
         const lbgym_vip_t *const vip = pool_elt_at_index(lbgym_main.vips, *index);
         const bool encapsulates = vip->mode == LBGYM_GRE || vip->mode == LBGYM_IPIP;
@@ -234,7 +258,7 @@ static_always_inline uword forward(vlib_main_t *vm, vlib_node_runtime_t *node, v
         }
         /* It may have been removed while packets waited for another thread. */
         if (PREDICT_TRUE(!pool_is_free_index(lbgym_main.addresses, address))) {
-            run(vm, node, &burst, lbgym_main.addresses[address].vips, which, some, is_ipv6, now);
+            run(vm, node, &burst, lbgym_main.addresses[address].vips, which, some, n, is_ipv6, now);
         }
     }
     for (u32 i = 0; i < n; i++) {
@@ -266,7 +290,7 @@ static_always_inline uword return_(vlib_main_t *vm, vlib_node_runtime_t *node, v
     for (u32 i = 0; i < n; i++) {
         which[i] = i;
     }
-    run(vm, node, &burst, lbgym_main.translating, which, n, is_ipv6, now_ns());
+    run(vm, node, &burst, lbgym_main.translating, which, n, n, is_ipv6, now_ns());
     for (u32 i = 0; i < n; i++) {
         const u8 verdict = burst.packets[i].verdict;
         burst.nexts[i] = NEXT_DROP;

@@ -2,13 +2,19 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from lbgym.errors import PolicyError, ScenarioError, UnknownNameError
+from lbgym.errors import PolicyError, ScenarioError, UnknownNameError, WorkerLostError
 from lbgym.evaluation import (
     COUNTS,
     METRICS,
@@ -24,6 +30,7 @@ from lbgym.evaluation import (
     parse_contender,
     simulate,
 )
+from lbgym.evaluation.pool import Job, run_jobs
 from lbgym.evaluation.runner import agents_of, decide
 from lbgym.evaluation.statistics import fct_histogram
 from lbgym.policies import HEURISTICS
@@ -258,6 +265,29 @@ def test_bad_arguments(arguments, error, message) -> None:
 def test_an_error_in_another_process_comes_back_as_it_is() -> None:
     with pytest.raises(ScenarioError, match="no flow of scenario 'small' arrives"):
         compare(SMALL, "sed,lsq", 2, duration=1e-3, warmup=9e-4, processes=2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_process_is_killed_in_the_middle_of_its_result() -> None:
+    """What has been read of the result then is half of it, and no end of anything."""
+    settings = replace(SETTINGS, duration=400.0)
+    jobs = [Job(0, parse_contender("sed"), seed) for seed in range(8)]
+    runs = run_jobs([(SMALL, settings)], jobs, processes=2)
+    next(runs)
+    workers = [process.pid for process in multiprocessing.active_children()]
+    # Nobody takes their results: both wait in the middle of one, which no pipe can hold.
+    ticks, since, deadline = 0, time.monotonic(), time.monotonic() + 120.0
+    while time.monotonic() - since < 1.0:
+        assert time.monotonic() < deadline
+        used = sum(sum(map(int, Path(f"/proc/{pid}/stat").read_text().split()[13:15])) for pid in workers)
+        ticks, since = (ticks, since) if used == ticks else (used, time.monotonic())
+        time.sleep(0.05)
+    for pid in workers:
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(WorkerLostError, match="one of the 2 processes that make the runs was killed"):
+        list(runs)
+    assert not multiprocessing.active_children()
 
 
 def test_unknown_labels_and_metrics(comparison: Comparison) -> None:

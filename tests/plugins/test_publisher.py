@@ -47,6 +47,7 @@ def newest(region: SharedMemoryRegion) -> ObservationBuffer:
 
 def test_weights_observations_and_the_contract(publisher: subprocess.Popen[str]) -> None:
     with SharedMemoryRegion.attach("core", timeout=10.0) as region:
+        newest(region)  # Names come with the first observation.
         assert region.server_names == ("one", "two", "three", "four")
         region.write_action(sequence_id=1, weights=[5.0, 1.0, 0.0, 9.0], lease=60.0)
         eventually(lambda: newest(region).applied_sequence_id == 1)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ..errors import ScenarioError, WorkerLostError
@@ -85,43 +88,69 @@ def _run_in_pool(settings: Sequence[Setting], jobs: Sequence[Job], processes: in
     # Compiles the kernel if need be, once and with a message, before every process would.
     scenario, how = settings[jobs[0].setting]
     Simulation(scenario_of_seed(scenario, jobs[0].seed, how)).close()
-    # Fresh processes: a fork would inherit locks of Numba's and torch's threads.
+    # Fresh processes: a fork would inherit locks of Numba's and torch's threads. A pipe each and a flag without a lock,
+    # since a process can be killed at any instant: half a result in a common queue, or a lock that it held, would keep
+    # the others and this one waiting for ever.
     context = multiprocessing.get_context("spawn")
-    with _interrupts_held_back():
-        # multiprocessing's resource tracker, which starts here, ignores the other two by itself.
-        stop = context.Event()
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(processes, context, _begin, (settings, stop))
-    running: dict[Future[Run | None], Job] = {}
+    stop = context.RawValue("b", 0)
+    workers: dict[Connection, Any] = {}
+    under_way: dict[Connection, deque[Job]] = {}
+    left = iter(jobs)
     lost = False
+
+    def give(worker: Connection) -> None:
+        for job in itertools.islice(left, 1):
+            under_way[worker].append(job)
+            with _lost_if_killed(processes):
+                worker.send(job)
+
     try:
-        left = iter(jobs)
-        # A few jobs in advance: the executor's bookkeeping for all of them would take longer than many a run.
         with _interrupts_held_back(), _single_threaded_children():
-            running = {pool.submit(_job, job): job for job in itertools.islice(left, 2 * processes)}
-        while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            with _interrupts_held_back(), _single_threaded_children():
-                running |= {pool.submit(_job, job): job for job in itertools.islice(left, len(done))}
-            for future in done:
-                job, run = running.pop(future), future.result()
+            for _ in range(processes):
+                here, there = context.Pipe()
+                process = context.Process(target=_work, args=(settings, stop, there))
+                process.start()
+                there.close()
+                workers[here], under_way[here] = process, deque()
+        # One job in advance, so that no process waits for this one.
+        for _ in range(2):
+            for worker in workers:
+                give(worker)
+        while any(under_way.values()):
+            for ready in wait([worker for worker in workers if under_way[worker]]):
+                assert isinstance(ready, Connection)
+                with _lost_if_killed(processes):
+                    run = ready.recv()
+                job = under_way[ready].popleft()
+                give(ready)
+                if isinstance(run, BaseException):
+                    raise run
                 if run is not None:
                     yield job, run
-    except BrokenProcessPool:
-        # One that was killed in the middle may have held a lock that the others, and the event, wait for; and they
-        # ignore the SIGTERM by which the executor would end them.
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
+    except WorkerLostError:
         lost = True
+        raise
+    finally:
+        # Also on Ctrl-C or an error: running jobs see the flag at their next control step.
+        stop.value = 1
+        for worker, process in workers.items():
+            worker.close()
+            if lost:
+                process.kill()
+        for process in workers.values():
+            process.join()
+
+
+@contextmanager
+def _lost_if_killed(processes: int) -> Iterator[None]:
+    """Turn the end of a pipe, also in the middle of a result, into an error that says what happened."""
+    try:
+        yield
+    except (EOFError, OSError):
         raise WorkerLostError(
             f"one of the {processes} processes that make the runs was killed, perhaps because memory ran out; fewer of "
             "them take less"
         ) from None
-    finally:
-        # Also on Ctrl-C or an error: running jobs see the event at their next control step.
-        if not lost:
-            stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 #: Signals that ask a process to end.
@@ -154,17 +183,25 @@ def _single_threaded_children() -> Iterator[None]:
             del os.environ[name]
 
 
-# Arguments of this process.
-_shared: tuple[Sequence[Setting], Any] | None = None
-
-
-def _begin(settings: Sequence[Setting], stop: Any) -> None:
-    global _shared
+def _work(settings: Sequence[Setting], stop: Any, jobs: Connection) -> None:
+    """Make the runs that the parent process asks for, until it closes its end."""
     for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _shared = settings, stop
+    with contextlib.suppress(EOFError, OSError), jobs:
+        while True:
+            job = jobs.recv()
+            try:
+                answer: Run | BaseException | None = simulate_job(settings, job, stopped=lambda: bool(stop.value))
+            except Exception as error:
+                error.add_note(f"in another process:\n{traceback.format_exc()}")
+                answer = error
+            try:
+                jobs.send(answer)
+            except (pickle.PicklingError, AttributeError, TypeError):
+                jobs.send(RuntimeError(f"cannot be sent from another process: {answer!r}"))
 
 
 def _end_with_parent() -> None:
@@ -173,9 +210,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _job(job: Job) -> Run | None:
-    assert _shared is not None
-    settings, stop = _shared
-    return simulate_job(settings, job, stopped=stop.is_set)

@@ -7,9 +7,10 @@ from .._lazy import _lazy_names
 if TYPE_CHECKING:
     from .base import LabError
     from .config import Calibration, LabConfig, load_lab, twin_of, with_servers
-    from .data_planes import DATA_PLANES, LabDataPlane, Place
+    from .data_planes import DATA_PLANES, LabDataPlane
     from .laboratory import Laboratory, laboratories, remove
     from .measure import compare_in, predict
+    from .place import Place
     from .prediction import Fidelity, fidelity, fidelity_table, kendall_tau, swapped_pairs
     from .servers import SERVER_KINDS, Instance, ServerKind
 
@@ -44,7 +45,8 @@ __getattr__, __dir__ = _lazy_names(
     {
         "base": "LabError",
         "config": "Calibration LabConfig load_lab twin_of with_servers",
-        "data_planes": "DATA_PLANES LabDataPlane Place",
+        "data_planes": "DATA_PLANES LabDataPlane",
+        "place": "Place",
         "prediction": "Fidelity fidelity fidelity_table kendall_tau swapped_pairs",
         "laboratory": "Laboratory laboratories remove",
         "measure": "compare_in predict",

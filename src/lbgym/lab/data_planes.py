@@ -12,7 +12,6 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from types import MappingProxyType
@@ -23,35 +22,9 @@ from ..drivers import DriverError
 from ..errors import InvalidOptionError, MissingExtraError, UnknownNameError
 from ..scenarios import RULES, Scenario
 from .base import LabError, run_tool
-from .namespaces import Network, inside
+from .namespaces import inside
+from .place import VIP, VIP_PORT, Place
 from .vpp import VppDataPlane
-
-VIP, VIP_PORT = "10.77.1.100", 80
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one balancer of a laboratory stands.
-
-    Attributes:
-        network: of the laboratory.
-        part: of the network that the balancer has for itself, with one interface eth0.
-        region: name of its region.
-        servers: name, address and port of each.
-        scenario: what is balanced.
-        options: table ``[driver]`` of the configuration.
-        publish_interval: seconds.
-        folder: for its configuration.
-    """
-
-    network: Network
-    part: str
-    region: str
-    servers: Sequence[tuple[str, str, int]]
-    scenario: Scenario
-    options: Mapping[str, Any]
-    publish_interval: float
-    folder: Path
 
 
 class LabDataPlane(Protocol):

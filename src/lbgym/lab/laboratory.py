@@ -29,9 +29,10 @@ from .base import LabError, check_name, check_root
 from .calibration import calibrate
 from .cgroups import CpuGroup, missing_controllers
 from .config import LabConfig, load_lab, write_lab
-from .data_planes import VIP, VIP_PORT, LabDataPlane, Place, data_plane
+from .data_planes import LabDataPlane, data_plane
 from .generator import Outcome
 from .namespaces import Network, inside, missing_tools
+from .place import VIP, VIP_PORT, Place
 from .servers import BACKLOG, PORT, WORKERS, Instance, open_to_workers, server_kind
 
 #: Where laboratories keep what belongs to them: on a machine that has just started, none is there.

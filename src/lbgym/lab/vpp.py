@@ -8,15 +8,13 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import checks
 from ..errors import InvalidOptionError, UnknownNameError
 from ..scenarios import Scenario
 from .base import LabError, run_tool
-
-if TYPE_CHECKING:
-    from .data_planes import Place
+from .place import VIP, VIP_PORT, Place
 
 #: Options of ``[driver]``.
 _KEYS = ("mode", "flows")
@@ -99,11 +97,11 @@ class VppDataPlane:
         return ["sh", "-c", script]
 
     def _commands(self, place: Place, rule: str, sampling: float) -> list[str]:
-        from .data_planes import VIP, VIP_PORT
-
         mode, balancers = place.options.get("mode", "dsr"), place.scenario.balancers
+        # Not the kernel's, which would take the packets for its own; the same at each start, as others remember it.
+        number = int(place.part.rpartition("-")[2])
         lines = [
-            "create host-interface name eth0",
+            f"create host-interface name eth0 hw-addr 02:fe:6c:62:{number >> 8:02x}:{number & 0xFF:02x}",
             "set interface state host-eth0 up",
             f"set interface ip address host-eth0 {self._file(place, 'address').read_text()}",
             "ip route add 10.78.0.0/16 via host-eth0",
