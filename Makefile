@@ -171,7 +171,7 @@ test-clocks:
 .PHONY: test-idle
 test-idle:
 	nice -n 19 $(MAKE) --no-print-directory test-next
-	nice -n 19 $(MAKE) --no-print-directory test-contract
+	nice -n 19 $(MAKE) --no-print-directory test-contract test-frameworks-docs
 
 .PHONY: coverage
 coverage: tools $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
@@ -231,6 +231,9 @@ $(VENV)-next/.dev: pyproject.toml constraints.txt
 test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray
 	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 --dist loadfile --durations 10 $(COVERAGE) \
 		tests/frameworks tests/training/test_recipes.py
+
+.PHONY: test-frameworks-docs
+test-frameworks-docs: $(FRAMEWORKS)/.dev ## the pages and examples of RLlib, BenchMARL and Ray
 	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) tests/test_docs.py tests/test_examples.py -k "rllib or benchmarl or clusters"
 
 .PHONY: test-contract

@@ -40,7 +40,8 @@ def publisher(tmp_path: Path, shm_dir: Path) -> Iterator[subprocess.Popen[str]]:
 
 def newest(region: SharedMemoryRegion) -> ObservationBuffer:
     buffer = region.new_buffer()
-    assert region.read_into(buffer) and region.wait_observation(buffer.sequence_id, 10.0)
+    seen = buffer.sequence_id if region.read_into(buffer) else 0
+    assert region.wait_observation(seen, 10.0)
     assert region.read_into(buffer)
     return buffer
 
