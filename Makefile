@@ -155,23 +155,14 @@ warm: $(VENV)/.dev
 warm-next: $(VENV)-next/.dev
 	$(VENV)-next/bin/python $(WARM)
 
-# Tests of live data planes wait for a third of the time, and must not wait for a processor: beside them only what yields.
+# Tests of live data planes wait most of the time, and should not have to wait for a processor: with their like.
 .PHONY: test
 test: ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 4 --output-sync lint warm $(if $(PYTHON_NEXT),warm-next) $(FRAMEWORKS)/.dev tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS:%=--ignore=%)
-	$(MAKE) -j 2 --output-sync test-clocks test-idle
-	$(MAKE) test-frameworks
-
-.PHONY: test-clocks
-test-clocks:
-	$(MAKE) --no-print-directory test-live
-	$(MAKE) --no-print-directory test-young-clock
-
-.PHONY: test-idle
-test-idle:
-	nice -n 19 $(MAKE) --no-print-directory test-next
-	nice -n 19 $(MAKE) --no-print-directory test-contract test-frameworks-docs
+	$(MAKE) test-live test-young-clock
+	$(MAKE) -j 2 --output-sync test-next test-frameworks
+	$(MAKE) test-frameworks-docs test-contract
 
 .PHONY: coverage
 coverage: tools $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them

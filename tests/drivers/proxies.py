@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from lbgym.dataplanes import SharedMemoryDataPlane
+from lbgym.drivers import DriverError
 from lbgym.drivers.check import check_driver
 from lbgym.drivers.control import control
 from lbgym.drivers.proxy import ProxySource
@@ -112,6 +113,19 @@ def servers() -> Iterator[Servers]:
     made.close()
 
 
+def applied(source: ProxySource, *weights: float, now: float = 0.1) -> None:
+    """Put weights in force; a proxy that is slow to take them is asked again, as the publisher does."""
+
+    def done() -> bool:
+        try:
+            source.apply(np.array(weights), now)
+        except DriverError:
+            return False
+        return True
+
+    eventually(done)
+
+
 class Driven:
     """A source with a clock."""
 
@@ -127,7 +141,7 @@ class Driven:
 
     def apply(self, *weights: float) -> None:
         self.now += 0.01
-        self.source.apply(np.array(weights), self.now)
+        applied(self.source, *weights, now=self.now)
 
     def settled(self, started: int) -> Publication:
         """Once so many flows have been counted and none is open."""

@@ -15,7 +15,7 @@ from lbgym.drivers.envoy import EnvoyOptions, open_clusters
 from lbgym.features import FEATURE_NAMES
 from lbgym.sharedmemory import ServerState
 from tests.drivers.envoy.balancer import Balancer, write
-from tests.drivers.proxies import Driven, answer, eventually, free_ports
+from tests.drivers.proxies import Driven, answer, applied, eventually, free_ports
 
 pytestmark = pytest.mark.envoy
 
@@ -272,7 +272,7 @@ def test_several_clusters_share_one_envoy(balancer: Balancer) -> None:
     sources = open_clusters(options(balancer, "web", "api", xds=True))
     try:
         for source in sources.values():
-            source.apply(np.array([1.0, 3.0]), 0.1)
+            applied(source, 1.0, 3.0)
         assert balancer.weights("web") == {"s1": 1, "s2": 3} and balancer.weights("api") == {"s3": 1, "s1": 3}
     finally:
         for source in sources.values():

@@ -19,7 +19,7 @@ import pytest
 from lbgym.drivers import DriverError
 from lbgym.drivers.envoy import EnvoyOptions, XdsServer, open_clusters
 from tests.drivers.envoy.balancer import ASSIGNMENT, Balancer, place
-from tests.drivers.proxies import LONG, Driven, Servers, eventually, free_ports
+from tests.drivers.proxies import LONG, Driven, Servers, applied, eventually, free_ports
 
 grpc = pytest.importorskip("grpc")
 discovery = pytest.importorskip("envoy.service.discovery.v3.discovery_pb2")
@@ -262,9 +262,9 @@ def test_grpc_clients_follow(tmp_path: Path) -> None:
     try:
         with closing(source):
             assert set(calls(30)) == {"g1", "g2", "g3"}
-            source.apply(np.array([0.0, 0.0, 5.0]), 0.1)
+            applied(source, 0.0, 0.0, 5.0)
             eventually(lambda: set(calls(10)) == {"g3"})
-            source.apply(np.array([1.0, 3.0, 0.0]), 0.2)
+            applied(source, 1.0, 3.0, 0.0, now=0.2)
             eventually(lambda: set(calls(20)) == {"g1", "g2"})
             names = calls(800)
             # It draws localities at random or in turn, depending on its version: 4 standard errors.
