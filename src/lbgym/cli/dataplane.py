@@ -18,7 +18,7 @@ from ..scenarios import fixed_scenario
 from ._signals import stop_on_signal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from ..drivers import Source
     from ..drivers.config import DataPlaneConfig
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lbgym")
 
+_Interval = Annotated[float, typer.Option(help="Seconds between observations.")]
 _Capacity = Annotated[
     int | None, typer.Option(help="Servers a region has room for.", show_default="64, or more if needed")
 ]
@@ -136,7 +137,7 @@ def xdp(
     exit code is 0. SIGHUP reads --config again. Killed, it leaves the balancer at work for the next driver to take
     over. Needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; the agent needs neither.
     """
-    from ..drivers.config import DataPlaneConfig, load_config, parse_server
+    from ..drivers.config import DataPlaneConfig, parse_server
     from ..drivers.xdp import XdpBalancer, XdpOptions, build_object
     from ..drivers.xdp import detach as remove
     from ..drivers.xdp.options import parse_options
@@ -157,10 +158,8 @@ def xdp(
             raise InvalidOptionError(f"{', '.join(given)}: the servers, VIPs and interfaces are those of --config")
         if given := [flag for flag, value in others.items() if value is not None]:
             raise InvalidOptionError(f"{', '.join(given)}: set these in the file of --config")
-        loaded = load_config(config)
+        loaded = _loaded(config, name)
         options = parse_options(loaded.driver, f"{config}, [driver]")
-        if name is not None:
-            loaded = dataclasses.replace(loaded, name=name)
         if keep:
             options = dataclasses.replace(options, keep=True)
     elif name is None:
@@ -192,7 +191,7 @@ def xdp(
             ),
         )
     balancer = XdpBalancer(loaded, options, config)
-    _publish(balancer, loaded, _balancing(balancer))
+    _publish_configured(balancer, loaded, _balancing(balancer))
 
 
 def afpacket(
@@ -207,13 +206,10 @@ def afpacket(
     again.
     """
     from ..drivers.afpacket import AfPacketBalancer
-    from ..drivers.config import load_config
 
-    loaded = load_config(config)
-    if name is not None:
-        loaded = dataclasses.replace(loaded, name=name)
+    loaded = _loaded(config, name)
     balancer = AfPacketBalancer(loaded, None, config)
-    _publish(balancer, loaded, _balancing(balancer))
+    _publish_configured(balancer, loaded, _balancing(balancer))
 
 
 def vpp_lb(
@@ -226,14 +222,11 @@ def vpp_lb(
     soon as agents can attach. SIGTERM or Ctrl-C end it: the configured weights are in force again, and the exit code is
     0. SIGHUP reads --config again. Needs no root, but the right to open VPP's API socket.
     """
-    from ..drivers.config import load_config
     from ..drivers.vpp_lb import VppLb
 
-    loaded = load_config(config)
-    if name is not None:
-        loaded = dataclasses.replace(loaded, name=name)
+    loaded = _loaded(config, name)
     balancer = VppLb(loaded, config)
-    _publish(
+    _publish_configured(
         balancer,
         loaded,
         f"{balancer.options.vip} of VPP {balancer.version}, {len(balancer.servers())} servers, weights from 0 to 100",
@@ -248,19 +241,36 @@ def _balancing(balancer: ConfiguredBalancer) -> str:
     )
 
 
-def _publish(balancer: Source, config: DataPlaneConfig, shown: str) -> None:
-    """Publish until a signal comes, and say so as soon as agents can attach."""
-    from ..drivers import Publisher
+def _loaded(file: Path, name: str | None) -> DataPlaneConfig:
+    """The configuration in a file, with another name for the region if one is given."""
+    from ..drivers.config import load_config
 
-    with Publisher(
+    config = load_config(file)
+    return config if name is None else dataclasses.replace(config, name=name)
+
+
+def _publish_configured(balancer: Source, config: DataPlaneConfig, shown: str) -> None:
+    _publish(
         {config.name: balancer},
+        lambda _name, _balancer: f"{shown}, an observation every {config.publish_interval:g} s",
         publish_interval=config.publish_interval,
         capacity=config.capacity,
         lease=config.lease,
         mode=config.mode,
         group=config.group,
-    ) as publisher:
-        typer.echo(f"region {config.name}: {shown}, an observation every {config.publish_interval:g} s")
+    )
+
+
+def _publish(sources: Mapping[str, Source], shown: Callable[[str, Source], str], **options: Any) -> None:
+    """Publish until a signal comes, and say what of each region as soon as agents can attach."""
+    from ..drivers import Publisher
+
+    with ExitStack() as stack:
+        for source in sources.values():
+            stack.callback(source.close)
+        publisher = stack.enter_context(Publisher(sources, **options))
+        for name, source in sources.items():
+            typer.echo(f"region {name}: {shown(name, source)}")
         sys.stdout.flush()
         publisher.serve()
 
@@ -282,7 +292,7 @@ def haproxy(
     configured_weight: Annotated[
         int, typer.Option(help="Weight of the servers in HAProxy's configuration, for agent-checks without a socket.")
     ] = 100,
-    publish_interval: Annotated[float, typer.Option(help="Seconds between observations.")] = 0.2,
+    publish_interval: _Interval = 0.2,
     capacity: _Capacity = None,
     mode: _Mode = "600",
     group: _Group = None,
@@ -295,7 +305,7 @@ def haproxy(
     from ..drivers.haproxy import HaproxyOptions, open_backends
     from ..drivers.proxy.places import pair_names
 
-    _permissions(mode)
+    region = _region(publish_interval, capacity, mode, group)
     options = HaproxyOptions(
         backends=pair_names(name, backend, "backend"),
         socket=socket,
@@ -305,7 +315,7 @@ def haproxy(
         capacity=capacity,
     )
     way = "the runtime API" if agent_check is None else "agent-checks"
-    _publish_proxy(open_backends(options), "backend", options.backends, way, publish_interval, capacity, mode, group)
+    _publish_proxy(open_backends(options), "backend", options.backends, way, **region)
 
 
 def envoy(
@@ -332,7 +342,7 @@ def envoy(
             help="Envoy's access log: path of a file, or [ADDRESS:]PORT to take it by gRPC on.", show_default="no FCTs"
         ),
     ] = None,
-    publish_interval: Annotated[float, typer.Option(help="Seconds between observations.")] = 0.2,
+    publish_interval: _Interval = 0.2,
     capacity: _Capacity = None,
     mode: _Mode = "600",
     group: _Group = None,
@@ -345,7 +355,7 @@ def envoy(
     from ..drivers.envoy import EnvoyOptions, open_clusters
     from ..drivers.proxy.places import pair_names
 
-    _permissions(mode)
+    region = _region(publish_interval, capacity, mode, group)
     clusters = pair_names(name, cluster, "cluster")
     if xds_port is None and (servers or not eds_file):
         raise InvalidOptionError("give --eds-file, the file that Envoy watches; or both --xds-port and --servers")
@@ -363,37 +373,24 @@ def envoy(
         capacity=capacity,
     )
     way = "the EDS file" if xds_port is None else f"xDS on port {xds_port}"
-    _publish_proxy(open_clusters(options), "cluster", clusters, way, publish_interval, capacity, mode, group)
+    _publish_proxy(open_clusters(options), "cluster", clusters, way, **region)
 
 
 def _publish_proxy(
-    sources: Mapping[str, Source],
-    kind: str,
-    backends: Mapping[str, str],
-    way: str,
-    publish_interval: float,
-    capacity: int | None,
-    mode: str,
-    group: str | None,
+    sources: Mapping[str, Source], kind: str, backends: Mapping[str, str], way: str, **options: Any
 ) -> None:
-    """Publish the backends of a proxy until a signal comes, and say so as soon as agents can attach."""
-    from ..drivers import Publisher
-
-    with ExitStack() as stack:
-        for source in sources.values():
-            stack.callback(source.close)
-        publisher = stack.enter_context(
-            Publisher(
-                sources, publish_interval=publish_interval, capacity=capacity, mode=_permissions(mode), group=group
-            )
+    def shown(name: str, source: Source) -> str:
+        return (
+            f"{kind} {backends[name]}, {len(source.servers())} servers, weights by {way}, an observation every "
+            f"{options['publish_interval']:g} s of {', '.join(source.features) or 'nothing'}"
         )
-        for region, source in zip(publisher.regions, sources.values(), strict=True):
-            typer.echo(
-                f"region {region.name}: {kind} {backends[region.name]}, {len(source.servers())} servers, weights by "
-                f"{way}, an observation every {publish_interval:g} s of {', '.join(source.features) or 'nothing'}"
-            )
-        sys.stdout.flush()
-        publisher.serve()
+
+    _publish(sources, shown, **options)
+
+
+def _region(publish_interval: float, capacity: int | None, mode: str, group: str | None) -> dict[str, Any]:
+    """Options of the publisher, before anything is opened: a bad one must not be found out later."""
+    return {"publish_interval": publish_interval, "capacity": capacity, "mode": _permissions(mode), "group": group}
 
 
 def _given(**values: Any) -> dict[str, Any]:

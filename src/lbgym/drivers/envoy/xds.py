@@ -18,6 +18,7 @@ from ...errors import MissingExtraError
 from ..background import BackgroundLoop
 from ..base import DriverError
 from ..proxy import shown
+from ..sharing import Shared
 from .access_log import LogService
 from .delivery import Delivery
 
@@ -83,7 +84,7 @@ class _Client:
     ended: bool = False
 
 
-class XdsServer:
+class XdsServer(Shared):
     """Serves the endpoints of clusters to Envoys, and all that gRPC's own clients need, in a thread of its own.
 
     EDS, over ADS or its own service, carries the weights. LDS, with the route, and CDS are for gRPC's clients:
@@ -114,7 +115,6 @@ class XdsServer:
         self._resources: dict[str, dict[str, tuple[Any, Any]]] = {kind: {} for kind in self._versions}
         self._clients: set[_Client] = set()
         self._unknown: set[str] = set()
-        self._users = 0
         _check_free(place)
         handlers = [self._handler(grpc, service, *method) for service, method in _METHODS.items()] if xds else []
         if log is not None:
@@ -284,15 +284,8 @@ class XdsServer:
 
     # The end
 
-    def share(self) -> XdsServer:
-        """For one more user, who closes it."""
-        self._users += 1
-        return self
-
-    def close(self) -> None:
-        """End when the last user closes it."""
-        self._users -= 1
-        if self._users > 0 or self._loop.closed:
+    def _stop(self) -> None:
+        if self._loop.closed:
             return
         with contextlib.suppress(TimeoutError):
             self._loop.run(self._server.stop(0.1), _TIMEOUT)

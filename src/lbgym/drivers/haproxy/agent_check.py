@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from ..background import BackgroundLoop
 from ..base import DriverError
 from ..proxy import shown
+from ..sharing import Shared
 from .weights import percentage
 
 logger = logging.getLogger("lbgym")
@@ -23,7 +24,7 @@ _TIMEOUT = 1.0
 _LONGEST = 256
 
 
-class AgentCheck:
+class AgentCheck(Shared):
     """Answers HAProxy's agent-checks with weights, for every server of every process, in a thread of its own.
 
     A server says which one it is by ``agent-send``: a line BACKEND/SERVER. The answer is a line, too: ``NN%`` of its
@@ -46,7 +47,6 @@ class AgentCheck:
         self._asked: dict[tuple[str, str], float] = {}
         self._intervals: dict[tuple[str, str], float] = {}
         self._changed_at = 0.0
-        self._users = 0
         family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
@@ -129,15 +129,9 @@ class AgentCheck:
                 await writer.drain()
         writer.close()
 
-    def share(self) -> AgentCheck:
-        """For one more user, who closes it."""
-        self._users += 1
-        return self
-
-    def close(self) -> None:
-        """When the last user closes it, wait until the servers have heard the last weights, and end."""
-        self._users -= 1
-        if self._users > 0 or self._loop.closed:
+    def _stop(self) -> None:
+        """Wait until the servers have heard the last weights, and end."""
+        if self._loop.closed:
             return
         self._linger()
         self._loop.call(self._server.close)

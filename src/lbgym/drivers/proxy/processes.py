@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Hashable
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ..base import DriverError
+from ..sharing import Shared
 from .places import Place, shown
 
 logger = logging.getLogger("lbgym")
@@ -55,7 +56,7 @@ class Process:
 P = TypeVar("P", bound=Process)
 
 
-class Followed(Generic[P]):
+class Followed(Shared, Generic[P]):
     """A proxy, followed through restarts and reloads; shared by the backends that are driven.
 
     While it reloads there are two processes or more: one that takes new flows, and those that only finish theirs. They
@@ -78,7 +79,6 @@ class Followed(Generic[P]):
         self.place = place
         self.processes: list[P] = []
         self._looked_at = math.nan
-        self._users = 0
         self._connect()
 
     @property
@@ -166,14 +166,6 @@ class Followed(Generic[P]):
         process.connection.close()
         self.processes.remove(process)
 
-    def share(self) -> Self:
-        """For one more user, who closes it."""
-        self._users += 1
-        return self
-
-    def close(self) -> None:
-        """End the connections when the last user closes it."""
-        self._users -= 1
-        if self._users <= 0:
-            for process in self.processes:
-                process.connection.close()
+    def _stop(self) -> None:
+        for process in self.processes:
+            process.connection.close()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ...features import STATISTICS
 from ...features.reservoir_kernel import CHANGED, META_SIZE, OVERWRITE, RESULT_SIZE, RNG, add_many, reservoir_features
+from ..sharing import Shared
 
 #: Samples kept of each server.
 _SLOTS = 128
@@ -39,7 +40,7 @@ class FlowTimes:
     failed: dict[str, int] = field(default_factory=dict)
 
 
-class Log:
+class Log(Shared):
     """Flows of backends that have ended, noted in one thread and taken in another; shared by its users."""
 
     def __init__(self) -> None:
@@ -47,7 +48,6 @@ class Log:
         #: Of those that somebody takes; a proxy may log those of others, too.
         self._flows: dict[str, FlowTimes] = {}
         self._received = 0
-        self._users = 0
 
     @property
     def received(self) -> int:
@@ -84,18 +84,7 @@ class Log:
         with self._lock:
             for backend in backends:
                 self._flows.setdefault(backend, FlowTimes())
-        self._users += 1
-        return self
-
-    def close(self) -> None:
-        """End when the last user closes it."""
-        self._users -= 1
-        if self._users <= 0:
-            self._stop()
-
-    def _stop(self) -> None:
-        """End for good. Idempotent."""
-        raise NotImplementedError
+        return super().share()
 
 
 class FctStatistics:
