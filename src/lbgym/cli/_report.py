@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from ..atomic import check_writable
-from ..errors import MissingExtraError
-from ._options import installed
 
 Report = Annotated[
     Path | None,
@@ -26,6 +24,7 @@ def check_report(report: Path | None) -> None:
     """
     if report is None:
         return
-    if not installed("bokeh"):
-        raise MissingExtraError("bokeh", "report", "an HTML report")
+    from ..report.charts import require_bokeh
+
+    require_bokeh()
     check_writable(report)

@@ -210,12 +210,18 @@ class ProxyDataPlane:
         return [max(1, round(most * weight / max(given))) for weight in given]
 
     @staticmethod
-    def together(proxy: Sequence[str], ready: Path, driver: Sequence[str]) -> list[str]:
+    def patience(place: Place) -> float:
+        """Seconds; a connection that no server takes fails as late as it would without a proxy."""
+        return place.scenario.reject_timeout + 1.0
+
+    def together(self, place: Place, proxy: Sequence[str], ready: Path, *options: str) -> list[str]:
         """A command that runs a proxy, and its driver once the proxy has made its socket.
 
         The proxy ends with the driver, however that ends; the driver does not begin without the proxy.
         """
         ready.unlink(missing_ok=True)
+        driver = [sys.executable, "-m", "lbgym", "dataplane", self.name, "--name", place.region, *options]
+        driver += ["--publish-interval", str(place.publish_interval)]
         script = (
             f"setpriv --pdeathsig TERM {shlex.join(proxy)} & "
             f"until [ -S {shlex.quote(str(ready))} ]; do kill -0 $! 2> /dev/null || exit 1; sleep 0.02; done; "
@@ -249,8 +255,7 @@ class HaproxyDataPlane(ProxyDataPlane):
         from ..drivers.haproxy import LOG_FORMAT
 
         socket, file = place.folder / f"{place.part}.sock", place.folder / f"{place.part}.cfg"
-        # A connection that no server takes fails as late as it would without a proxy.
-        patience = f"{1e3 * place.scenario.reject_timeout + 1000.0:.0f}ms"
+        patience = f"{1e3 * self.patience(place):.0f}ms"
         weights = self.weights(place, rule, 256)
         # Two descriptors each; left to itself, it allocates for as many as there could be.
         most = min(20_000, resource.getrlimit(resource.RLIMIT_NOFILE)[1] // 2 - 100)
@@ -274,9 +279,10 @@ class HaproxyDataPlane(ProxyDataPlane):
         for (name, address, port), weight in zip(place.servers, weights, strict=True):
             lines.append(f"  server {name} {address}:{port} weight {weight}")
         file.write_text("\n".join(lines) + "\n")
-        driver = [sys.executable, "-m", "lbgym", "dataplane", "haproxy", "--backend", "servers", "--name", place.region]
-        driver += ["--socket", str(socket), "--log", self._LOG, "--publish-interval", str(place.publish_interval)]
-        return self.together([self.tool, "-db", "-f", str(file)], socket, driver)
+        return self.together(
+            place, [self.tool, "-db", "-f", str(file)], socket,
+            "--backend", "servers", "--socket", str(socket), "--log", self._LOG,
+        )  # fmt: skip
 
 
 class EnvoyDataPlane(ProxyDataPlane):
@@ -318,14 +324,14 @@ class EnvoyDataPlane(ProxyDataPlane):
         file.write_text(json.dumps(self._bootstrap(place, rule, admin, servers)))
         # One worker, as every worker has a turn of its own.
         envoy = [self.program(), "-c", str(file), "--concurrency", "1", "--disable-hot-restart", "-l", "error"]
-        driver = [sys.executable, "-m", "lbgym", "dataplane", "envoy", "--cluster", "servers", "--name", place.region]
-        driver += ["--admin", str(admin), "--eds-file", str(servers), "--access-log", "{}:{}".format(*self._LOG)]
-        driver += ["--publish-interval", str(place.publish_interval)]
-        return self.together(envoy, admin, driver)
+        return self.together(
+            place, envoy, admin,
+            "--cluster", "servers", "--admin", str(admin), "--eds-file", str(servers),
+            "--access-log", "{}:{}".format(*self._LOG),
+        )  # fmt: skip
 
     def _bootstrap(self, place: Place, rule: str, admin: Path, servers: Path) -> dict[str, Any]:
-        # A connection that no server takes fails as late as it would without a proxy.
-        patience = f"{place.scenario.reject_timeout + 1.0:.3f}s"
+        patience = f"{self.patience(place):.3f}s"
         policy: dict[str, Any] = {"@type": f"{_TYPES}.extensions.load_balancing_policies.{self.balancing[rule]}"}
         if rule == "lsq":
             policy["selection_method"] = "FULL_SCAN"

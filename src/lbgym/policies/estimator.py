@@ -83,13 +83,10 @@ _PRIOR_SERVERS = 2.0
 #: The prior variance of a server's share of the flows over what capacities let one expect.
 _FIELD_VARIANCE = 0.01
 
-#: Columns that are read: the flows, what the speed is estimated from, and the spread.
-_COLUMNS = [
-    column_index(name)
-    for name in ("n_flow_on", "fct_mean_decay", "fct_mean", "fct_p90_decay", "duration_mean_decay", "fct_std")
-]
-#: Those without which there is no estimate; durations have little weight in it, and none where they are 0.
+#: Features without which there is no estimate; durations have little weight in it, and none where they are 0.
 NEEDED = ("n_flow_on", "fct_mean_decay", "fct_mean", "fct_p90_decay", "fct_std")
+#: Columns that are read: the flows, what the speed is estimated from, and the spread.
+_COLUMNS = [column_index(name) for name in (*NEEDED[:-1], "duration_mean_decay", NEEDED[-1])]
 
 
 def initial_parameters(hidden: int, seed: int = 0) -> dict[str, Array]:
