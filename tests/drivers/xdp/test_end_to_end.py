@@ -159,6 +159,7 @@ def test_servers_come_and_go_under_load(name: str, tmp_path: Path) -> None:
             process.send_signal(signal.SIGHUP)
             eventually(lambda: states() == ["UP", "UP", "DRAINING", "DRAINING"])
             processes["server-1"].kill()
+            processes["server-1"].wait()  # Until then its socket takes connections still.
             eventually(lambda: states() == ["UP", "DOWN", "DRAINING", "DRAINING"])
             before = placed()
             time.sleep(0.3)
