@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-import numpy as np
-
-from benchmarks.common import markdown, parser, report
-from benchmarks.proxy_connections import INTERVAL, NAMES, Run, counts_of, moving
+from benchmarks.common import parser
+from benchmarks.proxy_connections import INTERVAL, NAMES, Run, conclude, counts_of, moving
 from lbgym.drivers.envoy import EnvoyCluster, EnvoyOptions, open_clusters
 from tests.drivers.envoy.balancer import Balancer, missing
 from tests.drivers.proxies import Servers
@@ -33,13 +31,8 @@ def restarting(run: Run, balancer: Balancer, source: EnvoyCluster, connections: 
         if done < restarts:
             balancer.start("--drain-time-s", "1", "--parent-shutdown-time-s", "5")
             done += 1
-            needed = 0
             run.look()
-            while not np.array_equal([balancer.weights()[name] for name in NAMES], wanted):
-                time.sleep(INTERVAL)
-                run.look()
-                needed += 1
-            looks.append(needed)
+            looks.append(run.await_weights(wanted))
             # The one before last must have gone, or the next has nobody to take over from.
             while process.poll() is None and source.processes > 1:
                 time.sleep(INTERVAL)
@@ -88,13 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     many, more, restarts = (2_000, 1_000, 1) if given.quick else (50_000, 20_000, 3)
     rows = phases("file", many, more, restarts, "ROUND_ROBIN") + phases("ads", many, 0, 0, "ROUND_ROBIN")
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    text = markdown([[row.get(key) for key in keys] for row in rows], keys)
-    good = all(row["failed"] == 0 for row in rows)
-    good &= all(row.get("standard deviations", 0.0) <= 3.0 for row in rows)
-    good &= all(row.get("further looks until weights are back", 0) == 0 for row in rows)
-    report("envoy_connections", given, text, {"phases": rows, "reached": bool(good)})
-    return 0 if good else 1
+    return conclude("envoy_connections", given, rows)
 
 
 if __name__ == "__main__":

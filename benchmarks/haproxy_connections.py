@@ -15,10 +15,8 @@ from contextlib import closing
 from signal import SIGUSR2
 from typing import Any
 
-import numpy as np
-
-from benchmarks.common import markdown, parser, report
-from benchmarks.proxy_connections import INTERVAL, NAMES, Run, counts_of, moving
+from benchmarks.common import parser
+from benchmarks.proxy_connections import INTERVAL, NAMES, Run, conclude, counts_of, moving
 from lbgym.drivers.haproxy import HaproxyBackend, HaproxyOptions, open_backends
 from tests.drivers.haproxy.balancer import Balancer, missing
 from tests.drivers.proxies import Servers
@@ -40,12 +38,7 @@ def reloading(run: Run, balancer: Balancer, source: HaproxyBackend, connections:
             while source.process == before:
                 time.sleep(INTERVAL)
                 run.look()
-            needed = 0
-            while not np.array_equal([balancer.weights()[name] for name in NAMES], wanted):
-                time.sleep(INTERVAL)
-                run.look()
-                needed += 1
-            looks.append(needed)
+            looks.append(run.await_weights(wanted))
         time.sleep(INTERVAL)
         run.look()
     served, failed = counts_of(process)
@@ -80,12 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         servers.close()
     for row in rows:
         row["log lines lost"] = lost
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    text = markdown([[row.get(key) for key in keys] for row in rows], keys)
-    good = all(row["failed"] == 0 for row in rows) and rows[0]["standard deviations"] <= 3.0
-    good &= rows[1]["reloads under load"] == reloads and rows[1]["further looks until weights are back"] == 0
-    report("haproxy_connections", given, text, {"phases": rows, "reached": bool(good)})
-    return 0 if good else 1
+    return conclude("haproxy_connections", given, rows, rows[1]["reloads under load"] == reloads)
 
 
 if __name__ == "__main__":

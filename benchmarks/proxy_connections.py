@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from benchmarks.common import markdown, report
 from lbgym.drivers.proxy import ProxySource
 
 NAMES = [f"s{i}" for i in range(8)]
@@ -73,6 +75,14 @@ class Run:
         weights = self.balancer.weights()
         return np.array([weights[name] for name in NAMES], np.float64)
 
+    def await_weights(self, wanted: np.ndarray) -> int:
+        """Look until the proxy has these weights; returns how many looks it took."""
+        begun = self.looks
+        while not np.array_equal([self.balancer.weights()[name] for name in NAMES], wanted):
+            time.sleep(INTERVAL)
+            self.look()
+        return self.looks - begun
+
     def loaded(self, connections: int) -> subprocess.Popen[str]:
         # A process without our imports, which take seconds.
         code = (
@@ -108,3 +118,14 @@ def moving(run: Run, connections: int) -> dict[str, Any]:
         "phase": "weights move", "connections": served + failed, "failed": failed, "seconds": seconds,
         "moves": moves, "attributed": int(observed.sum()), "standard deviations": float(deviation.max()),
     }  # fmt: skip
+
+
+def conclude(name: str, given: argparse.Namespace, rows: list[dict[str, Any]], good: bool = True) -> int:
+    """Report the phases; returns the exit code: 0 if all is as it must be, and ``good``."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    text = markdown([[row.get(key) for key in keys] for row in rows], keys)
+    good &= all(row["failed"] == 0 for row in rows)
+    good &= all(row.get("standard deviations", 0.0) <= 3.0 for row in rows)
+    good &= all(row.get("further looks until weights are back", 0) == 0 for row in rows)
+    report(name, given, text, {"phases": rows, "reached": bool(good)})
+    return 0 if good else 1

@@ -167,6 +167,10 @@ class Client:
 
     port: int
 
+    def weights(self) -> dict[str, int]:
+        """The servers' whole weights, as the proxy has them."""
+        raise NotImplementedError
+
     def flow(self, work: object = 0) -> str:
         """The name of the server that took a flow; empty if it failed."""
         with self.open(work) as client:
@@ -306,3 +310,29 @@ def ten_lines(page: str, folder: Path, files: Sequence[str], names: Mapping[str,
 
 def fetch(url: str) -> None:
     subprocess.run(["curl", "-s", url], stdout=subprocess.DEVNULL, timeout=LONG, check=True)
+
+
+def check_weights_move_flows(driven: Driven, balancer: Client, servers: Sequence[str], rounds: int, off: float) -> None:
+    """A new data plane of three servers, by a rule that takes them in turn; the third has all flows afterwards.
+
+    Args:
+        driven: which nothing has been done with.
+        balancer: its proxy.
+        servers: their names.
+        rounds: of eight flows.
+        off: how far weights may be off.
+    """
+    assert [row.name for row in driven.source.servers()] == list(servers)
+    assert [row.weight for row in driven.source.servers()] == [100.0, 100.0, 100.0]
+    driven.apply(1.0, 2.0, 5.0)
+    assert balancer.weights() == dict(zip(servers, (1, 2, 5), strict=True))
+    took = [balancer.flow() for _ in range(8 * rounds)]
+    expected = [rounds, 2 * rounds, 5 * rounds]
+    assert [took.count(name) for name in servers] == expected
+    seen = driven.settled(8 * rounds)
+    assert seen.started.tolist() == seen.completed.tolist() == expected
+    driven.apply(0.1, 0.25, 0.3)
+    shares = np.array(list(balancer.weights().values())) / np.array([0.1, 0.25, 0.3])
+    assert shares.max() / shares.min() - 1.0 < off
+    driven.apply(0.0, 0.0, 3.7)
+    assert {balancer.flow() for _ in range(5)} == {servers[2]}

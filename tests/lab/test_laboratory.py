@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -70,17 +71,24 @@ def removed(name: str) -> bool:
     return True
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Laboratory]:
-    """Two Apache servers that answer through the balancer, calibrated."""
-    made = Laboratory(config(NAME, calibration=None, driver={"mode": "dnat"}))
+@contextmanager
+def set_up(wanted: LabConfig) -> Iterator[Laboratory]:
+    """A laboratory of which nothing is left afterwards."""
+    made = Laboratory(wanted)
     try:
         made.up()
         yield made
     finally:
         made.close()
-        remove(NAME)
-        assert left(NAME) == []
+        remove(wanted.name)
+        assert left(wanted.name) == []
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Laboratory]:
+    """Two Apache servers that answer through the balancer, calibrated."""
+    with set_up(config(NAME, calibration=None, driver={"mode": "dnat"})) as made:
+        yield made
 
 
 def test_flows_are_real_and_those_of_the_simulator(lab: Laboratory, tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import pytest
 
 from lbgym.errors import PolicyError
 from lbgym.features import FEATURE_NAMES
-from lbgym.lab import Laboratory, compare_in, remove
+from lbgym.lab import Laboratory, compare_in
 from lbgym.lab.data_planes import DATA_PLANES
 from lbgym.recording import load_recording
 from lbgym.scenarios import RULES
 from tests.drivers.test_discovery import eventually
-from tests.lab.test_laboratory import config, left
+from tests.lab.test_laboratory import config, set_up
 
 NAME = f"p{os.getpid()}"
 
@@ -29,14 +29,8 @@ pytestmark = pytest.mark.slow
     params=[pytest.param(name, marks=pytest.mark.lab(name)) for name in ("haproxy", "envoy")],
 )
 def lab(request: pytest.FixtureRequest) -> Iterator[Laboratory]:
-    made = Laboratory(config(NAME, data_plane=request.param, server_kind="nginx"))
-    try:
-        made.up()
+    with set_up(config(NAME, data_plane=request.param, server_kind="nginx")) as made:
         yield made
-    finally:
-        made.close()
-        remove(NAME)
-        assert left(NAME) == []
 
 
 def processes(part: str) -> dict[str, int]:

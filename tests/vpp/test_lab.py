@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from lbgym.lab import Laboratory, compare_in, remove
-from tests.lab.test_laboratory import config, left
+from lbgym.lab import Laboratory, compare_in
+from tests.lab.test_laboratory import config, set_up
 from tests.vpp.vpp import BUILD
 
 pytestmark = [pytest.mark.vpp, pytest.mark.lab("vpp")]
@@ -19,14 +19,8 @@ NAME = f"v{os.getpid()}"
 @pytest.fixture(params=["dsr", "nat"])
 def lab(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laboratory]:
     monkeypatch.setenv("VPP_PLUGIN_BUILD", str(BUILD))
-    made = Laboratory(config(NAME, data_plane="vpp", server_kind="nginx", driver={"mode": request.param}))
-    try:
-        made.up()
+    with set_up(config(NAME, data_plane="vpp", server_kind="nginx", driver={"mode": request.param})) as made:
         yield made
-    finally:
-        made.close()
-        remove(NAME)
-        assert left(NAME) == []
 
 
 def test_flows_go_through_vpp_by_the_weights(lab: Laboratory) -> None:

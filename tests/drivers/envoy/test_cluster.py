@@ -15,7 +15,7 @@ from lbgym.drivers.envoy import EnvoyOptions, open_clusters
 from lbgym.features import FEATURE_NAMES
 from lbgym.sharedmemory import ServerState
 from tests.drivers.envoy.balancer import Balancer, write
-from tests.drivers.proxies import Driven, answer, applied, eventually, free_ports
+from tests.drivers.proxies import Driven, answer, applied, check_weights_move_flows, eventually, free_ports
 
 pytestmark = pytest.mark.envoy
 
@@ -46,19 +46,7 @@ def driving(balancer: Balancer, *, xds: bool = False, log: str | None = None, st
 def test_weights_move_flows(balancer: Balancer, source: str) -> None:
     balancer.configure(WEB, source=source)
     with driving(balancer, xds=source != "file") as driven:
-        assert [row.name for row in driven.source.servers()] == ["s1", "s2", "s3"]
-        assert [row.weight for row in driven.source.servers()] == [100.0, 100.0, 100.0]
-        driven.apply(1.0, 2.0, 5.0)
-        assert balancer.weights() == {"s1": 1, "s2": 2, "s3": 5}
-        took = [balancer.flow() for _ in range(40)]
-        assert [took.count(name) for name in WEB["web"]] == [5, 10, 25]
-        seen = driven.settled(40)
-        assert seen.started.tolist() == seen.completed.tolist() == [5, 10, 25]
-        driven.apply(0.1, 0.25, 0.3)
-        shares = np.array(list(balancer.weights().values())) / np.array([0.1, 0.25, 0.3])
-        assert shares.max() / shares.min() - 1.0 < 1e-5
-        driven.apply(0.0, 0.0, 3.7)
-        assert {balancer.flow() for _ in range(5)} == {"s3"}
+        check_weights_move_flows(driven, balancer, WEB["web"], 5, 1e-5)
         # No weight for any server that takes flows: they go on all the same.
         driven.source.drain("s3")
         assert {balancer.flow() for _ in range(10)} == {"s1", "s2"}
