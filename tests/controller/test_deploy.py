@@ -106,6 +106,6 @@ def test_the_readme_leads_somewhere_and_names_what_there_is() -> None:
     text = (DEPLOY / "README.md").read_text()
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert (DEPLOY / target).is_file()
-    metrics = (ROOT / "src/lbgym/controller/metrics.py").read_text()
+    metrics = "".join((ROOT / f"src/lbgym/{room}/metrics.py").read_text() for room in ("controller", "drivers"))
     for name in re.findall(r"`(lbgym_\w+)`", text):
         assert name.removesuffix("_total") in metrics

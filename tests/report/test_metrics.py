@@ -74,8 +74,8 @@ def test_the_dashboard_serves_them(shm_dir: Path) -> None:
 
 def known(shm_dir: Path) -> set[str]:
     """Names of all metrics, with the endings that their samples have."""
-    text = (ROOT / "src/lbgym/controller/metrics.py").read_text()
-    agent = set(re.findall(r'"(lbgym_\w+)"', text))
+    files = ("src/lbgym/controller/metrics.py", "src/lbgym/drivers/metrics.py")
+    agent = {name for file in files for name in re.findall(r'"(lbgym_\w+)"', (ROOT / file).read_text())}
     with Producer("lb0") as producer, RegionMonitor("lb0") as monitor:
         producer.publish(1)
         monitor.look()

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +32,11 @@ _Capacity = Annotated[
 ]
 _Mode = Annotated[str, typer.Option(help="Permissions of the regions, octal.")]
 _Group = Annotated[str | None, typer.Option(help="Owning group of the regions.", show_default="the user's")]
+_MetricsPort = Annotated[
+    int | None,
+    typer.Option(min=0, max=65_535, help="Port of the driver's Prometheus metrics; 0: any.", show_default="no metrics"),
+]
+_MetricsAddress = Annotated[str, typer.Option(help="Address of the metrics.")]
 
 
 def emulate(
@@ -261,16 +266,35 @@ def _publish_configured(balancer: Source, config: DataPlaneConfig, shown: str) -
     )
 
 
-def _publish(sources: Mapping[str, Source], shown: Callable[[str, Source], str], **options: Any) -> None:
-    """Publish until a signal comes, and say what of each region as soon as agents can attach."""
+def _publish(
+    sources: Mapping[str, Source],
+    shown: Callable[[str, Source], str],
+    *,
+    metrics: tuple[int, str] | None = None,
+    **options: Any,
+) -> None:
+    """Publish until a signal comes, and say what of each region as soon as agents can attach.
+
+    Args:
+        sources: by region.
+        shown: says what is published of a region.
+        metrics: port and address of the driver's metrics; None: there are none.
+        options: of the publisher.
+    """
     from ..drivers import Publisher
+    from ..drivers.metrics import DriverMetrics
 
     with ExitStack() as stack:
         for source in sources.values():
             stack.callback(source.close)
         publisher = stack.enter_context(Publisher(sources, **options))
+        page = None
+        if metrics is not None:
+            page = stack.enter_context(closing(DriverMetrics(publisher, sources, *metrics)))
         for name, source in sources.items():
             typer.echo(f"region {name}: {shown(name, source)}")
+        if page is not None:
+            typer.echo(f"metrics: {page.url}")
         sys.stdout.flush()
         publisher.serve()
 
@@ -296,6 +320,8 @@ def haproxy(
     capacity: _Capacity = None,
     mode: _Mode = "600",
     group: _Group = None,
+    metrics_port: _MetricsPort = None,
+    metrics_address: _MetricsAddress = "127.0.0.1",
 ) -> None:
     """Drive backends of a running HAProxy, each with a region of its own, and publish them in shared memory.
 
@@ -306,6 +332,7 @@ def haproxy(
     from ..drivers.proxy.places import pair_names
 
     region = _region(publish_interval, capacity, mode, group)
+    metrics = None if metrics_port is None else (metrics_port, metrics_address)
     options = HaproxyOptions(
         backends=pair_names(name, backend, "backend"),
         socket=socket,
@@ -315,7 +342,7 @@ def haproxy(
         capacity=capacity,
     )
     way = "the runtime API" if agent_check is None else "agent-checks"
-    _publish_proxy(open_backends(options), "backend", options.backends, way, **region)
+    _publish_proxy(open_backends(options), "backend", options.backends, way, metrics=metrics, **region)
 
 
 def envoy(
@@ -346,6 +373,8 @@ def envoy(
     capacity: _Capacity = None,
     mode: _Mode = "600",
     group: _Group = None,
+    metrics_port: _MetricsPort = None,
+    metrics_address: _MetricsAddress = "127.0.0.1",
 ) -> None:
     """Drive clusters of a running Envoy by EDS, each with a region of its own, and publish them in shared memory.
 
@@ -356,6 +385,7 @@ def envoy(
     from ..drivers.proxy.places import pair_names
 
     region = _region(publish_interval, capacity, mode, group)
+    metrics = None if metrics_port is None else (metrics_port, metrics_address)
     clusters = pair_names(name, cluster, "cluster")
     if xds_port is None and (servers or not eds_file):
         raise InvalidOptionError("give --eds-file, the file that Envoy watches; or both --xds-port and --servers")
@@ -373,7 +403,7 @@ def envoy(
         capacity=capacity,
     )
     way = "the EDS file" if xds_port is None else f"xDS on port {xds_port}"
-    _publish_proxy(open_clusters(options), "cluster", clusters, way, **region)
+    _publish_proxy(open_clusters(options), "cluster", clusters, way, metrics=metrics, **region)
 
 
 def _publish_proxy(

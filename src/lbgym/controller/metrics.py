@@ -1,4 +1,4 @@
-"""The controller's counts and state, and the page that Prometheus reads them from."""
+"""The controller's counts and state, and their page for Prometheus."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InvalidOptionError, MissingExtraError
 from ..features.columns import FEATURE_NAMES
+from ..metrics_page import MetricsPage
 from ..monitor import STATE_NAMES, state_names
 from .envelope import LIMITS
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import Metric
 
 _LATENCIES = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -131,29 +130,21 @@ _COUNTERS = {
 }
 
 
-class Metrics:
-    """Prometheus metrics of one controller, in a registry of their own, served over HTTP.
+class Metrics(MetricsPage):
+    """Prometheus metrics of one controller.
 
     Args:
         state: everything but the histograms.
-        port: 0: any free one.
-        address: to serve on.
-
-    Attributes:
-        registry: the registry.
-        url: of the page.
+        port, address: of the page.
 
     Raises:
-        MissingExtraError: without prometheus-client.
-        InvalidOptionError: if the address cannot be served on, as when the port is taken.
+        MissingExtraError, InvalidOptionError: as :class:`~lbgym.metrics_page.MetricsPage`.
     """
 
     def __init__(self, state: State, port: int, address: str) -> None:
-        try:
-            from prometheus_client import CollectorRegistry, Histogram, start_http_server
-        except ImportError:
-            raise MissingExtraError("prometheus_client", "run", "--metrics-port") from None
-        self.registry: CollectorRegistry = CollectorRegistry()
+        super().__init__(port, address)
+        from prometheus_client import Histogram
+
         self.latency = Histogram(
             "lbgym_step_latency_seconds",
             "Seconds from the publication of an observation to the writing of the action that follows from it.",
@@ -167,21 +158,6 @@ class Metrics:
             registry=self.registry,
         )
         self.registry.register(_Collector(state))
-        try:
-            self._server, self._thread = start_http_server(port, address, self.registry)
-        except OSError as error:
-            raise InvalidOptionError(
-                f"cannot serve metrics on {address} port {port}: {error.strerror or error}; choose another "
-                "--metrics-port or --metrics-address"
-            ) from None
-        host = f"[{address}]" if ":" in address else address
-        self.url = f"http://{host}:{self._server.server_port}/metrics"
-
-    def close(self) -> None:
-        """Stop serving; idempotent."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 class _Collector:

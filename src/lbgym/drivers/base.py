@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,6 +162,14 @@ class Source:
             InvalidOptionError: if it is not good; nothing has changed then.
         """
         raise DriverError(f"the {self.driver or 'data plane'} driver has no configuration file to reload")
+
+    def counts(self) -> Mapping[str, int]:
+        """What happened since the driver started, for its metrics; called from any thread.
+
+        Returns:
+            ``lost_log_lines`` and ``refused_updates``, where this data plane has such a thing.
+        """
+        return {}
 
     @property
     def reloads(self) -> bool:

@@ -12,17 +12,22 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 
-from lbgym.drivers import DriverError
+from lbgym.drivers import DriverError, Publisher
 from lbgym.drivers.envoy import EnvoyOptions, XdsServer, open_clusters
+from lbgym.drivers.metrics import DriverMetrics
 from tests.drivers.envoy.balancer import ASSIGNMENT, Balancer, place
 from tests.drivers.proxies import LONG, Driven, Servers, applied, eventually, free_ports
 
 grpc = pytest.importorskip("grpc")
 discovery = pytest.importorskip("envoy.service.discovery.v3.discovery_pb2")
+
+
+REFUSED = 'lbgym_driver_refused_updates_total{region="a"} '
 
 
 def assignment(weights: dict[str, int], ports: dict[str, int]) -> dict[str, Any]:
@@ -46,11 +51,11 @@ class Stream:
         self._responses = call(iter(self._requests.get, None), timeout=LONG)
         self.last: Any = None
 
-    def ask(self, kind: str, *names: str, nonce: str = "", error: str = "") -> None:
+    def ask(self, kind: str, *names: str, nonce: str = "", error: str = "", code: int = 0) -> None:
         request = discovery.DiscoveryRequest(type_url=kind, resource_names=names, response_nonce=nonce)
         request.node.id = self.node
-        if error:
-            request.error_detail.message = error
+        if error or code:
+            request.error_detail.message, request.error_detail.code = error, code
         self._requests.put(request)
 
     def answer(self, error: str = "") -> None:
@@ -152,6 +157,41 @@ def test_a_refusal_is_no_weight_in_force(tmp_path: Path) -> None:
             one.answer()
             eventually(lambda: not source._delivery.refusal())
             assert driven.read().active.tolist() == [True]
+
+
+def test_refusals_are_counted(tmp_path: Path, shm_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of servers that a client of gRPC has not taken, with a reason or without one."""
+    pytest.importorskip("prometheus_client")
+    (port,) = free_ports(1)
+    file = tmp_path / "servers.toml"
+    file.write_text('[[servers]]\nname = "a"\naddress = "127.0.0.1"\nport = 1\n')
+    sources = open_clusters(EnvoyOptions(clusters={"a": "web"}, files={"web": str(file)}, xds=str(port)))
+    with (
+        Publisher(sources) as publisher,
+        closing(DriverMetrics(publisher, sources, 0, "127.0.0.1")) as metrics,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+        closing(Stream(channel, "one")) as one,
+    ):
+
+        def counted() -> float | None:
+            with urlopen(metrics.url, timeout=LONG) as page:
+                (line,) = (line for line in page.read().decode().splitlines() if line.startswith(REFUSED))
+            return float(line.removeprefix(REFUSED))
+
+        one.ask(ASSIGNMENT, "web")
+        assert one.weights() == [1] and counted() == 0.0
+        one.answer("no such port")
+        eventually(lambda: counted() == 1.0)
+        assert [record.message for record in caplog.records if "refuses" in record.message] == [
+            "Envoy 'one' refuses ClusterLoadAssignment: no such port"
+        ]
+        one.ask(ASSIGNMENT, "web", nonce=one.last.nonce, code=3)
+        eventually(lambda: counted() == 2.0)
+        with pytest.raises(DriverError, match=r"Envoy 'one' refuses them: it gives no reason \(code 3\)"):
+            sources["a"].read(0.1)
+        one.answer()
+        eventually(lambda: not sources["a"]._delivery.refusal())
+        assert sources["a"].read(0.2).active.tolist() == [True] and counted() == 2.0
 
 
 @pytest.mark.envoy

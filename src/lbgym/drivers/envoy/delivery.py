@@ -74,6 +74,11 @@ class Delivery:
         """What a client of the cluster has against what was delivered last; empty if nothing is known."""
         return ""
 
+    @property
+    def refusals(self) -> int | None:
+        """How often a client of the cluster has refused what was delivered; None if that is not known."""
+        return None
+
     def await_answers(self, timeout: float) -> None:
         """Wait for clients to take what was delivered last, where they say so."""
 

@@ -190,6 +190,10 @@ class EnvoyCluster(ProxySource[Host]):
         """Flows that have completed by Envoy's counters and are not in its log: at least so many."""
         return self._missing
 
+    def counts(self) -> Mapping[str, int]:
+        refusals = self._delivery.refusals
+        return super().counts() if refusals is None else {**super().counts(), "refused_updates": refusals}
+
     # Observing
 
     def _observe(self, now: float) -> None:

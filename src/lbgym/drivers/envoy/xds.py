@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,8 @@ class XdsServer(Shared):
         self._resources: dict[str, dict[str, tuple[Any, Any]]] = {kind: {} for kind in self._versions}
         self._clients: set[_Client] = set()
         self._unknown: set[str] = set()
+        #: By type and name of the resource: how often a client has refused it.
+        self._refusals: Counter[tuple[str, str]] = Counter()
         _check_free(place)
         handlers = [self._handler(grpc, service, *method) for service, method in _METHODS.items()] if xds else []
         if log is not None:
@@ -161,6 +164,11 @@ class XdsServer(Shared):
         """Each client of some endpoints, and what it has against those served last; empty if nothing."""
         with self._changed:
             return sorted((client.name, subscription.refusal) for client, subscription in self._subscriptions(resource))
+
+    def refusals(self, resources: Mapping[str, str]) -> int:
+        """How often clients have refused resources, each given by its type."""
+        with self._changed:
+            return sum(self._refusals[kind, name] for kind, name in resources.items())
 
     def settled(self, resource: str) -> bool:
         """True if all clients of some endpoints have answered to those served last."""
@@ -248,7 +256,9 @@ class XdsServer(Shared):
                 return
             else:
                 subscription.waiting = False
-                subscription.refusal = request.error_detail.message if request.HasField("error_detail") else ""
+                subscription.refusal = _refusal(request)
+                if subscription.refusal:
+                    self._refusals.update((kind, name) for name in subscription.names or self._resources[kind])
                 subscription.due |= set(names) != set(subscription.names)
                 subscription.names = names
             before, subscription.refused = subscription.refused, bool(subscription.refusal)
@@ -330,6 +340,13 @@ def _log_handler(grpc: Any, log: LogService) -> Any:
             )
         },
     )
+
+
+def _refusal(request: Any) -> str:
+    """What a client has against the response that it answers; empty if nothing."""
+    if not request.HasField("error_detail"):
+        return ""
+    return request.error_detail.message or f"it gives no reason (code {request.error_detail.code})"
 
 
 def _sentence(text: str) -> str:
@@ -444,6 +461,10 @@ class XdsDelivery(Delivery):
     def refusal(self) -> str:
         refusals = self._server.subscribers(self.assignment.resource)
         return "; ".join(f"{name} refuses them: {_sentence(text)}" for name, text in refusals if text)
+
+    @property
+    def refusals(self) -> int:
+        return self._server.refusals({EDS: self.assignment.resource, CDS: self._cluster, LDS: self._cluster})
 
     def await_answers(self, timeout: float) -> None:
         until = time.monotonic() + timeout

@@ -112,6 +112,9 @@ class ProxySource(Source, Generic[C]):
         """Log lines that have not come, or that the proxy could not send."""
         return 0 if self._log is None else self._log.lost
 
+    def counts(self) -> Mapping[str, int]:
+        return {} if self._log is None else {"lost_log_lines": self.lost_lines}
+
     # Rows
 
     def _rows(self) -> dict[str, int]:
