@@ -15,7 +15,7 @@ from contextlib import closing
 from typing import Any
 
 from benchmarks.common import parser
-from benchmarks.proxy_connections import INTERVAL, NAMES, Run, conclude, counts_of, moving
+from benchmarks.proxy_connections import INTERVAL, NAMES, Run, conclude, moving
 from lbgym.drivers.envoy import EnvoyCluster, EnvoyOptions, open_clusters
 from tests.drivers.envoy.balancer import Balancer, missing
 from tests.drivers.proxies import Servers
@@ -24,25 +24,22 @@ from tests.drivers.proxies import Servers
 def restarting(run: Run, balancer: Balancer, source: EnvoyCluster, connections: int, restarts: int) -> dict[str, Any]:
     """Hot restarts under load; weights stay as they are."""
     wanted = run.move()
-    process = run.loaded(connections)
+    # However fast it is, the load lasts until the last restart.
+    process = run.loaded(connections, endless=True)
     began = time.monotonic()
-    looks, done = [], 0
-    while process.poll() is None:
-        if done < restarts:
-            balancer.start("--drain-time-s", "1", "--parent-shutdown-time-s", "5")
-            done += 1
-            run.look()
-            looks.append(run.await_weights(wanted))
-            # The one before last must have gone, or the next has nobody to take over from.
-            while process.poll() is None and source.processes > 1:
-                time.sleep(INTERVAL)
-                run.look()
-        time.sleep(INTERVAL)
+    looks: list[int] = []
+    while len(looks) < restarts:
+        balancer.start("--drain-time-s", "1", "--parent-shutdown-time-s", "5")
         run.look()
-    served, failed = counts_of(process)
+        looks.append(run.await_weights(wanted))
+        # The one before last must have gone, or the next has nobody to take over from.
+        while source.processes > 1:
+            time.sleep(INTERVAL)
+            run.look()
+    served, failed = run.enough(process)
     return {
         "phase": "hot restarts", "connections": served + failed, "failed": failed, "seconds": time.monotonic() - began,
-        "restarts under load": done, "further looks until weights are back": max(looks),
+        "restarts under load": len(looks), "further looks until weights are back": max(looks),
     }  # fmt: skip
 
 

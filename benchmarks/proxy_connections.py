@@ -22,13 +22,18 @@ THREADS = 8
 
 
 def load(port: int, connections: int, clients: int) -> None:
-    """Open connections one after the other in each of some threads; print how many were served and how many not."""
+    """Open connections one after the other in each of some threads; print how many were served and how many not.
+
+    There are at least so many of them, and they go on until standard input ends.
+    """
     counts = [0, 0]
     lock = threading.Lock()
+    ended = threading.Event()
 
     def client(share: int) -> None:
-        served = 0
-        for _ in range(share):
+        served = done = 0
+        while done < share or not ended.is_set():
+            done += 1
             try:
                 with socket.create_connection(("127.0.0.1", port), 30.0) as connection:
                     connection.sendall(b"0\n")
@@ -37,11 +42,13 @@ def load(port: int, connections: int, clients: int) -> None:
                 pass
         with lock:
             counts[0] += served
-            counts[1] += share - served
+            counts[1] += done - served
 
     threads = [threading.Thread(target=client, args=(connections // clients,)) for _ in range(clients)]
     for thread in threads:
         thread.start()
+    sys.stdin.read()
+    ended.set()
     for thread in threads:
         thread.join()
     print(*counts)
@@ -83,12 +90,23 @@ class Run:
             self.look()
         return self.looks - begun
 
-    def loaded(self, connections: int) -> subprocess.Popen[str]:
+    def loaded(self, connections: int, *, endless: bool = False) -> subprocess.Popen[str]:
+        """Begin to open connections; ``endless``: more of them, until :meth:`enough`."""
         # A process without our imports, which take seconds.
-        code = (
-            f"import socket, threading\n{inspect.getsource(load)}\nload({self.balancer.port}, {connections}, {THREADS})"
-        )
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        call = f"load({self.balancer.port}, {connections}, {THREADS})"
+        code = f"import socket, sys, threading\n{inspect.getsource(load)}\n{call}"
+        source = subprocess.PIPE if endless else subprocess.DEVNULL
+        return subprocess.Popen([sys.executable, "-c", code], stdin=source, stdout=subprocess.PIPE, text=True)
+
+    def enough(self, process: subprocess.Popen[str]) -> tuple[int, int]:
+        """End an endless load, and look until it has ended; returns the connections served and failed."""
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.close()
+        while process.poll() is None:
+            time.sleep(INTERVAL)
+            self.look()
+        served, failed = map(int, process.stdout.read().split())
+        return served, failed
 
 
 def counts_of(process: subprocess.Popen[str]) -> tuple[int, int]:
@@ -120,11 +138,11 @@ def moving(run: Run, connections: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def conclude(name: str, given: argparse.Namespace, rows: list[dict[str, Any]], good: bool = True) -> int:
-    """Report the phases; returns the exit code: 0 if all is as it must be, and ``good``."""
+def conclude(name: str, given: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
+    """Report the phases; returns the exit code: 0 if all is as it must be."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     text = markdown([[row.get(key) for key in keys] for row in rows], keys)
-    good &= all(row["failed"] == 0 for row in rows)
+    good = all(row["failed"] == 0 for row in rows)
     good &= all(row.get("standard deviations", 0.0) <= 3.0 for row in rows)
     good &= all(row.get("further looks until weights are back", 0) == 0 for row in rows)
     report(name, given, text, {"phases": rows, "reached": bool(good)})
