@@ -26,7 +26,7 @@ from lbgym.errors import (
     RegionNotFoundError,
     UnknownNameError,
 )
-from lbgym.features import FEATURE_NAMES
+from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from lbgym.monitor import Follower
 from lbgym.recording import (
     Recording,
@@ -293,6 +293,24 @@ def test_names_and_states_that_change(tmp_path: Path) -> None:
     assert np.isnan(ages[[2, 3]][:, 1:]).all() and ages[1, 0] == 0.5 and ages[1, 2] == 0.0 and np.isnan(ages[1, 1])
     assert recording.real_features == {"n_flow_on", "cpu_usage"}
     assert recording.metadata["format"] == 2
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_ground_truth_is_real_once_there_is_some(published: bool, tmp_path: Path) -> None:
+    """A driver declares what it could publish, before it has asked any server."""
+    with SharedMemoryRegion.create("lb0", num_servers=3) as region:
+        with Producer("lb1", servers=3) as producer:
+            (row,) = producer.publish()
+        without = replace(Publication.of(row.snapshot), ground_truth=None, ground_truth_age=None)
+
+        def script(summary: Summary) -> Iterator[None]:
+            for count, shown in enumerate((without, Publication.of(row.snapshot) if published else without), 1):
+                region.publish(shown)
+                yield from until(summary, count)
+
+        recorded(tmp_path / "out.parquet", script)
+    real = load_recording(tmp_path / "out.parquet").real_features
+    assert real == {*FEATURE_NAMES, *(GROUND_TRUTH_NAMES if published else ())}
 
 
 def _of_two(snapshot: Snapshot) -> Snapshot:

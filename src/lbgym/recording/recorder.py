@@ -290,7 +290,8 @@ class _Segments:
                 "capacity": region.capacity,
                 "publish_interval": region.publish_interval,
                 "clock_rate": region.clock_rate,
-                "real_features": [n for n in (*FEATURE_NAMES, *GROUND_TRUTH_NAMES) if n in region.real_features],
+                # Ground truth is added once there is some: a driver says which it could publish.
+                "real_features": [name for name in FEATURE_NAMES if name in region.real_features],
                 # By names_version, each a list of the servers' names.
                 "names": {},
             }
@@ -299,6 +300,7 @@ class _Segments:
     def add(self, follower: Follower, missed: int) -> None:
         """Add a copy of the last observation read."""
         self._note_names(follower)
+        self._note_ground_truth(follower)
         if not self._rows:
             self._opened = time.monotonic()
         self._rows.append(follower.buffer.words.copy())
@@ -322,6 +324,12 @@ class _Segments:
             names[str(version)] = []
         else:
             names[str(version)] = found if region.names_version == version else []
+
+    def _note_ground_truth(self, follower: Follower) -> None:
+        """Call ground truth real with the first observation that has it."""
+        real: list[str] = self._description["producers"][-1]["real_features"]
+        if follower.buffer.has_ground_truth and not any(name in GROUND_TRUTH_NAMES for name in real):
+            real += [name for name in GROUND_TRUTH_NAMES if name in follower.region.real_features]
 
     def tick(self, now: float) -> None:
         """Close a segment that is due, and raise an error from writing the previous one."""
