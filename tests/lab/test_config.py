@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lbgym.controller.logs import log_event
 from lbgym.errors import InvalidOptionError, ScenarioError, UnknownNameError
 from lbgym.lab import Calibration, LabConfig, Laboratory, load_lab, remove, twin_of, with_servers
 from lbgym.lab.base import LabError
 from lbgym.lab.config import small_scenario, write_lab
 from lbgym.lab.flows import draw_flows
+from lbgym.lab.measure import _quiet
 from lbgym.scenarios import Event, Exponential, Scenario, Server, Workload, from_toml
 from lbgym.simulator import Simulation
 from tests.test_cli import in_process
@@ -187,3 +190,18 @@ def test_flows_are_those_of_the_simulator() -> None:
 def test_amounts_stay_within_what_a_server_can_do() -> None:
     known = Calibration(per_unit=1e-3, fixed=0.01, latency=0.0)
     assert [known.amount(demand, 100) for demand in (0.0, 0.01, 0.015, 5.0)] == [0, 0, 5, 100]
+
+
+def test_what_holds_for_every_run_of_a_policy_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    agents = logging.getLogger("lbgym.controller")
+    for _ in range(2):
+        with _quiet(agents):
+            for run in range(3):
+                for region in ("lab_0", "lab_1"):
+                    log_event(logging.INFO, "attached", region, "attached")
+                    for policy in ("adaptive", "learned"):
+                        log_event(logging.WARNING, "weights_only", region, f"{policy}: takes weights only")
+                log_event(logging.WARNING, "timeout", "lab_0", f"no observation in run {run}")
+    said = [record.message for record in caplog.records]
+    once = ["adaptive: takes weights only", "learned: takes weights only"]
+    assert sorted(said) == sorted(2 * [*once, *(f"no observation in run {run}" for run in range(3))])

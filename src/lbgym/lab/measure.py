@@ -96,12 +96,24 @@ def compare_in(
 
 @contextmanager
 def _quiet(noisy: logging.Logger) -> Iterator[None]:
-    """Leave out what an agent says of every run."""
+    """Leave out what an agent says of every run, and say once what holds for all of a policy's runs."""
+    said: set[str] = set()
+
+    def is_news(record: logging.LogRecord) -> bool:
+        if getattr(record, "event", "") != "weights_only":
+            return True
+        text = record.getMessage()
+        known = text in said
+        said.add(text)
+        return not known
+
     before = noisy.level
     noisy.setLevel(logging.WARNING)
+    noisy.addFilter(is_news)
     try:
         yield
     finally:
+        noisy.removeFilter(is_news)
         noisy.setLevel(before)
 
 
