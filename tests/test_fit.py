@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lbgym.drivers.proxy.source import TIMES
+from lbgym.drivers.proxy.times import FctStatistics, FlowTimes
 from lbgym.errors import InvalidOptionError, RecordingError, UnknownNameError
+from lbgym.features.reservoir_kernel import RNG
 from lbgym.recording import Recording, load_recording, record
 from lbgym.recording.fit import Fit, fit_recording
 from lbgym.recording.fit.cluster import throughput
@@ -197,12 +200,22 @@ def test_throughput_is_that_of_mean_value_analysis() -> None:
     assert throughput(4, 0.0, 9).tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 4]
 
 
-def delayed(overhead: float, seconds: float = 400.0, interval: float = 0.1, rate: float = 4.0) -> Recording:
-    """A recording of a simulation whose every flow ends ``overhead`` seconds later than at its server."""
+def delayed(
+    overhead: float,
+    seconds: float = 400.0,
+    interval: float = 0.1,
+    rate: float = 4.0,
+    demand: Demand | None = None,
+    resolution: float | None = None,
+) -> Recording:
+    """A recording of a simulation whose every flow ends ``overhead`` seconds later than at its server.
+
+    FCTs are logged as by a proxy, rounded down to ``resolution``; None: they are not measured.
+    """
     truth = Scenario(
         servers=(Server(cores=1), Server(cores=2)),
         dispatch="ecmp",
-        workload=Workload(rate=rate, demand=Exponential(mean=0.3)),
+        workload=Workload(rate=rate, demand=demand or Exponential(mean=0.3)),
     )
     simulation = Simulation(truth, record_flows=True)
     simulation.reset([1])
@@ -223,20 +236,44 @@ def delayed(overhead: float, seconds: float = 400.0, interval: float = 0.1, rate
     stats = np.zeros((k, 2, 11), np.float32)
     stats[..., 0] = started - completed
     ones, row = np.ones((k, 2)), np.zeros(k, np.int64)
+    fct_count, fct_sum, real = row.copy(), row.copy(), ["n_flow_on"]
+    if resolution is not None:
+        real += TIMES
+        log = FctStatistics()
+        log._grow(2)
+        log._meta[:, RNG] = 1, 2
+        last = np.argsort(end)
+        fct = np.floor((end - arrival) / resolution + 1e-9) * resolution
+        for i, ended in enumerate(np.split(last, np.searchsorted(end[last], times, side="right"))[:k]):
+            names = [str(j) for j in server[ended]]
+            log.add(FlowTimes(names, fct[ended].tolist(), end[ended].tolist()), {"0": 0, "1": 1})
+            fct_count[i], fct_sum[i] = log.count, round(1e9 * log.sum)
+            stats[i, :, 1:6] = log.statistics(2)
     return Recording(
         metadata={
             "region": "made",
             "interval": None,
-            "producers": [
-                {"instance": 0, "publish_interval": interval, "real_features": ["n_flow_on"], "names": {}}
-            ],
+            "producers": [{"instance": 0, "publish_interval": interval, "real_features": real, "names": {}}],
         },
         instance=row, sequence_id=np.arange(1, k + 1), missed=row, timestamp=times,
         published_at=row, applied_sequence_id=row - 1, applied_at=row - 1, safe=row == 0, num_servers=row + 2,
-        names_version=row, unrouted=row, fct_count=row, fct_sum=row, active=ones > 0, stats=stats,
+        names_version=row, unrouted=row, fct_count=fct_count, fct_sum=fct_sum, active=ones > 0, stats=stats,
         states=zeros.astype(np.uint8), ground_truth=None, ground_truth_age=ones * np.nan, started=started,
         completed=completed, rejected=zeros, failed=zeros, weights=ones, safe_weights=ones,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "demand",
+    [Exponential(mean=0.1), Lognormal(mean=0.1, cv=0.5), Deterministic(mean=0.1)],
+    ids=lambda law: type(law).__name__.lower(),
+)
+def test_what_a_proxy_logs_keeps_the_form_of_the_law(demand: Demand) -> None:
+    """Some time for every connection, and whole milliseconds: an empirical law has both, and is still not taken."""
+    recording = delayed(0.008, seconds=300.0, interval=0.05, rate=8.0, demand=demand, resolution=1e-3)
+    fit = fit_recording(recording, cores=[1, 2], dispatch="ecmp", hold_out=0.0)
+    assert fit.demand.singles > 1000 and set(fit.demand.likelihoods) == set(KINDS)
+    assert type(fit.demand.law) is type(demand)
 
 
 @pytest.mark.parametrize("overhead", [0.0, 0.2])

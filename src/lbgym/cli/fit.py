@@ -93,7 +93,7 @@ def _report(fit: Fit) -> None:
     from ._tables import drawn_table, plain
 
     console = results_console()
-    arrivals, law = fit.arrivals, fit.demand.law
+    arrivals, law, fixed = fit.arrivals, fit.demand.law, fit.demand.fixed
     if isinstance(law, Empirical):
         levels = ("median", 0.5), ("p90", 0.9), ("p99", 0.99)
         drawn = ", ".join(f"{word} {np.quantile(law.values, level):.4g}" for word, level in levels)
@@ -108,6 +108,7 @@ def _report(fit: Fit) -> None:
         f"demand:    {type(law).__name__} ({parameters}) core-seconds; {fit.convention}",
         f"           log-likelihood of single flows ({fit.demand.singles:,}) that no empirical law was made of: "
         f"{likely or 'too few'}",
+        *([f"           {100 * fixed:.0f} % of the mean demand may be the same for every flow"] if fixed else []),
         f"arrivals:  {arrivals.rate:.4g} flows/s ({arrivals.rate_low:.4g} to {arrivals.rate_high:.4g}), "
         f"{type(arrivals.process).__name__}; load {fit.scenario.load:.2f}",
         f"           variance over mean of counts (1: Poisson): {burst or 'unknown'}",

@@ -8,6 +8,7 @@ to each (L. B. Lucy, AJ 79, 1974; G. D'Agostini, NIM A 362, 1995), which is simu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ...scenarios import Demand, Empirical, Scenario
 from .counts import Counts
 from .replay import quantiles, replay_flows
 
+_MILLISECOND = 1e-3
 #: Fewest single flows that a law is made of.
 FEWEST = 300
 #: Values of a law.
@@ -30,24 +32,56 @@ _NEIGHBOURS = 300
 _SMOOTHING, _SPREAD = 0.1, 0.01
 
 
-def single_flows(counts: Counts, rates: NDArray[np.float64], overhead: float = 0.0) -> NDArray[np.float64]:
-    """FCTs of flows that ended alone between two rows, in mean service times of their servers.
+@dataclass(frozen=True, slots=True)
+class Stopwatch:
+    """How FCTs are measured.
 
-    Args:
-        counts: the intervals.
-        rates: float64[N], flows per second that a core of each server completes.
+    Attributes:
         overhead: seconds of each FCT that no server works on.
+        resolution: seconds that FCTs are rounded down to a multiple of, as proxies log them; 0: not rounded.
     """
+
+    overhead: float = 0.0
+    resolution: float = 0.0
+
+    def measured(self, relative: NDArray[np.float64], rates: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Measure times at servers; 0 for what is shorter than the resolution.
+
+        All are in mean service times of a flow's server, of which there are ``rates`` in a second.
+        """
+        if not self.resolution:
+            return relative + self.overhead * rates
+        # A sum of times in floating point is off by far less than this.
+        steps = np.floor((relative / rates + self.overhead) / self.resolution + 1e-6)
+        measured: NDArray[np.float64] = steps * self.resolution * rates
+        return measured
+
+
+def single_flows(counts: Counts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """FCTs of flows that ended alone between two rows, float64[S], seconds, and their servers, int64[S]."""
     recording, rows = counts.recording, counts.rows
     known = recording.fct_count[rows] - recording.fct_count[rows - 1]
     alone = (known == 1) & (counts.completed.sum(axis=1) == 1) & (counts.lost.sum(axis=1) == 0)
-    seconds = 1e-9 * (recording.fct_sum[rows] - recording.fct_sum[rows - 1])[alone]
-    relative = (seconds - overhead) * rates[counts.completed[alone].argmax(axis=1)]
-    return relative[relative > 0.0]
+    seconds = 1e-9 * (recording.fct_sum[rows] - recording.fct_sum[rows - 1])
+    alone &= seconds > 0.0
+    return seconds[alone], counts.completed[alone].argmax(axis=1)
+
+
+def resolution_of(seconds: NDArray[np.float64]) -> float:
+    """The resolution of measured FCTs: a millisecond, or 0 for a finer one."""
+    steps = seconds / _MILLISECOND
+    rounded = len(steps) > 0 and np.abs(steps - np.rint(steps)).max() < 1e-3
+    return _MILLISECOND if rounded else 0.0
 
 
 def unfold(
-    twin: Scenario, counts: Counts, start: Demand, singles: NDArray[np.float64], warmup: float, seed: int
+    twin: Scenario,
+    counts: Counts,
+    start: Demand,
+    singles: NDArray[np.float64],
+    stopwatch: Stopwatch,
+    warmup: float,
+    seed: int,
 ) -> Empirical:
     """The law under which single flows have the recorded FCTs; its mean is that of ``start``.
 
@@ -55,7 +89,8 @@ def unfold(
         twin: the estimated cluster.
         counts: the intervals in which the flows were recorded.
         start: law to begin with.
-        singles: float64[S], of :func:`single_flows`.
+        singles: float64[S], FCTs of :func:`single_flows` in mean service times of their servers.
+        stopwatch: that measured them.
         warmup: seconds at the beginning whose simulated flows do not count.
         seed: of the simulation.
     """
@@ -67,8 +102,7 @@ def unfold(
     share = np.full(_BINS, 1.0 / _BINS)
     for _ in range(_ROUNDS):
         flows = replay_flows(twin, counts, quantiles(law, normal), seed)
-        relative, alone, late = _relative(twin, counts, flows, start.mean, warmup)
-        response = _response(np.log(flows["demand"][late] / start.mean), np.log(relative[late]), alone[late], edges)
+        response = _response(_ended(twin, counts, flows, start.mean, warmup), stopwatch, edges)
         seen_at_all = response.sum(axis=0)
         for _ in range(_STEPS):
             expected = response @ share
@@ -81,22 +115,23 @@ def unfold(
     return law
 
 
-def _response(
-    demand: NDArray[np.float64], fct: NDArray[np.float64], alone: NDArray[np.bool_], edges: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _response(ended: Ended, stopwatch: Stopwatch, edges: NDArray[np.float64]) -> NDArray[np.float64]:
     """The probability that a flow of a demand is seen alone with an FCT: float64[FCT, demand].
 
     Few flows have quite the demand of a bin. Those of the nearest ones are slowed down nearly alike.
     """
-    order = np.argsort(demand)
-    demand, slowdown, alone = demand[order], (fct - demand)[order], alone[order]
+    order = np.argsort(ended.demand)
+    demand, slowdown = ended.demand[order], (ended.relative / ended.demand)[order]
+    rates, alone = ended.rates[order], ended.alone[order]
     width = edges[1] - edges[0]
     response = np.zeros((_BINS, _BINS))
-    for k, middle in enumerate((edges[:-1] + edges[1:]) / 2.0):
+    for k, middle in enumerate(np.exp((edges[:-1] + edges[1:]) / 2.0)):
         first = int(np.searchsorted(demand, middle)) - _NEIGHBOURS // 2
         near = slice(max(0, min(first, len(demand) - _NEIGHBOURS)), max(first, 0) + _NEIGHBOURS)
-        bins = ((middle + slowdown[near][alone[near]] - edges[0]) / width).astype(int)
-        np.add.at(response[:, k], bins[(bins >= 0) & (bins < _BINS)], 1.0 / max(len(demand[near]), 1))
+        seen = alone[near]
+        measured = stopwatch.measured(middle * slowdown[near][seen], rates[near][seen])
+        bins = np.floor((np.log(measured[measured > 0.0]) - edges[0]) / width).astype(int)
+        np.add.at(response[:, k], bins[(bins >= 0) & (bins < _BINS)], 1.0 / max(len(seen), 1))
     return response
 
 
@@ -122,26 +157,56 @@ def _drawn(edges: NDArray[np.float64], share: NDArray[np.float64], mean: float) 
     return Empirical(values=tuple(float(f"{value:.5g}") for value in mean * values / values.mean()))
 
 
-def _relative(
-    twin: Scenario, counts: Counts, flows: dict[str, NDArray[Any]], mean: float, warmup: float
-) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Of simulated flows: the FCT in mean service times, whether it ended alone, and whether it counts."""
+@dataclass(frozen=True, eq=False)
+class Ended:
+    """Simulated flows that ended and count, M of them.
+
+    Attributes:
+        demand, relative: float64[M], demands and FCTs in mean service times of their servers.
+        rates: float64[M], flows per second that a core of the server completes.
+        alone: bool[M], true if no other flow ended between the same two rows.
+    """
+
+    demand: NDArray[np.float64]
+    relative: NDArray[np.float64]
+    rates: NDArray[np.float64]
+    alone: NDArray[np.bool_]
+
+    def singles(self, stopwatch: Stopwatch, fixed: float = 0.0) -> NDArray[np.float64]:
+        """Measured FCTs of those that ended alone, in mean service times.
+
+        Args:
+            stopwatch: that measures them.
+            fixed: part of the mean demand that is the same for every flow; the rest is of the simulated law. Each flow
+                is slowed down as it was without.
+        """
+        factor = 1.0 - fixed + fixed / self.demand[self.alone]
+        measured = stopwatch.measured(self.relative[self.alone] * factor, self.rates[self.alone])
+        return measured[measured > 0.0]
+
+
+def _ended(twin: Scenario, counts: Counts, flows: dict[str, NDArray[Any]], mean: float, warmup: float) -> Ended:
+    """The flows that ended after the warm-up."""
     ends = np.cumsum(counts.seconds)
     done, ended = flows["status"] == 0, flows["arrival"] + flows["fct"]
     interval = np.minimum(np.searchsorted(ends, ended), len(ends))
-    alone = (np.bincount(interval, minlength=len(ends) + 1) == 1)[interval] & done
-    rates = np.array([server.speed for server in twin.servers]) / mean
-    counted: NDArray[np.bool_] = done & (ended > warmup) & (interval < len(ends)) & (flows["demand"] > 0.0)
-    return flows["fct"] * rates[flows["server"]], alone, counted
+    alone = (np.bincount(interval, minlength=len(ends) + 1) == 1)[interval]
+    counted = done & (ended > warmup) & (interval < len(ends)) & (flows["demand"] > 0.0)
+    rates = (np.array([server.speed for server in twin.servers]) / mean)[flows["server"]]
+    return Ended(
+        demand=flows["demand"][counted] / mean,
+        relative=(flows["fct"] * rates)[counted],
+        rates=rates[counted],
+        alone=alone[counted],
+    )
 
 
-def simulated_singles(
+def simulated(
     twin: Scenario, counts: Counts, law: Demand, normal: NDArray[np.float64], warmup: float, seed: int
-) -> NDArray[np.float64]:
-    """As :func:`single_flows`, of the twin under the recorded arrivals and weights."""
+) -> Ended:
+    """Flows of a law, by the twin under the recorded arrivals and weights."""
     flows = replay_flows(twin, counts, quantiles(law, normal), seed)
-    relative, alone, late = _relative(twin, counts, flows, law.mean, warmup)
-    return relative[alone & late]
+    return _ended(twin, counts, flows, law.mean, warmup)
 
 
 def log_likelihood(singles: NDArray[np.float64], simulated: NDArray[np.float64]) -> NDArray[np.float64]:

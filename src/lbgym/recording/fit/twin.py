@@ -177,6 +177,7 @@ class Fit:
                 "errors": self.demand.errors,
                 "likelihoods": self.demand.likelihoods,
                 "singles": self.demand.singles,
+                "fixed": self.demand.fixed,
             },
             "arrivals": {
                 "process": _named(arrivals.process),
