@@ -112,7 +112,10 @@ def _fit(weights: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
 
 
 class DiscreteActions(ActionCodec):
-    """``MultiDiscrete([K] * N)``: an index into ``levels`` per server; if ``relative``, times the configured weights."""
+    """``MultiDiscrete([K] * N)``: an index into ``levels`` per server.
+
+    If ``relative``, levels are times the configured weights.
+    """
 
     def __init__(self, num_servers: int, levels: Sequence[float], *, relative: bool = False) -> None:
         super().__init__(num_servers)

@@ -29,7 +29,7 @@ from .config import WEIGHTS
 
 
 class _VectorActionEnv(MultiTorchRLEnv):
-    """Takes an action of several numbers per server as BenchMARL gives it: one vector per balancer, server by server."""
+    """Takes actions of several numbers per server as BenchMARL has them: a vector per balancer, server by server."""
 
     def __init__(self, env: MultiLoadBalanceVectorEnv, **keys: Any) -> None:
         super().__init__(env, **keys)
