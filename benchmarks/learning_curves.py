@@ -55,7 +55,9 @@ EQUIVARIANT = {"network": "equivariant"}
 INDEX = {
     "action_type": "index",
     "dispatch": "marginal",
-    "env_kwargs": {"observe_configured": True, "observe_background": True},
+    "learning_rate": 1e-3,
+    # The speeds are known here: much noise in them costs more than there is to gain.
+    "env_kwargs": {"observe_configured": True, "observe_background": True, "min_weight": 0.8, "max_weight": 1.25},
 }
 #: The same for algorithms that choose: weights times the configured ones, under a rule that counts for the others.
 RELATIVE = {
