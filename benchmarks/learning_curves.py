@@ -51,6 +51,19 @@ if TYPE_CHECKING:
 
 SINGLE, SEVERAL = "heterogeneous", "marllb-moderate"
 EQUIVARIANT = {"network": "equivariant"}
+#: Speeds and background loads relative to what is configured, for algorithms with continuous actions.
+INDEX = {
+    "action_type": "index",
+    "dispatch": "marginal",
+    "learning_rate": 1e-3,
+    # The speeds are known here: much noise in them costs more than there is to gain.
+    "env_kwargs": {"observe_configured": True, "observe_background": True, "min_weight": 0.8, "max_weight": 1.25},
+}
+#: The same for algorithms that choose: weights times the configured ones, under a rule that counts for the others.
+RELATIVE = {
+    "dispatch": "sed_scaled",
+    "env_kwargs": {"relative_to_configured": True, "observe_configured": True, "action_weights": [1.0, 1.2]},
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,9 @@ RUNS = {
     "benchmarl-mappo": Training("benchmarl-mappo", SEVERAL, 300_000),
     "benchmarl-maddpg": Training("benchmarl-maddpg", SEVERAL, 150_000),
     "benchmarl-isac": Training("benchmarl-isac", SEVERAL, 300_000),
+    "benchmarl-qmix-relative": Training("benchmarl-qmix", SEVERAL, 300_000, RELATIVE),
+    "benchmarl-mappo-index": Training("benchmarl-mappo", SEVERAL, 300_000, INDEX),
+    "benchmarl-isac-index": Training("benchmarl-isac", SEVERAL, 300_000, INDEX),
 }
 #: What a module of recipes needs beyond the package.
 FRAMEWORKS = {"ppo": "torch", "sac_gru": "torch", "sb3": "stable_baselines3", "rllib": "ray", "benchmarl": "benchmarl"}
@@ -160,7 +176,8 @@ def train_one(run: Run, scratch: Path) -> None:
     training = run.training
     changes = {"scenario": training.scenario, "total_steps": run.steps, "seed": run.seed, **training.changes}
     # other runs have the other cores
-    changes |= {"env_kwargs": {"num_threads": 1}, "torch_threads": 1, "checkpoint_every": math.inf}
+    keys = {**training.changes.get("env_kwargs", {}), "num_threads": 1}
+    changes |= {"env_kwargs": keys, "torch_threads": 1, "checkpoint_every": math.inf}
     config = make_config(training.recipe, changes)
     started = time.perf_counter()
     result = train(training.recipe, config, out=scratch / run.checkpoint.name)
@@ -312,6 +329,18 @@ def table(found: Mapping[str, Standing]) -> str:
 def beaten(one: Standing, found: Mapping[str, Standing], metric: str) -> str:
     """The heuristics that an algorithm has less than, with intervals apart."""
     return ", ".join(name for name in REFERENCES[1:] if one.below(found[name], metric))
+
+
+def paired_with_sed(comparison: Comparison, runs: Sequence[Run]) -> str:
+    """Mean FCTs against SED's on the same flows, which tell more than two intervals that overlap."""
+    sed = comparison.values(SED, "fct_mean")
+    parts = []
+    for name in dict.fromkeys(run.name for run in runs):
+        own = [comparison.values(run.stem, "fct_mean") for run in runs if run.name == name]
+        over = mean_interval([100.0 * (float((values / sed).mean()) - 1.0) for values in own])
+        half = "" if math.isnan(over.half_width) else f" ±{over.half_width:.2f}"
+        parts.append(f"{name} {over.mean:+.2f}{half}")
+    return f"Mean FCT over SED's on the same flows, %, over the training seeds: {'; '.join(parts)}."
 
 
 def milliseconds(interval: Interval) -> str:
@@ -551,7 +580,8 @@ def run_all(arguments: argparse.Namespace, out: Path) -> int:
     text, results = [], {}
     for scenario in dict.fromkeys(run.training.scenario for run in done):
         own = [run for run in done if run.training.scenario == scenario]
-        found = standings(evaluate(scenario, own, flow_seeds, duration), own)
+        comparison = evaluate(scenario, own, flow_seeds, duration)
+        found = standings(comparison, own)
         trained = max(len([run for run in own if run.name == name]) for name in {run.name for run in own})
         picture = out / f"learning_curves_{scenario}.png"
         plot(scenario, own, arguments.axis, picture)
@@ -560,6 +590,7 @@ def run_all(arguments: argparse.Namespace, out: Path) -> int:
             f"{trained} training seed{'s' * (trained > 1)}, {flow_seeds} flow seeds; heuristics in italics.",
             table(found),
             verdict(found),
+            paired_with_sed(comparison, own),
             f"![Learning curves on {scenario}]({picture.name})",
         ]
         results[scenario] = {

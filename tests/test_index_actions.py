@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
 from lbgym import LoadBalanceEnv, LoadBalanceVectorEnv, MultiLoadBalanceEnv, MultiLoadBalanceVectorEnv
@@ -21,6 +22,7 @@ from lbgym.policies.trained import TrainedPolicy
 from lbgym.scenarios import (
     Choice,
     Configured,
+    Event,
     Exponential,
     Scenario,
     ScenarioDistribution,
@@ -35,6 +37,8 @@ from lbgym.sharedmemory import Publication, SharedMemoryRegion
 from lbgym.simulator import Simulation
 from tests.dataplanes.puppet import snapshot
 from tests.sharedmemory.conftest import shm_dir
+from tests.simulator import test_index as model
+from tests.simulator.running import by_id
 
 __all__ = ["shm_dir"]
 
@@ -202,13 +206,66 @@ def test_rules_without_a_background_load_refuse_index_actions(rule: str) -> None
         LoadBalanceEnv(**KEYS | {"dispatch": rule})
 
 
-def test_only_normalized_actions_may_be_made_relative() -> None:
-    with pytest.raises(InvalidOptionError, match=r"'normalized'.*got 'discrete'"):
-        LoadBalanceEnv(relative_to_configured=True)
-    env = LoadBalanceEnv(scenario=SCENARIO, action_type="normalized", relative_to_configured=True)
+@pytest.mark.parametrize(
+    ("action_type", "action", "factors"),
+    [
+        ("normalized", np.zeros(4, np.float32), 1.0),
+        ("discrete", np.array([0, 2, 1, 0]), [0.5, 2.0, 1.0, 0.5]),
+        ("joint", 9 * 2 + 3 * 1, [0.5, 2.0, 1.0, 0.5]),
+    ],
+)
+def test_weights_may_be_made_relative(action_type: str, action: Any, factors: Any) -> None:
+    keys: dict[str, Any] = {
+        "scenario": SCENARIO, "action_type": action_type, "action_weights": [0.5, 1.0, 2.0],
+        "relative_to_configured": True,
+    }  # fmt: skip
+    env = LoadBalanceEnv(**keys)
     env.reset(seed=0)
-    *_, info = env.step(np.zeros(4, np.float32))
-    np.testing.assert_allclose(info["weights"], WEIGHTS)
+    *_, info = env.step(action)
+    np.testing.assert_allclose(info["weights"], WEIGHTS * factors)
+    np.testing.assert_array_equal(env.action_codec.encode(info["weights"]), action)
+    several = MultiLoadBalanceVectorEnv(3, **keys)
+    several.reset(seed=0)
+    *_, info = several.step(np.broadcast_to(action, (3, 2, *np.shape(action))))
+    np.testing.assert_allclose(info["weights"], np.broadcast_to(WEIGHTS * factors, (3, 2, 4)))
+    batch = info["weights"].reshape(6, 4)
+    assert np.array_equal(several.action_codec.encode(batch), np.broadcast_to(action, (6, *np.shape(action))))
+
+
+def test_weights_that_are_given_as_they_are_are_not_made_relative() -> None:
+    with pytest.raises(InvalidOptionError, match=r"'normalized', 'discrete' or 'joint'.*got 'continuous'"):
+        LoadBalanceEnv(action_type="continuous", relative_to_configured=True)
+
+
+def test_every_agent_places_its_flows_by_the_rule_of_one_balancer() -> None:
+    """Agents that act alike are copies of one balancer: each goes by its own open flows, by a loop in plain Python."""
+    seconds, background = 10.0, np.array([0.0, 0.4, 2.5, 7.7, 0.25])
+    some = model.scenario(3).with_events([Event(time=seconds, kind="rate", value=0.0)])
+    env = MultiLoadBalanceEnv(scenario=some, action_type="index", max_steps=round(seconds / 0.25))
+    configured, cores = np.array(some.configured_weights), np.array([server.cores for server in some.servers])
+    speeds = np.log10(model.WEIGHTS / configured)
+    action = np.stack([speeds, 2.0 * np.log1p(background / cores) / np.log1p(MAX_BACKGROUND) - 1.0], axis=1)
+    env.reset(seed=11)
+    seen = []
+    while env.agents:
+        observations, *_, infos = env.step(dict.fromkeys(env.agents, action))
+        seen.append([observation[:, 0] for observation in observations.values()])
+    np.testing.assert_allclose(infos["lb_2"]["weights"], model.WEIGHTS)
+    np.testing.assert_allclose(infos["lb_2"]["background"], background, atol=1e-12)
+
+    # The same arrivals, whatever placed them.
+    sim = Simulation(some, record_flows=True)
+    sim.reset([int(seeding.np_random(11)[0].integers(1 << 63))])
+    sim.step(np.broadcast_to(model.WEIGHTS, (1, 3, 5)).copy(), 1000.0)
+    flows = by_id(sim.take_flows())
+    chosen, fct = model.plain_loop(flows, lambda q, j: model.marginal(q + background[j], j))
+    assert len(chosen) > 500
+    for step, open_flows in enumerate(seen, 1):
+        now = 0.25 * step
+        inside = (flows["arrival"] <= now) & (now < flows["arrival"] + fct)
+        expected = np.zeros((3, 5))
+        np.add.at(expected, (flows["balancer"][inside], np.array(chosen)[inside]), 1.0)
+        np.testing.assert_array_equal(open_flows, expected)
 
 
 class Fixed(TrainedPolicy):

@@ -16,8 +16,16 @@ if find_spec("benchmarl") is None:
 import torch
 
 from lbgym import LoadBalanceEnv
-from lbgym.errors import CheckpointError, InvalidOptionError, LbgymError, UnknownNameError, UnsupportedSpaceError
+from lbgym.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    LbgymError,
+    PolicyError,
+    UnknownNameError,
+    UnsupportedSpaceError,
+)
 from lbgym.evaluation import compare
+from lbgym.policies import make_agent
 from lbgym.scenarios import scenario_names
 from lbgym.training import load_policy, read_checkpoint
 from lbgym.training.benchmarl import ALGORITHMS, WEIGHTS, BenchMARLConfig, LoadBalanceTask, train_benchmarl
@@ -43,6 +51,12 @@ SMALL = {
     "env_kwargs": {"num_threads": 1},
 }
 TRAINED = ("qmix", "vdn", "maddpg", "mappo", "isac")
+#: Speeds and background loads relative to what is configured, which is shown as well.
+INDEX: dict[str, Any] = {
+    "action_type": "index",
+    "dispatch": "marginal",
+    "env_kwargs": {"num_threads": 1, "observe_configured": True, "observe_background": True},
+}
 
 
 def small(**changes: Any) -> BenchMARLConfig:
@@ -78,11 +92,18 @@ def test_a_checkpoint_acts_without_benchmarl(algorithm: str, checkpoints: dict[s
     assert len(comparison.contenders) == 2
 
 
-@pytest.mark.parametrize("algorithm", TRAINED)
-@pytest.mark.parametrize("network", ["equivariant", "mlp"])
+@pytest.mark.parametrize(
+    ("algorithm", "network", "changes"),
+    [
+        *((algorithm, network, {}) for network in ("equivariant", "mlp") for algorithm in TRAINED),
+        *((algorithm, "equivariant", INDEX) for algorithm in ("mappo", "isac", "maddpg")),
+        ("mappo", "mlp", INDEX),
+    ],
+)
 def test_learning_moves_the_policy_that_is_saved(
-    algorithm: str, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, network: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = small(algorithm=algorithm, network=network, **changes)
     experiments = []
     make = recipe._experiment
 
@@ -93,7 +114,7 @@ def test_learning_moves_the_policy_that_is_saved(
 
     before: list[torch.Tensor] = []
     monkeypatch.setattr(recipe, "_experiment", remember)
-    result = train_benchmarl(small(algorithm=algorithm, network=network), out=tmp_path)
+    result = train_benchmarl(config, out=tmp_path)
     (experiment,) = experiments
     after = list(experiment.losses["lb"].parameters())
     moved = [not torch.equal(p, q) for p, q in zip(after, before, strict=True) if p.requires_grad]
@@ -102,7 +123,7 @@ def test_learning_moves_the_policy_that_is_saved(
     assert np.mean(moved) > 0.8
 
     # what is loaded acts as BenchMARL's policy in the environment itself
-    vector = small(algorithm=algorithm, network=network).make_env()
+    vector = config.make_env()
     observation, info = vector.reset(seed=3)
     torch.manual_seed(0)
     for _ in range(3):
@@ -113,7 +134,10 @@ def test_learning_moves_the_policy_that_is_saved(
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         wanted = experiment.algorithm.get_policy_for_loss("lb")(told)["lb", "action"].numpy()
     got = load_policy(result.checkpoint).act(rows, {"weights": weights})
+    assert np.shape(got)[1:] == vector.agent_action_space.shape
     assert np.allclose(np.asarray(got).reshape(wanted.shape), np.clip(wanted, -1, None), atol=1e-5)
+    # and goes on in its environment
+    vector.step(np.reshape(got, vector.action_space.shape))
     vector.close()
 
 
@@ -154,6 +178,62 @@ def test_permuted_servers_get_permuted_weights(algorithm: str, checkpoints: dict
         return env.action_codec.to_weights(policy.act(flat, {"weights": in_force}))
 
     assert np.allclose(act(moved, weights[order]), act(observation, weights)[order], rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def by_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of MAPPO that sets speeds and background loads."""
+    path = train_benchmarl(small(algorithm="mappo", **INDEX), out=tmp_path_factory.mktemp("index")).checkpoint
+    assert path is not None
+    return path
+
+
+def test_agents_that_set_background_loads_begin_near_the_rule(by_index: Path) -> None:
+    policy = load_policy(by_index)
+    assert policy.num_servers is None and policy.dispatch == "marginal"
+    env = LoadBalanceEnv(scenario="marllb-moderate", **policy.env_kwargs)
+    observation, info = env.reset(seed=1)
+    twin = policy.copy()
+    for _ in range(3):
+        action = policy.act(observation, info)
+        assert action.shape == (7, 2) and env.action_space.contains(action)
+        assert np.array_equal(action, twin.act(observation, info))
+        observation, *_, info = env.step(action)
+    cores = np.array(env.scenario.configured_weights)
+    relative = info["weights"] / cores
+    assert np.allclose(relative / relative.mean(), 1.0, atol=0.1)
+    loads = info["background"] / cores
+    assert loads.min() > 0.1 and loads.max() < 0.6
+
+
+def test_agents_that_set_background_loads_compare_under_their_rule(by_index: Path) -> None:
+    comparison = compare("marllb-moderate", f"sed,{by_index}", seeds=2, duration=5.0, processes=1)
+    assert np.isfinite(comparison.values("benchmarl-mappo", "fct_mean")).all()
+    with pytest.raises(PolicyError, match="sets background loads, and the dispatch rule 'wcmp' counts no flows"):
+        compare("marllb-moderate", f"wcmp+{by_index}", seeds=2, duration=5.0)
+    agent = make_agent(str(by_index))
+    with pytest.raises(PolicyError, match=r"'index'.*the data plane takes weights only"):
+        agent.fit(7, index=False)
+
+
+def test_goes_on_with_background_loads_alone(by_index: Path, tmp_path: Path) -> None:
+    config = config_of(by_index, "benchmarl-mappo")
+    assert config == small(algorithm="mappo", **INDEX)
+    again = train_benchmarl(replace(config, total_steps=128), out=tmp_path, resume_from=by_index)
+    assert [p.step for p in again.history] == [128]
+    with pytest.raises(CheckpointError, match="has numbers=2, but the environment to train on needs numbers=1"):
+        train_benchmarl(replace(config, action_type="normalized"), resume_from=by_index)
+
+
+def test_joint_choices_relative_to_what_is_configured(tmp_path: Path) -> None:
+    relative = {"relative_to_configured": True, "action_weights": [1.0, 1.5], "num_threads": 1}
+    path = train_benchmarl(small(env_kwargs=relative, dispatch="sed_scaled"), out=tmp_path).checkpoint
+    policy = load_policy(str(path))
+    env = LoadBalanceEnv(scenario="marllb-moderate", **policy.env_kwargs)
+    observation, info = env.reset(seed=1)
+    *_, info = env.step(policy.act(observation, info))
+    ratios = info["weights"] / np.array(env.scenario.configured_weights)
+    assert set(np.round(ratios, 9)) <= {1.0, 1.5}
 
 
 @pytest.mark.parametrize(
@@ -232,7 +312,9 @@ def test_refuses_configurations_that_make_no_sense() -> None:
         BenchMARLConfig(algorithm="qmx")
     with pytest.raises(UnsupportedSpaceError, match=r"use action_type 'joint'.*'mappo'"):
         BenchMARLConfig(algorithm="qmix", action_type="normalized")
-    with pytest.raises(UnsupportedSpaceError, match="use action_type 'normalized'"):
+    with pytest.raises(UnsupportedSpaceError, match=r"QMIX.*cannot take action_type 'index': use action_type 'joint'"):
+        BenchMARLConfig(algorithm="qmix", action_type="index")
+    with pytest.raises(UnsupportedSpaceError, match=r"use action_type 'normalized' or 'index'$"):
         BenchMARLConfig(algorithm="maddpg", action_type="discrete")
     with pytest.raises(UnknownNameError, match="network"):
         BenchMARLConfig(network="gnn")
@@ -279,5 +361,12 @@ def test_tasks() -> None:
         assert task.action_spec(env)["lb", "action"].shape == ((3, 7) if continuous else (3,))
         env.close()
     assert (task.supports_continuous_actions(), task.supports_discrete_actions()) == (True, True)
+    pairs = LoadBalanceTask.MARLLB_MODERATE.get_task({"action_type": "index"})
+    assert (pairs.supports_continuous_actions(), pairs.supports_discrete_actions()) == (True, False)
+    env = pairs.get_env_fun(2, True, 0, "cpu")()
+    check_env_specs(env)
+    # a vector per balancer, server by server
+    assert pairs.action_spec(env)["lb", "action"].shape == (2, 14)
+    env.close()
     joint = LoadBalanceTask.UNIFORM.get_task({"action_type": "joint"})
     assert (joint.supports_continuous_actions(), joint.supports_discrete_actions()) == (False, True)

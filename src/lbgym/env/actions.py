@@ -67,6 +67,21 @@ class ActionCodec(ABC):
         Weights are relative, so those outside the allowed range are scaled to its middle.
         """
 
+    def _given(self, name: str, num_envs: int | None) -> NDArray[np.float64]:
+        """The configured weights or cores, for one environment or for a batch."""
+        if self.configured is None:
+            return np.ones(self.num_servers)
+        values: NDArray[np.float64] = getattr(self.configured, name)
+        # The servers of one environment are the same for all its balancers.
+        return values[0] if num_envs is None and values.ndim > 1 else values
+
+    def _relative(self, weights: ArrayLike) -> ArrayLike:
+        """Weights [N] or [num_envs, N] over the configured ones, if actions are relative to these."""
+        if not self.needs_configured:
+            return weights
+        values = np.asarray(weights, np.float64)
+        return values / self._given("weights", None if values.ndim == 1 else len(values))
+
     def _array(
         self, action: Any, num_envs: int | None, *, per_server: bool, whole: bool, columns: tuple[int, ...] = ()
     ) -> NDArray[Any]:
@@ -97,12 +112,16 @@ def _fit(weights: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
 
 
 class DiscreteActions(ActionCodec):
-    """``MultiDiscrete([K] * N)``: an index into ``levels`` per server."""
+    """``MultiDiscrete([K] * N)``: an index into ``levels`` per server.
 
-    def __init__(self, num_servers: int, levels: Sequence[float]) -> None:
+    If ``relative``, levels are times the configured weights.
+    """
+
+    def __init__(self, num_servers: int, levels: Sequence[float], *, relative: bool = False) -> None:
         super().__init__(num_servers)
         self.levels = np.array(levels, np.float64)
         self._k = len(self.levels)
+        self.needs_configured = relative
 
     @property
     def space(self) -> spaces.Space[Any]:
@@ -118,19 +137,24 @@ class DiscreteActions(ActionCodec):
         if weights is None or array.min() < 0:
             bad = array[(array < 0) | (array >= self._k)].flat[0]
             raise InvalidActionError(f"an action must hold indices from 0 to {self._k - 1}, got {bad}")
-        return weights
+        return weights * self._given("weights", num_envs) if self.needs_configured else weights
 
     def encode(self, weights: ArrayLike) -> NDArray[np.int64]:
-        fitted = _fit(weights, self.levels.min(), self.levels.max())
+        fitted = _fit(self._relative(weights), self.levels.min(), self.levels.max())
         return np.abs(np.log(fitted)[..., None] - np.log(self.levels)).argmin(axis=-1)
 
 
 class JointActions(ActionCodec):
-    """``Discrete(K ** N)``: one index for all servers; the last server's level varies fastest."""
+    """``Discrete(K ** N)``: one index for all servers; the last server's level varies fastest.
 
-    def __init__(self, num_servers: int, levels: Sequence[float]) -> None:
+    If ``relative``, levels are times the configured weights.
+    """
+
+    def __init__(self, num_servers: int, levels: Sequence[float], *, relative: bool = False) -> None:
         super().__init__(num_servers)
         self._parts = DiscreteActions(num_servers, levels)
+        self.levels = self._parts.levels
+        self.needs_configured = relative
         k = len(levels)
         # Compared by logarithm: K ** N of a large cluster has thousands of digits.
         if num_servers * math.log(k) > math.log(MAX_JOINT_ACTIONS) + 1e-9:
@@ -150,10 +174,11 @@ class JointActions(ActionCodec):
         if array.min() < 0 or array.max() >= self._n:
             bad = array[(array < 0) | (array >= self._n)].flat[0]
             raise InvalidActionError(f"an action must be from 0 to {self._n - 1}, got {bad}")
-        return self._parts.levels[np.stack(np.unravel_index(array, self._shape), axis=-1)]
+        weights = self.levels[np.stack(np.unravel_index(array, self._shape), axis=-1)]
+        return weights * self._given("weights", num_envs) if self.needs_configured else weights
 
     def encode(self, weights: ArrayLike) -> Any:
-        parts = np.moveaxis(self._parts.encode(weights), -1, 0)
+        parts = np.moveaxis(self._parts.encode(self._relative(weights)), -1, 0)
         return np.int64(np.ravel_multi_index(tuple(parts), self._shape))
 
 
@@ -208,10 +233,7 @@ class NormalizedActions(ContinuousActions):
         return weights * self._given("weights", num_envs) if self.needs_configured else weights
 
     def encode(self, weights: ArrayLike) -> NDArray[np.float32]:
-        if self.needs_configured:
-            values = np.asarray(weights, np.float64)
-            weights = values / self._given("weights", None if values.ndim == 1 else len(values))
-        fitted = _fit(weights, self.low, self.high)
+        fitted = _fit(self._relative(weights), self.low, self.high)
         scaled = (np.log(fitted) - self._middle) / self._half if self._half > 0.0 else np.zeros_like(fitted)
         return scaled.astype(np.float32).clip(-1.0, 1.0)
 
@@ -219,14 +241,6 @@ class NormalizedActions(ContinuousActions):
         """[-1, 1], clipped, to [min_weight, max_weight]."""
         clipped = np.minimum(np.maximum(array, -1.0), 1.0)
         return np.minimum(np.maximum(np.exp(self._middle + self._half * clipped), self.low), self.high)
-
-    def _given(self, name: str, num_envs: int | None) -> NDArray[np.float64]:
-        """The configured weights or cores, for one environment or for a batch."""
-        if self.configured is None:
-            return np.ones(self.num_servers)
-        values: NDArray[np.float64] = getattr(self.configured, name)
-        # The servers of one environment are the same for all its balancers.
-        return values[0] if num_envs is None and values.ndim > 1 else values
 
 
 class IndexActions(NormalizedActions):
@@ -278,17 +292,21 @@ def make_action_codec(
         action_weights: levels of "discrete" and "joint".
         min_weight: lower end of the range of the other types.
         max_weight: upper end of it.
-        relative_to_configured: whether "normalized" weights are times the configured ones.
+        relative_to_configured: whether the weights of "discrete", "joint" and "normalized" are times the configured
+            ones.
 
     Raises:
         UnknownNameError: for another action type.
         InvalidOptionError: for weights that are not finite and above 0, an empty list of them, bounds out of order, or
-            more than 4,096 joint actions, or a type other than "normalized" and "index" relative to what is configured.
+            more than 4,096 joint actions, or "continuous" weights, which are weights themselves, relative to the
+            configured ones.
     """
     choice("action type", action_type, ACTION_TYPES)
-    if relative_to_configured and action_type not in ("normalized", "index"):
+    relative = bool(relative_to_configured)
+    if relative and action_type == "continuous":
         raise InvalidOptionError(
-            f"relative_to_configured=True is for action_type 'normalized' ('index' always is), got {action_type!r}"
+            "relative_to_configured=True is for action_type 'normalized', 'discrete' or 'joint' ('index' always is), "
+            "got 'continuous'"
         )
     if action_type in ("discrete", "joint"):
         if not isinstance(action_weights, Iterable):
@@ -296,10 +314,10 @@ def make_action_codec(
         levels = [number("each of action_weights", weight, above=0.0) for weight in action_weights]
         if not levels:
             raise InvalidOptionError(f"action_weights must have at least one number, got {action_weights!r}")
-        return (DiscreteActions if action_type == "discrete" else JointActions)(num_servers, levels)
+        return (DiscreteActions if action_type == "discrete" else JointActions)(num_servers, levels, relative=relative)
     low, high = (number(*each, above=0.0) for each in (("min_weight", min_weight), ("max_weight", max_weight)))
     if low > high:
         raise InvalidOptionError(f"min_weight must be at most max_weight {max_weight}, got {min_weight}")
     if action_type == "normalized":
-        return NormalizedActions(num_servers, low, high, relative=bool(relative_to_configured))
+        return NormalizedActions(num_servers, low, high, relative=relative)
     return (ContinuousActions if action_type == "continuous" else IndexActions)(num_servers, low, high)

@@ -26,7 +26,7 @@ class MultiLoadBalanceVectorEnv(ReplicaEnv):
 
     * observations: those of :class:`~lbgym.LoadBalanceEnv` with two leading axes, float32[R, m, N, C] for "matrix";
     * actions: whatever :class:`~lbgym.LoadBalanceEnv` takes with two leading axes, int64[R, m, N] for "discrete",
-      int64[R, m] for "joint", float[R, m, N] for the others;
+      int64[R, m] for "joint", float[R, m, N, 2] for "index", float[R, m, N] for the others;
     * rewards: float64[R, m]; ``terminated`` (never) and ``truncated``: bool[R], since all balancers of a replica
       end together;
     * :meth:`state`: float32[R, S] for centralised training;

@@ -76,7 +76,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         action_weights: the K levels of a discrete action.
         min_weight: least weight of a continuous action.
         max_weight: largest weight of a continuous action.
-        relative_to_configured: weights of "normalized" are times the configured ones
+        relative_to_configured: weights of "normalized", "discrete" and "joint" are times the configured ones
             (:attr:`~lbgym.scenarios.Scenario.configured_weights`), as those of "index" always are.
         step_interval: seconds of data-plane time per step.
         reward_type: name, mapping or callable.

@@ -50,7 +50,7 @@ class ActionKind:
         return {
             "features": features,
             "hidden": hidden,
-            "outputs": self.choices or 1,
+            "outputs": self.choices or self.numbers,
             "joint": self.joint,
             "centered": not self.choices,
         }

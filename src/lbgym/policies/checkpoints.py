@@ -65,7 +65,8 @@ def contents(
         shapes: ``features`` F per server of an observation; ``choices`` K per server, whether they are
             ``joint``, ``num_servers`` it was trained with, and what else the recipe compares when it resumes. The
             network's outputs are [B, N K] logits, server by server; if joint [B, K^N] logits or values of all joint
-            actions; and [B, N] actions in [-1, 1] where there is nothing to choose among (K = 0).
+            actions; and [B, N D] actions in [-1, 1], server by server, where there is nothing to choose among (K = 0);
+            ``numbers`` D is 1 if left out.
         network: its name among ``lbgym.policies.networks.NETWORKS``.
         arguments: keywords of the network's class, plain data.
         parameters: its ``state_dict``.

@@ -194,7 +194,8 @@ class ExportedPolicy(NetworkPolicy):
     def _choose(self, flat: NDArray[Any]) -> NDArray[Any]:
         out: NDArray[Any] = self._network(np.ascontiguousarray(flat, np.float32))
         if not self.kind.choices:
-            return np.tanh(out) if self.squash else out
+            out = np.tanh(out) if self.squash else out
+            return out if self.kind.numbers == 1 else out.reshape(*out.shape[:-1], -1, self.kind.numbers)
         n = flat.shape[-1] // (1 + self._inputs)
         index = self._draw(out if self.kind.joint else out.reshape(*out.shape[:-1], n, self.kind.choices))
         if not self.kind.joint:

@@ -12,7 +12,7 @@ from gymnasium import Env, Space, spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
-from ..env.actions import ActionCodec, make_action_codec
+from ..env.actions import ActionCodec, DiscreteActions, JointActions, make_action_codec
 from ..env.observations import ObservationLayout, relative_weights
 from ..errors import UnsupportedSpaceError
 from ..features import FEATURE_NAMES
@@ -105,15 +105,8 @@ class EnvInterface:
     @property
     def levels(self) -> tuple[float, ...]:
         """``action_weights``: the levels that each server's weight is chosen from."""
-        space = self.codec.space
-        n = self.layout.num_servers
-        if isinstance(space, spaces.MultiDiscrete):
-            count = int(space.nvec[0])
-            actions = np.repeat(np.arange(count)[:, None], n, 1)
-        else:
-            count = round(float(space.n) ** (1 / n))  # type: ignore[attr-defined]
-            actions = np.arange(count)
-        return tuple(self.codec.to_weights(actions, count)[:, -1].tolist())
+        assert isinstance(self.codec, DiscreteActions | JointActions)
+        return tuple(self.codec.levels.tolist())
 
     @property
     def action_type(self) -> str:

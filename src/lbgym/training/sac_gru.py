@@ -60,6 +60,7 @@ LOSSES = ("policy", "value", "entropy", "temperature", "q")
 #: Keys that an agent takes from its environment.
 _OF_THE_ENVIRONMENT = (
     "action_type", "action_weights", "observation", "normalize", "use_ground_truth", "observe_weights", "step_interval",
+    "relative_to_configured",
 )  # fmt: skip
 
 
@@ -258,6 +259,8 @@ class SACGRUAgent:
         self.env_kwargs = config.observation_kwargs() | {"normalize": layout.normalize}
         if layout.use_ground_truth:
             self.env_kwargs["use_ground_truth"] = True
+        if interface.codec.needs_configured:
+            self.env_kwargs["relative_to_configured"] = True
         if interface.step_interval is not None:
             self.env_kwargs["step_interval"] = interface.step_interval
         # The weights in force, where the environment does not show them.

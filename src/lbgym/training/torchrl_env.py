@@ -136,7 +136,7 @@ class TorchRLEnv(_ReplicaEnv):
     Keys, for R replicas and N servers: ``observation`` (of the layout "dict": ``features`` and ``mask``), ``action``,
     ``reward`` float32[R, 1], and ``done``, ``terminated`` (never) and ``truncated``, bool[R, 1]. Actions have the
     shapes of the vector environment: "discrete" is ``MultiCategorical`` int64[R, N], "joint" ``Categorical`` int64[R],
-    the others ``Bounded`` float32[R, N].
+    "index" ``Bounded`` float32[R, N, 2], the others ``Bounded`` float32[R, N].
 
     ``set_seed(s)`` seeds replica i with s + i at its next reset. Replicas marked in ``_reset`` start again, the others
     go on; ``reset(options=...)`` takes the options of :meth:`lbgym.LoadBalanceEnv.reset`.

@@ -28,6 +28,7 @@ from ..config import PER_ALGORITHM, AlgorithmConfig
 WEIGHTS: dict[str, dict[str, Any]] = {
     "joint": {"action_weights": [1.0, 2.0]},
     "normalized": {"min_weight": 0.25, "max_weight": 4.0},
+    "index": {"min_weight": 0.25, "max_weight": 4.0},
 }
 
 #: Keys of the environment that concern several balancers; a single one has none of them.
@@ -63,7 +64,8 @@ class Algorithm:
         return bool(self.load().on_policy())
 
 
-_EITHER = ("normalized", "joint")
+_CONTINUOUS = ("normalized", "index")
+_ANY = (*_CONTINUOUS, "joint")
 # With gamma 0.6 a reward matters for two or three steps: targets can follow at once, and old experience is of no use.
 _REPLAY = {"off_policy_memory_size": 65_536, "polyak_tau": 0.05}
 # Balancers that always act alike learn nothing of how much better that is than anything else.
@@ -78,18 +80,18 @@ ALGORITHMS = {
     "qmix": Algorithm("QmixConfig", ("joint",), True, 8, 1e-3, _GREEDY),
     "vdn": Algorithm("VdnConfig", ("joint",), True, 8, 1e-3, _GREEDY),
     "iql": Algorithm("IqlConfig", ("joint",), True, 8, 1e-3, _GREEDY),
-    "mappo": Algorithm("MappoConfig", _EITHER, False, 16, 3e-3, _ACTOR),
-    "ippo": Algorithm("IppoConfig", _EITHER, True, 16, 3e-3, _ACTOR),
+    "mappo": Algorithm("MappoConfig", _ANY, False, 16, 3e-3, _ACTOR),
+    "ippo": Algorithm("IppoConfig", _ANY, True, 16, 3e-3, _ACTOR),
     "maddpg": Algorithm(
         "MaddpgConfig",
-        ("normalized",),
+        _CONTINUOUS,
         False,
         8,
         2e-4,
         _REPLAY | {"exploration_eps_init": 0.4, "exploration_eps_end": 0.05},
     ),
-    "isac": Algorithm("IsacConfig", _EITHER, True, 8, 1e-3, _SOFT),
-    "masac": Algorithm("MasacConfig", _EITHER, False, 8, 1e-3, _SOFT),
+    "isac": Algorithm("IsacConfig", _ANY, True, 8, 1e-3, _SOFT),
+    "masac": Algorithm("MasacConfig", _ANY, False, 8, 1e-3, _SOFT),
 }
 
 
@@ -115,11 +117,11 @@ class BenchMARLConfig(AlgorithmConfig):
     reward_sharing: str = "mean"
     """how rewards are shared among the balancers: "mean", "field", "own" or "difference"."""
     action_type: str = PER_ALGORITHM
-    """an ``action_type`` of ``LoadBalanceEnv``: "joint" for "qmix", "vdn" and "iql", "normalized" for
-    "maddpg", either for the others (default "normalized")"""
+    """an ``action_type`` of ``LoadBalanceEnv``: "joint" for "qmix", "vdn" and "iql", "normalized" (default) or "index"
+    for "maddpg", any of these for the others (default "normalized")"""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """further keys of ``MultiLoadBalanceVectorEnv``; unless given "joint" actions are of weights 1 and 2,
-    "normalized" ones of weights from 0.25 to 4"""
+    """further keys of ``MultiLoadBalanceVectorEnv``; unless given "joint" actions are of weights 1 and 2, "normalized"
+    and "index" ones of weights from 0.25 to 4, those of "index" times the configured ones"""
 
     num_steps: int = PER_ALGORITHM
     """steps of every replica between two updates; 16 for "mappo" and "ippo", 8 for the others"""

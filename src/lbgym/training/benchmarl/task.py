@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from gymnasium.spaces.utils import flatten_space
+
 from ...errors import InvalidOptionError, MissingExtraError
 
 try:
@@ -13,7 +15,9 @@ try:
         # TorchRL and its dependencies warn of their own classes while they are imported.
         warnings.simplefilter("ignore")
         import benchmarl.environments as environments
+        import torch
         from benchmarl.environments import Task, TaskClass
+        from tensordict import TensorDictBase
         from torchrl.data import Composite
         from torchrl.envs import EnvBase, RewardScaling, Transform
 except ModuleNotFoundError as error:
@@ -22,6 +26,25 @@ except ModuleNotFoundError as error:
 from ...env.multi_agent_vector import MultiLoadBalanceVectorEnv
 from ..torchrl_env import GROUP, MultiTorchRLEnv
 from .config import WEIGHTS
+
+
+class _VectorActionEnv(MultiTorchRLEnv):
+    """Takes actions of several numbers per server as BenchMARL has them: a vector per balancer, server by server."""
+
+    def __init__(self, env: MultiLoadBalanceVectorEnv, **keys: Any) -> None:
+        super().__init__(env, **keys)
+        space = env.agent_action_space
+        self._columns = space.shape or ()
+        if len(self._columns) > 1:
+            agents = torch.Size([*self.batch_size, env.num_balancers])
+            actions = Composite({"action": self._spec(flatten_space(space), agents)}, shape=agents)
+            self.action_spec = Composite({GROUP: actions}, shape=self.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if len(self._columns) > 1:
+            action = tensordict.get((GROUP, "action")).unflatten(-1, self._columns)
+            tensordict = tensordict.clone(recurse=False).set((GROUP, "action"), action)
+        return super()._step(tensordict)
 
 
 class LoadBalanceTaskClass(TaskClass):
@@ -54,14 +77,14 @@ class LoadBalanceTaskClass(TaskClass):
 
         def make() -> EnvBase:
             vector = MultiLoadBalanceVectorEnv(num_envs, autoreset_mode="Disabled", **keys)
-            env = MultiTorchRLEnv(vector, device=device)
+            env = _VectorActionEnv(vector, device=device)
             env.set_seed(seed)
             return env
 
         return make
 
     def supports_continuous_actions(self) -> bool:
-        return self.config.get("action_type", "normalized") in ("normalized", "continuous")
+        return self.config.get("action_type", "normalized") in ("normalized", "continuous", "index")
 
     def supports_discrete_actions(self) -> bool:
         return self.config.get("action_type", "joint") == "joint"

@@ -38,7 +38,7 @@ from ...policies.action_kind import ActionKind
 from ...policies.checkpoints import read_checkpoint
 from ...policies.networks import NETWORKS
 from ...policies.neural import ExportedPolicy
-from ..checkpoints import check_shapes, write_policy
+from ..checkpoints import check_shapes, network_shapes, write_policy
 from ..config import check_recipe, check_same
 from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
 from ..torchrl_env import GROUP
@@ -391,11 +391,11 @@ def _actor(
     last: tuple[str, ...]
     arguments: dict[str, Any]
     if model.equivariant:
-        last, outputs = ("head.weight", "head.bias"), 1
+        last, outputs = ("head.weight", "head.bias"), facts.kind.numbers
         arguments = facts.kind.actor_arguments(facts.features, hidden)
     else:
-        last, outputs = tuple(parameters)[-2:], n
-        arguments = {"sizes": [n * (1 + facts.features), hidden, hidden, choices**n if choices else n]}
+        last, outputs = tuple(parameters)[-2:], n * facts.kind.numbers
+        arguments = {"sizes": [n * (1 + facts.features), hidden, hidden, choices**n if choices else outputs]}
     if model.parts > 1:
         # The standard deviations, which come after the means, have no part in acting.
         parameters |= {name: parameters[name][:outputs].clone() for name in last}
@@ -457,7 +457,7 @@ def _read(path: Path, config: BenchMARLConfig, facts: _Facts) -> dict[str, Any]:
     check_recipe(path, saved["algo"], "benchmarl", config.algorithm)
     check_same(path, saved["config"], config, ("network", "hidden", "observe_weights"))
     kind = facts.kind
-    here = {"features": facts.features, "choices": kind.choices, "joint": kind.joint, "num_servers": facts.num_servers}
+    here = network_shapes(kind, facts.num_servers, facts.features)
     check_shapes(saved, path, here, tuple(here))
     if saved["trainer"]["num_balancers"] != facts.num_balancers:
         raise CheckpointError(
