@@ -157,13 +157,13 @@ warm: $(VENV)/.dev
 warm-next: $(VENV)-next/.dev
 	$(VENV)-next/bin/python $(WARM)
 
-# Tests of live data planes wait most of the time, and should not have to wait for a processor: with their like.
+# Tests of live data planes wait most of the time, and should not have to wait for a processor: with their like. Of the
+# last, the longest comes first; the others follow each other beside it.
 .PHONY: test
 test: ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 4 --output-sync lint warm $(if $(PYTHON_NEXT),warm-next) $(FRAMEWORKS)/.dev tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS:%=--ignore=%)
 	$(MAKE) test-live test-young-clock
-	@# The longest first; the others follow each other beside it.
 	$(MAKE) -j 2 --output-sync test-frameworks test-next test-contract test-frameworks-docs
 
 .PHONY: coverage
@@ -228,9 +228,9 @@ test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray
 	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 $(COVERAGE) \
 		$(RAY_TESTS) $(filter-out $(RAY_TESTS),$(wildcard tests/frameworks/test_*.py)) tests/training/test_recipes.py
 
+# RLlib by itself would join whatever Ray runs here, such as that of the tests beside it.
 .PHONY: test-frameworks-docs
 test-frameworks-docs: $(FRAMEWORKS)/.dev ## the pages and examples of RLlib, BenchMARL and Ray
-	@# RLlib by itself would join whatever Ray runs here, such as that of other tests.
 	RAY_ADDRESS=local $(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) tests/test_docs.py tests/test_examples.py \
 		-k "rllib or benchmarl or clusters"
 
