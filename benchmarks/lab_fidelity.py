@@ -2,7 +2,7 @@
 
 The same flows, rules and policies on real packets and simulated, at several loads: mean and p99 FCT, ranking, and how
 much CPU time the servers used of what the simulator says. Nothing is fitted but what a laboratory measures of its
-servers when it is set up, one request at a time: CPU time per iteration and per request, and a latency.
+servers when it is set up, one request at a time: CPU time per unit of work and per request, and a latency.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     mean_error = float(np.mean(np.abs(errors)))
     text += (
         f"\n\nmean error of the mean FCT: {100 * mean_error:.1f} % (at most {100 * LIMIT:g} %)"
-        f"\nservers: {1e9 * known.per_unit:.3g} ns per iteration, {1e3 * known.fixed:.3g} ms per request, latency "
-        f"{1e3 * known.latency:.3g} ms"
+        f"\nservers: {1e9 * known.per_unit:.3g} ns of CPU time per microsecond asked for, {1e3 * known.fixed:.3g} ms "
+        f"per request, latency {1e3 * known.latency:.3g} ms"
         f"\nload average of the machine from {min(averages):.1f} to {max(averages):.1f}, {os.cpu_count()} cores"
     )
     if given.out is not None:

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 NAME = f"t{os.getpid()}"
 #: What requests take is measured where a test looks at it; elsewhere this is near enough.
-KNOWN = Calibration(per_unit=1e-8, fixed=5e-4, latency=0.0)
+KNOWN = Calibration(per_unit=1e-6, fixed=5e-4, latency=0.0)
 
 
 def config(name: str, **changes: object) -> LabConfig:
@@ -93,7 +93,8 @@ def lab() -> Iterator[Laboratory]:
 
 def test_flows_are_real_and_those_of_the_simulator(lab: Laboratory, tmp_path: Path) -> None:
     known = lab.config.calibration
-    assert known is not None and known.per_unit > 0.0 and known.fixed > 0.0
+    # A microsecond that the server was asked for is one that its control group was charged, on a busy machine, too.
+    assert known is not None and 0.85e-6 < known.per_unit < 1.15e-6 and known.fixed > 0.0
     with lab.restored():
         measured = compare_in(
             lab, "round_robin+configured,lsq", 1, warmup=0.0, keep_flows=True, recordings=tmp_path, interval=0.1
