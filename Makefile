@@ -26,6 +26,8 @@ BENCHMARKS := $(filter-out __init__ common lab_fidelity lab_fit learning_curves 
 SOURCES := $(shell find src -name '*.py' 2>/dev/null)
 # Parallelism is over processes and Numba threads; a second torch or BLAS thread only competes with them.
 export OMP_NUM_THREADS ?= 1
+# Ray would put its workers behind every other process of the machine, for which its tests, the longest, would wait.
+export RAY_worker_niceness := 0
 # pip leaves compiling to the first import, which would otherwise be that of every process: torch's takes seconds more.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -155,14 +157,14 @@ warm: $(VENV)/.dev
 warm-next: $(VENV)-next/.dev
 	$(VENV)-next/bin/python $(WARM)
 
-# Tests of live data planes wait most of the time, and should not have to wait for a processor: with their like.
+# Tests of live data planes wait most of the time, and should not have to wait for a processor: with their like. Of the
+# last, the longest comes first; the others follow each other beside it.
 .PHONY: test
 test: ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 4 --output-sync lint warm $(if $(PYTHON_NEXT),warm-next) $(FRAMEWORKS)/.dev tools
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS:%=--ignore=%)
 	$(MAKE) test-live test-young-clock
-	$(MAKE) -j 2 --output-sync test-next test-frameworks
-	$(MAKE) test-frameworks-docs test-contract
+	$(MAKE) -j 2 --output-sync test-frameworks test-next test-contract test-frameworks-docs
 
 .PHONY: coverage
 coverage: tools $(VENV)/.dev $(FRAMEWORKS)/.dev ## what the tests reach; tracing doubles their time, so apart from them
@@ -218,18 +220,23 @@ $(VENV)-next/.dev: pyproject.toml constraints.txt
 	$(VENV)-next/bin/python $(INSTALL) -c constraints.txt -e '.[eval,marl,offline,run,test]'
 	@touch $@
 
+# What waits for processes of Ray comes first, so that what only computes fills the gaps.
+RAY_TESTS := $(addprefix tests/frameworks/test_,cluster.py rllib.py)
+
 .PHONY: test-frameworks
 test-frameworks: $(FRAMEWORKS)/.dev ## the tests of RLlib, BenchMARL and Ray
-	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 --dist loadfile --durations 10 $(COVERAGE) \
-		tests/frameworks tests/training/test_recipes.py
+	$(FRAMEWORKS)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 10 $(COVERAGE) \
+		$(RAY_TESTS) $(filter-out $(RAY_TESTS),$(wildcard tests/frameworks/test_*.py)) tests/training/test_recipes.py
 
+# RLlib by itself would join whatever Ray runs here, such as that of the tests beside it.
 .PHONY: test-frameworks-docs
 test-frameworks-docs: $(FRAMEWORKS)/.dev ## the pages and examples of RLlib, BenchMARL and Ray
-	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) tests/test_docs.py tests/test_examples.py -k "rllib or benchmarl or clusters"
+	RAY_ADDRESS=local $(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) tests/test_docs.py tests/test_examples.py \
+		-k "rllib or benchmarl or clusters"
 
 .PHONY: test-contract
 test-contract: $(FRAMEWORKS)/.dev ## the contract of the environments on the Gymnasium that the frameworks pin
-	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) -m contract
+	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) -m contract $$(grep -rl 'mark\.contract' tests --include='test_*.py')
 
 .PHONY: docs
 docs: $(VENV)/.dev ## the documentation site, in site/

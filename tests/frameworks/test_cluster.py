@@ -1,4 +1,4 @@
-"""Training on a Ray cluster of two nodes, one of which is killed."""
+"""Training and suites on a Ray cluster of two nodes, one of which is killed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,13 @@ from ray.cluster_utils import Cluster
 
 from lbgym.errors import CheckpointError, LbgymError, UnknownNameError
 from lbgym.evaluation import compare
+from lbgym.evaluation.suite import run_suite
 from lbgym.training import PPOConfig, Progress, read_checkpoint
 from lbgym.training.cluster import ClusterError, pack, train_on_ray, unpack
 from lbgym.training.recipes import make_config, read_config
 from lbgym.training.tuning import parse_space, tune_recipe
+
+from ..evaluation.suites import TINY
 
 SMALL = PPOConfig(scenario="uniform", num_envs=8, num_steps=8, max_steps=64, total_steps=512, checkpoint_every=0.0)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning:ray")]
@@ -40,12 +43,16 @@ def test_no_cluster_and_no_checkpoint(tmp_path: Path) -> None:
         train_on_ray("ppo", SMALL, resume_from=tmp_path / "none.pt")
     with pytest.raises(ClusterError, match=r"cannot join the Ray cluster at 127\.0\.0\.1:1: nothing answers there"):
         train_on_ray("ppo", SMALL, address="127.0.0.1:1")
+    with pytest.raises(ClusterError, match=r"cannot join the Ray cluster at 127\.0\.0\.1:1"):
+        run_suite(TINY, "sed", tmp_path, seeds=1, backend="ray", address="127.0.0.1:1")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Two nodes: the head, which this process is on, has no CPUs, so that every training is on the other."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    # Nothing scales it or forwards its logs, for which two processes would poll all the time.
+    head = {"num_cpus": 0, "include_dashboard": False, "no_monitor": True, "include_log_monitor": False}
+    made = Cluster(initialize_head=True, head_node_args=head)
     made.add_node(num_cpus=1)
     ray.init(address=made.address, log_to_driver=False)
     yield made
@@ -138,6 +145,21 @@ def test_a_callback_stops_it(cluster: Any) -> None:
     result = train_on_ray("ppo", replace(SMALL, total_steps=10**9), callback=lambda progress: progress.step >= 256)
     assert 256 <= result.history[-1].step < 10**6
     assert result.checkpoint is None
+
+
+def test_a_suite_on_a_cluster_is_what_it_would_be_here(cluster: Any, tmp_path: Path) -> None:
+    made: list[int] = []
+    there = tmp_path / "there"
+    run_suite(TINY, "sed+latency,c3", there, backend="ray", seeds=2, progress=lambda done, *_: made.append(done))
+    assert made == list(range(1, 19))
+    here = tmp_path / "here"
+    run_suite(TINY, "sed+latency,c3", here, seeds=2, processes=1)
+    for name in ("sed+latency.json", "c3.json", "lsq.json"):
+        assert (there / name).read_bytes() == (here / name).read_bytes()
+    # The rest is made where there is room: a result that was begun on a cluster is finished here.
+    run_suite(TINY, "sed+latency,c3", there, processes=1)
+    run_suite(TINY, "sed+latency,c3", here, backend="ray")
+    assert (there / "c3.json").read_bytes() == (here / "c3.json").read_bytes()
 
 
 def test_a_search_survives_the_loss_of_a_node(cluster: Any, tmp_path: Path) -> None:
