@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ...errors import MissingExtraError, UnsupportedSpaceError
 
@@ -68,9 +68,11 @@ class LoadBalanceModel(Model):
     @torch.no_grad()
     def _begin_with_little_background(self) -> None:
         """Let actions of type "index" begin near FIRST_LOAD, with room to both sides, not at two flows per core."""
-        last = [module for module in self.network.modules() if isinstance(module, nn.Linear)]
-        bias = self.network.head.bias if self.equivariant else last[-1].bias
-        means = bias[: self.numbers] if self.equivariant else bias[: self.num_servers * self.numbers]
+        if self.equivariant:
+            means = cast(nn.Linear, self.network.head).bias[: self.numbers]
+        else:
+            last = [module for module in self.network.modules() if isinstance(module, nn.Linear)][-1]
+            means = last.bias[: self.num_servers * self.numbers]
         means[1 :: self.numbers] += FIRST_LOAD
 
     def _perform_checks(self) -> None:
