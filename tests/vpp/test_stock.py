@@ -67,6 +67,10 @@ def test_weights_open_flows_and_refusals(tmp_path: Path) -> None:
         }  # fmt: skip
         file = tmp_path / "dataplane.toml"
         vpp_lb_toml(file, name, net.servers, driver)
+        if tuple(map(int, vpp.version[:5].split("."))) < (26, 10):
+            with pytest.raises(DriverError, match=r"its plugin lb, and VPP 26\.10 or newer"):
+                VppLb(load_config(file), file)
+            return
         check_refusals(file)
         vpp_lb_toml(file, name, net.servers, driver)
         process = net.start("client", sys.executable, "-m", "lbgym", "dataplane", "vpp-lb", "--config", file)
