@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             averages.append(os.getloadavg()[0])
     rows, errors = _rows(pairs)
     text = markdown(
-        rows,
+        [[f"{load:g}", label, *(_cells(numbers))] for load, label, *numbers in rows],
         (
             "load",
             "contender",
@@ -91,27 +92,31 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
-        _draw(pairs, given.out / "lab_fidelity.png")
+        draw(rows, given.out / "lab_fidelity.png")
     reached = mean_error <= LIMIT and all(tau["fct_mean"] == 1.0 for tau in taus.values())
     report("lab_fidelity", given, text, {"rows": rows, "taus": taus, "mean_error": mean_error, "reached": reached})
     return 0 if reached or given.quick else 1
 
 
 def _rows(pairs: dict[float, tuple[Comparison, Comparison]]) -> tuple[list[list[Any]], list[float]]:
+    """Load, contender, and of each metric what was simulated, measured, and the error in %, with half widths."""
     rows, errors = [], []
     for load, (predicted, measured) in pairs.items():
         entries = {(entry.label, entry.metric): entry for entry in fidelity(predicted, measured, tuple(METRICS))}
         for label in measured.labels:
-            row: list[Any] = [f"{load:g}", label]
+            row: list[Any] = [load, label]
             for metric in METRICS:
                 entry = entries[label, metric]
-                for interval in (entry.predicted, entry.measured):
-                    row.append(f"{1e3 * interval.mean:.1f} ±{1e3 * interval.half_width:.1f}")
-                relative = entry.error.relative
-                row.append(f"{relative.mean:+.1f} ±{relative.half_width:.1f}")
+                for interval, scale in ((entry.predicted, 1e3), (entry.measured, 1e3), (entry.error.relative, 1.0)):
+                    row += [scale * interval.mean, scale * float(np.nan_to_num(interval.half_width))]
             rows.append(row)
             errors.append(entries[label, "fct_mean"].predicted.mean / entries[label, "fct_mean"].measured.mean - 1.0)
     return rows, errors
+
+
+def _cells(numbers: Sequence[float]) -> list[str]:
+    pairs = zip(numbers[::2], numbers[1::2], strict=True)
+    return [f"{value:{'+' if i % 3 == 2 else ''}.1f} ±{half:.1f}" for i, (value, half) in enumerate(pairs)]
 
 
 def _cpu_ratio(predicted: Comparison, measured: Comparison) -> float:
@@ -120,21 +125,24 @@ def _cpu_ratio(predicted: Comparison, measured: Comparison) -> float:
     return float(np.sum(shares[1]) / np.sum(shares[0]))
 
 
-def _draw(pairs: dict[float, tuple[Comparison, Comparison]], file: Path) -> None:
+def draw(rows: Sequence[Sequence[Any]], file: Path) -> None:
+    """Measured over simulated FCTs, from the rows of a result."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
+    loads = dict(zip(dict.fromkeys(row[0] for row in rows), "osD^vP", strict=False))
+    labels = list(dict.fromkeys(row[1] for row in rows))
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
-    for axes, (metric, name) in zip(figure.subplots(1, 2), METRICS.items(), strict=True):
+    for k, (axes, name) in enumerate(zip(figure.subplots(1, 2), METRICS.values(), strict=True)):
         ends = []
-        for marker, (load, (predicted, measured)) in zip("osD^vP", pairs.items(), strict=False):
-            for i, label in enumerate(measured.labels):
-                x, y = (1e3 * c.interval(label, metric).mean for c in (predicted, measured))
-                half = [1e3 * np.nan_to_num(c.interval(label, metric).half_width) for c in (predicted, measured)]
-                axes.errorbar(
-                    x, y, half[1], half[0], fmt=marker, color=f"C{i}", markersize=6, elinewidth=0.8,
-                    label=f"{label}" if load == next(iter(pairs)) else None,
-                )  # fmt: skip
-                ends += [x, y]
+        for load, label, *numbers in rows:
+            x, x_half, y, y_half = numbers[6 * k : 6 * k + 4]
+            axes.errorbar(
+                x, y, y_half, x_half, fmt=loads[load], color=f"C{labels.index(label)}", markersize=6, elinewidth=0.8,
+                label=label if load == rows[0][0] else None,
+            )  # fmt: skip
+            ends += [x, y]
+        for load, marker in loads.items():
             axes.plot([], [], marker, color="#777777", label=f"load {load:g}")
         span = [0.8 * min(ends), 1.25 * max(ends)]
         axes.plot(span, span, color="#999999", linewidth=0.8, zorder=0)
@@ -144,8 +152,9 @@ def _draw(pairs: dict[float, tuple[Comparison, Comparison]], file: Path) -> None
             xlabel=f"{name} FCT simulated, ms", ylabel=f"{name} FCT measured, ms", title=f"{name} FCT (band: 10 %)"
         )
         for side in (axes.xaxis, axes.yaxis):
-            side.set_major_formatter(lambda value, _: f"{value:g}")
-            side.set_minor_formatter(lambda value, _: "")
+            side.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            side.set_minor_locator(NullLocator())
+            side.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(file, dpi=150)
 
