@@ -115,9 +115,15 @@ class Screen:
             stderr=self.slave,
             env=environment(),
             start_new_session=True,
-            # The terminal becomes the controlling one, so that Ctrl-C typed on it is a signal.
-            preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
+            preexec_fn=self._own_terminal,
         )
+
+    @staticmethod
+    def _own_terminal() -> None:
+        """Make the terminal the controlling one, so that Ctrl-C typed on it is a signal."""
+        os.close(os.open(os.ttyname(0), os.O_RDWR))
+        # A shell's jobs in the background ignore it, and so would whatever they start.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def press(self, keys: str) -> None:
         os.write(self.master, keys.encode())

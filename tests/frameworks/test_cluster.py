@@ -102,10 +102,11 @@ def test_a_killed_node_costs_the_steps_since_the_checkpoint(
     def callback(progress: Progress) -> None:
         if not killed and progress.step >= 2_000:
             killed.append(progress.step)
-            cluster.add_node(num_cpus=1)
+            # In this order: the training would go on while a node starts, and might be over before the loss.
             cluster.remove_node(first, allow_graceful=False)
+            cluster.add_node(num_cpus=1)
 
-    config = replace(SMALL, total_steps=20_000)
+    config = replace(SMALL, total_steps=8_000)
     with caplog.at_level(logging.WARNING, "lbgym"):
         result = train_on_ray("ppo", config, out=tmp_path, callback=callback)
     assert killed
