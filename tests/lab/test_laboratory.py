@@ -47,7 +47,7 @@ def config(name: str, **changes: object) -> LabConfig:
 
 def left(name: str) -> list[str]:
     """Whatever there is of a laboratory."""
-    looks = re.compile(rf"{name}|lbgym\.{name}\..*|lab-{name}-\d+(\.ctl)?")
+    looks = re.compile(rf"{name}|lbgym\.{name}\..*|lab-{name}-\d+([.-].*)?")
     folders = (ROOT, Path("/run/netns"), Path("/sys/fs/bpf/lbgym"), Path("/dev/shm"))
     found = [str(p) for folder in folders if folder.is_dir() for p in folder.iterdir() if looks.fullmatch(p.name)]
     groups = [path for path in Path("/sys/fs/cgroup").glob(f"**/lbgym-lab/{name}")]

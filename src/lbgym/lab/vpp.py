@@ -117,7 +117,9 @@ class VppDataPlane:
         return lines
 
     def clear(self, region: str) -> None:
-        pass  # all it has are a process and files of the laboratory's folder
+        # A VPP that was killed leaves the segments of its API.
+        for segment in ("global_vm", "vpe-api"):
+            Path(f"/dev/shm/{region}-{segment}").unlink(missing_ok=True)
 
 
 __all__ = ["VppDataPlane", "find_vpp"]

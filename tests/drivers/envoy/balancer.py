@@ -215,6 +215,7 @@ class Balancer(Client):
         self._processes.clear()
         self.process, self._epoch = None, 0
         Path(self.admin).unlink(missing_ok=True)
+        Path(f"/dev/shm/envoy_shared_memory_{self._base}0").unlink(missing_ok=True)
 
     def ask(self, path: str, method: str = "GET") -> Any:
         """The admin interface's answer."""
