@@ -182,7 +182,8 @@ UNSHARE := unshare $$(test "$$(id -u)" = 0 || echo --map-root-user) --time --mon
 test-live: $(VENV)/.dev ## the tests of live data planes
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS)
 
-# But for XDP, whose clock no namespace moves, and for what reads no clock.
+# But for XDP, whose clock no namespace moves, and for what reads no clock. These wait for half of their time, so that
+# there is room for a third process.
 TIMELESS := $(addprefix tests/sharedmemory/test_,c_header.py generated.py tearing.py)
 
 .PHONY: test-young-clock
@@ -192,7 +193,7 @@ test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been u
 		test -z "$(CI)"; }
 	@! $(UNSHARE) 0 true 2>/dev/null || \
 		$(UNSHARE) $$((60 - $(UPTIME))) --boottime $$((60 - $(UPTIME))) \
-		$(BIN)/python -m pytest -q $(PARALLEL) --durations 5 -m "not slow and not xdp and not lab" \
+		$(BIN)/python -m pytest -q -n 3 --dist worksteal --durations 5 -m "not slow and not xdp and not lab" \
 		$(TIMELESS:%=--ignore=%) $(LIVE_TESTS)
 
 # VPP is in no registry of packages: its own documentation says how to build and install it.
