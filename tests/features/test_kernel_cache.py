@@ -227,6 +227,7 @@ def test_a_full_disk(tmp_path: Path, loaded: Loaded) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+@pytest.mark.slow
 def test_the_command_line_goes_on_after_a_damaged_index(tmp_path: Path) -> None:
     lbgym.LoadBalanceEnv().reset(seed=0)
     for function in (kernel.step_replicas, rng.mix64):  # what this process compiled, where a copy of it looks

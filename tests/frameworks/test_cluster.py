@@ -174,7 +174,7 @@ def test_a_search_survives_the_loss_of_a_node(cluster: Any, tmp_path: Path) -> N
             killed.append(min(percents))
             cluster.remove_node(first, allow_graceful=False)
 
-    config = replace(SMALL, total_steps=12_000)
+    config = replace(SMALL, total_steps=6_000)
     space = parse_space({"learning_rate": "loguniform(1e-3, 1e-2)", "hidden": "choice(8, 16)"})
     result = tune_recipe("ppo", config, space, trials=2, out=tmp_path, early_stopping=False, callback=callback)
     assert killed
