@@ -7,6 +7,7 @@ servers when it is set up, one request at a time: CPU time per unit of work and 
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -32,14 +33,14 @@ METRICS = {"fct_mean": "mean", "fct_p99": "p99"}
 def main(arguments: list[str] | None = None) -> int:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--policies", default=POLICIES, help="contenders, as lbgym compare takes them")
-    options.add_argument("--loads", default="0.4,0.6,0.8", help="separated by commas")
+    options.add_argument("--loads", type=_loads, default="0.4,0.6,0.8", help="separated by commas")
     options.add_argument("--repetitions", type=int, default=10, help="seeds per load")
     options.add_argument("--duration", type=float, default=60.0, help="seconds of a run")
     options.add_argument("--demand", type=float, default=0.04, help="mean of the exponential demands, core-seconds")
     given = options.parse_args(arguments)
     if given.quick:
-        given.policies, given.loads, given.repetitions, given.duration = "round_robin,lsq", "0.5", 1, 5.0
-    loads = [float(part) for part in given.loads.split(",")]
+        given.policies, given.loads, given.repetitions, given.duration = "round_robin,lsq", [0.5], 1, 5.0
+    loads = given.loads
     base = small_scenario()
     config = LabConfig(
         name="fidelity", scenario=replace(base, workload=Workload(load=loads[0], demand=Exponential(mean=given.demand)))
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             averages.append(os.getloadavg()[0])
     rows, errors = _rows(pairs)
     text = markdown(
-        [[f"{load:g}", label, *(_cells(numbers))] for load, label, *numbers in rows],
+        [[f"{load:g}", label, *_cells(numbers)] for load, label, *numbers in rows],
         (
             "load",
             "contender",
@@ -96,6 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
     reached = mean_error <= LIMIT and all(tau["fct_mean"] == 1.0 for tau in taus.values())
     report("lab_fidelity", given, text, {"rows": rows, "taus": taus, "mean_error": mean_error, "reached": reached})
     return 0 if reached or given.quick else 1
+
+
+def _loads(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers separated by commas, such as 0.4,0.6, got {text!r}") from None
 
 
 def _rows(pairs: dict[float, tuple[Comparison, Comparison]]) -> tuple[list[list[Any]], list[float]]:

@@ -100,17 +100,18 @@ class Run:
 
     def enough(self, process: subprocess.Popen[str]) -> tuple[int, int]:
         """End an endless load, and look until it has ended; returns the connections served and failed."""
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
         process.stdin.close()
         while process.poll() is None:
             time.sleep(INTERVAL)
             self.look()
-        served, failed = map(int, process.stdout.read().split())
-        return served, failed
+        return counts_of(process)
 
 
 def counts_of(process: subprocess.Popen[str]) -> tuple[int, int]:
-    served, failed = map(int, process.communicate()[0].split())
+    assert process.stdout is not None
+    served, failed = map(int, process.stdout.read().split())
+    process.wait()
     return served, failed
 
 

@@ -331,8 +331,7 @@ def haproxy(
     from ..drivers.haproxy import HaproxyOptions, open_backends
     from ..drivers.proxy.places import pair_names
 
-    region = _region(publish_interval, capacity, mode, group)
-    metrics = None if metrics_port is None else (metrics_port, metrics_address)
+    publishing = _publishing(publish_interval, capacity, mode, group, metrics_port, metrics_address)
     options = HaproxyOptions(
         backends=pair_names(name, backend, "backend"),
         socket=socket,
@@ -342,7 +341,7 @@ def haproxy(
         capacity=capacity,
     )
     way = "the runtime API" if agent_check is None else "agent-checks"
-    _publish_proxy(open_backends(options), "backend", options.backends, way, metrics=metrics, **region)
+    _publish_proxy(open_backends(options), "backend", options.backends, way, **publishing)
 
 
 def envoy(
@@ -384,8 +383,7 @@ def envoy(
     from ..drivers.envoy import EnvoyOptions, open_clusters
     from ..drivers.proxy.places import pair_names
 
-    region = _region(publish_interval, capacity, mode, group)
-    metrics = None if metrics_port is None else (metrics_port, metrics_address)
+    publishing = _publishing(publish_interval, capacity, mode, group, metrics_port, metrics_address)
     clusters = pair_names(name, cluster, "cluster")
     if xds_port is None and (servers or not eds_file):
         raise InvalidOptionError("give --eds-file, the file that Envoy watches; or both --xds-port and --servers")
@@ -403,7 +401,7 @@ def envoy(
         capacity=capacity,
     )
     way = "the EDS file" if xds_port is None else f"xDS on port {xds_port}"
-    _publish_proxy(open_clusters(options), "cluster", clusters, way, metrics=metrics, **region)
+    _publish_proxy(open_clusters(options), "cluster", clusters, way, **publishing)
 
 
 def _publish_proxy(
@@ -418,9 +416,14 @@ def _publish_proxy(
     _publish(sources, shown, **options)
 
 
-def _region(publish_interval: float, capacity: int | None, mode: str, group: str | None) -> dict[str, Any]:
-    """Options of the publisher, before anything is opened: a bad one must not be found out later."""
-    return {"publish_interval": publish_interval, "capacity": capacity, "mode": _permissions(mode), "group": group}
+def _publishing(
+    publish_interval: float, capacity: int | None, mode: str, group: str | None, port: int | None, address: str
+) -> dict[str, Any]:
+    """Options of :func:`_publish`, before anything is opened: a bad one must not be found out later."""
+    return {
+        "publish_interval": publish_interval, "capacity": capacity, "mode": _permissions(mode), "group": group,
+        "metrics": None if port is None else (port, address),
+    }  # fmt: skip
 
 
 def _given(**values: Any) -> dict[str, Any]:
