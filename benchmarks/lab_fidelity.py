@@ -107,7 +107,7 @@ def _loads(text: str) -> list[float]:
 
 
 def _rows(pairs: dict[float, tuple[Comparison, Comparison]]) -> tuple[list[list[Any]], list[float]]:
-    """Load, contender, and of each metric what was simulated, measured, and the error in %, with half widths."""
+    """Load, contender, and of each metric what was simulated, measured, and the error in %, each with half width."""
     rows, errors = [], []
     for load, (predicted, measured) in pairs.items():
         entries = {(entry.label, entry.metric): entry for entry in fidelity(predicted, measured, tuple(METRICS))}
@@ -116,15 +116,19 @@ def _rows(pairs: dict[float, tuple[Comparison, Comparison]]) -> tuple[list[list[
             for metric in METRICS:
                 entry = entries[label, metric]
                 for interval, scale in ((entry.predicted, 1e3), (entry.measured, 1e3), (entry.error.relative, 1.0)):
-                    row += [scale * interval.mean, scale * float(np.nan_to_num(interval.half_width))]
+                    half = scale * interval.half_width
+                    row += [scale * interval.mean, None if np.isnan(half) else half]
             rows.append(row)
             errors.append(entries[label, "fct_mean"].predicted.mean / entries[label, "fct_mean"].measured.mean - 1.0)
     return rows, errors
 
 
-def _cells(numbers: Sequence[float]) -> list[str]:
+def _cells(numbers: Sequence[float | None]) -> list[str]:
     pairs = zip(numbers[::2], numbers[1::2], strict=True)
-    return [f"{value:{'+' if i % 3 == 2 else ''}.1f} ±{half:.1f}" for i, (value, half) in enumerate(pairs)]
+    return [
+        f"{value:{'+' if i % 3 == 2 else ''}.1f}" + ("" if half is None else f" ±{half:.1f}")
+        for i, (value, half) in enumerate(pairs)
+    ]
 
 
 def _cpu_ratio(predicted: Comparison, measured: Comparison) -> float:
