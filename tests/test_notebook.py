@@ -52,14 +52,22 @@ def test_runs_from_top_to_bottom(committed: Any, tmp_path: Path, monkeypatch: py
     for module in ("ipykernel", "matplotlib", "pettingzoo", "rich", "scipy", "torch"):
         pytest.importorskip(module)
     nbclient = pytest.importorskip("nbclient")
+    from traitlets.config import Config
+
     monkeypatch.setenv("LBGYM_NOTEBOOK_STEPS", "20_000")
     monkeypatch.setenv("LBGYM_NOTEBOOK_SEEDS", "2")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # figures go into the notebook, not to a display
     monkeypatch.delenv("MPLBACKEND", raising=False)
     ran = nbformat.v4.new_notebook(cells=[cell.copy() for cell in committed.cells], metadata=committed.metadata)
+    # Over sockets in files: ports are chosen before the kernel begins, and another process may take one of them.
+    sockets = {"transport": "ipc", "connection_file": str(tmp_path / "kernel.json")}
     nbclient.NotebookClient(
-        ran, kernel_name="python3", timeout=180, resources={"metadata": {"path": str(tmp_path)}}
+        ran,
+        kernel_name="python3",
+        timeout=180,
+        resources={"metadata": {"path": str(tmp_path)}},
+        config=Config({"KernelManager": sockets}),
     ).execute()
     assert complaints(ran) == []
     # the same cells say something as in the committed one

@@ -66,7 +66,8 @@ def test_after_a_kill_the_lease_ends_and_another_controller_takes_over(nursery: 
         first.child.kill()
         killed = time.monotonic()
         until(lambda: strings.weights == SAFE, "the safe weights")
-        assert time.monotonic() - killed < lease + 0.3
+        # Without its option the lease would be one of five seconds.
+        assert time.monotonic() - killed < 4.0
         with command(nursery, *BASIC, "--lease", lease, "--log-level", "debug") as third:
             third.wait_for("step")
             assert strings.weights == EQUAL

@@ -103,8 +103,9 @@ def test_a_shadow_on_the_command_line_beside_another_agent(nursery: Nursery, tmp
     with data_plane(nursery), controlling(Fickle(WANTED)) as real:
         real.steps(1)
         arguments = ["--policy", "uniform", "--shm", "lb0", "--shadow", "--out", out, "--step-interval", 0.04]
-        with command(nursery, *arguments, COLUMNS="120") as shadow:
+        with command(nursery, *arguments, "--log-level", "debug", COLUMNS="120") as shadow:
             shadow.wait_for("attached")
+            shadow.wait_for("step")
             real.steps(5)
             shadow.signal(signal.SIGUSR1)
             event = shadow.wait_for("shadow")

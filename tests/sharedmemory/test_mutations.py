@@ -303,7 +303,6 @@ def examine_writing(region: SharedMemoryRegion, image: np.ndarray) -> None:
 
 def examine_mutants(say: Say, seed: int, count: int) -> None:
     """In a process of its own, which a crash or a hang ends."""
-    signal.alarm(300)
     random = np.random.default_rng(seed)
     good = np.frombuffer(good_image(), np.uint8)
     tally = dict.fromkeys(OUTCOMES, 0)
@@ -313,6 +312,8 @@ def examine_mutants(say: Say, seed: int, count: int) -> None:
     ):
         for number in range(count):
             os.pwrite(progress.fileno(), f"{number:10}".encode(), 0)
+            # A hang is one at this mutant, however long all of them take.
+            signal.alarm(60)
             image = mutant(random, good)
             file.truncate(0)
             os.pwrite(file.fileno(), image, 0)

@@ -111,6 +111,7 @@ def test_a_closed_producer_lets_a_waiting_agent_go(nursery: Nursery) -> None:
     with nursery.running(roles.publish_now_and_then, name="lb0", count=3, pause=0.02) as producer:
         assert producer.hear() == "created"
         region = SharedMemoryRegion.attach("lb0", live=True)
+        region.lock_agent()
         buffer = region.new_buffer()
         seen: list[int] = []
         while region.wait_observation(seen[-1] if seen else 0, 60.0):

@@ -58,7 +58,7 @@ def test_open_flows_and_failures(balancer: Balancer) -> None:
     balancer.configure(WEB)
     with driving(balancer) as driven, ExitStack() as flows:
         driven.apply(1.0, 0.0, 0.0)
-        held = [flows.enter_context(balancer.open(0.3)) for _ in range(7)]
+        held = [flows.enter_context(balancer.open("hold")) for _ in range(7)]
         eventually(lambda: driven.read().stats[0, 0] == 7)
         assert {answer(client) for client in held} == {"s1"}
         assert driven.settled(7).completed.tolist() == [7, 0, 0]
@@ -170,7 +170,7 @@ def test_servers_come_and_go(balancer: Balancer, source: str) -> None:
     balancer.configure({"web": ["s1", "s2"]}, source=source)
     with driving(balancer, xds=source == "ads") as driven, ExitStack() as flows:
         driven.apply(0.0, 1.0)
-        held = flows.enter_context(balancer.open(1.0))
+        held = flows.enter_context(balancer.open("hold"))
         eventually(lambda: driven.read().stats[1, 0] == 1)
         driven.source.add("s3", address="127.0.0.1", port=balancer.servers.ports["s3"], weight=2.0, cores=None)
         driven.source.remove("s2")
@@ -201,13 +201,13 @@ def test_hot_restarts_are_followed(balancer: Balancer) -> None:
     balancer.configure(WEB, log="grpc")
     with driving(balancer, log=str(balancer.driver_port)) as driven, ExitStack() as flows:
         driven.apply(1.0, 0.0, 0.0)
-        old = [flows.enter_context(balancer.open(1.5)) for _ in range(4)]
+        old = [flows.enter_context(balancer.open("hold")) for _ in range(4)]
         eventually(lambda: driven.read().stats[0, 0] == 4)
         balancer.start("--parent-shutdown-time-s", "30")
         # The new process has read the weights from the file.
         driven.read()
         assert balancer.weights() == {"s1": 1, "s2": 0, "s3": 0} and driven.source.processes == 2
-        new = [flows.enter_context(balancer.open(1.0)) for _ in range(3)]
+        new = [flows.enter_context(balancer.open("hold")) for _ in range(3)]
         eventually(lambda: driven.read().stats[0, 0] == 7)
         assert {answer(client) for client in old + new} == {"s1"}
         seen = driven.settled(7)
@@ -223,7 +223,7 @@ def test_restart_fails_open_flows(balancer: Balancer) -> None:
         balancer.flow()
         driven.apply(1.0, 0.0, 0.0)
         for _ in range(2):
-            flows.enter_context(balancer.open(30.0))
+            flows.enter_context(balancer.open("hold"))
         eventually(lambda: driven.read().stats[0, 0] == 2)
         balancer.kill()
         with pytest.raises(DriverError, match=r"nobody answers|no socket"):

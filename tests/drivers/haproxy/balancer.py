@@ -83,7 +83,8 @@ class Balancer(Client):
                 port = (ports or {}).get(name, self.servers.ports.get(name))
                 line = f"  server {name} 127.0.0.1:{port} weight {(weights or {}).get(name, 100)}"
                 if check:
-                    line += " check inter 50ms rise 1 fall 1"
+                    # HAProxy that is held up for 50 ms takes it for a failure of the server's: once is not enough.
+                    line += " check inter 50ms rise 1 fall 2"
                 if agents:
                     line += (
                         f" agent-check agent-addr 127.0.0.1 agent-port {self.agent_port} agent-inter 100ms"

@@ -55,7 +55,7 @@ def test_open_flows_and_failures(balancer: Balancer) -> None:
     balancer.configure(WEB)
     with driving(balancer) as driven, ExitStack() as flows:
         driven.apply(1.0, 0.0, 0.0)
-        held = [flows.enter_context(balancer.open(0.3)) for _ in range(7)]
+        held = [flows.enter_context(balancer.open("hold")) for _ in range(7)]
         eventually(lambda: driven.read().stats[0, 0] == 7)
         assert {answer(client) for client in held} == {"s1"}
         assert driven.settled(7).completed.tolist() == [7, 0, 0]
@@ -136,7 +136,7 @@ def test_reloads_are_followed(balancer: Balancer) -> None:
     balancer.configure(WEB)
     with driving(balancer, log=True) as driven, ExitStack() as flows:
         driven.apply(1.0, 0.0, 0.0)
-        old = [flows.enter_context(balancer.open(1.0)) for _ in range(4)]
+        old = [flows.enter_context(balancer.open("hold")) for _ in range(4)]
         eventually(lambda: driven.read().stats[0, 0] == 4)
         balancer.configure({"web": ["s1", "s3", "s2"]}, weights={"s2": 50})
         balancer.reload()
@@ -145,7 +145,7 @@ def test_reloads_are_followed(balancer: Balancer) -> None:
         assert balancer.weights() == {"s1": 1, "s3": 0, "s2": 0}
         assert [row.name for row in driven.source.servers()] == ["s1", "s2", "s3"]
         assert [row.weight for row in driven.source.servers()] == [100.0, 50.0, 100.0]
-        new = [flows.enter_context(balancer.open(1.0)) for _ in range(3)]
+        new = [flows.enter_context(balancer.open("hold")) for _ in range(3)]
         eventually(lambda: driven.read().stats[0, 0] == 7)
         # Both processes finish theirs, and the old one ends.
         assert {answer(client) for client in old + new} == {"s1"}
@@ -160,7 +160,7 @@ def test_servers_come_and_go_with_reloads(balancer: Balancer) -> None:
     balancer.configure({"web": ["s1", "s2"]})
     with driving(balancer) as driven, ExitStack() as flows:
         driven.apply(0.0, 1.0)
-        held = flows.enter_context(balancer.open(1.5))
+        held = flows.enter_context(balancer.open("hold"))
         eventually(lambda: driven.read().stats[1, 0] == 1)
         balancer.configure({"web": ["s1", "s3"]})
         balancer.reload()
@@ -183,7 +183,7 @@ def test_restart_fails_open_flows_and_sets_weights_again(balancer: Balancer) -> 
         balancer.flow()
         driven.apply(1.0, 0.0, 0.0)
         for _ in range(2):
-            flows.enter_context(balancer.open(30.0))
+            flows.enter_context(balancer.open("hold"))
         eventually(lambda: driven.read().stats[0, 0] == 2)
         before = driven.read()
         balancer.kill()

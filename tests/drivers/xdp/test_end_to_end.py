@@ -21,6 +21,7 @@ from lbgym.drivers.xdp.plane import XdpPlane
 from lbgym.drivers.xdp.tables import IndexInputs, index_table
 from lbgym.lab.namespaces import missing_tools
 from lbgym.sharedmemory import ServerState, SharedMemoryRegion
+from tests.chance import as_likely
 from tests.drivers.test_discovery import eventually
 from tests.drivers.xdp.network import (
     PORT,
@@ -119,21 +120,27 @@ def test_servers_come_and_go_under_load(name: str, tmp_path: Path) -> None:
                 seen = newest(region)
                 return [ServerState(row).name for row in seen.states[: seen.num_servers]]
 
-            def placed() -> np.ndarray:
-                return newest(region).counters[:4, 0].astype(int)
+            def check_taken(taking: list[int], out: list[int]) -> None:
+                """From now on some servers take flows, and some none; clients may be slow to begin any."""
+                before = newest(region).counters[:4, 0].astype(int)
+
+                def all_do() -> bool:
+                    time.sleep(0.3)
+                    taken = newest(region).counters[:4, 0].astype(int) - before
+                    assert not taken[out].any(), taken
+                    return bool((taken[taking] > 0).all())
+
+                eventually(all_do)
 
             eventually(lambda: states() == ["UP"] * 3)
             # Connections that are held meanwhile stay where they are.
-            held = net.clients(30, lanes=30, lines=40, pause=0.1)
+            held = net.clients(30, lanes=30, lines=1 << 20, pause=0.1)
             eventually(lambda: newest(region).stats[:, 0].sum() == 30)
             load = net.clients(100_000, lanes=4)
 
             control(name, {"op": "drain", "server": "server-0"})
             assert states()[0] == "DRAINING"
-            before = placed()
-            time.sleep(0.3)
-            taken = placed() - before
-            assert taken[0] == 0 and (taken[1:3] > 0).all()
+            check_taken([1, 2], [0])
 
             for server, address, message in (
                 ("server-9", "10.77.2.3", "servers 'server-2' and 'server-9' have the same address, 10.77.2.3"),
@@ -144,14 +151,11 @@ def test_servers_come_and_go_under_load(name: str, tmp_path: Path) -> None:
                     control(name, {"op": "add", "server": server, "address": address, "port": PORT})
             control(name, {"op": "add", "server": "server-3", "address": "10.77.2.4", "port": PORT, "weight": 1.0})
             eventually(lambda: states() == ["DRAINING", "UP", "UP", "UP"])
-            before = placed()
-            time.sleep(0.3)
-            assert (placed() - before)[3] > 0
+            # It has no flows yet, and the others those that are held.
+            check_taken([3], [0])
 
             control(name, {"op": "remove", "server": "server-1"})
-            before = placed()
-            time.sleep(0.3)
-            assert (placed() - before)[1] == 0
+            check_taken([3], [0, 1])
             control(name, {"op": "undrain", "server": "server-0"})
 
             # A file that leaves out server-2: SIGHUP removes it, adds server-1 again, and keeps server-0.
@@ -161,11 +165,9 @@ def test_servers_come_and_go_under_load(name: str, tmp_path: Path) -> None:
             processes["server-1"].kill()
             processes["server-1"].wait()  # Until then its socket takes connections still.
             eventually(lambda: states() == ["UP", "DOWN", "DRAINING", "DRAINING"])
-            before = placed()
-            time.sleep(0.3)
-            taken = placed() - before
-            assert taken[0] > 0 and not taken[1:].any()
+            check_taken([0], [1, 2, 3])
             load.kill()
+            held.terminate()
             answered, failed, moved = outcome(held)
             # Those at the server that was killed could not end well, and they alone.
             assert moved == 0 and len(failed) <= 11 and sum(answered.values()) + len(failed) == 30
@@ -247,7 +249,8 @@ def test_options_instead_of_a_file(name: str) -> None:
         options = ("--name", name, "--vip", f"{VIP4}:80", *servers, "--interface", "eth0", "--mode", "dnat")
         with driver(net, *options, "--rule", "maglev") as process, SharedMemoryRegion.attach(name) as region:
             answered, failed, _ = outcome(net.clients(600, port=80))
-            assert failed == [] and abs(answered["server-1"] - 400) < 4 * np.sqrt(600 * 2 / 9)
+            assert failed == [] and sum(answered.values()) == 600
+            assert as_likely([answered[server] for server in net.servers], [1 / 3, 2 / 3])
             assert region.publish_interval == 0.2 and newest(region).safe_weights[:2].tolist() == [1.0, 2.0]
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
