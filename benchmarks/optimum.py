@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = options.parse_args(argv)
     clusters = CLUSTERS[:3] if arguments.quick else CLUSTERS
     replicas, flows = (8, 4_000) if arguments.quick else (32, 30_000)
-    seeds, seconds = (4, 60.0) if arguments.quick else (20, 400.0)
+    seeds, seconds = (4, 60.0) if arguments.quick else (10, 200.0)
     cases, tables, worst_error = [], [], 0.0
     for cores, speeds in clusters:
         for load in LOADS:
