@@ -1,7 +1,7 @@
 """The pretrained policy ``adaptive``: what each of its parts is worth, how long it takes, and its file and card.
 
 python -m benchmarks.pretraining                       # parts switched off in the trained policy, and its speed
-python -m benchmarks.pretraining --train 60 --seeds 3  # trained again without each part
+python -m benchmarks.pretraining --train 24 --seeds 3  # trained again without each part
 python -m benchmarks.pretraining --publish out/pretrain/seed*.pt  # the best of several trainings, into the package
 python -m benchmarks.pretraining --suite out/pretrain/suite       # its scores on the suite, for its card
 """
@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import common
+from lbgym.evaluation import mean_interval
 from lbgym.policies import load_policy
 from lbgym.policies.estimator import CONSTANTS, IndexEstimator, initial_parameters
 from lbgym.policies.neural import EstimatorPolicy
@@ -91,23 +94,50 @@ def knock_outs(policy: EstimatorPolicy) -> dict[str, dict[str, Any]]:
     return rows | {"before training": first}
 
 
-def trained(generations: int, seed: int, quick: bool) -> dict[str, dict[str, Any]]:
-    """Parameters trained for so many generations, with all parts and without each."""
+#: What is trained again, each without one part or with it.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all": {},
+    **{f"without {name}": {"fixed": constants} for name, constants in WITHOUT.items()},
+    "trained on random-clusters alone": {"scenario": "random-clusters"},
+}
+
+
+def train(name: str, seed: int, generations: int, quick: bool, file: Path) -> None:
+    """Train a variant for so many generations of nine scenarios, without the residual network, unless it is there."""
     from lbgym.training.cma_es import CMAESConfig, Search, train_cma_es
 
+    if file.exists():
+        return
     small: dict[str, Any] = {"num_envs": 4, "max_steps": 16, "warmup": 1.0} if quick else {}
-    variants: dict[str, dict[str, Any]] = {
-        "all": {},
-        **{f"without {name}": {"fixed": constants} for name, constants in WITHOUT.items()},
-        "without the network": {"hidden": 0},
-        "trained on random-clusters alone": {"scenario": "random-clusters"},
+    config = CMAESConfig(seed=seed, scenarios=1, hidden=0, threads=1, total_steps=1, **small, **VARIANTS[name])
+    config.total_steps = generations * Search(config).steps
+    unfinished = file.with_name(f"unfinished-{file.name}")
+    train_cma_es(config, out=unfinished)
+    unfinished.rename(file)
+
+
+def train_again(generations: int, seeds: int, quick: bool, folder: Path, draws: int) -> list[list[Any]]:
+    """Train every variant with every seed, one process per core: rows of the table, each over the seeds.
+
+    Each leaves a file in ``folder``, and what is there is not trained again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        (name, seed): folder / f"{name.replace(' ', '-')}-{seed}.pt"
+        for seed in range(1, seeds + 1)
+        for name in VARIANTS
     }
-    rows = {}
-    for name, changes in variants.items():
-        config = CMAESConfig(seed=seed, network_from=generations // 2, total_steps=1, **{**small, **changes})
-        config.total_steps = generations * Search(config).steps
-        parameters = dict(train_cma_es(config).policy.parameters)
-        rows[name] = initial_parameters(CMAESConfig().hidden) | parameters
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(train, *key, generations, quick, file) for key, file in files.items()]
+        for job in jobs:
+            job.result()
+    results = measured([changed(trained_policy(file).parameters, {}) for file in files.values()], quick, draws)
+    found = dict(zip(files, results, strict=True))
+    rows = []
+    for name in VARIANTS:
+        each = np.array([found[name, seed] for seed in range(1, seeds + 1)])
+        over = [mean_interval(column) for column in each.T]
+        rows.append([name, *(f"{x.mean:.3f} ±{x.half_width:.3f}" if seeds > 1 else f"{x.mean:.3f}" for x in over)])
     return rows
 
 
@@ -213,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = common.parser(__doc__.splitlines()[0])
     options.add_argument("--train", type=int, default=0, help="generations to train every variant for")
     options.add_argument("--seeds", type=int, default=1, help="seeds of the training, with --train")
+    options.add_argument("--folder", type=Path, default=Path("out/ablations"), help="its files, with --train")
     options.add_argument("--draws", type=int, default=8, help="draws of the unseen scenarios, 17 each")
     options.add_argument("--publish", type=Path, nargs="+", help="put the best of these policies into the package")
     options.add_argument("--suite", type=Path, default=None, help="folder of suite results, for the card")
@@ -231,10 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     policy = trained_policy(pretrained_file(NAME))
     if given.train:
-        for seed in range(1, given.seeds + 1):
-            variants = trained(given.train, seed, given.quick)
-            results = measured(list(variants.values()), given.quick, draws)
-            rows += [[f"{name}, seed {seed}", *found] for name, found in zip(variants, results, strict=True)]
+        rows = train_again(given.train, given.seeds, given.quick, given.folder, draws)
     else:
         variants = knock_outs(policy)
         results = measured(list(variants.values()), given.quick, draws)
