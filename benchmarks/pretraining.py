@@ -162,26 +162,50 @@ def trained_policy(path: Path) -> EstimatorPolicy:
     return policy
 
 
-def publish(file: Path, name: str, trainings: int) -> Path:
+def learned(policy: EstimatorPolicy) -> dict[str, Any]:
+    """The policy's parameters, but for a network that has learned nothing yet and would only take time."""
+    parameters = dict(policy.parameters)
+    if "head.weight" in parameters and not any(np.any(parameters[name]) for name in ("head.weight", "head.bias")):
+        return {"constants": parameters["constants"]}
+    return parameters
+
+
+def soup(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of several trainings' constants, whose noise it averages out (Wortsman et al., "Model soups", 2022)."""
+    return {"constants": np.mean([np.asarray(each["constants"], np.float64) for each in trainings], axis=0)}
+
+
+def publish(files: Sequence[Path], name: str, chosen: int | None) -> Path:
     """Put a trained policy, without what resuming needs, into the package, and write its card.
 
     Args:
-        file: the policy's.
+        files: the policies of all trainings.
         name: of the policy.
-        trainings: how many it is the best of.
+        chosen: which of them; None: the mean of all.
     """
+    import torch
+
     from lbgym.policies.checkpoints import read_checkpoint
     from lbgym.policies.pretrained import card, pretrained_names
     from lbgym.policies.pretrained.cards import FOLDER
     from lbgym.training.cma_es import CMAESConfig
     from lbgym.training.runs import write_torch
 
-    saved = read_checkpoint(file, "cma-es")
+    all_saved = [read_checkpoint(file, "cma-es") for file in files]
+    saved = all_saved[chosen or 0]
     saved["trainer"] = {}
-    parameters = saved["network"]["parameters"]
-    if "head.weight" in parameters and not any(parameters[k].any() for k in ("head.weight", "head.bias")):
-        # A network that has learned nothing yet only takes time.
-        saved["network"]["parameters"] = {"constants": parameters["constants"]}
+    seeds = ", ".join(str(each["config"]["seed"]) for each in all_saved)
+    policies = [learned(trained_policy(file)) for file in files]
+    if chosen is None:
+        parameters = soup(policies)
+        saved["step"], saved["seconds"] = (sum(each[key] for each in all_saved) for key in ("step", "seconds"))
+        which = f"the mean of trainings from seeds {seeds}"
+    else:
+        parameters = policies[chosen]
+        which = f"the best of trainings from seeds {seeds}: {saved['config']['seed']}"
+    saved["network"]["parameters"] = {
+        key: torch.from_numpy(np.asarray(value, np.float32)) for key, value in parameters.items()
+    }
     # Neither the search's threads nor how often it was saved changes anything.
     saved["config"] = {**saved["config"], "threads": None, "checkpoint_every": CMAESConfig().checkpoint_every}
     path = FOLDER / f"{name}.pt"
@@ -189,7 +213,6 @@ def publish(file: Path, name: str, trainings: int) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     last = card(name) if name in pretrained_names() else None
     version = 1 if last is None else last.version + (last.sha256 != digest)
-    config = saved["config"]
     entry = {
         "file": path.name,
         "sha256": digest,
@@ -201,8 +224,8 @@ def publish(file: Path, name: str, trainings: int) -> Path:
             "queues in order; actions up to 0.4 s late (lbgym.training.pretraining)"
         ),
         "training": (
-            f"CMA-ES, the best of {trainings} on scenarios that no training sees, seed {config['seed']}, "
-            f"{saved['step']:,} environment steps in {saved['seconds'] / 60:.0f} minutes"
+            f"CMA-ES, {which}, by scenarios that no training sees, {saved['step']:,} environment steps in "
+            f"{saved['seconds'] / 60:.0f} minutes"
         ),
         "command": "make pretrain",
         "suite": {"summary": "not measured"},
@@ -244,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--train", type=int, default=0, help="generations to train every variant for")
     options.add_argument("--seeds", type=int, default=1, help="seeds of the training, with --train")
     options.add_argument("--folder", type=Path, default=Path("out/ablations"), help="its files, with --train")
-    options.add_argument("--draws", type=int, default=8, help="draws of the unseen scenarios, 17 each")
+    options.add_argument("--draws", type=int, default=24, help="draws of the unseen scenarios, 17 each")
     options.add_argument("--publish", type=Path, nargs="+", help="put the best of these policies into the package")
     options.add_argument("--suite", type=Path, default=None, help="folder of suite results, for the card")
     given = options.parse_args(arguments)
@@ -254,11 +277,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_scores(given.suite)
         return
     if given.publish is not None:
-        policies = [trained_policy(path) for path in given.publish]
-        results = measured([changed(policy.parameters, {}) for policy in policies], given.quick, draws)
-        rows = [[path.stem, *found] for path, found in zip(given.publish, results, strict=True)]
+        trainings = [learned(trained_policy(path)) for path in given.publish]
+        rows_of = {path.stem: each for path, each in zip(given.publish, trainings, strict=True)}
+        if len(trainings) > 1 and all(list(each) == ["constants"] for each in trainings):
+            # Networks have no mean: their hidden units come in any order.
+            rows_of["their mean"] = soup(trainings)
+        results = measured(list(rows_of.values()), given.quick, draws)
+        rows = [[name, *found] for name, found in zip(rows_of, results, strict=True)]
         print(common.markdown(rows, COLUMNS))
-        print(publish(given.publish[int(np.argmin([found[-1] for found in results]))], NAME, len(rows)))
+        best = int(np.argmin([found[-1] for found in results]))
+        print(publish(given.publish, NAME, best if best < len(trainings) else None))
         return
     policy = trained_policy(pretrained_file(NAME))
     if given.train:
