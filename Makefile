@@ -70,8 +70,8 @@ demo: $(VENV)/.all out/demo/agent.pt ## install, train for a minute, compare wit
 	$(BIN)/lbgym compare --scenario $(SCENARIO) \
 		--policies ecmp,wcmp-uniform,wcmp,maglev,lsq,sed,p2c,adaptive,out/demo/agent.pt --out out/demo
 
-# Under an hour on two cores; killed, it goes on where it was.
-PRETRAIN_STEPS ?= 373248
+# About an hour on two cores; killed, it goes on where it was.
+PRETRAIN_STEPS ?= 3317760
 PRETRAIN_SEEDS ?= 1 2 3
 .PHONY: pretrain
 pretrain: $(VENV)/.all ## train the policy adaptive from nothing, put it into the package, and measure it: out/pretrain

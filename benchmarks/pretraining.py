@@ -1,7 +1,7 @@
 """The pretrained policy ``adaptive``: what each of its parts is worth, how long it takes, and its file and card.
 
 python -m benchmarks.pretraining                       # parts switched off in the trained policy, and its speed
-python -m benchmarks.pretraining --train 60 --seeds 3  # trained again without each part
+python -m benchmarks.pretraining --train 24 --seeds 3  # trained again without each part
 python -m benchmarks.pretraining --publish out/pretrain/seed*.pt  # the best of several trainings, into the package
 python -m benchmarks.pretraining --suite out/pretrain/suite       # its scores on the suite, for its card
 """
@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import common
+from lbgym.evaluation import mean_interval
 from lbgym.policies import load_policy
 from lbgym.policies.estimator import CONSTANTS, IndexEstimator, initial_parameters
 from lbgym.policies.neural import EstimatorPolicy
@@ -91,23 +94,50 @@ def knock_outs(policy: EstimatorPolicy) -> dict[str, dict[str, Any]]:
     return rows | {"before training": first}
 
 
-def trained(generations: int, seed: int, quick: bool) -> dict[str, dict[str, Any]]:
-    """Parameters trained for so many generations, with all parts and without each."""
+#: What is trained again, each without one part or with it.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all": {},
+    **{f"without {name}": {"fixed": constants} for name, constants in WITHOUT.items()},
+    "trained on random-clusters alone": {"scenario": "random-clusters"},
+}
+
+
+def train(name: str, seed: int, generations: int, quick: bool, file: Path) -> None:
+    """Train a variant for so many generations of nine scenarios, without the residual network, unless it is there."""
     from lbgym.training.cma_es import CMAESConfig, Search, train_cma_es
 
+    if file.exists():
+        return
     small: dict[str, Any] = {"num_envs": 4, "max_steps": 16, "warmup": 1.0} if quick else {}
-    variants: dict[str, dict[str, Any]] = {
-        "all": {},
-        **{f"without {name}": {"fixed": constants} for name, constants in WITHOUT.items()},
-        "without the network": {"hidden": 0},
-        "trained on random-clusters alone": {"scenario": "random-clusters"},
+    config = CMAESConfig(seed=seed, scenarios=1, hidden=0, threads=1, total_steps=1, **small, **VARIANTS[name])
+    config.total_steps = generations * Search(config).steps
+    unfinished = file.with_name(f"unfinished-{file.name}")
+    train_cma_es(config, out=unfinished)
+    unfinished.rename(file)
+
+
+def train_again(generations: int, seeds: int, quick: bool, folder: Path, draws: int) -> list[list[Any]]:
+    """Train every variant with every seed, one process per core: rows of the table, each over the seeds.
+
+    Each leaves a file in ``folder``, and what is there is not trained again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        (name, seed): folder / f"{name.replace(' ', '-')}-{seed}.pt"
+        for seed in range(1, seeds + 1)
+        for name in VARIANTS
     }
-    rows = {}
-    for name, changes in variants.items():
-        config = CMAESConfig(seed=seed, network_from=generations // 2, total_steps=1, **{**small, **changes})
-        config.total_steps = generations * Search(config).steps
-        parameters = dict(train_cma_es(config).policy.parameters)
-        rows[name] = initial_parameters(CMAESConfig().hidden) | parameters
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(train, *key, generations, quick, file) for key, file in files.items()]
+        for job in jobs:
+            job.result()
+    results = measured([changed(trained_policy(file).parameters, {}) for file in files.values()], quick, draws)
+    found = dict(zip(files, results, strict=True))
+    rows = []
+    for name in VARIANTS:
+        each = np.array([found[name, seed] for seed in range(1, seeds + 1)])
+        over = [mean_interval(column) for column in each.T]
+        rows.append([name, *(f"{x.mean:.3f} ±{x.half_width:.3f}" if seeds > 1 else f"{x.mean:.3f}" for x in over)])
     return rows
 
 
@@ -132,26 +162,50 @@ def trained_policy(path: Path) -> EstimatorPolicy:
     return policy
 
 
-def publish(file: Path, name: str, trainings: int) -> Path:
+def learned(policy: EstimatorPolicy) -> dict[str, Any]:
+    """The policy's parameters, but for a network that has learned nothing yet and would only take time."""
+    parameters = dict(policy.parameters)
+    if "head.weight" in parameters and not any(np.any(parameters[name]) for name in ("head.weight", "head.bias")):
+        return {"constants": parameters["constants"]}
+    return parameters
+
+
+def soup(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The mean of several trainings' constants, whose noise it averages out (Wortsman et al., "Model soups", 2022)."""
+    return {"constants": np.mean([np.asarray(each["constants"], np.float64) for each in trainings], axis=0)}
+
+
+def publish(files: Sequence[Path], name: str, chosen: int | None) -> Path:
     """Put a trained policy, without what resuming needs, into the package, and write its card.
 
     Args:
-        file: the policy's.
+        files: the policies of all trainings.
         name: of the policy.
-        trainings: how many it is the best of.
+        chosen: which of them; None: the mean of all.
     """
+    import torch
+
     from lbgym.policies.checkpoints import read_checkpoint
     from lbgym.policies.pretrained import card, pretrained_names
     from lbgym.policies.pretrained.cards import FOLDER
     from lbgym.training.cma_es import CMAESConfig
     from lbgym.training.runs import write_torch
 
-    saved = read_checkpoint(file, "cma-es")
+    all_saved = [read_checkpoint(file, "cma-es") for file in files]
+    saved = all_saved[chosen or 0]
     saved["trainer"] = {}
-    parameters = saved["network"]["parameters"]
-    if "head.weight" in parameters and not any(parameters[k].any() for k in ("head.weight", "head.bias")):
-        # A network that has learned nothing yet only takes time.
-        saved["network"]["parameters"] = {"constants": parameters["constants"]}
+    seeds = ", ".join(str(each["config"]["seed"]) for each in all_saved)
+    policies = [learned(trained_policy(file)) for file in files]
+    if chosen is None:
+        parameters = soup(policies)
+        saved["step"], saved["seconds"] = (sum(each[key] for each in all_saved) for key in ("step", "seconds"))
+        which = f"the mean of trainings from seeds {seeds}"
+    else:
+        parameters = policies[chosen]
+        which = f"the best of trainings from seeds {seeds}: {saved['config']['seed']}"
+    saved["network"]["parameters"] = {
+        key: torch.from_numpy(np.asarray(value, np.float32)) for key, value in parameters.items()
+    }
     # Neither the search's threads nor how often it was saved changes anything.
     saved["config"] = {**saved["config"], "threads": None, "checkpoint_every": CMAESConfig().checkpoint_every}
     path = FOLDER / f"{name}.pt"
@@ -159,7 +213,6 @@ def publish(file: Path, name: str, trainings: int) -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     last = card(name) if name in pretrained_names() else None
     version = 1 if last is None else last.version + (last.sha256 != digest)
-    config = saved["config"]
     entry = {
         "file": path.name,
         "sha256": digest,
@@ -171,8 +224,8 @@ def publish(file: Path, name: str, trainings: int) -> Path:
             "queues in order; actions up to 0.4 s late (lbgym.training.pretraining)"
         ),
         "training": (
-            f"CMA-ES, the best of {trainings} on scenarios that no training sees, seed {config['seed']}, "
-            f"{saved['step']:,} environment steps in {saved['seconds'] / 60:.0f} minutes"
+            f"CMA-ES, {which}, by scenarios that no training sees, {saved['step']:,} environment steps in "
+            f"{saved['seconds'] / 60:.0f} minutes"
         ),
         "command": "make pretrain",
         "suite": {"summary": "not measured"},
@@ -213,7 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = common.parser(__doc__.splitlines()[0])
     options.add_argument("--train", type=int, default=0, help="generations to train every variant for")
     options.add_argument("--seeds", type=int, default=1, help="seeds of the training, with --train")
-    options.add_argument("--draws", type=int, default=8, help="draws of the unseen scenarios, 17 each")
+    options.add_argument("--folder", type=Path, default=Path("out/ablations"), help="its files, with --train")
+    options.add_argument("--draws", type=int, default=24, help="draws of the unseen scenarios, 17 each")
     options.add_argument("--publish", type=Path, nargs="+", help="put the best of these policies into the package")
     options.add_argument("--suite", type=Path, default=None, help="folder of suite results, for the card")
     given = options.parse_args(arguments)
@@ -223,18 +277,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_scores(given.suite)
         return
     if given.publish is not None:
-        policies = [trained_policy(path) for path in given.publish]
-        results = measured([changed(policy.parameters, {}) for policy in policies], given.quick, draws)
-        rows = [[path.stem, *found] for path, found in zip(given.publish, results, strict=True)]
+        trainings = [learned(trained_policy(path)) for path in given.publish]
+        rows_of = {path.stem: each for path, each in zip(given.publish, trainings, strict=True)}
+        if len(trainings) > 1 and all(list(each) == ["constants"] for each in trainings):
+            # Networks have no mean: their hidden units come in any order.
+            rows_of["their mean"] = soup(trainings)
+        results = measured(list(rows_of.values()), given.quick, draws)
+        rows = [[name, *found] for name, found in zip(rows_of, results, strict=True)]
         print(common.markdown(rows, COLUMNS))
-        print(publish(given.publish[int(np.argmin([found[-1] for found in results]))], NAME, len(rows)))
+        best = int(np.argmin([found[-1] for found in results]))
+        print(publish(given.publish, NAME, best if best < len(trainings) else None))
         return
     policy = trained_policy(pretrained_file(NAME))
     if given.train:
-        for seed in range(1, given.seeds + 1):
-            variants = trained(given.train, seed, given.quick)
-            results = measured(list(variants.values()), given.quick, draws)
-            rows += [[f"{name}, seed {seed}", *found] for name, found in zip(variants, results, strict=True)]
+        rows = train_again(given.train, given.seeds, given.quick, given.folder, draws)
     else:
         variants = knock_outs(policy)
         results = measured(list(variants.values()), given.quick, draws)

@@ -28,7 +28,7 @@ from tests.test_cli import in_process
 
 TINY: dict[str, Any] = {
     "scenario": "uniform", "num_envs": 4, "max_steps": 12, "warmup": 1.0, "hidden": 2, "network_from": 2,
-    "validate_every": 2, "threads": 1,
+    "scenarios": 1, "validate_every": 2, "threads": 1,
 }  # fmt: skip
 #: Environment steps of a generation: 4 candidates on 4 draws.
 GENERATION = 4 * 4 * 12

@@ -47,8 +47,8 @@ CONSTANTS: dict[str, tuple[float, float]] = {
     "log_noise": (-2.3, 0.7),
     "log_variance": (-3.4, 0.7),
     # The exponent of the estimate.
-    "gain": (0.65, 0.2),
-    "gain_load": (-0.15, 0.3),
+    "gain": (0.8, 0.2),
+    "gain_load": (0.0, 0.3),
     "gain_balancers": (0.0, 0.1),
     # The background load that stands for the other balancers: shares by a long memory, at the level of a shorter one.
     "log_slow": (2.0, 0.5),

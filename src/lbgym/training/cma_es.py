@@ -67,13 +67,13 @@ class CMAESConfig(TrainingConfig):
 
     total_steps: int | None = 10_000_000
     """environment steps, all replicas together; None: no limit"""
-    scenarios: int = 1
-    """times the scenarios of a generation, which are nine"""
+    scenarios: int = 2
+    """times the scenarios of a generation, which are nine, and of the validation, which are 17"""
     warmup: float = 12.0
     """seconds at the start of an episode whose flows do not count"""
     penalty: float = 1.0
     """how much more it counts to be worse than SED than to be better"""
-    network_from: int = 40
+    network_from: int = 80
     """generation from which the residual network is learned"""
     network_step: float = 0.05
     """first step size of the network's parameters"""
@@ -225,12 +225,15 @@ class Search:
         self._validation: tuple[Shape, ...]
         if self._base is None:
             shapes = SEVERAL if config.several else SHAPES
-            self._shapes = tuple(replace(shape, count=shape.count * config.scenarios) for shape in shapes)
-            self._validation = SEVERAL_VALIDATION if config.several else VALIDATION
+            validation = SEVERAL_VALIDATION if config.several else VALIDATION
+            self._shapes, self._validation = (
+                tuple(replace(shape, count=shape.count * config.scenarios) for shape in kind)
+                for kind in (shapes, validation)
+            )
         else:
             most = self._base.max_servers
             self._shapes = (Shape(self._base.balancers, most, 4 * config.scenarios),)
-            self._validation = (Shape(self._base.balancers, most, 8),)
+            self._validation = (Shape(self._base.balancers, most, 8 * config.scenarios),)
         first = _initial(config)
         self._names, self._places = list(first), {name: value.shape for name, value in first.items()}
         self._first = np.concatenate([value.ravel() for value in first.values()])
