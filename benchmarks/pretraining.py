@@ -324,10 +324,10 @@ def suite_summary(folder: Path) -> dict[str, Any]:
         if label not in (NAME, scores.protocol.baseline):
             summary[f"over {label}"] = f"mean {shown('fct_mean', label)}, p99 {shown('fct_p99', label)}"
     if "sed" in scores.labels:
-        for metric in ("fct_mean", "fct_p99"):
+        for metric, what in (("fct_mean", "mean"), ("fct_p99", "p99")):
             ratios = scores.case_means(NAME, metric) / scores.case_means("sed", metric)
             worst = int(ratios.argmax())
-            summary[f"worst {metric} over sed"] = f"{ratios[worst]:.3f}, {scores.protocol.names[worst]}"
+            summary[f"worst {what} over sed"] = f"{ratios[worst]:.3f}, {scores.protocol.names[worst]}"
     return summary
 
 

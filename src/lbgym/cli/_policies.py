@@ -95,7 +95,7 @@ def _show(facts: dict[str, Any], known: Card | None) -> None:
         suite = dict(known.suite)
         row("suite", suite.pop("summary", ""))
         for name, value in suite.items():
-            row(f"  {name.replace('_', ' ')}", value)
+            row(f"  {name}", value)
         for i, limit in enumerate(known.limits):
             row("limits" if i == 0 else "", limit)
         row("SHA-256", known.sha256)
