@@ -290,7 +290,7 @@ def pretrained_gap(case: Case, told: bool, seeds: int, seconds: float) -> tuple[
     if told:
         servers = tuple(replace(server, weight=server.cores * server.speed) for server in scenario.servers)
         scenario = replace(scenario, servers=servers)
-    found = compare(scenario, ["oracle_whittle", "adaptive"], seeds, duration=seconds)
+    found = compare(scenario, ["oracle_whittle", "adaptive"], seeds, duration=seconds, processes=1)
     ratios = found.values("adaptive", "fct_mean") / found.values("oracle_whittle", "fct_mean")
     whole = 1.0 + case.gaps["whittle"]
     return float(whole * ratios.mean() - 1.0), float(whole * ratios.std(ddof=1) / math.sqrt(seeds))
