@@ -193,7 +193,7 @@ test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been u
 		test -z "$(CI)"; }
 	@! $(UNSHARE) 0 true 2>/dev/null || \
 		$(UNSHARE) $$((60 - $(UPTIME))) --boottime $$((60 - $(UPTIME))) \
-		$(BIN)/python -m pytest -q -n 3 --dist worksteal --durations 5 -m "not slow and not xdp and not lab" \
+		$(BIN)/python -m pytest -q $(PARALLEL) -n 3 --durations 5 -m "not slow and not xdp and not lab" \
 		$(TIMELESS:%=--ignore=%) $(LIVE_TESTS)
 
 # VPP is in no registry of packages: its own documentation says how to build and install it.

@@ -1,14 +1,15 @@
 """The pretrained policy ``adaptive``: what each of its parts is worth, how long it takes, and its file and card.
 
 python -m benchmarks.pretraining                       # parts switched off in the trained policy, and its speed
-python -m benchmarks.pretraining --train 24 --seeds 3  # trained again without each part
-python -m benchmarks.pretraining --publish out/pretrain/seed*.pt  # the best of several trainings, into the package
+python -m benchmarks.pretraining --train 12 --seeds 3 --draws 8  # trained again without each part
+python -m benchmarks.pretraining --publish out/pretrain/seed*.pt  # their mean or the best of them, into the package
 python -m benchmarks.pretraining --suite out/pretrain/suite       # its scores on the suite, for its card
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import common
+from lbgym.checks import whole
+from lbgym.errors import LbgymError
 from lbgym.evaluation import mean_interval
 from lbgym.policies import load_policy
 from lbgym.policies.estimator import CONSTANTS, IndexEstimator, initial_parameters
@@ -103,7 +106,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def train(name: str, seed: int, generations: int, quick: bool, file: Path) -> None:
-    """Train a variant for so many generations of nine scenarios, without the residual network, unless it is there."""
+    """Train a variant for so many generations of nine scenarios, without the residual network.
+
+    Nothing is done if the file is there; a training that was killed goes on.
+    """
     from lbgym.training.cma_es import CMAESConfig, Search, train_cma_es
 
     if file.exists():
@@ -131,7 +137,7 @@ def train_again(generations: int, seeds: int, quick: bool, folder: Path, draws: 
         jobs = [pool.submit(train, *key, generations, quick, file) for key, file in files.items()]
         for job in jobs:
             job.result()
-    results = measured([changed(trained_policy(file).parameters, {}) for file in files.values()], quick, draws)
+    results = measured([trained_policy(file).parameters for file in files.values()], quick, draws)
     found = dict(zip(files, results, strict=True))
     rows = []
     for name in VARIANTS:
@@ -175,12 +181,13 @@ def soup(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"constants": np.mean([np.asarray(each["constants"], np.float64) for each in trainings], axis=0)}
 
 
-def publish(files: Sequence[Path], name: str, chosen: int | None) -> Path:
-    """Put a trained policy, without what resuming needs, into the package, and write its card.
+def publish(files: Sequence[Path], name: str, parameters: Mapping[str, Any], chosen: int | None) -> Path:
+    """Put trained parameters, without what resuming needs, into the package, and write their card.
 
     Args:
         files: the policies of all trainings.
         name: of the policy.
+        parameters: of one of them, or the mean of all.
         chosen: which of them; None: the mean of all.
     """
     import torch
@@ -191,17 +198,14 @@ def publish(files: Sequence[Path], name: str, chosen: int | None) -> Path:
     from lbgym.training.cma_es import CMAESConfig
     from lbgym.training.runs import write_torch
 
-    all_saved = [read_checkpoint(file, "cma-es") for file in files]
-    saved = all_saved[chosen or 0]
+    trainings = [read_checkpoint(file, "cma-es") for file in files]
+    saved = trainings[chosen or 0]
     saved["trainer"] = {}
-    seeds = ", ".join(str(each["config"]["seed"]) for each in all_saved)
-    policies = [learned(trained_policy(file)) for file in files]
+    seeds = ", ".join(str(each["config"]["seed"]) for each in trainings)
     if chosen is None:
-        parameters = soup(policies)
-        saved["step"], saved["seconds"] = (sum(each[key] for each in all_saved) for key in ("step", "seconds"))
+        saved["step"], saved["seconds"] = (sum(each[key] for each in trainings) for key in ("step", "seconds"))
         which = f"the mean of trainings from seeds {seeds}"
     else:
-        parameters = policies[chosen]
         which = f"the best of trainings from seeds {seeds}: {saved['config']['seed']}"
     saved["network"]["parameters"] = {
         key: torch.from_numpy(np.asarray(value, np.float32)) for key, value in parameters.items()
@@ -268,25 +272,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--seeds", type=int, default=1, help="seeds of the training, with --train")
     options.add_argument("--folder", type=Path, default=Path("out/ablations"), help="its files, with --train")
     options.add_argument("--draws", type=int, default=24, help="draws of the unseen scenarios, 17 each")
-    options.add_argument("--publish", type=Path, nargs="+", help="put the best of these policies into the package")
+    options.add_argument(
+        "--publish", type=Path, nargs="+", help="put the best of these, or their mean, into the package"
+    )
     options.add_argument("--suite", type=Path, default=None, help="folder of suite results, for the card")
     given = options.parse_args(arguments)
+    for name, low in (("train", 0), ("seeds", 1), ("draws", 1)):
+        whole(f"--{name}", getattr(given, name), low=low)
     draws = 1 if given.quick else given.draws
     rows: list[list[Any]] = []
     if given.suite is not None:
         write_scores(given.suite)
         return
     if given.publish is not None:
-        trainings = [learned(trained_policy(path)) for path in given.publish]
-        rows_of = {path.stem: each for path, each in zip(given.publish, trainings, strict=True)}
-        if len(trainings) > 1 and all(list(each) == ["constants"] for each in trainings):
-            # Networks have no mean: their hidden units come in any order.
-            rows_of["their mean"] = soup(trainings)
-        results = measured(list(rows_of.values()), given.quick, draws)
-        rows = [[name, *found] for name, found in zip(rows_of, results, strict=True)]
-        print(common.markdown(rows, COLUMNS))
+        policies = [trained_policy(path) for path in given.publish]
+        candidates: list[Mapping[str, Any]] = [learned(policy) for policy in policies]
+        names = [str(path) for path in given.publish]
+        if any(list(each) != ["constants"] for each in candidates):
+            # Networks have no mean, as their hidden units come in any order; and all are measured with theirs.
+            candidates = [policy.parameters for policy in policies]
+        elif len(candidates) > 1:
+            candidates.append(soup(candidates))
+            names.append("their mean")
+        results = measured(candidates, given.quick, draws)
+        print(common.markdown([[name, *found] for name, found in zip(names, results, strict=True)], COLUMNS))
         best = int(np.argmin([found[-1] for found in results]))
-        print(publish(given.publish, NAME, best if best < len(trainings) else None))
+        chosen = best if best < len(policies) else None
+        parameters = candidates[best] if chosen is None else learned(policies[best])
+        print(publish(given.publish, NAME, parameters, chosen))
         return
     policy = trained_policy(pretrained_file(NAME))
     if given.train:
@@ -332,4 +345,7 @@ def suite_summary(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (LbgymError, OSError) as error:
+        sys.exit(str(error))

@@ -51,6 +51,8 @@ def free_ports(count: int) -> list[int]:
             break
         if _reserve(port) and all(_is_free(kind, port) for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM)):
             ports.append(port)
+    if len(ports) < count:
+        raise RuntimeError(f"{count} free ports are needed, and there are {len(ports)}")
     return ports
 
 

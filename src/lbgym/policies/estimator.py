@@ -33,7 +33,7 @@ Array = NDArray[Any]
 
 #: Learned constants: the values that training begins with, and the standard deviation of its first steps. The values
 #: are rounded from earlier searches, the first of which began with those of ``marginal+field+core-latency``, and from
-#: experiments with several balancers. Times are logarithms of seconds.
+#: experiments with several balancers and with unknown speeds. Times are logarithms of seconds.
 CONSTANTS: dict[str, tuple[float, float]] = {
     # The estimate of the speed: weights of the logarithms of the FCT's statistics.
     "fct_decay": (0.95, 0.2),
