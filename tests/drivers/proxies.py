@@ -377,3 +377,28 @@ def check_weights_move_flows(driven: Driven, balancer: Client, servers: Sequence
     assert shares.max() / shares.min() - 1.0 < off
     driven.apply(0.0, 0.0, 3.7)
     assert {balancer.flow() for _ in range(5)} == {servers[2]}
+
+
+def check_every_flow_is_counted_once(driven: Driven, balancer: Client) -> None:
+    """Whatever a flow is doing at the moment when the proxy is asked.
+
+    Args:
+        driven: which no flow has gone through.
+        balancer: its proxy.
+    """
+    flows, begun = 500, 0
+
+    def send() -> None:
+        nonlocal begun
+        while begun < flows:
+            begun += 1
+            balancer.flow()
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    while thread.is_alive():
+        seen = driven.read()
+        assert seen.started.sum() <= begun
+    thread.join()
+    seen = driven.settled(flows)
+    assert seen.started.sum() == seen.completed.sum() == flows

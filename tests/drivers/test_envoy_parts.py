@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lbgym.drivers import DriverError
 from lbgym.drivers.envoy import Envoy, EnvoyOptions, LogFile
+from lbgym.drivers.envoy.admin import EnvoyProcess, Host
 from lbgym.drivers.envoy.delivery import EdsFile
 from lbgym.drivers.envoy.endpoints import MAX_WEIGHT, Assignment, read_assignment
+from lbgym.drivers.proxy import FlowCounters
+from lbgym.drivers.proxy.counters import ProcessFlows
 from lbgym.errors import InvalidOptionError
 from tests.drivers.proxies import eventually
 
@@ -164,6 +168,92 @@ def test_log_files_are_followed(tmp_path: Path) -> None:
         eventually(lambda: log._stream is not None and log._stream.tell() == 0)
         path.write_text("lbgym1 web a 1 -\n")
         eventually(lambda: log.received == 8)
+
+
+class Worker:
+    """A thread of Envoy that forwards flows, asked between any two of its steps as if it were Envoy's admin interface.
+
+    Attributes:
+        begun, ended: flows.
+    """
+
+    def __init__(self, draw: Callable[[Sequence[str]], str]) -> None:
+        self._draw = draw
+        self.begun = self.ended = 0
+        self._counted = {"rq_total": 0, "rq_active": 0, "rq_pending_active": 0}
+        #: A flow has got its connection, and is still among those that wait for one.
+        self._twice = False
+
+    def step(self) -> None:
+        counted = self._counted
+        if self._twice:
+            counted["rq_pending_active"] -= 1
+            self._twice = False
+            return
+        possible = ["begin"]
+        possible += ["connect"] * (counted["rq_pending_active"] > 0) + ["end"] * (counted["rq_active"] > 0)
+        match self._draw(possible):
+            case "begin":
+                self.begun += 1
+                counted["rq_pending_active"] += 1
+            case "connect":
+                counted["rq_total"] += 1
+                counted["rq_active"] += 1
+                self._twice = True
+            case "end":
+                self.ended += 1
+                counted["rq_active"] -= 1
+
+    def go_on(self) -> None:
+        while self._draw(["rest", "step"]) == "step":
+            self.step()
+
+    def finish(self) -> None:
+        """Have all flows ended."""
+        self._draw = lambda possible: "rest" if "rest" in possible else possible[-1]
+        while self._twice or self._counted["rq_pending_active"] or self._counted["rq_active"]:
+            self.step()
+
+    def get(self, path: str) -> Any:
+        if self._twice:
+            # This takes it microseconds, and it was the same at the last look, some time ago.
+            self.step()
+        values = []
+        for name in self._counted:
+            self.go_on()
+            values.append({"name": name, "value": str(self._counted[name])})
+        address = entry("s1", 80)["endpoint"]["address"]
+        return {"cluster_statuses": [{"name": "web", "host_statuses": [{"address": address, "stats": values}]}]}
+
+    def statistics(self, pattern: str) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+@given(st.data())
+def test_every_flow_is_counted_once(data: st.DataObject) -> None:
+    worker = Worker(lambda possible: data.draw(st.sampled_from(possible)))
+    process = EnvoyProcess(worker, "/nowhere", {"web"})
+    process.identity = 1
+    seen, counters = ProcessFlows[Host](), FlowCounters()
+
+    def look() -> tuple[int, int, int]:
+        process.look()
+        ((_, host),) = process.clusters["web"].items()
+        counters.count(0, *seen.more(host))
+        counters.update(np.array([host.open]))
+        started, completed, failed = (int(value[0]) for value in counters.values(1))
+        assert not failed and started - completed == counters.open[0]
+        return started, completed, host.open
+
+    for _ in range(data.draw(st.integers(1, 6))):
+        worker.go_on()
+        started, completed, _ = look()
+        assert started <= worker.begun and completed <= worker.ended
+    worker.finish()
+    assert look() == (worker.begun, worker.begun, 0)
 
 
 class Impostor(BaseHTTPRequestHandler):

@@ -15,7 +15,15 @@ from lbgym.drivers.envoy import EnvoyOptions, open_clusters
 from lbgym.features import FEATURE_NAMES
 from lbgym.sharedmemory import ServerState
 from tests.drivers.envoy.balancer import Balancer, write
-from tests.drivers.proxies import Driven, answer, applied, check_weights_move_flows, eventually, free_ports
+from tests.drivers.proxies import (
+    Driven,
+    answer,
+    applied,
+    check_every_flow_is_counted_once,
+    check_weights_move_flows,
+    eventually,
+    free_ports,
+)
 
 pytestmark = pytest.mark.envoy
 
@@ -70,6 +78,12 @@ def test_open_flows_and_failures(balancer: Balancer) -> None:
         seen = driven.settled(9)
         assert seen.started.tolist() == [7, 2, 0] and seen.failed.tolist() == [0, 2, 0]
         assert not seen.unrouted
+
+
+def test_every_flow_is_counted_once(balancer: Balancer) -> None:
+    balancer.configure(WEB)
+    with driving(balancer) as driven:
+        check_every_flow_is_counted_once(driven, balancer)
 
 
 @pytest.mark.parametrize("kind", ["file", "grpc"])

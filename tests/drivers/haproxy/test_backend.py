@@ -14,7 +14,7 @@ from lbgym.drivers.haproxy import FlowLog, Haproxy, HaproxyBackend, HaproxyOptio
 from lbgym.features import FEATURE_NAMES
 from lbgym.sharedmemory import ServerState
 from tests.drivers.haproxy.balancer import Balancer
-from tests.drivers.proxies import Driven, answer, check_weights_move_flows, eventually
+from tests.drivers.proxies import Driven, answer, check_every_flow_is_counted_once, check_weights_move_flows, eventually
 
 pytestmark = pytest.mark.haproxy
 
@@ -70,6 +70,12 @@ def test_open_flows_and_failures(balancer: Balancer) -> None:
         balancer.servers.up("s2")
         seen = driven.settled(11)
         assert seen.started.tolist() == [10, 1, 0] and seen.failed.tolist() == [3, 1, 0]
+
+
+def test_every_flow_is_counted_once(balancer: Balancer) -> None:
+    balancer.configure(WEB)
+    with driving(balancer) as driven:
+        check_every_flow_is_counted_once(driven, balancer)
 
 
 def test_flows_that_no_server_takes(balancer: Balancer) -> None:

@@ -142,10 +142,11 @@ class Host:
         weight: that the process uses.
         draining: by EDS.
         healthy: by Envoy's own checks and ejections.
-        open: flows it has, or that wait for it.
+        open: flows it has; with :meth:`add_waiting`, also those that wait for it.
         ended: flows that it had and has no more, since the process began.
         failed: those of them that it refused, or of requests that it answered by a status of 5xx or not at all.
         attempts: to begin a flow, since the process began.
+        waiting: flows that wait for it, and one that waits no more.
     """
 
     name: str
@@ -156,6 +157,18 @@ class Host:
     ended: int
     failed: int
     attempts: int
+    waiting: int
+
+    def add_waiting(self, last: Host | None) -> None:
+        """Add to ``open`` the flows that wait, as far as they had begun at the look before.
+
+        Until a flow's first bytes have gone to its server, Envoy has it among those that wait and among those that the
+        server has. Counted twice, it would have to be one that has ended in the end.
+        """
+        if last is not None and last.attempts <= self.attempts:
+            self.ended = max(self.ended, last.ended)
+            begun = min(self.attempts + self.waiting, last.attempts + last.waiting)
+            self.open = max(self.open, begun - self.ended)
 
 
 #: What Envoy holds against a host, other than what EDS says.
@@ -178,11 +191,12 @@ def _host(status: Mapping[str, Any]) -> Host:
         weight=int(status.get("weight", 1)),
         draining=health.get("eds_health_status") == "DRAINING",
         healthy=not any(health.get(key) for key in _UNHEALTHY),
-        open=now + values.get("rq_pending_active", 0),
+        open=now,
         # A flow counts as begun once there is a connection for it.
         ended=max(0, total - now) + refused,
         failed=max(refused, errors),
         attempts=total + refused,
+        waiting=values.get("rq_pending_active", 0),
     )
 
 
@@ -217,13 +231,16 @@ class EnvoyProcess(Process):
         if self.identity is None:
             self._introduce()
         answer = self.connection.get("/clusters?format=json")
+        before = self.clusters
         self.clusters = {
             row["name"]: {host.name: host for host in map(_host, row.get("host_statuses", ()))}
             for row in answer.get("cluster_statuses", ())
         }
         self.statistics = self.connection.statistics(_STATISTICS)
-        flows = (host.open for name in self.driven for host in self.clusters.get(name, {}).values())
-        self.idle = not any(flows)
+        driven = [(name, host) for name in self.driven for host in self.clusters.get(name, {}).values()]
+        self.idle = not any(host.open or host.waiting for _, host in driven)
+        for name, host in driven:
+            host.add_waiting(before.get(name, {}).get(host.name))
         if not self.stopping and self.identity is not None:
             self.stopping = self._succeeded()
 
