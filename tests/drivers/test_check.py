@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lbgym.drivers import check
@@ -38,6 +39,25 @@ def test_each_defect_fails_its_check(defect: str, nursery: Nursery, shm_dir: Pat
             assert [verdict.check for verdict in verdicts] == list(CHECKS)
             assert all(verdict.passed for verdict in verdicts)
             assert child.end() == 0 and not any(shm_dir.iterdir())
+
+
+@pytest.mark.parametrize("period", [0.5, 0.8, 0.93, 1.0, 1.07, 1.3, 1.5, 2.4])
+def test_late_observations_do_not_hide_the_interval(period: float) -> None:
+    rng, count = np.random.default_rng(7), 24
+    for _ in range(100):
+        # Of a driver that was held up twice, and leaves out what would be later than the next.
+        lateness = 0.03 * rng.random(count)
+        lateness[rng.choice(count, 2, replace=False)] = 5.0 * rng.random(2)
+        due, times = 0.0, []
+        for late in lateness:
+            due += period
+            times.append(due + late)
+            due += late // period * period
+        best, fit, fit_of_interval = check._best_period(np.array(times) - times[0])
+        if period == 1.0:
+            assert fit < fit_of_interval + 0.2 or abs(best - 1.0) <= 0.05
+        else:
+            assert fit > max(0.7, fit_of_interval + 0.2) and abs(best - 1.0) > 0.05
 
 
 def test_every_check_can_fail() -> None:

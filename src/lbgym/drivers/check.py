@@ -155,7 +155,8 @@ class _Suite:
         self._buffer = region.new_buffer()
         self._period = region.publish_interval / region.clock_rate  # seconds of real time
         self._seen = 0
-        self._oldest_beat = 0.0
+        #: Age of the driver's heartbeat at its oldest, while waiting for each observation.
+        self._beats: list[float] = []
         self._skipped: list[int] = []
 
     def run(self, drive: bool, end: bool) -> Iterator[Verdict]:
@@ -202,14 +203,15 @@ class _Suite:
     def _next(self) -> _Frame:
         """The next observation, also if more have been published since."""
         region, deadline = self._region, time.monotonic() + self._timeout
+        self._beats.append(0.0)
         while region.latest == self._seen:
-            self._oldest_beat = max(self._oldest_beat, region.heartbeat_age)
+            self._beats[-1] = max(self._beats[-1], region.heartbeat_age)
             if region.closed_by_producer:
                 raise _Failed("the driver has closed the region")
             if time.monotonic() >= deadline:
                 raise _Failed(f"nothing new within {self._timeout:g} s, the last observation is number {self._seen}")
             region.wait_observation(self._seen, min(_LOOK, self._period))
-        self._oldest_beat = max(self._oldest_beat, region.heartbeat_age)
+        self._beats[-1] = max(self._beats[-1], region.heartbeat_age)
         try:
             # The ring keeps three for sure; a reader that was away for longer goes on with the newest.
             for wanted in range(self._seen + 1 if self._seen else region.latest, region.latest + 1):
@@ -240,9 +242,11 @@ class _Suite:
 
     def _heartbeat(self, frames: Sequence[_Frame]) -> str:
         most = max(1.0, 3.0 * self._period)
-        if self._oldest_beat > most:
-            raise _Failed(f"the last sign of life was {self._oldest_beat:.3g} s old, allowed are {most:.3g} s")
-        return f"at most {self._oldest_beat:.3g} s old"
+        # A busy machine may hold a driver up for seconds, once; one that seldom beats does so all the time.
+        typical, oldest = float(np.quantile(self._beats, 0.9)), max(self._beats)
+        if typical > most:
+            raise _Failed(f"the last sign of life was {typical:.3g} s old, allowed are {most:.3g} s")
+        return f"at most {oldest:.3g} s old" + (f", once; {typical:.3g} s but for that" if oldest > most else "")
 
     def _grid(self, frames: Sequence[_Frame]) -> str:
         interval = self._region.publish_interval
@@ -251,22 +255,17 @@ class _Suite:
         if (steps <= 0.0).any():
             at = int(np.argmin(steps))
             raise _Failed(f"the timestamp goes from {times[at]:.9g} s to {times[at + 1]:.9g} s")
-        whole = np.maximum(1.0, np.round(steps))
-        off = float(np.median(np.abs(steps - whole)))
-        # Late publications scatter around the grid; an interval that is longer than it says adds up.
-        line = np.concatenate([[0.0], np.cumsum(whole)])
-        drift = float(np.polyfit(line, (times - times[0]) / interval, 1)[0]) - 1.0
-        if off > 0.25 or abs(drift) > 0.05:
-            raise _Failed(
-                f"steps are {interval * float(np.median(steps)):.4g} s in the median where the interval is "
-                f"{interval:g} s; drift {100 * drift:+.2g} %"
-            )
-        passed = (frames[-1].published_at - frames[0].published_at) / _NS * self._region.clock_rate
-        if passed > 0 and not 0.2 < (times[-1] - times[0]) / passed < 1.5:
-            raise _Failed(
-                f"{times[-1] - times[0]:.4g} s went by on the data plane's clock, it should have been {passed:.4g} s"
-            )
-        return f"steps of {interval:g} s, {100 * off:.2g} % off in the median, drift {100 * drift:+.2g} %"
+        period, fit, fit_of_interval = _best_period((times - times[0]) / interval)
+        # On a busy machine observations are late, and nothing fits well.
+        if abs(period - 1.0) > 0.05 and fit > max(0.7, fit_of_interval + 0.2):
+            raise _Failed(f"observations are {interval * period:.4g} s apart where the interval is {interval:g} s")
+        # One that was published late is no clock that runs wrong.
+        published = np.array([frame.published_at for frame in frames], np.float64) / _NS * self._region.clock_rate
+        third = max(1, len(frames) // 3)
+        shown, passed = (float(np.median(each[-third:]) - np.median(each[:third])) for each in (times, published))
+        if passed > 0.0 and not 0.2 < shown / passed < 1.5:
+            raise _Failed(f"{shown:.4g} s went by on the data plane's clock, it should have been {passed:.4g} s")
+        return f"steps of {interval:g} s, {interval * float(np.median(steps)):.4g} s in the median"
 
     def _counters(self, frames: Sequence[_Frame]) -> str:
         for before, after in pairwise(frames):
@@ -518,6 +517,22 @@ def _blame(buffer: ObservationBuffer, error: RegionFormatError) -> tuple[str, st
     if (buffer.counters[:n] >> np.uint64(63)).any():
         return "counters", "a counter is negative or beyond 2**63"
     return "region", str(error)
+
+
+def _best_period(times: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The period, in intervals, that instants are nearest to whole multiples of, whatever is late or left out.
+
+    Args:
+        times: in intervals, float64[N].
+
+    Returns:
+        The period, from 0.4 to 2.5; how well it fits, from 0 to 1 (the mean of the instants' phases as unit vectors);
+        how well the interval does.
+    """
+    periods = np.arange(400, 2501) / 1000
+    fits = np.abs(np.exp(2j * np.pi * times / periods[:, None]).mean(axis=1))
+    best = int(np.argmax(fits))
+    return float(periods[best]), float(fits[best]), float(fits[600])
 
 
 def _shown(weights: NDArray[np.floating[Any]]) -> str:
