@@ -92,6 +92,7 @@ def library() -> ctypes.CDLL:
         "bpf_obj_get": (c_int, [c_char_p]),
         "bpf_obj_get_info_by_fd": (c_int, [c_int, c_void_p, POINTER(c_uint32)]),
         "bpf_link_create": (c_int, [c_int, c_int, c_int, POINTER(_LinkOptions)]),
+        "bpf_link_detach": (c_int, [c_int]),
         "bpf_prog_test_run_opts": (c_int, [c_int, POINTER(_RunOptions)]),
     }
     for name, (result, arguments) in signatures.items():
@@ -231,6 +232,17 @@ def attach(program_fd: int, ifindex: int, flags: int) -> int:
     return _checked(
         library().bpf_link_create(program_fd, ifindex, XDP_ATTACH, ctypes.byref(options)), f"interface {ifindex}"
     )
+
+
+def detach(link_fd: int) -> None:
+    """Take a link's program off its interface, and close the link.
+
+    The kernel does the first by itself as well, but some time after the last close.
+    """
+    try:
+        _checked(library().bpf_link_detach(link_fd), "link")
+    finally:
+        os.close(link_fd)
 
 
 class PacketRun:

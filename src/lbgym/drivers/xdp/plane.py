@@ -368,7 +368,7 @@ class XdpPlane:
 
     def detach_from(self, ifindex: int) -> None:
         """Leave one interface, which may be gone already."""
-        os.close(self._links.pop(ifindex))
+        libbpf.detach(self._links.pop(ifindex))
         if self._pinned is not None:
             (self._pinned / f"link-{ifindex}").unlink(missing_ok=True)
 
@@ -434,9 +434,8 @@ class XdpPlane:
         if self._pinned is not None:
             unpin(self._pinned)
             self._pinned = None
-        for fd in self._links.values():
-            os.close(fd)
-        self._links.clear()
+        while self._links:
+            libbpf.detach(self._links.popitem()[1])
 
     def close(self) -> None:
         """Close this process's descriptors: what is not pinned ends. Idempotent.
@@ -520,8 +519,11 @@ def mount_bpf(folder: Path) -> None:
 
 
 def unpin(folder: Path) -> None:
-    """Forget what is pinned in a folder; where no process has it, its program leaves the interfaces."""
+    """Detach the program that is pinned in a folder from its interfaces, and forget what is pinned there."""
     # Links first: without them no packet meets tables that are half gone.
-    for path in sorted(folder.iterdir(), key=lambda path: not path.name.startswith("link-")):
+    links = list(folder.glob("link-*"))
+    for path in links:
+        libbpf.detach(libbpf.opened(str(path)))
+    for path in (*links, *(path for path in folder.iterdir() if path not in links)):
         path.rmdir() if path.is_dir() else path.unlink()
     folder.rmdir()
