@@ -157,8 +157,8 @@ warm: $(VENV)/.dev
 warm-next: $(VENV)-next/.dev
 	$(VENV)-next/bin/python $(WARM)
 
-# Tests of live data planes wait most of the time, and should not have to wait for a processor: with their like. Of the
-# last, the longest comes first; the others follow each other beside it.
+# Tests of live data planes wait for a part of their time: with their like, so that there is room for a third process. Of
+# the last, the longest comes first; the others follow each other beside it.
 .PHONY: test
 test: ## lint, then the tests, also those of the frameworks
 	$(MAKE) -j 4 --output-sync lint warm $(if $(PYTHON_NEXT),warm-next) $(FRAMEWORKS)/.dev tools
@@ -180,10 +180,9 @@ UNSHARE := unshare $$(test "$$(id -u)" = 0 || echo --map-root-user) --time --mon
 
 .PHONY: test-live
 test-live: $(VENV)/.dev ## the tests of live data planes
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(LIVE_TESTS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -n 3 $(LIVE_TESTS)
 
-# But for XDP, whose clock no namespace moves, and for what reads no clock. These wait for half of their time, so that
-# there is room for a third process.
+# But for XDP, whose clock no namespace moves, and for what reads no clock.
 TIMELESS := $(addprefix tests/sharedmemory/test_,c_header.py generated.py tearing.py)
 
 .PHONY: test-young-clock
