@@ -754,9 +754,10 @@ def test_everybodys_weights_are_written_before_anybody_is_waited_for(shm_dir: Pa
         for _ in range(40):
             try:
                 *_, infos = env.step(dict.fromkeys(env.agents, [1.0] * 4))
-                break
             except DataPlaneTimeout:
                 continue
+            if infos["lb_0"]["applied_sequence_id"] == infos["lb_0"]["action_sequence_id"]:
+                break
         assert infos["lb_0"]["applied_sequence_id"] == infos["lb_0"]["action_sequence_id"]
         two.kill()
         with pytest.raises(DataPlaneTimeout, match="'two'"):

@@ -35,7 +35,7 @@ def test_sigterm_gives_the_weights_up_and_the_service_manager_is_told(nursery: N
             assert manager.recv(4096) == b"WATCHDOG=1"
             first, second = run.wait_for("step"), run.wait_for("step")
             assert second["sequence_id"] > first["sequence_id"] and second["weights"] == EQUAL
-            assert strings.weights == EQUAL
+            until(lambda: strings.weights == EQUAL, "the policy's weights")
             # They are good for five seconds, but are not when it has ended.
             run.signal(signal.SIGTERM)
             assert run.end() == 0
@@ -62,7 +62,7 @@ def test_after_a_kill_the_lease_ends_and_another_controller_takes_over(nursery: 
             (line,) = second.lines
             assert re.search(rf"driven by another agent \(process {first.child.pid}\); stop it first", line["message"])
             assert line["level"] == "error"
-        assert strings.weights == EQUAL
+        until(lambda: strings.weights == EQUAL, "the policy's weights")
         first.child.kill()
         killed = time.monotonic()
         until(lambda: strings.weights == SAFE, "the safe weights")
@@ -70,7 +70,7 @@ def test_after_a_kill_the_lease_ends_and_another_controller_takes_over(nursery: 
         assert time.monotonic() - killed < 4.0
         with command(nursery, *BASIC, "--lease", lease, "--log-level", "debug") as third:
             third.wait_for("step")
-            assert strings.weights == EQUAL
+            until(lambda: strings.weights == EQUAL, "the policy's weights")
             third.signal(signal.SIGINT)
             assert third.end() == 0 and strings.weights == SAFE
 
@@ -85,7 +85,7 @@ def test_a_controller_that_is_suspended_goes_on_and_says_what_it_missed(nursery:
         assert run.wait_for("missed")["missed"] >= 8
         run.wait_for("step")
         run.wait_for("step")
-        assert strings.weights == EQUAL
+        until(lambda: strings.weights == EQUAL, "the policy's weights")
         run.signal(signal.SIGTERM)
         assert run.end() == 0
         (summary,) = [line for line in run.lines if line["event"] == "summary"]
@@ -116,7 +116,7 @@ def test_a_signal_cuts_every_wait_short(nursery: Nursery, waiting_for: str, numb
             run.wait_for("step")
             strings.tell(silence=600.0)
             time.sleep(2 * INTERVAL)
-            assert strings.weights == EQUAL
+            until(lambda: strings.weights == EQUAL, "the policy's weights")
             run.signal(number)
             assert run.end() == 0
             assert strings.weights == SAFE

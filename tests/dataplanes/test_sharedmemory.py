@@ -139,15 +139,21 @@ def test_info_says_which_action_is_reflected() -> None:
         ids = []
         for k in range(5):
             weights = np.array([1.0, 2.0, 0.0, k + 0.5])
-            begin = time.monotonic()
-            plane.step(weights)
-            ids.append(plane.info["action_sequence_id"])
-            assert plane.info["applied_sequence_id"] == ids[-1]
+            for _ in range(100):
+                begin = time.monotonic()
+                plane.step(weights)
+                ids.append(plane.info["action_sequence_id"])
+                if plane.info["applied_sequence_id"] == ids[-1]:
+                    break
+                # The data plane was held up, and had looked for an action before.
+                assert plane.info["applied_sequence_id"] == ids[-1] - 1
+            else:
+                raise AssertionError("no action is ever in force")
             assert 0.0 <= plane.info["action_delay"] < time.monotonic() - begin
             assert not plane.info["safe_weights"]
             np.testing.assert_array_equal(plane.info["weights_in_force"], weights)
             assert strings.tell(weights=True) == weights.tolist()
-        assert ids == list(range(ids[0], ids[0] + 5))
+        assert ids == list(range(ids[0], ids[0] + len(ids)))
         plane.close()
         # The next agent's actions go on from there, so that nobody takes an old one for its own.
         plane = SharedMemoryDataPlane("lb0", interval=INTERVAL)
@@ -194,8 +200,11 @@ def test_a_slow_agent_is_told_what_it_missed() -> None:
         assert missed >= 10
         assert plane.info["overrun"] >= 9 * INTERVAL
         assert seen.timestamp >= deadline + (1 + missed) * INTERVAL - 0.005
-        # What it then sees is not what lay there meanwhile, but reflects its action.
-        assert plane.info["applied_sequence_id"] == plane.info["action_sequence_id"]
+        # What it then sees is not what lay there meanwhile, but reflects its action: this one, or, of a data plane that
+        # was held up as well, the next.
+        while plane.info["applied_sequence_id"] != plane.info["action_sequence_id"]:
+            assert plane.info["action_sequence_id"] < 100
+            seen = plane.step(np.ones(4))
         steps = 0
         for _ in range(5):
             last = plane.step(np.ones(4))
