@@ -112,6 +112,7 @@ def _run_in_pool(settings: Sequence[Setting], jobs: Sequence[Job], processes: in
                 process.start()
                 there.close()
                 workers[here], under_way[here] = process, deque()
+        threading.Thread(target=_end_together, args=(list(workers.values()), stop), daemon=True).start()
         # One job in advance, so that no process waits for this one.
         for _ in range(2):
             for worker in workers:
@@ -139,6 +140,14 @@ def _run_in_pool(settings: Sequence[Setting], jobs: Sequence[Job], processes: in
                 process.kill()
         for process in workers.values():
             process.join()
+
+
+def _end_together(processes: Sequence[Any], stop: Any) -> None:
+    """Kill all processes when one has been: who waits for half of another one's result would not notice."""
+    wait([process.sentinel for process in processes])
+    if not stop.value:
+        for process in processes:
+            process.kill()
 
 
 @contextmanager
