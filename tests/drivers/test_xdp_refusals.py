@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lbgym.drivers import DriverError
-from lbgym.drivers.xdp import build
+from lbgym.drivers.xdp import build, libbpf
 
 ARGUMENTS = ("--name", "edge", "--vip", "10.0.0.100:80", "--server", "a=10.0.0.1:80", "--interface", "lo")
 
@@ -30,6 +30,19 @@ def test_no_clang_and_no_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CLANG", "clang-that-is-not-there")
     with pytest.raises(DriverError, match=r"there is no clang: install clang, .*--build FILE.*--object"):
         build.build_object()
+
+
+def test_libbpf_is_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str, **_: object) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    for load, message in (
+        (missing, "libbpf.so.1 is not installed: install libbpf1"),
+        (lambda *_, **__: object(), "libbpf.so.1 has no libbpf_set_print: version 1.0 or newer is needed"),
+    ):
+        monkeypatch.setattr(libbpf.ctypes, "CDLL", load)
+        with pytest.raises(DriverError, match=message):
+            libbpf.library.__wrapped__()
 
 
 @pytest.mark.skipif(shutil.which("clang") is None, reason="no clang here")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -55,6 +57,27 @@ def test_bad_input_is_one_sentence(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
     assert balancer.weights() == {"s1": 100, "s2": 100, "s3": 100} and not list(region_names())
+
+
+def test_a_socket_that_is_somebody_elses(balancer: Balancer) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root becomes somebody else")
+    balancer.configure(WEB)
+    balancer.start()
+    os.chown(balancer.socket, 0, 0)
+    script = (
+        "import os, sys\n"
+        "from lbgym.drivers import DriverError\n"
+        "from lbgym.drivers.haproxy import Haproxy\n"
+        "os.setuid(65534)\n"
+        "try: Haproxy(sys.argv[1])\n"
+        "except DriverError as error: print(error)\n"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", script, balancer.socket], stdout=subprocess.PIPE, text=True, check=True
+    )
+    wanted = f"no right to use HAProxy's socket {balancer.socket}: let this user in by its 'mode', 'user' or 'group'\n"
+    assert said.stdout == wanted
 
 
 def test_full_disk(balancer: Balancer) -> None:
