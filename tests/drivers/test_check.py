@@ -60,6 +60,13 @@ def test_late_observations_do_not_hide_the_interval(period: float) -> None:
             assert fit > max(0.7, fit_of_interval + 0.2) and abs(best - 1.0) > 0.05
 
 
+def test_a_long_look_finds_the_period_as_well() -> None:
+    """One that is between two that are tried, too."""
+    best, fit, fit_of_interval = check._best_period(1.0705 * np.arange(20_000))
+    assert abs(best - 1.0705) < 2e-3 and fit > 0.95 > 0.7 > fit_of_interval
+    assert check._best_period(np.arange(20_000) + 0.0)[2] > 0.999
+
+
 def test_every_check_can_fail() -> None:
     assert {"region", *DEFECTS.values()} - {""} == set(CHECKS)
 

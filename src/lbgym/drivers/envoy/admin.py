@@ -146,7 +146,7 @@ class Host:
         ended: flows that it had and has no more, since the process began.
         failed: those of them that it refused, or of requests that it answered by a status of 5xx or not at all.
         attempts: to begin a flow, since the process began.
-        waiting: flows that wait for it, and one that waits no more.
+        waiting: flows that wait for it; for a moment also those that it has just got.
     """
 
     name: str

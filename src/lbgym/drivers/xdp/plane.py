@@ -521,9 +521,9 @@ def mount_bpf(folder: Path) -> None:
 def unpin(folder: Path) -> None:
     """Detach the program that is pinned in a folder from its interfaces, and forget what is pinned there."""
     # Links first: without them no packet meets tables that are half gone.
-    links = list(folder.glob("link-*"))
-    for path in links:
+    for path in list(folder.glob("link-*")):
         libbpf.detach(libbpf.opened(str(path)))
-    for path in (*links, *(path for path in folder.iterdir() if path not in links)):
+        path.unlink()
+    for path in list(folder.iterdir()):
         path.rmdir() if path.is_dir() else path.unlink()
     folder.rmdir()
