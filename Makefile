@@ -16,6 +16,8 @@ SECONDS ?= 60
 # A worker takes a half of the files, and then of what the other has left, so that both seldom need the same fixture.
 PARALLEL := -n 2 --dist worksteal
 PYTEST_ARGS ?= $(PARALLEL) --durations 15
+# For tests that have run before, on another Python or with another clock: fewer examples of each property.
+AGAIN := $(PARALLEL) --hypothesis-profile again
 
 BIN := $(VENV)/bin
 # Python compiles what it imports, by itself; most of what is installed is never imported.
@@ -192,7 +194,7 @@ test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been u
 		test -z "$(CI)"; }
 	@! $(UNSHARE) 0 true 2>/dev/null || \
 		$(UNSHARE) $$((60 - $(UPTIME))) --boottime $$((60 - $(UPTIME))) \
-		$(BIN)/python -m pytest -q $(PARALLEL) -n 3 --durations 5 -m "not slow and not xdp and not lab" \
+		$(BIN)/python -m pytest -q $(AGAIN) -n 3 --durations 5 -m "not slow and not xdp and not lab" \
 		$(TIMELESS:%=--ignore=%) $(LIVE_TESTS)
 
 # VPP is in no registry of packages: its own documentation says how to build and install it.
@@ -212,7 +214,7 @@ test-vpp: vpp-plugin $(VENV)/.dev ## the end-to-end tests of the VPP plugin: rea
 test-next: pyproject.toml constraints.txt ## a part of the tests on the newest Python that is promised, where it is installed
 	@test -n "$(PYTHON_NEXT)" || echo "no $(NEXT) here: the tests on it are skipped"
 	@test -z "$(PYTHON_NEXT)" || $(MAKE) warm-next
-	@test -z "$(PYTHON_NEXT)" || $(VENV)-next/bin/python -m pytest -q $(PARALLEL) --durations 5 -m "not slow" \
+	@test -z "$(PYTHON_NEXT)" || $(VENV)-next/bin/python -m pytest -q $(AGAIN) --durations 5 -m "not slow" \
 		tests/features tests/simulator tests/scenarios tests/test_env_contract.py tests/policies tests/dataplanes
 
 $(VENV)-next/.dev: pyproject.toml constraints.txt
@@ -236,7 +238,7 @@ test-frameworks-docs: $(FRAMEWORKS)/.dev ## the pages and examples of RLlib, Ben
 
 .PHONY: test-contract
 test-contract: $(FRAMEWORKS)/.dev ## the contract of the environments on the Gymnasium that the frameworks pin
-	$(FRAMEWORKS)/bin/python -m pytest -q $(PARALLEL) -m contract $$(grep -rl 'mark\.contract' tests --include='test_*.py')
+	$(FRAMEWORKS)/bin/python -m pytest -q $(AGAIN) -m contract $$(grep -rl 'mark\.contract' tests --include='test_*.py')
 
 .PHONY: docs
 docs: $(VENV)/.dev ## the documentation site, in site/

@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 settings.register_profile(
     "lbgym", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
 )
+# For what has run with all of them before: on another Python, with other versions, with another clock.
+settings.register_profile("again", settings.get_profile("lbgym"), max_examples=10)
 settings.load_profile("lbgym")
 
 
