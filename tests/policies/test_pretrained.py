@@ -95,6 +95,28 @@ def test_servers_that_do_not_exist_change_nothing() -> None:
             assert not b[4:].any()
 
 
+@pytest.mark.parametrize(
+    ("balancers", "per_core", "relief"), [(4, 0.7, 0.0), (4, 1.1, 0.3), (4, 3.0, 0.5), (1, 3.0, 0.0)]
+)
+def test_servers_near_saturation_are_relieved_of_flows_whatever_their_size(
+    balancers: int, per_core: float, relief: float
+) -> None:
+    cores = np.array([1.0, 1.0, 4.0])
+    stats = np.full((3, COLUMNS), 0.1, np.float32)
+    stats[:, FEATURE_NAMES.index("n_flow_on")] = per_core * cores / balancers
+    found = []
+    for value in (1.0, 0.0):
+        p = initial_parameters(0)
+        for name, constant in (("relief", value), ("relief_from", 0.8)):
+            p["constants"][list(CONSTANTS).index(name)] = constant
+        estimator = IndexEstimator(p, 0.25)
+        for _ in range(1000):
+            _, loads = estimator(stats, np.ones(3, bool), np.log(cores), np.log(cores), np.log([float(balancers)]))
+        found.append(loads * cores)
+    np.testing.assert_allclose(found[1] - found[0], relief, atol=1e-6)
+    assert (found[0] > 0.0).all()
+
+
 def test_the_network_is_that_of_torch_to_float32_rounding() -> None:
     """The residual network written with torch's own layers, in float32."""
     torch = pytest.importorskip("torch")

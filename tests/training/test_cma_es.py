@@ -42,7 +42,7 @@ def constants(**values: float) -> np.ndarray[Any, Any]:
 
 
 #: Weights as configured and no background loads.
-NOTHING = constants(gain=0.0, gain_load=0.0, gain_balancers=0.0, rest=-800.0, log_field=-800.0)
+NOTHING = constants(gain=0.0, gain_load=0.0, gain_balancers=0.0, rest=-800.0, log_field=-800.0, relief=0.0)
 
 
 def test_doing_nothing_under_sed_is_sed() -> None:

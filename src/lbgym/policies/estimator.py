@@ -32,39 +32,42 @@ from ..features.columns import column_index
 Array = NDArray[Any]
 
 #: Learned constants: the values that training begins with, and the standard deviation of its first steps. The values
-#: are rounded from earlier searches, the first of which began with those of ``marginal+field+core-latency``, and from
-#: experiments with several balancers and with unknown speeds. Times are logarithms of seconds.
+#: are rounded from earlier searches, the last one that of version 3 of ``adaptive``, and from experiments with several
+#: balancers and with unknown speeds. Times are logarithms of seconds.
 CONSTANTS: dict[str, tuple[float, float]] = {
     # The estimate of the speed: weights of the logarithms of the FCT's statistics.
-    "fct_decay": (0.95, 0.2),
-    "fct_mean": (-0.15, 0.2),
-    "fct_p90": (0.2, 0.2),
-    "duration": (0.05, 0.2),
-    "congestion": (0.5, 0.2),
-    "log_smoothing": (1.4, 0.5),
+    "fct_decay": (0.87, 0.2),
+    "fct_mean": (-0.24, 0.2),
+    "fct_p90": (0.13, 0.2),
+    "duration": (-0.03, 0.2),
+    "congestion": (0.48, 0.2),
+    "log_smoothing": (2.1, 0.5),
     # Shrinkage: the flows that an estimate remembers, the noise of one, the prior variance.
-    "log_memory": (4.8, 0.5),
-    "log_noise": (-2.3, 0.7),
+    "log_memory": (5.0, 0.5),
+    "log_noise": (-2.1, 0.7),
     "log_variance": (-3.4, 0.7),
     # The exponent of the estimate.
-    "gain": (0.8, 0.2),
-    "gain_load": (0.0, 0.3),
-    "gain_balancers": (0.0, 0.1),
+    "gain": (0.89, 0.2),
+    "gain_load": (-0.22, 0.3),
+    "gain_balancers": (-0.04, 0.1),
     # The background load that stands for the other balancers: shares by a long memory, at the level of a shorter one.
-    "log_slow": (2.0, 0.5),
-    "log_fast": (0.0, 0.5),
-    "log_long": (3.7, 0.5),
-    "log_field": (0.0, 0.2),
-    "field_load": (0.3, 0.3),
+    "log_slow": (2.5, 0.5),
+    "log_fast": (0.1, 0.5),
+    "log_long": (3.6, 0.5),
+    "log_field": (-0.09, 0.2),
+    "field_load": (0.16, 0.3),
     "field_balancers": (0.0, 0.1),
-    "log_sampling": (0.0, 0.7),
-    "surge": (0.1, 0.2),
-    "log_linear": (0.0, 0.5),
-    "linear_load": (0.0, 0.5),
-    "linear_balancers": (0.0, 0.3),
+    "log_sampling": (-0.3, 0.7),
+    "surge": (0.45, 0.2),
+    "log_linear": (0.8, 0.5),
+    "linear_load": (-0.35, 0.5),
+    "linear_balancers": (-0.42, 0.3),
+    # What small servers are relieved of near saturation.
+    "relief": (1.0, 0.2),
+    "relief_from": (0.8, 0.1),
     # The background load of every server, per core.
-    "rest": (-3.2, 0.7),
-    "rest_load": (0.2, 0.5),
+    "rest": (-3.4, 0.7),
+    "rest_load": (0.64, 0.5),
 }
 
 #: What the residual network reads of every server.
@@ -80,6 +83,8 @@ _LEAST = 1e-9
 LARGEST_CHANGE = math.log(10.0)
 #: The variance of the prior counts as this many servers.
 _PRIOR_SERVERS = 2.0
+#: Half a flow takes the 1 of marginal's 2 n + 1 away.
+_MOST_RELIEF = 0.5
 #: The prior variance of a server's share of the flows over what capacities let one expect.
 _FIELD_VARIANCE = 0.01
 
@@ -184,8 +189,8 @@ class IndexEstimator:
         # Where the cluster stands: flows per core of all balancers, by symmetry.
         own_load = given.per_core * self._slow
         mine = given.sum(self._slow)
-        load = given.balancers * mine / given.total_size
-        load = load / (1.0 + load)
+        per_core = given.balancers * mine / given.total_size
+        load = per_core / (1.0 + per_core)
         busy = load - 0.5
 
         # Speeds from FCTs, relative to the servers' mean. Known servers keep their place among all: those that are not
@@ -230,6 +235,10 @@ class IndexEstimator:
             # no order.
             offset = c["log_linear"] + c["linear_load"] * busy + c["linear_balancers"] * (balancers - 1.0)
             background = background + field + given.others_share * worth * np.exp(offset)
+            # The 1 of marginal's 2 n + 1 keeps small servers emptier than large ones. Near saturation, and blind to
+            # what the others send there, it is better to load all alike.
+            relief = np.minimum(np.maximum(c["relief"] * (per_core - c["relief_from"]), 0.0), _MOST_RELIEF)
+            background = np.maximum(background - relief * given.per_size, 0.0)
         else:
             background = background + given.zeros
 
@@ -320,8 +329,9 @@ class _Given:
         self.total_size = np.maximum(self.size.sum(-1, keepdims=True), _LEAST)
         self.balancers = np.exp(balancers)
         self.several = bool((self.balancers > 1.0).any())
-        self.per_core = self.balancers / np.where(active, self.size, 1.0)
-        self.others_per_core = (self.balancers - 1.0) / np.where(active, self.size, 1.0)
+        self.per_size = 1.0 / np.where(active, self.size, 1.0)
+        self.per_core = self.balancers * self.per_size
+        self.others_per_core = (self.balancers - 1.0) * self.per_size
         self.others_share = self.others_per_core / self.balancers
 
     def masked(self, values: Array) -> Array:
