@@ -211,12 +211,23 @@ def indices(process: Process) -> dict[str, Callable[[int, _Float], _Float]]:
     split = best_split(process)
     # As in lbgym.simulator.dispatch: neither the load nor anything else is estimated.
     rates = [min(0.8 * process.capacity, 1.5 * c * s) for c, s in zip(cores, speeds, strict=True)]
+
+    def marginal(j: int, n: _Float) -> _Float:
+        return (_delay(n + 1, cores[j]) - _delay(n, cores[j])) / speeds[j]
+
+    def by_whittle(j: int, n: _Float) -> _Float:
+        return whittle(cores[j], speeds[j], rates[j], n)
+
+    def ospi(j: int, n: _Float) -> _Float:
+        return improved(cores[j], speeds[j], split[j], n)
+
     return {
         "lsq": lambda j, n: n,
         "sed": lambda j, n: (n + 1) / (cores[j] * speeds[j]),
-        "marginal": lambda j, n: (_delay(n + 1, cores[j]) - _delay(n, cores[j])) / speeds[j],
-        "ospi": lambda j, n: improved(cores[j], speeds[j], split[j], n),
-        "whittle": lambda j, n: whittle(cores[j], speeds[j], rates[j], n),
+        "marginal": marginal,
+        "ospi": ospi,
+        "marginal and ospi": lambda j, n: (marginal(j, n) + ospi(j, n)) / 2,
+        "whittle": by_whittle,
     }
 
 

@@ -40,6 +40,11 @@ WITHOUT: dict[str, dict[str, float]] = {
     "shrinkage to what is configured": {"log_noise": -30.0},
     "speed estimates": {"log_noise": 30.0},
 }
+#: Conditions that the policy is measured under beside its own.
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "actions up to 0.4 s late, each balancer's on its own": {"delay": 0.4},
+    "under the rule whittle": {"dispatch": "whittle"},
+}
 NAME = "adaptive"
 COLUMNS = ["policy", "mean FCT / SED's", "p99 FCT / SED's", "worst mean / SED's", "minimised"]
 #: How much more it counts to be worse than SED, as in training.
@@ -47,9 +52,15 @@ PENALTY = 1.0
 
 
 def measured(
-    parameters: Sequence[Mapping[str, Any]], quick: bool, draws: int
+    parameters: Sequence[Mapping[str, Any]], quick: bool, draws: int, **conditions: Any
 ) -> list[tuple[float, float, float, float]]:
     """Measure parameters on scenarios that no training sees.
+
+    Args:
+        parameters: of each policy.
+        quick: little of everything.
+        draws: of the scenarios.
+        conditions: keywords of :func:`measure`.
 
     Returns:
         Of each the mean and p99 FCT over those of SED, geometric means, the worst mean over SED's, and what training
@@ -65,7 +76,8 @@ def measured(
             scenarios = draw_scenarios(shape, rng)
             seeds = [int(s) for s in rng.integers(2**31, size=len(scenarios))]
             duration = 12.0 if quick else 60.0
-            score = measure(stacked, scenarios, seeds, servers=shape.servers, duration=duration, warmup=duration / 4)
+            times = {"duration": duration, "warmup": duration / 4}
+            score = measure(stacked, scenarios, seeds, servers=shape.servers, **times, **conditions)
             means.append(score.fct_mean)
             tails.append(score.fct_p99)
             totals.append(score.total(PENALTY) * len(scenarios))
@@ -308,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         variants = knock_outs(policy)
         results = measured(list(variants.values()), given.quick, draws)
         rows = [[name, *found] for name, found in zip(variants, results, strict=True)]
+        for name, condition in CONDITIONS.items():
+            rows.append([name, *measured([variants["all"]], given.quick, draws, **condition)[0]])
     took = {str(balancers): microseconds(policy, balancers) for balancers in (1, 8)}
     text = (
         f"{common.markdown(rows, COLUMNS)}\n\nA decision for 64 servers takes {took['1']:.0f} microseconds, behind 8 "
