@@ -14,7 +14,7 @@ import numpy as np
 
 from ..features.compile import compiled
 
-_BITS = 5
+_BITS = 4
 #: Servers whose keys are compared one by one, several at a time.
 BLOCK = 1 << _BITS
 #: Servers from which on a tree is faster than a look at every key.
