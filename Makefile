@@ -187,7 +187,7 @@ test-live: $(VENV)/.dev ## the tests of live data planes
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -n 3 $(LIVE_TESTS)
 
 # But for XDP, whose clock no namespace moves, and for what reads no clock.
-TIMELESS := $(addprefix tests/sharedmemory/test_,c_header.py generated.py tearing.py)
+TIMELESS := $(addprefix tests/sharedmemory/test_,c_header.py generated.py mutations.py tearing.py)
 
 .PHONY: test-young-clock
 test-young-clock: $(VENV)/.dev ## the live tests as on a machine that has been up for a minute
