@@ -16,7 +16,7 @@ SECONDS ?= 60
 # A worker takes a half of the files, and then of what the other has left, so that both seldom need the same fixture.
 PARALLEL := -n 2 --dist worksteal
 PYTEST_ARGS ?= $(PARALLEL) --durations 15
-# For tests that have run before, on another Python or with another clock: fewer examples of each property.
+# For tests that have run before, now on another Python, with other versions or another clock: fewer examples.
 AGAIN := $(PARALLEL) --hypothesis-profile again
 
 BIN := $(VENV)/bin

@@ -215,9 +215,6 @@ def indices(process: Process) -> dict[str, Callable[[int, _Float], _Float]]:
     def marginal(j: int, n: _Float) -> _Float:
         return (_delay(n + 1, cores[j]) - _delay(n, cores[j])) / speeds[j]
 
-    def by_whittle(j: int, n: _Float) -> _Float:
-        return whittle(cores[j], speeds[j], rates[j], n)
-
     def ospi(j: int, n: _Float) -> _Float:
         return improved(cores[j], speeds[j], split[j], n)
 
@@ -227,7 +224,7 @@ def indices(process: Process) -> dict[str, Callable[[int, _Float], _Float]]:
         "marginal": marginal,
         "ospi": ospi,
         "marginal and ospi": lambda j, n: (marginal(j, n) + ospi(j, n)) / 2,
-        "whittle": by_whittle,
+        "whittle": lambda j, n: whittle(cores[j], speeds[j], rates[j], n),
     }
 
 

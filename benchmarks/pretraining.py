@@ -76,8 +76,9 @@ def measured(
             scenarios = draw_scenarios(shape, rng)
             seeds = [int(s) for s in rng.integers(2**31, size=len(scenarios))]
             duration = 12.0 if quick else 60.0
-            times = {"duration": duration, "warmup": duration / 4}
-            score = measure(stacked, scenarios, seeds, servers=shape.servers, **times, **conditions)
+            score = measure(
+                stacked, scenarios, seeds, servers=shape.servers, duration=duration, warmup=duration / 4, **conditions
+            )
             means.append(score.fct_mean)
             tails.append(score.fct_p99)
             totals.append(score.total(PENALTY) * len(scenarios))
@@ -218,7 +219,7 @@ def publish(files: Sequence[Path], name: str, parameters: Mapping[str, Any], cho
         saved["step"], saved["seconds"] = (sum(each[key] for each in trainings) for key in ("step", "seconds"))
         which = f"the mean of trainings from seeds {seeds}"
     else:
-        which = f"the best of trainings from seeds {seeds}: {saved['config']['seed']}"
+        which = f"seed {saved['config']['seed']}, the best of trainings from seeds {seeds}"
     saved["network"]["parameters"] = {
         key: torch.from_numpy(np.asarray(value, np.float32)) for key, value in parameters.items()
     }

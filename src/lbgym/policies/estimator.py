@@ -62,7 +62,7 @@ CONSTANTS: dict[str, tuple[float, float]] = {
     "log_linear": (0.8, 0.5),
     "linear_load": (-0.35, 0.5),
     "linear_balancers": (-0.42, 0.3),
-    # What small servers are relieved of near saturation.
+    # Flows taken off every server's background load near saturation, from so many flows per core on.
     "relief": (1.0, 0.2),
     "relief_from": (0.8, 0.1),
     # The background load of every server, per core.
@@ -83,7 +83,7 @@ _LEAST = 1e-9
 LARGEST_CHANGE = math.log(10.0)
 #: The variance of the prior counts as this many servers.
 _PRIOR_SERVERS = 2.0
-#: Half a flow takes the 1 of marginal's 2 n + 1 away.
+#: Flows. Half a flow less takes the 1 of marginal's 2 n + 1 away.
 _MOST_RELIEF = 0.5
 #: The prior variance of a server's share of the flows over what capacities let one expect.
 _FIELD_VARIANCE = 0.01
@@ -189,8 +189,8 @@ class IndexEstimator:
         # Where the cluster stands: flows per core of all balancers, by symmetry.
         own_load = given.per_core * self._slow
         mine = given.sum(self._slow)
-        per_core = given.balancers * mine / given.total_size
-        load = per_core / (1.0 + per_core)
+        crowding = given.balancers * mine / given.total_size
+        load = crowding / (1.0 + crowding)
         busy = load - 0.5
 
         # Speeds from FCTs, relative to the servers' mean. Known servers keep their place among all: those that are not
@@ -237,7 +237,7 @@ class IndexEstimator:
             background = background + field + given.others_share * worth * np.exp(offset)
             # The 1 of marginal's 2 n + 1 keeps small servers emptier than large ones. Near saturation, and blind to
             # what the others send there, it is better to load all alike.
-            relief = np.minimum(np.maximum(c["relief"] * (per_core - c["relief_from"]), 0.0), _MOST_RELIEF)
+            relief = np.minimum(np.maximum(c["relief"] * (crowding - c["relief_from"]), 0.0), _MOST_RELIEF)
             background = np.maximum(background - relief * given.per_size, 0.0)
         else:
             background = background + given.zeros
