@@ -6,8 +6,10 @@ import http.client
 import json
 import re
 import socket
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
@@ -22,6 +24,8 @@ OLDEST = (1, 30)
 _UNMERGED = (1, 40)
 #: Seconds to wait for an answer.
 _TIMEOUT = 2.0
+#: Seconds for which a worker of Envoy may be held up between two steps of one flow, on a busy machine.
+_HELD_UP = 0.1
 #: Counters that are read at every look.
 _STATISTICS = r"\.upstream_cx_none_healthy$|\.update_rejected$"
 #: Policies of load balancing that follow the weights of endpoints, by their names in Envoy's two ways to write them.
@@ -133,6 +137,31 @@ def _unreachable(place: Place, error: OSError) -> str:
     return f"cannot connect to Envoy's admin interface at {where}: {error.strerror or error}"
 
 
+class _Begun:
+    """Flows that have begun for certain: that were there, waiting or not, at every look for some time.
+
+    Until a flow's first bytes have gone to its server, Envoy has it among those that wait and among those that the
+    server has. Counted twice, it would have to be one that has ended in the end. On a busy machine a worker is held up
+    even there, over several looks that follow each other closely.
+    """
+
+    def __init__(self) -> None:
+        self._looks: deque[tuple[float, int]] = deque()
+
+    def certain(self, now: float, begun: int) -> int:
+        """As of a look.
+
+        Args:
+            now: seconds.
+            begun: flows, some of them perhaps counted twice.
+        """
+        looks = self._looks
+        looks.append((now, begun))
+        while len(looks) > 1 and looks[1][0] <= now - _HELD_UP:
+            looks.popleft()
+        return min(flows for _, flows in looks) if looks[0][0] <= now - _HELD_UP else 0
+
+
 @dataclass(slots=True)
 class Host:
     """A server as a process sees it.
@@ -159,16 +188,19 @@ class Host:
     attempts: int
     waiting: int
 
-    def add_waiting(self, last: Host | None) -> None:
-        """Add to ``open`` the flows that wait, as far as they had begun at the look before.
+    _begun: _Begun = field(default_factory=_Begun, repr=False)
 
-        Until a flow's first bytes have gone to its server, Envoy has it among those that wait and among those that the
-        server has. Counted twice, it would have to be one that has ended in the end.
+    def add_waiting(self, last: Host | None, now: float) -> None:
+        """Add to ``open`` the flows that wait, once they have for some time.
+
+        Args:
+            last: the server at the last look.
+            now: seconds.
         """
         if last is not None and last.attempts <= self.attempts:
+            self._begun = last._begun
             self.ended = max(self.ended, last.ended)
-            begun = min(self.attempts + self.waiting, last.attempts + last.waiting)
-            self.open = max(self.open, begun - self.ended)
+        self.open = max(self.open, self._begun.certain(now, self.attempts + self.waiting) - self.ended)
 
 
 #: What Envoy holds against a host, other than what EDS says.
@@ -217,9 +249,12 @@ class EnvoyProcess(Process):
 
     connection: Connection
 
-    def __init__(self, connection: Connection, place: Place, driven: set[str]) -> None:
+    def __init__(
+        self, connection: Connection, place: Place, driven: set[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(connection)
         self._place = place
+        self._clock = clock
         self.epoch, self.flush_interval, self.merges = 0, 0.0, False
         self.clusters: dict[str, dict[str, Host]] = {}
         self.statistics: dict[str, int] = {}
@@ -237,10 +272,11 @@ class EnvoyProcess(Process):
             for row in answer.get("cluster_statuses", ())
         }
         self.statistics = self.connection.statistics(_STATISTICS)
+        now = self._clock()
         driven = [(name, host) for name in self.driven for host in self.clusters.get(name, {}).values()]
         self.idle = not any(host.open or host.waiting for _, host in driven)
         for name, host in driven:
-            host.add_waiting(before.get(name, {}).get(host.name))
+            host.add_waiting(before.get(name, {}).get(host.name), now)
         if not self.stopping and self.identity is not None:
             self.stopping = self._succeeded()
 
