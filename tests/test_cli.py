@@ -273,6 +273,12 @@ def test_describe_plots_what_a_distribution_draws(tmp_path: Path, capsys: pytest
         (("compare", "--warmup", "100"), "warmup must be"),
         (("compare", "--trace", "x", "--trace-option", "spedup=2"), "unknown trace option 'spedup'"),
         (("compare", "--trace", "x", "--trace-option", "scale"), "KEY=VALUE"),
+        (("dataplane", "xdp", "--detach"), "give --name, or --config"),
+        (
+            ("dataplane", "haproxy", "--name", "a", "--backend", "b", "--socket", "x", "--metrics-address", "::1"),
+            "--metrics-address ::1 needs --metrics-port, too",
+        ),
+        (("run", "-p", "sed", "--shm", "x", "--metrics-address", "::1"), "'::1' needs metrics_port, too"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(

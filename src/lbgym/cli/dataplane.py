@@ -36,7 +36,7 @@ _MetricsPort = Annotated[
     int | None,
     typer.Option(min=0, max=65_535, help="Port of the driver's Prometheus metrics; 0: any.", show_default="no metrics"),
 ]
-_MetricsAddress = Annotated[str, typer.Option(help="Address of the metrics.")]
+_MetricsAddress = Annotated[str | None, typer.Option(help="Address of the metrics.", show_default="127.0.0.1")]
 
 
 def emulate(
@@ -168,7 +168,9 @@ def xdp(
         if keep:
             options = dataclasses.replace(options, keep=True)
     elif name is None:
-        raise InvalidOptionError("give --config, or --name, --vip, --server and --interface")
+        raise InvalidOptionError(
+            "give --name, or --config" if detach else "give --config, or --name, --vip, --server and --interface"
+        )
     if detach:
         where = (name, None) if config is None else (loaded.name, options)
         if not remove(*where):
@@ -321,7 +323,7 @@ def haproxy(
     mode: _Mode = "600",
     group: _Group = None,
     metrics_port: _MetricsPort = None,
-    metrics_address: _MetricsAddress = "127.0.0.1",
+    metrics_address: _MetricsAddress = None,
 ) -> None:
     """Drive backends of a running HAProxy, each with a region of its own, and publish them in shared memory.
 
@@ -373,7 +375,7 @@ def envoy(
     mode: _Mode = "600",
     group: _Group = None,
     metrics_port: _MetricsPort = None,
-    metrics_address: _MetricsAddress = "127.0.0.1",
+    metrics_address: _MetricsAddress = None,
 ) -> None:
     """Drive clusters of a running Envoy by EDS, each with a region of its own, and publish them in shared memory.
 
@@ -417,12 +419,14 @@ def _publish_proxy(
 
 
 def _publishing(
-    publish_interval: float, capacity: int | None, mode: str, group: str | None, port: int | None, address: str
+    publish_interval: float, capacity: int | None, mode: str, group: str | None, port: int | None, address: str | None
 ) -> dict[str, Any]:
     """Options of :func:`_publish`, before anything is opened: a bad one must not be found out later."""
+    if address is not None and port is None:
+        raise InvalidOptionError(f"--metrics-address {address} needs --metrics-port, too")
     return {
         "publish_interval": publish_interval, "capacity": capacity, "mode": _permissions(mode), "group": group,
-        "metrics": None if port is None else (port, address),
+        "metrics": None if port is None else (port, address or "127.0.0.1"),
     }  # fmt: skip
 
 

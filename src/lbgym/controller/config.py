@@ -187,6 +187,9 @@ def config_from(values: Mapping[str, Any], path: str | os.PathLike[str] | None =
         if name not in known:
             place = "" if path is None else f", nor is it in {os.fspath(path)}"
             raise InvalidOptionError(f"{name!r} is missing: give --{name}{place}")
+    # A file may keep an address ready for a port.
+    if values.get("metrics_address") is not None and "metrics_port" not in known:
+        raise InvalidOptionError(f"metrics_address {values['metrics_address']!r} needs metrics_port, too")
     return ControllerConfig(**known)
 
 
