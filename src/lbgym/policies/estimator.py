@@ -91,7 +91,7 @@ _FIELD_VARIANCE = 0.01
 #: Features without which there is no estimate; durations have little weight in it, and none where they are 0.
 NEEDED = ("n_flow_on", "fct_mean_decay", "fct_mean", "fct_p90_decay", "fct_std")
 #: Columns that are read: the flows, what the speed is estimated from, and the spread.
-_COLUMNS = [column_index(name) for name in (*NEEDED[:-1], "duration_mean_decay", NEEDED[-1])]
+_COLUMNS = np.array([column_index(name) for name in (*NEEDED[:-1], "duration_mean_decay", NEEDED[-1])], np.intp)
 
 
 def initial_parameters(hidden: int, seed: int = 0) -> dict[str, Array]:
@@ -131,9 +131,10 @@ class IndexEstimator:
                 f"this lbgym's estimator has {len(CONSTANTS)} constants, and these parameters are of another version's "
                 f"with {values.shape[-1]}: train them again"
             )
-        constants = {name: values[..., i] for i, name in enumerate(CONSTANTS)}
         # One for all servers of what it is for; a population's have the axes of its candidates.
-        self._c = {name: value[..., None] if value.ndim else value for name, value in constants.items()}
+        self._c: dict[str, Any] = {
+            name: values[..., i, None] if values.ndim > 1 else float(values[i]) for i, name in enumerate(CONSTANTS)
+        }
         self._step = step_interval
         self._keep = {
             name: np.exp(-step_interval * np.exp(-self._c[f"log_{name}"]))
@@ -142,9 +143,7 @@ class IndexEstimator:
         self._memory, self._sampling = np.exp(self._c["log_long"]), np.exp(self._c["log_sampling"])
         self._noise = np.exp(self._c["log_noise"])
         self._prior_excess = _PRIOR_SERVERS * np.exp(self._c["log_variance"])
-        zero = np.zeros_like(self._c["fct_mean"])
-        coefficients = (zero, *(-self._c[name] for name in ("fct_decay", "fct_mean", "fct_p90", "duration")), zero)
-        self._of_logs = np.stack(coefficients, axis=-1)
+        self._of_logs = np.stack([-self._c[name] for name in ("fct_decay", "fct_mean", "fct_p90", "duration")])
         self._given: _Given | None = None
         self._given_key: tuple[bytes, ...] = ()
         self._network = {name: np.asarray(value, np.float64) for name, value in parameters.items() if "." in name}
@@ -177,8 +176,9 @@ class IndexEstimator:
             0, both float64[..., N]; 0 where inactive.
         """
         c, keep, given = self._c, self._keep, self._given_by(active, weights, cores, balancers)
-        columns = stats[..., _COLUMNS].astype(np.float64)
-        flows, fct = columns[..., 0], columns[..., 1]
+        balancers = given.log_balancers
+        columns = stats.transpose(-1, *range(stats.ndim - 1)).take(_COLUMNS, 0).astype(np.float64)
+        flows, fct = columns[0], columns[1]
         known = given.active & (fct > 0.0)
         if self._slow is None or self._slow.shape != active.shape:
             self._slow, self._fast, self._long, self._log_speed, self._evidence = np.zeros((5, *active.shape))
@@ -195,41 +195,48 @@ class IndexEstimator:
 
         # Speeds from FCTs, relative to the servers' mean. Known servers keep their place among all: those that are not
         # known are where they are configured.
-        sees = known[..., None] & (columns > 0.0)
-        logs = np.log(np.where(sees, columns, 1.0))
+        timed = columns[1:5]
+        sees = known & (timed > 0.0)
+        logs = np.log(timed if _all(sees) else np.where(sees, timed, 1.0))
+        of_logs = self._of_logs
+        if of_logs.ndim == 1:
+            of_logs = of_logs.reshape(-1, *(1,) * active.ndim)
         gain = c["gain"] + c["gain_load"] * busy + c["gain_balancers"] * balancers
-        sample = gain * ((logs * self._of_logs).sum(-1) + c["congestion"] * np.log1p(own_load))
-        every = known.all()
+        sample = gain * (np.add.reduce(of_logs * logs) + c["congestion"] * np.log1p(own_load))
+        every = _all(known)
         if every:
             known_count: Any = float(active.shape[-1])
-            sample -= sample.sum(-1, keepdims=True) / known_count
+            sample -= _total(sample) / known_count
         else:
-            known_count = np.maximum(known.sum(-1, keepdims=True), 1.0)
-            shift = np.where(known, given.prior - sample, 0.0).sum(-1, keepdims=True) / known_count
+            known_count = np.maximum(_total(known), 1.0)
+            shift = _total(np.where(known, given.prior - sample, 0.0)) / known_count
             sample = np.where(known, sample + shift, given.prior)
-        # The first sample is taken as it is.
-        news = np.where(self._evidence > 0.0, keep["smoothing"], 0.0) * (sample - self._log_speed)
+        smoothing = keep["smoothing"]
+        if not _all(self._evidence):
+            # The first sample is taken as it is.
+            smoothing = np.where(self._evidence > 0.0, smoothing, 0.0)
+        news = smoothing * (sample - self._log_speed)
         self._log_speed = sample - news
         rate = self._slow / np.maximum(fct, _LEAST)
-        spread = columns[..., 5] / np.maximum(columns[..., 2], _LEAST)
+        spread = columns[5] / np.maximum(columns[2], _LEAST)
         if not every:
             rate, spread = np.where(known, rate, 0.0), np.where(known, spread, 0.0)
         self._evidence = keep["memory"] * self._evidence + self._step * rate
-        spread = spread.sum(-1, keepdims=True) / known_count
+        spread = _total(spread) / known_count
         noise = self._noise * (spread * spread + 0.01) * (1.0 / (self._evidence + 0.1) + 1.0 / _RESERVOIR)
         deviation = given.centred(self._log_speed - given.prior)
         excess = deviation * deviation - noise
-        excess = (excess if every else np.where(known, excess, 0.0)).sum(-1, keepdims=True)
-        variance = (np.maximum(excess, 0.0) + self._prior_excess) / (known_count + _PRIOR_SERVERS)
+        excess = _total(excess if every else np.where(known, excess, 0.0))
+        variance = (_within(excess, 0.0, math.inf) + self._prior_excess) / (known_count + _PRIOR_SERVERS)
         shrinkage = variance / (variance + noise)
         log_weight = speed = given.prior + shrinkage * deviation
 
         # What the others hold, per core.
-        news = given.masked(np.minimum(np.maximum(news, -2.0), 2.0))
+        news = given.masked(_within(news, -2.0, 2.0))
         field: Any = 0.0
         background: Any = np.exp(c["rest"] + c["rest_load"] * busy)
         if given.several:
-            worth = given.size * np.exp(np.minimum(np.maximum(log_weight, -3.0), 3.0))
+            worth = given.size * np.exp(_within(log_weight, -3.0, 3.0))
             field = self._field(flows, fct, worth, shrinkage * news, mine, busy, balancers, given)
             # Far from 0 the rule's scores are straight lines: an offset by the capacities makes them so, and changes
             # no order.
@@ -237,7 +244,7 @@ class IndexEstimator:
             background = background + field + given.others_share * worth * np.exp(offset)
             # The 1 of marginal's 2 n + 1 keeps small servers emptier than large ones. Near saturation, and blind to
             # what the others send there, it is better to load all alike.
-            relief = np.minimum(np.maximum(c["relief"] * (crowding - c["relief_from"]), 0.0), _MOST_RELIEF)
+            relief = _within(c["relief"] * (crowding - c["relief_from"]), 0.0, _MOST_RELIEF)
             background = np.maximum(background - relief * given.per_size, 0.0)
         else:
             background = background + given.zeros
@@ -255,7 +262,7 @@ class IndexEstimator:
                 inputs[..., i] = value
             more = self._residual(inputs, given)
             log_weight = log_weight + more[..., 0]
-            background = background * np.exp(np.minimum(np.maximum(more[..., 1], -3.0), 3.0))
+            background = background * np.exp(_within(more[..., 1], -3.0, 3.0))
         # The weight is cores times the speed per core; what is configured is taken out again.
         return given.centred(log_weight - given.prior), given.masked(background)
 
@@ -277,14 +284,14 @@ class IndexEstimator:
         """
         c = self._c
         # A mean, until it remembers as much as it should.
-        memory = np.minimum(self._memory, self._age)
+        memory = _within(self._memory, 0.0, self._age)
         long = self._long = flows + np.exp(-self._step / memory) * (self._long - flows)
         total = given.sum(long) + _LEAST
-        expected = (total / (worth.sum(-1, keepdims=True) + _LEAST)) * worth + _LEAST
+        expected = (total / (_total(worth) + _LEAST)) * worth + _LEAST
         apart = given.masked(long / expected - 1.0)
         seconds = given.sum(fct) / given.count
         chance = (self._sampling * (seconds / (seconds + memory)) + _LEAST) / expected
-        excess = np.maximum(given.sum(apart * apart - chance), 0.0)
+        excess = _within(given.sum(apart * apart - chance), 0.0, math.inf)
         variance = (excess + _PRIOR_SERVERS * _FIELD_VARIANCE) / (given.count + _PRIOR_SERVERS)
         mine = expected + expected * apart * variance / (variance + chance)
         factor = c["log_field"] + c["field_load"] * busy + c["field_balancers"] * (balancers - 1.0)
@@ -317,18 +324,34 @@ class IndexEstimator:
         return more
 
 
+def _total(values: Array) -> Any:
+    """Sum over the servers [..., N]: [..., 1], or a number where there is no other axis. Numbers take less time."""
+    return np.add.reduce(values) if values.ndim == 1 else np.add.reduce(values, -1, keepdims=True)
+
+
+def _all(values: Array) -> bool:
+    """None is 0."""
+    return np.count_nonzero(values) == values.size
+
+
+def _within(values: Any, low: float, high: float) -> Any:
+    # What np.clip and NumPy's functions of single numbers take longer for.
+    return min(max(values, low), high) if isinstance(values, float) else np.minimum(np.maximum(values, low), high)
+
+
 class _Given:
     """What follows from what is configured and which servers are active."""
 
     def __init__(self, active: Array, weights: Array, cores: Array, balancers: Array) -> None:
-        self.active, self.all = active, bool(active.all())
+        self.active, self.all = active, _all(active)
         self.zeros = np.zeros(active.shape)
-        self.count = np.maximum(active.sum(-1, keepdims=True), 1.0)
+        self.count = np.maximum(_total(active), 1.0)
+        self.log_balancers: Any = float(balancers[0]) if balancers.shape == (1,) else balancers
         self.prior = self.centred(weights - cores)
         self.size = np.where(active, np.exp(cores), 0.0)
-        self.total_size = np.maximum(self.size.sum(-1, keepdims=True), _LEAST)
-        self.balancers = np.exp(balancers)
-        self.several = bool((self.balancers > 1.0).any())
+        self.total_size = np.maximum(_total(self.size), _LEAST)
+        self.balancers = np.exp(self.log_balancers)
+        self.several = bool(np.any(self.balancers > 1.0))
         self.per_size = 1.0 / np.where(active, self.size, 1.0)
         self.per_core = self.balancers * self.per_size
         self.others_per_core = (self.balancers - 1.0) * self.per_size
@@ -338,10 +361,9 @@ class _Given:
         """0 where inactive."""
         return values if self.all else np.where(self.active, values, 0.0)
 
-    def sum(self, values: Array) -> Array:
-        """Sum over the active servers, [..., 1]."""
-        total: Array = self.masked(values).sum(-1, keepdims=True)
-        return total
+    def sum(self, values: Array) -> Any:
+        """Sum over the active servers, as :func:`_total`."""
+        return _total(self.masked(values))
 
     def centred(self, values: Array) -> Array:
         """Less the mean over the active servers; 0 where inactive."""
