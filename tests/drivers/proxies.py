@@ -131,6 +131,30 @@ class Servers:
         """Refuse connections; those that are open go on."""
         self._loop.call_soon_threadsafe(self._servers.pop(name).close)
 
+    def relay(self, port: int, to: int) -> None:
+        """Have connections to a port go on to another one, until the end."""
+
+        async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                while data := await reader.read(1 << 16):
+                    writer.write(data)
+                    await writer.drain()
+            except OSError:
+                pass
+            finally:
+                writer.close()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                there, back = await asyncio.open_connection("127.0.0.1", to)
+            except OSError:
+                writer.close()
+                return
+            await asyncio.gather(copy(reader, back), copy(there, writer))
+
+        start = asyncio.start_server(serve, "127.0.0.1", port)
+        self._servers[f"relay {port}"] = asyncio.run_coroutine_threadsafe(start, self._loop).result(LONG)
+
     def close(self) -> None:
         for name in list(self._servers):
             self.down(name)
@@ -155,15 +179,14 @@ def servers() -> Iterator[Servers]:
 
 def applied(source: ProxySource, *weights: float, now: float = 0.1) -> None:
     """Put weights in force; a proxy that is slow to take them is asked again, as the publisher does."""
-
-    def done() -> bool:
+    until = time.monotonic() + LONG
+    while True:
         try:
-            source.apply(np.array(weights), now)
+            return source.apply(np.array(weights), now)
         except DriverError:
-            return False
-        return True
-
-    eventually(done)
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.01)
 
 
 class Driven:

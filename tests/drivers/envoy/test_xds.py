@@ -8,12 +8,13 @@ import os
 import queue
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 
 from lbgym.drivers import DriverError, Publisher
@@ -81,10 +82,10 @@ class Stream:
 
 
 @contextmanager
-def serving() -> Iterator[tuple[XdsServer, Any]]:
+def serving(expected: Sequence[str] = ()) -> Iterator[tuple[XdsServer, Any]]:
     (port,) = free_ports(1)
     with (
-        closing(XdsServer(("127.0.0.1", port)).share()) as server,
+        closing(XdsServer(("127.0.0.1", port), expected=expected).share()) as server,
         grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
         yield server, channel
@@ -133,6 +134,16 @@ def test_state_of_the_world(caplog: pytest.LogCaptureFixture) -> None:
             assert one.weights() == []
             assert "asks for the servers of cluster 'api', which are not served here" in caplog.text
         eventually(lambda: not server.subscribers("web"))
+
+
+def test_who_asks_early_gets_its_answer_in_time(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(["web"]) as (server, channel), closing(Stream(channel, "one")) as one:
+        one.ask(ASSIGNMENT, "web")
+        eventually(lambda: server.subscribers("web"))
+        server.publish(assignment({"a": 1}, {"a": 1}), "web")
+        # An answer without servers would have an Envoy refuse its flows.
+        assert one.weights() == [1]
+    assert not caplog.records
 
 
 def test_a_refusal_is_no_weight_in_force(tmp_path: Path) -> None:
@@ -199,7 +210,8 @@ def test_several_envoys_at_once(servers: Servers, balancer: Balancer) -> None:
     """They share the servers; flows of both count."""
     other = Balancer(servers)
     try:
-        other.driver_port = balancer.driver_port
+        # It does not reach the driver yet.
+        assert other.driver_port != balancer.driver_port
         for each in (balancer, other):
             each.configure({"web": ["s1", "s2"]}, source="eds", log="grpc")
             each.start()
@@ -213,6 +225,9 @@ def test_several_envoys_at_once(servers: Servers, balancer: Balancer) -> None:
         (source,) = open_clusters(options).values()
         with closing(source):
             driven = Driven(source)
+            with pytest.raises(DriverError, match=f"the Envoy at {other.admin} has not taken the servers"):
+                source.apply(np.array([3.0, 1.0]), 0.01)
+            balancer.servers.relay(other.driver_port, balancer.driver_port)
             driven.apply(3.0, 1.0)
             for each in (balancer, other):
                 assert each.weights() == {"s1": 3, "s2": 1}

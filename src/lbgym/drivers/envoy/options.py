@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,12 +85,13 @@ def open_clusters(options: EnvoyOptions, *, wait: float = 40.0) -> dict[str, Env
         for cluster, configs in found.items():
             for envoy, config in configs:
                 _check_source(envoy, cluster, config, None if options.xds is not None else options.files[cluster])
-        log, server = _listen(options, made)
+        resources = {cluster: configs[0][1].resource if configs else cluster for cluster, configs in found.items()}
+        log, server = _listen(options, resources.values(), made)
         sources: dict[str, EnvoyCluster] = {}
         try:
             for name, cluster in options.clusters.items():
                 file, configs = options.files[cluster], found[cluster]
-                resource = configs[0][1].resource if configs else cluster
+                resource = resources[cluster]
                 place = options.xds if server is not None else str(Path(file).resolve())
                 with ExitStack() as begun:
                     lock = begun.enter_context(
@@ -114,7 +115,9 @@ def open_clusters(options: EnvoyOptions, *, wait: float = 40.0) -> dict[str, Env
         return sources
 
 
-def _listen(options: EnvoyOptions, made: ExitStack) -> tuple[LogFile | LogService | None, XdsServer | None]:
+def _listen(
+    options: EnvoyOptions, resources: Iterable[str], made: ExitStack
+) -> tuple[LogFile | LogService | None, XdsServer | None]:
     """The log and the xDS server, at one port if they are to share it."""
     log: LogFile | LogService | None = None
     service: LogService | None = None
@@ -129,7 +132,7 @@ def _listen(options: EnvoyOptions, made: ExitStack) -> tuple[LogFile | LogServic
     port = None if service is None or options.access_log is None else parse_port(options.access_log, "access_log")
     server = None
     if xds is not None:
-        server = XdsServer(xds, service if port == xds else None).share()
+        server = XdsServer(xds, service if port == xds else None, expected=resources).share()
         made.callback(server.close)
     if service is not None and port is not None and port != xds:
         service.serve(XdsServer(port, service, xds=False).share())

@@ -284,11 +284,15 @@ class EnvoyCluster(ProxySource[Host]):
         wanted = self._wanted()
         if self._delivery.deliver(wanted):
             self._waited = False
+        # What has been waited for may have come into force since the last look.
+        look_first = self._waited
         until = time.monotonic() + (0.0 if self._waited else _TAKE)
         if not self._envoys:
             self._delivery.await_answers(until - time.monotonic())
         while trouble := self._trouble(wanted):
-            if time.monotonic() >= until:
+            if look_first:
+                look_first = False
+            elif time.monotonic() >= until:
                 self._waited = True
                 # It is sent again at the next attempt.
                 self._delivery.again()

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,13 +96,21 @@ class XdsServer(Shared):
         place: host and TCP port to listen on.
         log: an access log service to offer there, too; None: none.
         xds: False: offer the log alone.
+        expected: endpoints that will be published; who asks for them earlier gets its answer then.
 
     Raises:
         MissingExtraError: without grpcio or xds-protos.
         DriverError: if it cannot listen there.
     """
 
-    def __init__(self, place: tuple[str, int], log: LogService | None = None, *, xds: bool = True) -> None:
+    def __init__(
+        self,
+        place: tuple[str, int],
+        log: LogService | None = None,
+        *,
+        xds: bool = True,
+        expected: Iterable[str] = (),
+    ) -> None:
         try:
             import grpc
             from envoy.service.discovery.v3 import discovery_pb2
@@ -115,7 +123,7 @@ class XdsServer(Shared):
         self._versions: dict[str, int] = dict.fromkeys((EDS, CDS, LDS), 1)
         self._resources: dict[str, dict[str, tuple[Any, Any]]] = {kind: {} for kind in self._versions}
         self._clients: set[_Client] = set()
-        self._unknown: set[str] = set()
+        self._expected, self._unknown = frozenset(expected), set[str]()
         #: By type and name of the resource: how often a client has refused it.
         self._refusals: Counter[tuple[str, str]] = Counter()
         _check_free(place)
@@ -266,7 +274,7 @@ class XdsServer(Shared):
         if subscription.refused and not before:
             logger.error("%s refuses %s: %s", client.name, kind.rpartition(".")[2], _sentence(subscription.refusal))
         if kind == EDS:
-            for name in set(names) - set(self._resources[EDS]) - self._unknown:
+            for name in set(names) - set(self._resources[EDS]) - self._expected - self._unknown:
                 self._unknown.add(name)
                 logger.warning("%s asks for the servers of cluster %r, which are not served here", client.name, name)
 
@@ -280,6 +288,9 @@ class XdsServer(Shared):
                     continue
                 mine = self._resources[kind]
                 names = subscription.names or (tuple(mine) if kind in _WILDCARD else ())
+                if kind == EDS and not self._expected.isdisjoint(names) and not any(name in mine for name in names):
+                    # An Envoy that is told of no servers refuses flows; one that is told nothing yet waits.
+                    continue
                 response = self._messages.DiscoveryResponse(
                     version_info=str(version), type_url=kind, nonce=f"{version}-{time.monotonic_ns()}"
                 )
