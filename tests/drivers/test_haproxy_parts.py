@@ -87,11 +87,16 @@ def test_lost_lines_are_counted() -> None:
         send("lbgym1 78 front 4 web s1 7 sD")
         send("lbgym1 78 front 5 web s1 60000 cD")
         send("a line of another program")
-        eventually(lambda: log.received == 9)
-        assert log.lost == 2
+        # Anybody may write here.
+        sender.sendto(b"lbgym1 78 front 9 api \xff 5 --", ("127.0.0.1", port))
+        send(f"lbgym1 79 front 1 web s1 {'9' * 400} --")
+        send(f"lbgym1 79 front {'9' * 5000} web s1 1 --"[:2000])
+        send("lbgym1 78 front 6 web s2 1 sD")
+        eventually(lambda: log.received == 11)
+        assert log.lost == 4
         flows = log.take("web")
         assert list(zip(flows.servers, flows.seconds, strict=True)) == [("s1", 0.01)] * 3 + [("s2", 1.5)] * 3
-        assert flows.ended == {"s1": 5, "s2": 3} and flows.failed == {"s1": 1}
+        assert flows.ended == {"s1": 5, "s2": 4} and flows.failed == {"s1": 1, "s2": 1}
         assert not log.take("web").servers
 
 

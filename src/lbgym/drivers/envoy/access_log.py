@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: What an access log in a file must have in a line.
 LOG_FORMAT = "lbgym1 %UPSTREAM_CLUSTER% %UPSTREAM_HOST% %DURATION% %RESPONSE_FLAGS%"
 
-_LINE = re.compile(rb"lbgym1 (\S+) (\S+) (\d+) (\S+)")
+_LINE = re.compile(rb"lbgym1 (\S+) (\S+) (\d{1,15}) (\S+)")
 #: Flags of flows that the client has ended, whose time says as much as that of one without any.
 _TIMED = frozenset((b"-", b"DC", b"DR"))
 #: Seconds between looks at the file.
@@ -104,7 +104,8 @@ class LogFile(Log):
                         timed = flags in _TIMED
                         seconds = int(milliseconds) * 1e-3 if timed else None
                         failed = not timed and flags.startswith(b"U")
-                        self._note_flow(cluster.decode("utf-8", "replace"), host.decode(), now, seconds, failed)
+                        names = cluster.decode("utf-8", "replace"), host.decode("utf-8", "replace")
+                        self._note_flow(*names, now, seconds, failed)
 
     def _stop(self) -> None:
         if self._end.is_set():

@@ -19,7 +19,8 @@ from ..proxy import Log, Place, shown
 #: What a frontend in ``mode tcp`` must log; in ``mode http`` with %Ta, the time of a request, in place of %Tt.
 LOG_FORMAT = "lbgym1 %pid %f %lc %b %s %Tt %ts"
 
-_LINE = re.compile(rb"lbgym1 (\d+) (\S+) (\d+) (\S+) (\S+) \+?(-?\d+) (\S)")
+# Anybody may write to the socket: numbers are no longer than HAProxy's.
+_LINE = re.compile(rb"lbgym1 (\d{1,19}) (\S+) (\d{1,19}) (\S+) (\S+) \+?(-?\d{1,15}) (\S)")
 #: Bytes asked for to hold datagrams that have not been read; what the system grants may be less.
 _BUFFER = 16 << 20
 #: States of termination (first letter of %ts) of flows whose time says how long a server took: normal, and ended by
@@ -89,7 +90,8 @@ class FlowLog(Log):
                     continue
                 timed = state in _TIMED
                 seconds = max(0, int(milliseconds)) * 1e-3 if timed else None
-                self._note_flow(backend.decode(), server.decode(), now, seconds, not timed and state != b"c")
+                names = backend.decode("utf-8", "replace"), server.decode("utf-8", "replace")
+                self._note_flow(*names, now, seconds, not timed and state != b"c")
 
     def _stop(self) -> None:
         if self._socket.fileno() < 0:
