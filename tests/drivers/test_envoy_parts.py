@@ -147,13 +147,16 @@ def test_log_files_are_followed(tmp_path: Path) -> None:
     log = LogFile(str(path)).share("web")
     with closing(log):
         # What was there before is not of this driver's time.
-        with path.open("a") as stream:
+        with path.open("a", errors="surrogateescape") as stream:
             stream.write("something else\nlbgym1 web 10.0.0.1:1 20 -\nlbgym1 web 10.0.0.1:2 30 DC\nlbgym1 api x 1 -\n")
             stream.write("x lbgym1 web 10.0.0.1:2 3 UF,URX\nlbgym1 web - 0 UH\nlbgym1 web 10.0.0.1:1 4")
             stream.flush()
             eventually(lambda: log.received == 5)
+            # What Envoy does not write.
+            stream.write(f"\nlbgym1 api \udcff 5 -\nlbgym1 web 10.0.0.1:1 {'9' * 400} -\nlbgym1 web 10.0.0.1:1 4")
+            stream.flush()
             stream.write("0 -\n")
-        eventually(lambda: log.received == 6)
+        eventually(lambda: log.received == 7)
         flows = log.take("web")
         assert list(zip(flows.servers, flows.seconds, strict=True)) == [
             ("10.0.0.1:1", 0.02),
@@ -163,11 +166,11 @@ def test_log_files_are_followed(tmp_path: Path) -> None:
         assert flows.ended == {"10.0.0.1:1": 2, "10.0.0.1:2": 2} and flows.failed == {"10.0.0.1:2": 1}
         path.rename(tmp_path / "access.log.1")
         path.write_text("lbgym1 web 10.0.0.1:1 1 -\n")
-        eventually(lambda: log.received == 7)
+        eventually(lambda: log.received == 8)
         path.write_text("")
         eventually(lambda: log._stream is not None and log._stream.tell() == 0)
         path.write_text("lbgym1 web a 1 -\n")
-        eventually(lambda: log.received == 8)
+        eventually(lambda: log.received == 9)
 
 
 class Worker:
@@ -328,6 +331,7 @@ FILES = {"web": "/x.json"}
         ({"clusters": {"a": "web"}, "files": FILES}, "give admin, Envoy's admin interface"),
         ({"clusters": {"a": "web"}, "files": FILES, "admin": ("9901",)}, "admin must be the path of a Unix socket"),
         ({"clusters": {"a": "web"}, "files": FILES, "admin": ("/a", "/a")}, "give each admin interface once"),
+        ({"clusters": {"a": "web"}, "files": FILES, "admin": ("http://h:9901/", "h:9901")}, "each admin interface once"),
         ({"clusters": {"a": "web"}, "files": FILES, "xds": "/a:1"}, "xds_port must be a TCP port"),
         (
             {"clusters": {"a": "web"}, "files": FILES, "xds": "1", "access_log": "x"},

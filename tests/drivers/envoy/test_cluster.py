@@ -179,6 +179,19 @@ def test_states_and_drains(balancer: Balancer) -> None:
             driven.source.drain("s9")
 
 
+def test_a_server_that_its_operator_has_down_stays_so_after_a_drain(balancer: Balancer) -> None:
+    balancer.configure({"web": ["s1"]})
+    balancer.write_servers(["s1", "s2"], health_status="UNHEALTHY")
+    with driving(balancer) as driven:
+        assert not driven.read().active.any()
+        for _ in range(2):
+            driven.source.drain("s2")
+        assert driven.source.servers()[1].state is ServerState.DRAINING
+        driven.source.undrain("s2")
+        assert not driven.read().active.any() and driven.source.servers()[1].state is ServerState.DOWN
+    assert balancer.file().read_text().count("UNHEALTHY") == 2
+
+
 @pytest.mark.parametrize("source", ["file", "ads"])
 def test_servers_come_and_go(balancer: Balancer, source: str) -> None:
     balancer.configure({"web": ["s1", "s2"]}, source=source)

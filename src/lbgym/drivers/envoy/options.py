@@ -47,9 +47,7 @@ class EnvoyOptions:
         check_pairs(self.clusters, "cluster")
         if set(self.files) != set(self.clusters.values()) or len(set(self.files.values())) < len(self.files):
             raise InvalidOptionError("give each cluster a file of its own with its servers")
-        for text in self.admin:
-            parse_admin(text)
-        if len(set(self.admin)) < len(self.admin):
+        if len({canonical(parse_admin(text)) for text in self.admin}) < len(self.admin):
             raise InvalidOptionError(f"give each admin interface once, got {', '.join(self.admin)}")
         if not self.admin and self.xds is None:
             raise InvalidOptionError("give admin, Envoy's admin interface; only an xDS port does without it")

@@ -84,6 +84,8 @@ class EnvoyCluster(ProxySource[Host]):
         self._completed: deque[tuple[float, int]] = deque()
         self._missing = 0
         self._patience = _PATIENCE
+        #: States that drained servers had before.
+        self._undrained: dict[str, str] = {}
         #: What was delivered last has been waited for.
         self._waited = False
         try:
@@ -134,14 +136,15 @@ class EnvoyCluster(ProxySource[Host]):
 
     def drain(self, server: str) -> None:
         self._slots[server]
-        if (endpoint := self._delivery.assignment.endpoints.get(server)) is not None:
-            endpoint.status = DRAINING
+        endpoint = self._delivery.assignment.endpoints.get(server)
+        if endpoint is not None and not endpoint.draining:
+            self._undrained[server], endpoint.status = endpoint.status, DRAINING
         self._slots.drain(server)
         self._install()
 
     def undrain(self, server: str) -> None:
         self._slots.undrain(server)
-        self._delivery.assignment.endpoints[server].status = "UNKNOWN"
+        self._delivery.assignment.endpoints[server].status = self._undrained.pop(server, "UNKNOWN")
         self._install()
 
     def add(self, server: str, *, address: str, port: int | None, weight: float, cores: int | None) -> None:
