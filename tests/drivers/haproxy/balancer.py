@@ -103,8 +103,6 @@ class Balancer(Client):
             text=True,
             **ordinary(),
         )  # type: ignore[call-overload]
-        # A master that is not ready yet would take SIGUSR2 for nothing.
-        eventually(lambda: self._answers(self._master_socket, "show proc"))
         eventually(lambda: self._answers(self.socket, "show info"))
 
     def _answers(self, place: str, command: str) -> str:
@@ -117,6 +115,8 @@ class Balancer(Client):
         """As ``systemctl reload``: returns when another process has taken over."""
         before = self.ask("show info").partition("Pid: ")[2].split()[0]
         assert self.master is not None
+        # One that has only just started, or reloaded, would take the signal for nothing.
+        eventually(lambda: self._answers(self._master_socket, "show proc"))
         self.master.send_signal(signal.SIGUSR2)
         eventually(
             lambda: "Pid: " in (found := self._answers(self.socket, "show info")) and f"Pid: {before}\n" not in found

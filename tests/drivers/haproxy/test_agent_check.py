@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from lbgym.drivers import DriverError
-from lbgym.drivers.haproxy import AgentCheck, HaproxyOptions, open_backends
+from lbgym.drivers.haproxy import AgentCheck, AgentCheckedBackend, FlowLog, HaproxyOptions, open_backends
 from lbgym.sharedmemory import ServerState
 from tests.drivers.haproxy.balancer import Balancer
-from tests.drivers.proxies import LONG, eventually
+from tests.drivers.proxies import LONG, eventually, free_ports
 
 WEB = {"web": ["s1", "s2", "s3"]}
 
@@ -98,6 +98,35 @@ def test_no_socket_at_all(balancer: Balancer) -> None:
         # Nobody asks any more: nobody balances.
         balancer.kill()
         eventually(lambda: not source.read(0.6).active.any())
+
+
+def test_strangers_take_no_rows(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, log = AgentCheck(("127.0.0.1", 0)), FlowLog(("127.0.0.1", free_ports(1)[0]))
+    with closing(agent.share()), closing(log.share("web")):
+        agent.asked("web")
+        for _ in range(2):
+            assert [ask(agent, f"web/s{i}\n".encode()) for i in (1, 2)] == ["", ""]
+        with closing(AgentCheckedBackend("web", log=log, agent=agent, capacity=3)) as source:
+            for name in ("x" * 64, "\x01", "", "s3", "s4", "s5"):
+                ask(agent, f"web/{name}\n".encode())
+            ask(agent, b"other/s1\n")
+            for _ in range(3):
+                source.read(0.1)
+            assert [row.name for row in source.servers()] == ["s1", "s2", "s3"]
+            source.apply(np.array([1.0, 2.0, 3.0]), 0.2)
+            assert ask(agent, b"web/s3\n") == "3%\n" and ask(agent, b"web/s4\n") == ""
+            assert set(agent.asked("other")) == set()
+            assert caplog.text.count("no room for server 's4'") == 1
+            assert caplog.text.count("that cannot be: name must be at most 63 bytes") == 1
+            # Who has not asked for long makes room.
+            monkeypatch.setattr("lbgym.drivers.haproxy.fleet._GONE", -1.0)
+            monkeypatch.setattr("lbgym.drivers.haproxy.fleet._GONE_INTERVALS", 0.0)
+            source.read(0.3)
+            monkeypatch.undo()
+            assert {row.name for row in source.servers()} == {""}
+            ask(agent, b"web/s4\n")
+            source.read(0.4)
+            assert [row.name for row in source.servers()] == ["s4", "", ""]
 
 
 @pytest.mark.haproxy

@@ -162,6 +162,43 @@ def test_reloads_are_followed(balancer: Balancer) -> None:
         assert driven.source.lost_lines == 0
 
 
+def test_drains_outlast_a_reload(balancer: Balancer) -> None:
+    balancer.configure(WEB)
+    with driving(balancer) as driven:
+
+        def drained_after(reload: bool = True) -> list[str]:
+            if reload:
+                balancer.reload()
+            driven.read()
+            return [row.name for row in driven.source.servers() if row.state is ServerState.DRAINING]
+
+        driven.source.drain("s1")
+        driven.source.drain("s2")
+        assert drained_after() == ["s1", "s2"] and {balancer.flow() for _ in range(5)} == {"s3"}
+        # Whoever takes a server back, it is back.
+        balancer.ask("set server web/s1 state ready")
+        assert drained_after(reload=False) == ["s2"] and drained_after() == ["s2"]
+        driven.source.undrain("s2")
+        assert drained_after() == []
+
+
+def test_a_reload_that_brings_an_odd_name(balancer: Balancer, caplog: pytest.LogCaptureFixture) -> None:
+    long = "s2" * 32
+    balancer.servers.ports[long] = balancer.servers.ports["s2"]
+    balancer.configure({"web": ["s1"]})
+    with driving(balancer) as driven:
+        balancer.configure({"web": ["s1", long]})
+        balancer.reload()
+        for _ in range(3):
+            driven.read()
+        assert [row.name for row in driven.source.servers()] == ["s1"]
+        driven.apply(7.0)
+        assert balancer.weights()["s1"] == 7
+    assert caplog.text.count(f"server web/{long} is left as it is: name must be at most 63 bytes") == 1
+    with pytest.raises(DriverError, match=f"server web/{long}: name must be at most 63 bytes"):
+        open_backends(HaproxyOptions(backends={"region": "web"}, socket=balancer.socket))
+
+
 def test_servers_come_and_go_with_reloads(balancer: Balancer) -> None:
     balancer.configure({"web": ["s1", "s2"]})
     with driving(balancer) as driven, ExitStack() as flows:

@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Mapping
 
+from ...errors import InvalidOptionError
 from ..background import BackgroundLoop
 from ..base import DriverError
+from ..config import ServerConfig
 from ..proxy import shown
 from ..sharing import Shared
 from .weights import percentage
@@ -22,6 +24,8 @@ logger = logging.getLogger("lbgym")
 _TIMEOUT = 1.0
 #: Longest question, bytes.
 _LONGEST = 256
+#: Servers of backends that are followed, and names that are refused with a word: anybody may ask.
+_MOST, _MOST_REFUSED = 65_536, 100
 
 
 class AgentCheck(Shared):
@@ -46,6 +50,8 @@ class AgentCheck(Shared):
         self._ready: set[tuple[str, str]] = set()
         self._asked: dict[tuple[str, str], float] = {}
         self._intervals: dict[tuple[str, str], float] = {}
+        self._followed: set[str] = set()
+        self._refused: set[str] = set()
         self._changed_at = 0.0
         family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
@@ -91,13 +97,38 @@ class AgentCheck(Shared):
             self._ready.add((backend, server))
 
     def asked(self, backend: str) -> dict[str, tuple[float, float]]:
-        """By server of a backend that has asked: when it last did (monotonic clock) and its usual interval, seconds."""
+        """By server of a backend that has asked: when it last did (monotonic clock) and its usual interval, seconds.
+
+        From the first call on, servers are followed that have no answer yet.
+        """
         with self._lock:
+            self._followed.add(backend)
             return {
                 server: (at, self._intervals.get((name, server), 0.0))
                 for (name, server), at in self._asked.items()
                 if name == backend
             }
+
+    def forget(self, backend: str, server: str) -> None:
+        """As if a server had never asked; drains are kept."""
+        with self._lock:
+            self._asked.pop((backend, server), None)
+            self._intervals.pop((backend, server), None)
+
+    def _is_followed(self, key: tuple[str, str]) -> bool:
+        backend, server = key
+        if key in self._asked or key in self._answers:
+            return True
+        if backend not in self._followed or len(self._asked) >= _MOST:
+            return False
+        try:
+            ServerConfig(name=server, address=backend)
+        except InvalidOptionError as error:
+            if server not in self._refused and len(self._refused) < _MOST_REFUSED:
+                self._refused.add(server)
+                logger.warning("somebody asks for a server of backend %r that cannot be: %s", backend, error)
+            return False
+        return True
 
     def _answer(self, question: bytes) -> str:
         backend, slash, server = question.decode("utf-8", "replace").strip().partition("/")
@@ -105,6 +136,8 @@ class AgentCheck(Shared):
             return ""
         key, now = (backend, server), time.monotonic()
         with self._lock:
+            if not self._is_followed(key):
+                return ""
             if key in self._asked:
                 # The longest of late: several processes, and balancers, may ask for the same server.
                 interval = now - self._asked[key]

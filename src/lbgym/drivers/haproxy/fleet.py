@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterable
 
 from ...sharedmemory import abi
 from ..base import DriverError
@@ -13,8 +15,12 @@ from .agent_check import AgentCheck
 from .logs import FlowLog
 from .runtime import Server
 
+logger = logging.getLogger("lbgym")
+
 #: A server of which nobody has asked for so many of its intervals, and seconds, is down.
 _SILENT_INTERVALS, _SILENT = 3.0, 3.0
+#: And one that is no more likewise, so that others get its row.
+_GONE_INTERVALS, _GONE = 20.0, 60.0
 
 
 class AgentCheckedBackend(ProxySource[Server]):
@@ -53,6 +59,8 @@ class AgentCheckedBackend(ProxySource[Server]):
         self._flow_log, self._agent = log, agent.share()
         self._configured = configured
         self._counts_by_log = True
+        #: Servers without a row.
+        self._outside: set[str] = set()
         self._closed = False
         try:
             self._await_servers(wait)
@@ -91,14 +99,38 @@ class AgentCheckedBackend(ProxySource[Server]):
 
     def _observe(self, now: float) -> None:
         asked = self._agent.asked(self.backend)
-        known = {slot.server.name for slot in self._slots}
-        for name in sorted(asked):
-            if name not in known:
-                self._slots.add(ServerConfig(name=name, address=self.backend, weight=float(self._configured)))
         clock = time.monotonic()
+        gone = {name for name, (at, interval) in asked.items() if clock - at > max(_GONE, _GONE_INTERVALS * interval)}
+        for name in gone:
+            self._agent.forget(self.backend, name)
+        self._free(gone)
+        known = {slot.server.name for slot in self._slots}
+        for name in sorted(asked.keys() - gone - known):
+            self._admit(name)
         for slot in self._slots:
             at, interval = asked[slot.server.name]
             slot.healthy = clock - at <= max(_SILENT, _SILENT_INTERVALS * interval)
+
+    def _free(self, gone: Iterable[str]) -> None:
+        """Give up the rows of servers: no flow is open as far as is known here."""
+        known = self._rows()
+        for name in known.keys() & gone:
+            self._slots.remove(name)
+            logger.info("backend %r: removed %s, of which nobody has asked for long", self.backend, name)
+        for slot in self._slots.release([0] * len(self._slots)):
+            self._fct.forget(slot.index)
+        self._outside.difference_update(gone)
+
+    def _admit(self, name: str) -> None:
+        """Give a server a row, if there is one: what the others do goes on."""
+        try:
+            self._slots.add(ServerConfig(name=name, address=self.backend, weight=float(self._configured)))
+        except DriverError as error:
+            if name not in self._outside:
+                self._outside.add(name)
+                logger.warning("backend %r: %s", self.backend, error)
+            return
+        self._outside.discard(name)
 
     def _loss(self, lost: int, received: int) -> str:
         return f"{lost} of HAProxy's log lines are lost, {received} have come: flows and FCTs are of the others"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Hashable
+
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import InvalidOptionError
 from ...sharedmemory import abi
 from ..base import DriverError
 from ..config import ServerConfig
@@ -15,6 +19,8 @@ from .agent_check import AgentCheck
 from .logs import FlowLog
 from .runtime import Backend, Haproxy, HaproxyProcess, Server, check_rule
 from .weights import MAX_WEIGHT
+
+logger = logging.getLogger("lbgym")
 
 #: Flags of srv_admin_state.
 _MAINTENANCE = 0x01 | 0x02 | 0x04 | 0x20 | 0x40
@@ -70,6 +76,11 @@ class HaproxyBackend(ProxySource[Server]):
         self._haproxy, self._agent = haproxy.share(), agent and agent.share()
         self.features = UNLOGGED if log is None else LOGGED
         super().__init__(backend, log, capacity or abi.DEFAULT_CAPACITY)
+        #: Servers that were drained here by the runtime API, and the process that knows it.
+        self._drained: set[str] = set()
+        self._drained_at: Hashable = haproxy.newest.identity
+        #: Servers without a row, for their names.
+        self._unnamed: set[str] = set()
         try:
             found = self._look(haproxy.newest)
             if not found.servers:
@@ -97,12 +108,14 @@ class HaproxyBackend(ProxySource[Server]):
         else:
             self._haproxy.newest.change(f"set server {self.backend}/{server} state drain")
             self._slots.drain(server)
+            self._drained.add(server)
 
     def undrain(self, server: str) -> None:
         self._slots.undrain(server)
         if self._agent is not None:
             self._agent.undrain(self.backend, server)
         else:
+            self._drained.discard(server)
             self._haproxy.newest.change(f"set server {self.backend}/{server} state ready")
 
     def add(self, server: str, **_: object) -> None:
@@ -146,11 +159,35 @@ class HaproxyBackend(ProxySource[Server]):
         found = process.backend(self.backend)
         if found is None:
             raise DriverError(f"HAProxy at {shown(self._haproxy.place)} has no backend {self.backend!r}")
+        for name in [*found.servers]:
+            try:
+                ServerConfig(name=name, address=self.backend)
+            except InvalidOptionError as error:
+                if not self._before:
+                    raise DriverError(f"server {self.backend}/{name}: {error}") from None
+                # One that has come by a reload must not keep the others from what they need.
+                del found.servers[name]
+                if name not in self._unnamed:
+                    self._unnamed.add(name)
+                    logger.warning("server %s/%s is left as it is: %s", self.backend, name, error)
         return found
+
+    def _drain_again(self, process: HaproxyProcess, found: Backend) -> None:
+        """A process that has taken over knows of no drain; one that somebody else has ended is none any more."""
+        if process.identity != self._drained_at:
+            drained = sorted(self._drained & found.servers.keys())
+            process.change(*(f"set server {self.backend}/{name} state drain" for name in drained))
+            for name in drained:
+                found.servers[name].administrative |= _DRAIN
+            self._drained_at = process.identity
+        self._drained = {
+            name for name in self._drained & found.servers.keys() if found.servers[name].administrative & _DRAIN
+        }
 
     def _observe(self, now: float) -> None:
         self._haproxy.look(now)
         founds = [(process, self._look(process)) for process in self._haproxy.processes]
+        self._drain_again(*founds[-1])
         self._take_over(founds[-1][1])
         self._count([(process, found.servers, found.unrouted) for process, found in founds])
 
