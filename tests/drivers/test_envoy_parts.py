@@ -331,7 +331,7 @@ FILES = {"web": "/x.json"}
         ({"clusters": {"a": "web"}, "files": FILES}, "give admin, Envoy's admin interface"),
         ({"clusters": {"a": "web"}, "files": FILES, "admin": ("9901",)}, "admin must be the path of a Unix socket"),
         ({"clusters": {"a": "web"}, "files": FILES, "admin": ("/a", "/a")}, "give each admin interface once"),
-        ({"clusters": {"a": "web"}, "files": FILES, "admin": ("http://h:9901/", "h:9901")}, "each admin interface once"),
+        ({"clusters": {"a": "web"}, "files": FILES, "admin": ("http://h:1/", "h:1")}, "give each admin interface once"),
         ({"clusters": {"a": "web"}, "files": FILES, "xds": "/a:1"}, "xds_port must be a TCP port"),
         (
             {"clusters": {"a": "web"}, "files": FILES, "xds": "1", "access_log": "x"},
