@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def record_at_full_speed(
         seed: of the flows.
         weights: an agent's, by the time; None: no agent.
     """
-    name = "fitted"
+    # Other processes record as well, and not all in a folder of their own.
+    name = f"fitted-{os.getpid()}"
     with (
         Emulator(scenario, name, speedup=1e6, seed=seed, publish_interval=interval) as emulator,
         Follower(name) as follower,

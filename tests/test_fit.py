@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -380,8 +381,9 @@ def emulated(folder: Path) -> Iterator[Path]:
     from lbgym.scenarios import to_toml
 
     scenario.write_text(to_toml(TRUTH))
-    with emulator("--name", "real", "--scenario", scenario, "--speedup", 40, "--publish-interval", 0.25, "--seed", 1):
-        record("real", folder / "real.parquet", steps=600, duration=60.0)
+    name = f"real-{os.getpid()}"
+    with emulator("--name", name, "--scenario", scenario, "--speedup", 40, "--publish-interval", 0.25, "--seed", 1):
+        record(name, folder / "real.parquet", steps=600, duration=60.0)
     yield folder / "real.parquet"
 
 
