@@ -176,6 +176,24 @@ def test_the_command_says_where_and_ends_on_sigterm(shm_dir: Path) -> None:
         assert process.wait(PATIENCE) == 0
 
 
+def test_a_browser_begins_with_what_is_alive(shm_dir: Path, open_page: Open) -> None:
+    with Producer("a") as dead, Producer("b") as live, Dashboard(port=0, rate=20) as page:
+        dead.publish(1)
+        dead.kill()
+        live.run(0.05)
+        with open_page(page.url, 900) as shown:
+            from playwright.sync_api import expect
+
+            expect.set_options(timeout=1000 * PATIENCE)
+            expect(shown.locator("h2:visible")).to_contain_text("b")
+            expect(shown.get_by_role("button", name="a", exact=True)).to_have_class("dead")
+            # Whoever wants to see the dead one does.
+            shown.get_by_role("button", name="a", exact=True).click()
+            expect(shown.locator(".producer:visible")).to_contain_text("dead")
+            live.run(0.2)
+            expect(shown.locator("h2:visible")).to_contain_text("a")
+
+
 @pytest.mark.parametrize(("width", "dark"), [(1300, False), (400, True)])
 def test_a_browser_shows_it(shm_dir: Path, open_page: Open, width: int, dark: bool) -> None:
     with Producer("lb0") as producer, Dashboard(["lb0", "lb1"], port=0, rate=20) as page:

@@ -10,7 +10,8 @@ const past = new Map(); // region -> [{time, new, open, fct, lost}]
 const strips = new Map(); // region -> [{time, open: [...], weights: [...]}]
 const sections = new Map(); // region -> its part of the page
 const sorting = { key: "label", down: false }; // rows that stay where they are
-let shown = null; // the region that is shown; null: the first
+let shown = null; // the region that is shown
+let picked = false; // somebody has chosen it
 let last = null; // the last picture
 
 const number = (x, digits = 3) =>
@@ -250,16 +251,22 @@ function draw() {
   const names = [...last.regions.map((region) => region.name), ...Object.keys(last.absent)];
   document.getElementById("nothing").hidden = names.length > 0;
   const tabs = document.getElementById("regions");
-  if (!names.includes(shown)) shown = names[0] ?? null;
+  const live = last.regions.filter((region) => region.producer === "alive").map((region) => region.name);
+  if (!names.includes(shown)) picked = false;
+  // Until somebody chooses, what is alive is of more interest.
+  if (!picked && !live.includes(shown)) shown = live[0] ?? names[0] ?? null;
   if (tabs.dataset.names !== names.join()) {
     tabs.dataset.names = names.join();
     tabs.replaceChildren(...names.map((name) => {
       const button = element("button", "", name);
-      button.addEventListener("click", () => { shown = name; draw(); });
+      button.addEventListener("click", () => { shown = name; picked = true; draw(); });
       return button;
     }));
   }
-  for (const button of tabs.children) button.setAttribute("aria-pressed", button.textContent === shown);
+  for (const button of tabs.children) {
+    button.setAttribute("aria-pressed", button.textContent === shown);
+    button.className = live.includes(button.textContent) ? "" : "dead";
+  }
   for (const [name, section] of sections) {
     section.hidden = name !== shown;
     if (!names.includes(name)) { section.remove(); sections.delete(name); }
