@@ -279,6 +279,7 @@ def test_describe_plots_what_a_distribution_draws(tmp_path: Path, capsys: pytest
             "--metrics-address ::1 needs --metrics-port, too",
         ),
         (("run", "-p", "sed", "--shm", "x", "--metrics-address", "::1"), "'::1' needs metrics_port, too"),
+        (("compare", "--policies", "sed+lsq"), "unknown policy 'lsq' in contender 'sed+lsq'. "),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(

@@ -56,10 +56,10 @@ def _restored(kind: type[LbgymError], args: tuple[Any, ...], state: dict[str, An
 class UnknownNameError(LbgymError, ValueError):
     """A name (feature, reward, dispatch rule, scenario, policy, key) that lbgym does not know."""
 
-    def __init__(self, kind: str, name: object, known: Iterable[str], where: str = "") -> None:
+    def __init__(self, kind: str, name: object, known: Iterable[str], where: str = "", note: str = "") -> None:
         self.kind, self.name, self.known = kind, name, sorted(known)
         near = difflib.get_close_matches(str(name), self.known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = f" {note}." if note else f" Did you mean {near[0]!r}?" if near else ""
         place = f" in {where}" if where else ""
         super().__init__(f"unknown {kind} {name!r}{place}.{hint} Known: {', '.join(self.known)}.")
 

@@ -135,6 +135,8 @@ def test_ground_truth_must_be_there() -> None:
 
 
 def test_policies_by_name() -> None:
+    with pytest.raises(UnknownNameError, match="'sed' is a dispatch rule, by which a data plane uses the weights"):
+        make_agent("sed")
     with pytest.raises(UnknownNameError, match="Did you mean 'latency'"):
         make_agent("latencies")
     with pytest.raises(PolicyError, match="must know the cores"):

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PolicyError, UnknownNameError
+from ..scenarios.dispatch_rules import DISPATCH_RULES
 from .agent import Agent, Policy
 from .base import WeightPolicy
 from .checkpoints import load_policy
@@ -230,7 +231,9 @@ def heuristic(name: str) -> tuple[str, Heuristic]:
             source=f"{HEURISTICS[_SLOW_START].source}; {entry.source}",
         )
     if key not in HEURISTICS:
-        raise UnknownNameError("policy", name, (*HEURISTICS, *pretrained_names()))
+        rule = f"{name!r} is a dispatch rule, by which a data plane uses the weights that a policy sets"
+        known = (*HEURISTICS, *pretrained_names())
+        raise UnknownNameError("policy", name, known, note=rule if key in DISPATCH_RULES else "")
     return key, HEURISTICS[key]
 
 
