@@ -102,17 +102,18 @@ def _report(fit: Fit) -> None:
         parameters = ", ".join(f"{key} {value:.4g}" for key, value in vars(law).items())
     likely = ", ".join(f"{kind} {value:.3g}" for kind, value in fit.demand.likelihoods.items())
     burst = ", ".join(f"{value:.3g} in {window:g} s" for window, value in arrivals.dispersion.items())
+    known = "given" if fit.dispatch is None else "estimated" if fit.dispatch.scores else "assumed"
     lines = [
         f"{fit.source}: fitted to {fit.seconds:.0f} s, tested on {fit.held_out_seconds:.0f} s",
         "",
         f"demand:    {type(law).__name__} ({parameters}) core-seconds; {fit.convention}",
-        f"           log-likelihood of single flows ({fit.demand.singles:,}) that no empirical law was made of: "
+        f"           mean log-likelihood of {fit.demand.singles:,} flows, each the only one to end in its interval: "
         f"{likely or 'too few'}",
         *([f"           {100 * fixed:.0f} % of the mean demand may be the same for every flow"] if fixed else []),
         f"arrivals:  {arrivals.rate:.4g} flows/s ({arrivals.rate_low:.4g} to {arrivals.rate_high:.4g}), "
         f"{type(arrivals.process).__name__}; load {fit.scenario.load:.2f}",
         f"           variance over mean of counts (1: Poisson): {burst or 'unknown'}",
-        f"dispatch:  {fit.scenario.dispatch}" + (" (given)" if fit.dispatch is None else " (estimated)"),
+        f"dispatch:  {fit.scenario.dispatch} ({known})",
         "overhead:  {:.3g} ms of each FCT ({:.3g} to {:.3g})".format(
             *(1e3 * seconds for seconds in (fit.overhead, fit.overhead_low, fit.overhead_high))
         ),

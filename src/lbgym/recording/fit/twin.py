@@ -137,7 +137,8 @@ class Fit:
             f"{self.held_out_seconds:.0f} s.",
             f"Only ratios of demand to speed are identified; {self.convention}.",
             *(
-                f"{server.name}: {server.cores} cores ({self.cores_from}), speed {server.speed:.4g} "
+                f"{server.name}: {server.cores} core{'s' * (server.cores != 1)} ({self.cores_from}), "
+                f"speed {server.speed:.4g} "
                 f"({server.speed_low:.4g} to {server.speed_high:.4g}), {100 * server.busy:.0f} % busy"
                 for server in self.servers
             ),
