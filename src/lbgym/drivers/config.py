@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -255,12 +256,16 @@ def parse_server(text: str) -> ServerConfig:
     if not equals or not name or not address:
         raise InvalidOptionError(f"{where}: must begin with NAME=ADDRESS or NAME=ADDRESS:PORT")
     values: dict[str, Any] = {"name": name, "address": address}
-    head, colon, port = address.rpartition(":")
-    if colon and (address.startswith("[") or ":" not in head):
-        if not port.isdigit():
-            raise InvalidOptionError(f"{where}: the port must be a whole number, got {port!r}")
-        values |= {"address": head, "port": int(port)}
-    values["address"] = values["address"].removeprefix("[").removesuffix("]")
+    # In brackets an IPv6 address, which without them has no port.
+    brackets = re.fullmatch(r"\[([^\[\]]*)\](?::(.*))?", address)
+    host, port = brackets.groups() if brackets else (address, None)
+    if not brackets and address.count(":") == 1:
+        host, _, port = address.partition(":")
+    values["address"] = host
+    if port is not None:
+        values["port"] = parse_port_number(port)
+        if values["port"] is None:
+            raise InvalidOptionError(f"{where}: the port must be a whole number from 1 to 65535, got {port!r}")
     kinds: dict[str, Callable[[str], Any]] = {
         "weight": float,
         "cores": int,
@@ -277,6 +282,14 @@ def parse_server(text: str) -> ServerConfig:
         except ValueError:
             raise InvalidOptionError(f"{where}: {key} must be a number, got {value!r}") from None
     return _in(where, lambda: ServerConfig(**values))
+
+
+def parse_port_number(text: str) -> int | None:
+    """A TCP port in ASCII digits; None for anything else."""
+    # Other digits are no numbers to int(), nor are thousands of them.
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65_536:
+        return None
+    return int(text)
 
 
 def _servers(
