@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lbgym.cli.dataplane import _loaded
 from lbgym.drivers import DriverError
 from lbgym.drivers.config import load_config
 from lbgym.drivers.pool import ServerPool
-from lbgym.errors import InvalidOptionError
+from lbgym.errors import InvalidOptionError, UnknownNameError
 from lbgym.sharedmemory import ServerState
 from tests.drivers.test_discovery import eventually
 from tests.drivers.test_health import answer, web
@@ -86,6 +87,20 @@ def test_what_needs_a_restart_is_said(site: tuple[Path, int, object]) -> None:
         pool.close()
     with closing(ServerPool(load_config(file))) as pool, pytest.raises(DriverError, match="no configuration file"):
         pool.reload()
+
+
+@pytest.mark.parametrize(("given", "later"), [(None, "; restart the driver for name"), ("mine", "")])
+def test_a_name_of_the_command_line_stays(tmp_path: Path, given: str | None, later: str) -> None:
+    file = tmp_path / "dataplane.toml"
+    text = 'name = "{}"\n[[servers]]\nname = "a"\naddress = "h"\n'
+    file.write_text(text.format("edge"))
+    with closing(ServerPool(_loaded(file, given), file)) as pool:
+        assert pool.reload() == "nothing has changed"
+        file.write_text(text.format("other"))
+        assert pool.reload() == "nothing has changed" + later
+    file.write_text("renamed = true\n" + text.format("edge"))
+    with pytest.raises(UnknownNameError, match="unknown key 'renamed'"):
+        load_config(file)
 
 
 def test_servers_are_found_while_it_runs(site: tuple[Path, int, object], tmp_path: Path) -> None:

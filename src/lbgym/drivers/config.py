@@ -165,6 +165,7 @@ class DataPlaneConfig:
         discovery: None: the servers are those of the file.
         health, ground_truth: of servers found by DNS or added while the driver runs; None: not checked, no agent.
         driver: keys of the driver itself, table ``[driver]``, which checks them.
+        renamed: the region has another name than the file says, which stays in force; no key of the file.
     """
 
     name: str
@@ -178,6 +179,7 @@ class DataPlaneConfig:
     health: HealthCheck | None = None
     ground_truth: GroundTruthAgent | None = None
     driver: Mapping[str, Any]
+    renamed: bool = False
 
     def __post_init__(self) -> None:
         checks.number("publish_interval", self.publish_interval, low=0.001, high=86_400.0, unit="seconds")
@@ -210,7 +212,7 @@ def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
         raise InvalidOptionError(f"{here}: there are no servers: give [[servers]] or [discovery]")
     if "mode" in values:
         values["mode"] = _mode(values["mode"], here)
-    known = [field.name for field in fields(DataPlaneConfig)]
+    known = [field.name for field in fields(DataPlaneConfig) if field.name != "renamed"]
     for key in values:
         if key not in known:
             raise UnknownNameError("key", key, known, where=here)

@@ -117,6 +117,8 @@ class ServerPool:
             raise DriverError("there is no configuration file to reload")
         config = load_config(self._path)
         fixed = ["name", "publish_interval", "lease", "capacity", "mode", "group", "discovery", "driver"]
+        if self.config.renamed:
+            fixed.remove("name")
         if self._discovery is not None:
             fixed += ["health", "ground_truth"]
         different = [key for key in fixed if getattr(config, key) != getattr(self.config, key)]
