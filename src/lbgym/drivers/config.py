@@ -149,6 +149,11 @@ class DiscoverySource:
         _port(self.port)
         checks.number("interval", self.interval, low=0.01, high=86_400.0, unit="seconds")
 
+    @property
+    def where(self) -> str:
+        """For messages: the host or the file."""
+        return str(self.host if self.kind == "dns" else self.path)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataPlaneConfig:

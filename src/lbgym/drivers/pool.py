@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +32,8 @@ class ServerPool:
         path: its file, for :meth:`reload`.
         before: servers, by row, of a driver that ran before on a data plane that has gone on. They keep their rows;
             those that the configuration no longer has are being removed.
+        check: is called with each list that was found and where, and refuses it by an
+            :class:`~lbgym.errors.LbgymError`; None: all are taken.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class ServerPool:
         config: DataPlaneConfig,
         path: str | os.PathLike[str] | None = None,
         before: Sequence[ServerConfig | None] = (),
+        check: Callable[[Sequence[ServerConfig], str], None] | None = None,
     ) -> None:
-        self.config, self._path = config, path
+        self.config, self._path, self._check = config, path, check
         capacity = config.capacity or max(abi.DEFAULT_CAPACITY, len(config.servers))
         self.slots = Slots(capacity)
         self.slots.seat(before)
@@ -96,6 +99,9 @@ class ServerPool:
             there = (slot.server for slot in self.slots if not slot.removed)
             wanted = [*(server for server in there if server.name not in names), *wanted]
         try:
+            if self._check is not None:
+                assert self.config.discovery is not None
+                self._check(wanted, self.config.discovery.where)
             fitting, others = self.slots.split(wanted)
             changes = self.slots.update(fitting)
         except LbgymError as error:
