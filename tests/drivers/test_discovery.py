@@ -92,6 +92,16 @@ def test_a_list_that_does_not_fit_changes_nothing() -> None:
     assert states(slots) == ["a:up"]
 
 
+def test_a_list_is_split_where_there_is_no_room() -> None:
+    slots = Slots(3)
+    slots.update([server("a"), server("b")])
+    slots.remove("b")
+    wanted = [server(name) for name in "cdbea"]
+    fitting, others = slots.split(wanted)
+    assert ["".join(s.name for s in part) for part in (fitting, others)] == ["cba", "de"]
+    assert slots.update(fitting).added == ("c", "b")
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[Slow.too_slow])
 @given(
     st.lists(

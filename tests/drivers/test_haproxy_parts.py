@@ -158,6 +158,7 @@ def test_places_that_nobody_is_at(tmp_path: Path) -> None:
         ({"backends": {"a": "web"}, "agent_check": "9777"}, "give socket, .*; or both agent_check and log"),
         ({"backends": {"a": "web"}, "socket": "admin"}, "socket must be the path of a Unix socket .*, got 'admin'"),
         ({"backends": {"a": "web"}, "socket": "/x", "log": "1514"}, "log must be the path .*, got '1514'"),
+        ({"backends": {"a": "web"}, "socket": "web:" + 5000 * "9"}, "socket must be the path of a Unix socket"),
         ({"backends": {"a": "web"}, "socket": "/x", "agent_check": "0"}, "agent_check must be"),
         ({"backends": {"a": "web"}, "socket": "/x", "agent_check": "/a/b:1"}, "agent_check must be a TCP port"),
         ({"backends": {"a": "web"}, "socket": "/x", "configured_weight": 257}, "configured_weight must be"),

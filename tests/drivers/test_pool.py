@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lbgym.cli.dataplane import _loaded
 from lbgym.drivers import DriverError
 from lbgym.drivers.config import load_config
 from lbgym.drivers.pool import ServerPool
-from lbgym.errors import InvalidOptionError
+from lbgym.errors import InvalidOptionError, UnknownNameError
 from lbgym.sharedmemory import ServerState
 from tests.drivers.test_discovery import eventually
 from tests.drivers.test_health import answer, web
@@ -88,6 +89,20 @@ def test_what_needs_a_restart_is_said(site: tuple[Path, int, object]) -> None:
         pool.reload()
 
 
+@pytest.mark.parametrize(("given", "later"), [(None, "; restart the driver for name"), ("mine", "")])
+def test_a_name_of_the_command_line_stays(tmp_path: Path, given: str | None, later: str) -> None:
+    file = tmp_path / "dataplane.toml"
+    text = 'name = "{}"\n[[servers]]\nname = "a"\naddress = "h"\n'
+    file.write_text(text.format("edge"))
+    with closing(ServerPool(_loaded(file, given), file)) as pool:
+        assert pool.reload() == "nothing has changed"
+        file.write_text(text.format("other"))
+        assert pool.reload() == "nothing has changed" + later
+    file.write_text("renamed = true\n" + text.format("edge"))
+    with pytest.raises(UnknownNameError, match="unknown key 'renamed'"):
+        load_config(file)
+
+
 def test_servers_are_found_while_it_runs(site: tuple[Path, int, object], tmp_path: Path) -> None:
     file, port, _ = site
     found = tmp_path / "servers.toml"
@@ -101,6 +116,43 @@ def test_servers_are_found_while_it_runs(site: tuple[Path, int, object], tmp_pat
         assert states(pool, (1, 0))[0] == ("a", ServerState.DRAINING)
     finally:
         pool.close()
+
+
+def found_in(folder: Path, *names: str) -> Path:
+    """A list to discover, and the configuration that does."""
+    new, found, file = folder / "servers.new", folder / "servers.toml", folder / "dataplane.toml"
+    new.write_text("".join(f'[[servers]]\nname = "{name}"\naddress = "h-{name}"\n' for name in names))
+    new.rename(found)
+    discovery = f'[discovery]\nkind = "file"\npath = "{found}"\ninterval = 0.01\n'
+    file.write_text(f'name = "edge"\ncapacity = 2\n{discovery}')
+    return file
+
+
+def test_a_server_that_was_found_waits_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    up, draining, down = ServerState.UP, ServerState.DRAINING, ServerState.DOWN
+    with closing(ServerPool(load_config(found_in(tmp_path, "a", "b")))) as pool:
+        eventually(lambda: states(pool, (1, 1)) == [("a", up), ("b", up)])
+        found_in(tmp_path, "c", "a", "d")
+        eventually(lambda: states(pool, (1, 1)) == [("a", up), ("b", draining)])
+        assert [states(pool, (1, 1)) for _ in range(3)] == 3 * [[("a", up), ("b", draining)]]
+        assert (
+            caplog.text.count("no room for 2 servers, the first of them 'c': all 2 rows are taken, 1 of them by") == 1
+        )
+        # The last flow of "b" has ended, and its row is given to the first that waits for one.
+        assert states(pool, (1, 0)) == [("a", up), ("", down)]
+        assert states(pool, (1, 0)) == [("a", up), ("c", up)]
+        # What an operator does meanwhile stays.
+        pool.remove("a")
+        assert states(pool, (1, 0)) == [("a", draining), ("c", up)]
+        assert states(pool, (0, 0)) == [("", down), ("c", up)]
+        assert states(pool, (0, 0)) == states(pool, (0, 0)) == [("d", up), ("c", up)]
+        assert caplog.text.count("no room") == 1
+        # Another list does not wait for what was left of the last one.
+        found_in(tmp_path, "c", "d", "e")
+        eventually(lambda: states(pool) and caplog.text.count("no room") == 2)
+        found_in(tmp_path, "c")
+        eventually(lambda: states(pool, (0, 0)) == [("", down), ("c", up)])
+        assert states(pool) == [("", down), ("c", up)]
 
 
 def test_servers_found_by_dns_have_the_checks_of_the_file(site: tuple[Path, int, object]) -> None:

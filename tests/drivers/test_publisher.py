@@ -9,9 +9,10 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from lbgym.drivers import DriverError, Publisher, ServerRow, Source
 from lbgym.drivers.check import check_driver
 from lbgym.drivers.config import ServerConfig
-from lbgym.drivers.control import control, control_path
+from lbgym.drivers.control import ControlServer, control, control_path
 from lbgym.drivers.discovery import Slots
 from lbgym.errors import InvalidOptionError, RegionExistsError, UnknownNameError
 from lbgym.sharedmemory import ObservationBuffer, Publication, ServerState, SharedMemoryRegion, seqlock
@@ -320,6 +321,38 @@ def test_the_control_socket_survives_nonsense() -> None:
             client.close()
 
 
+def test_a_list_of_all_servers_that_a_region_can_have(shm_dir: Path) -> None:
+    # As long in JSON as 63 bytes can be.
+    name = 31 * "é" + "x"
+    rows = [{"slot": i, "name": name, "state": "draining", "weight": 1 / 3} for i in range(65_536)]
+    answer = {"region": "lb", "driver": "counting", "done": "", "servers": rows}
+    with closing(ControlServer("lb", lambda _: answer)) as server:
+        end = threading.Event()
+
+        def poll() -> None:
+            while not end.wait(0.001):
+                server.poll()
+
+        thread = threading.Thread(target=poll)
+        thread.start()
+        try:
+            assert control("lb", {"op": "list"}, timeout=60.0) == answer
+        finally:
+            end.set()
+            thread.join()
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 1e300])
+def test_a_time_that_nobody_can_wait_is_refused(timeout: float) -> None:
+    with (
+        published(Counting()),
+        pytest.raises(
+            InvalidOptionError, match=r"timeout must be a finite number above 0 seconds and at most 86400, got "
+        ),
+    ):
+        control("lb", {"op": "list"}, timeout=timeout)
+
+
 def test_no_driver_is_said_so(shm_dir: Path) -> None:
     with pytest.raises(DriverError, match="no driver with a control socket runs for region 'lb'"):
         control("lb", {"op": "list"})
@@ -360,6 +393,7 @@ def test_what_it_refuses_leaves_nothing(shm_dir: Path) -> None:
 
 DRIVER = """
 import sys
+import threading
 from lbgym.drivers import Publisher
 from tests.drivers.test_publisher import Counting
 

@@ -101,11 +101,16 @@ def test_servers_of_a_command_line() -> None:
     )
     assert parse_server("a=[fd00::1]:80").address == "fd00::1"
     assert (parse_server("a=fd00::1").address, parse_server("a=fd00::1").port) == ("fd00::1", None)
+    assert (parse_server("a=[::1]").address, parse_server("a=[::1]").port) == ("::1", None)
     health = parse_server("a=10.0.0.1:80,health=http").health
     assert health is not None and health.kind == "http"
     for text, message in (
         ("10.0.0.1:80", "must begin with NAME=ADDRESS"),
-        ("a=10.0.0.1:http", "the port must be a whole number, got 'http'"),
+        ("a=10.0.0.1:http", "the port must be a whole number from 1 to 65535, got 'http'"),
+        ("a=10.0.0.1:0", "the port must be a whole number from 1 to 65535, got '0'"),
+        ("a=10.0.0.1:²", "the port must be a whole number from 1 to 65535, got '²'"),
+        ("a=10.0.0.1:" + 5000 * "9", "the port must be a whole number from 1 to 65535"),
+        ("a=[::1]:", "the port must be a whole number from 1 to 65535, got ''"),
         ("a=10.0.0.1:80,weight=much", "weight must be a number, got 'much'"),
         ("a=10.0.0.1:80,wieght=1", "unknown key 'wieght'.* Did you mean 'weight'"),
         ("a=10.0.0.1,health=tcp", "a health check needs a port"),

@@ -253,7 +253,7 @@ def _loaded(file: Path, name: str | None) -> DataPlaneConfig:
     from ..drivers.config import load_config
 
     config = load_config(file)
-    return config if name is None else dataclasses.replace(config, name=name)
+    return config if name is None else dataclasses.replace(config, name=name, renamed=True)
 
 
 def _publish_configured(balancer: Source, config: DataPlaneConfig, shown: str) -> None:

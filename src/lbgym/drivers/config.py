@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -148,6 +149,11 @@ class DiscoverySource:
         _port(self.port)
         checks.number("interval", self.interval, low=0.01, high=86_400.0, unit="seconds")
 
+    @property
+    def where(self) -> str:
+        """For messages: the host or the file."""
+        return str(self.host if self.kind == "dns" else self.path)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataPlaneConfig:
@@ -164,6 +170,7 @@ class DataPlaneConfig:
         discovery: None: the servers are those of the file.
         health, ground_truth: of servers found by DNS or added while the driver runs; None: not checked, no agent.
         driver: keys of the driver itself, table ``[driver]``, which checks them.
+        renamed: the region has another name than the file says, which stays in force; no key of the file.
     """
 
     name: str
@@ -177,6 +184,7 @@ class DataPlaneConfig:
     health: HealthCheck | None = None
     ground_truth: GroundTruthAgent | None = None
     driver: Mapping[str, Any]
+    renamed: bool = False
 
     def __post_init__(self) -> None:
         checks.number("publish_interval", self.publish_interval, low=0.001, high=86_400.0, unit="seconds")
@@ -209,7 +217,7 @@ def load_config(path: str | os.PathLike[str]) -> DataPlaneConfig:
         raise InvalidOptionError(f"{here}: there are no servers: give [[servers]] or [discovery]")
     if "mode" in values:
         values["mode"] = _mode(values["mode"], here)
-    known = [field.name for field in fields(DataPlaneConfig)]
+    known = [field.name for field in fields(DataPlaneConfig) if field.name != "renamed"]
     for key in values:
         if key not in known:
             raise UnknownNameError("key", key, known, where=here)
@@ -255,12 +263,16 @@ def parse_server(text: str) -> ServerConfig:
     if not equals or not name or not address:
         raise InvalidOptionError(f"{where}: must begin with NAME=ADDRESS or NAME=ADDRESS:PORT")
     values: dict[str, Any] = {"name": name, "address": address}
-    head, colon, port = address.rpartition(":")
-    if colon and (address.startswith("[") or ":" not in head):
-        if not port.isdigit():
-            raise InvalidOptionError(f"{where}: the port must be a whole number, got {port!r}")
-        values |= {"address": head, "port": int(port)}
-    values["address"] = values["address"].removeprefix("[").removesuffix("]")
+    # In brackets an IPv6 address, which without them has no port.
+    brackets = re.fullmatch(r"\[([^\[\]]*)\](?::(.*))?", address)
+    host, port = brackets.groups() if brackets else (address, None)
+    if not brackets and address.count(":") == 1:
+        host, _, port = address.partition(":")
+    values["address"] = host
+    if port is not None:
+        values["port"] = parse_port_number(port)
+        if values["port"] is None:
+            raise InvalidOptionError(f"{where}: the port must be a whole number from 1 to 65535, got {port!r}")
     kinds: dict[str, Callable[[str], Any]] = {
         "weight": float,
         "cores": int,
@@ -277,6 +289,14 @@ def parse_server(text: str) -> ServerConfig:
         except ValueError:
             raise InvalidOptionError(f"{where}: {key} must be a number, got {value!r}") from None
     return _in(where, lambda: ServerConfig(**values))
+
+
+def parse_port_number(text: str) -> int | None:
+    """A TCP port in ASCII digits; None for anything else."""
+    # Other digits are no numbers to int(), nor are thousands of them.
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) < 65_536:
+        return None
+    return int(text)
 
 
 def _servers(

@@ -15,16 +15,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import checks
 from ..errors import LbgymError
 from ..sharedmemory import system
 from .base import DriverError
 
 logger = logging.getLogger("lbgym")
 
-#: Bytes of a request or an answer.
+#: Bytes of a request.
 _LONGEST = 1 << 20
 #: Bytes of a path that a socket can have (sun_path without its terminating zero).
 _PATH = 107
+#: Most that :func:`control` waits, seconds.
+_DAY = 86_400.0
 #: Connections served at once; more wait in the backlog.
 _CLIENTS = 16
 
@@ -150,11 +153,13 @@ def control(name: str, request: Mapping[str, Any], timeout: float = 10.0) -> dic
     Args:
         name: of the region.
         request: ``op`` ("list", "add", "drain", "undrain", "remove", "reload") and what it needs.
-        timeout: seconds to wait for the answer.
+        timeout: seconds to wait for the answer, above 0 and at most 86,400.
 
     Raises:
+        InvalidOptionError: for another timeout.
         DriverError: if there is no driver with a control socket, it does not answer in time, or it refuses.
     """
+    checks.seconds("timeout", timeout, high=_DAY)
     path = control_path(name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.settimeout(timeout)
@@ -162,7 +167,8 @@ def control(name: str, request: Mapping[str, Any], timeout: float = 10.0) -> dic
             client.connect(str(path))
             client.sendall(json.dumps(dict(request)).encode() + b"\n")
             data = bytearray()
-            while not data.endswith(b"\n") and len(data) <= _LONGEST:
+            # A list of servers is as long as there are servers.
+            while not data.endswith(b"\n"):
                 part = client.recv(65_536)
                 if not part:
                     break

@@ -200,6 +200,17 @@ class Slots:
             del self._by_name[slot.server.name]
         return freed
 
+    def split(self, servers: Iterable[ServerConfig]) -> tuple[list[ServerConfig], list[ServerConfig]]:
+        """Those of ``servers`` that are known or find a free row, in their order, and those that find none."""
+        free = self.capacity - len(self._by_name)
+        fitting: list[ServerConfig] = []
+        others: list[ServerConfig] = []
+        for server in servers:
+            is_new = server.name not in self._by_name
+            (others if is_new and free <= 0 else fitting).append(server)
+            free -= is_new
+        return fitting, others
+
     def update(self, servers: Iterable[ServerConfig]) -> Changes:
         """Make ``servers`` the list of servers: add, change and remove as needed.
 

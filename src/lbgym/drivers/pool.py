@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import LbgymError
 from ..sharedmemory import abi
 from .base import DriverError, ServerRow
 from .config import DataPlaneConfig, DiscoverySource, ServerConfig, load_config
 from .discovery import Changes, Discovery, Slot, Slots, in_dns, in_file
 from .ground_truth import GroundTruth
 from .health import HealthChecks
+
+logger = logging.getLogger("lbgym")
 
 
 class ServerPool:
@@ -28,6 +32,8 @@ class ServerPool:
         path: its file, for :meth:`reload`.
         before: servers, by row, of a driver that ran before on a data plane that has gone on. They keep their rows;
             those that the configuration no longer has are being removed.
+        check: is called with each list that was found and where, and refuses it by an
+            :class:`~lbgym.errors.LbgymError`; None: all are taken.
     """
 
     def __init__(
@@ -35,8 +41,9 @@ class ServerPool:
         config: DataPlaneConfig,
         path: str | os.PathLike[str] | None = None,
         before: Sequence[ServerConfig | None] = (),
+        check: Callable[[Sequence[ServerConfig], str], None] | None = None,
     ) -> None:
-        self.config, self._path = config, path
+        self.config, self._path, self._check = config, path, check
         capacity = config.capacity or max(abi.DEFAULT_CAPACITY, len(config.servers))
         self.slots = Slots(capacity)
         self.slots.seat(before)
@@ -45,6 +52,9 @@ class ServerPool:
         self._discovery: Discovery | None = None
         if config.discovery is not None:
             self._discovery = _discovery(config.discovery, config)
+        # A list that was found and has not been taken over, or what is left of it.
+        self._found: Sequence[ServerConfig] = ()
+        self._partly = self._warned = False
         self._watch()
 
     def _watch(self) -> None:
@@ -62,8 +72,7 @@ class ServerPool:
         Args:
             open_flows: by row, of the data plane; missing rows count 0.
         """
-        found = self._discovery.poll() if self._discovery is not None else None
-        changed = bool(found is not None and self.slots.update(found))
+        changed = self._discovery is not None and self._take_over(self._discovery.poll())
         flows = [*open_flows, *[0] * (len(self.slots) - len(open_flows))]
         freed = self.slots.release(flows)
         if changed or freed:
@@ -72,6 +81,47 @@ class ServerPool:
         for slot in self.slots:
             slot.healthy = healthy.get(slot.server.name)
         return freed
+
+    def _take_over(self, found: Sequence[ServerConfig] | None) -> bool:
+        """Make ``found``, or what is left of the last list, the servers; what finds no row is left for later calls.
+
+        Returns:
+            True if anything has changed.
+        """
+        if found is not None:
+            self._found, self._partly, self._warned = found, False, False
+        wanted = self._found
+        if not wanted:
+            return False
+        if self._partly:
+            # The rest of the list comes to what there is: an operator may have changed that.
+            names = {server.name for server in wanted}
+            there = (slot.server for slot in self.slots if not slot.removed)
+            wanted = [*(server for server in there if server.name not in names), *wanted]
+        try:
+            if self._check is not None:
+                assert self.config.discovery is not None
+                self._check(wanted, self.config.discovery.where)
+            fitting, others = self.slots.split(wanted)
+            changes = self.slots.update(fitting)
+        except LbgymError as error:
+            self._warn(f"{error}; the servers stay as they are")
+            return False
+        self._found, self._partly = others, True
+        if others:
+            leaving = sum(slot.removed for slot in self.slots)
+            self._warn(
+                f"no room for {len(others)} servers, the first of them {others[0].name!r}: all {self.slots.capacity} "
+                f"rows are taken, {leaving} of them by servers that are being removed and still have flows; those that "
+                "are left out are added when rows become free"
+            )
+        return bool(changes)
+
+    def _warn(self, message: str) -> None:
+        """Once for each list that was found."""
+        if not self._warned:
+            logger.warning("discovery: %s", message)
+        self._warned = True
 
     def ground_truth(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """By row: float32[N, 3], NaN where unknown, and age float[N], seconds, inf where unknown."""
@@ -117,6 +167,8 @@ class ServerPool:
             raise DriverError("there is no configuration file to reload")
         config = load_config(self._path)
         fixed = ["name", "publish_interval", "lease", "capacity", "mode", "group", "discovery", "driver"]
+        if self.config.renamed:
+            fixed.remove("name")
         if self._discovery is not None:
             fixed += ["health", "ground_truth"]
         different = [key for key in fixed if getattr(config, key) != getattr(self.config, key)]

@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import math
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ _BUSY = GROUND_TRUTH_NAMES.index("busy_workers")
 _STALE = 3.0
 #: Seconds to wait for VPP.
 _PATIENCE = 5
+#: Longest wait at the start for the first reports of the servers' agents, seconds.
+_FIRST_REPORTS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +85,11 @@ class VppLb(Source):
 
     VPP counts no flows by server, and knows nothing of their lengths. Open flows are the busy workers that the agents
     on the servers report (``lbgym server-agent --status``), also those of other balancers' flows; flows that begin and
-    end between two reports are not counted. FCTs and durations are not measured.
+    end between two reports are not counted. FCTs and durations are not measured. The constructor waits for the first
+    reports.
+
+    A server that takes no flows need not report; its flows stay as they were. Those of a removed one that does not
+    report have failed, as nobody can say when they end.
 
     Args:
         config: the content of dataplane.toml. Its servers are those of the VIP, by address, each with ``ground_truth``.
@@ -91,7 +98,8 @@ class VppLb(Source):
     Raises:
         InvalidOptionError, UnknownNameError: for a configuration that is not good.
         MissingExtraError: if vpp_papi is not installed.
-        DriverError: if VPP cannot be reached, is older than 26.10, has no such VIP, or other servers.
+        DriverError: if VPP cannot be reached, is older than 26.10, has no such VIP, or other servers; or if an agent
+            does not report.
     """
 
     driver = "vpp-lb"
@@ -110,7 +118,8 @@ class VppLb(Source):
             self._pool = ServerPool(config, path)
             n = len(self._servers.slots)
             self._weights = np.array([row.weight for row in self._servers.slots.rows])
-            self._open, self._ended = np.zeros(n, np.int64), np.zeros(n, np.int64)
+            self._open, self._ended, self._lost = (np.zeros(n, np.int64) for _ in range(3))
+            self._take_first()
         except BaseException:
             self.close()
             raise
@@ -131,11 +140,7 @@ class VppLb(Source):
 
     def read(self, now: float) -> Publication:
         pool = self._servers
-        pool.refresh(self._open.tolist())
-        self._grow(len(pool.slots))
-        truth, age = pool.ground_truth()
-        for slot in pool.slots:
-            self._take(slot.index, slot.server, float(truth[slot.index, _BUSY]), float(age[slot.index]))
+        truth, age = self._take()
         self._install()
         n, active = len(pool.slots), pool.slots.active
         stats = np.zeros((n, NUM_FEATURES), np.float32)
@@ -146,10 +151,10 @@ class VppLb(Source):
             timestamp=now,
             active=active,
             stats=stats,
-            started=self._ended + self._open,
+            started=self._ended + self._lost + self._open,
             completed=self._ended.copy(),
             rejected=zeros,
-            failed=zeros,
+            failed=self._lost.copy(),
             ground_truth=truth,
             ground_truth_age=age,
         )
@@ -192,19 +197,52 @@ class VppLb(Source):
 
     def _grow(self, n: int) -> None:
         more = np.zeros(max(0, n - len(self._open)), np.int64)
-        self._open, self._ended = np.concatenate([self._open, more]), np.concatenate([self._ended, more])
+        self._open, self._ended, self._lost = (
+            np.concatenate([counts, more]) for counts in (self._open, self._ended, self._lost)
+        )
 
-    def _take(self, row: int, server: ServerConfig, busy: float, age: float) -> None:
-        """Count the flows that have begun and ended since the last report."""
-        assert server.ground_truth is not None
-        agent = server.ground_truth
-        if math.isnan(busy) or age > _STALE * (agent.interval + agent.timeout):
+    def _take_first(self) -> None:
+        """Agents are asked in the background, and nothing can be published before all have answered."""
+        until = time.monotonic() + _FIRST_REPORTS
+        while True:
+            try:
+                self._take()
+                return
+            except DriverError:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(0.02)
+
+    def _take(self) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Count the flows that have begun and ended since the last reports; returns these as ground truth and age.
+
+        Raises:
+            DriverError: if a server that takes flows does not report.
+        """
+        pool = self._servers
+        pool.refresh(self._open.tolist())
+        self._grow(len(pool.slots))
+        truth, age = pool.ground_truth()
+        silent = []
+        for slot in pool.slots:
+            row, agent = slot.index, slot.server.ground_truth
+            assert agent is not None
+            busy = float(truth[row, _BUSY])
+            if not math.isnan(busy) and age[row] <= _STALE * (agent.interval + agent.timeout):
+                now = round(busy)
+                self._ended[row] += max(0, int(self._open[row]) - now)
+                self._open[row] = now
+            elif slot.removed:
+                # It would keep its row for ever.
+                self._lost[row] += self._open[row]
+                self._open[row] = 0
+            elif slot.active:
+                silent.append(slot.server.name)
+        if silent:
             raise DriverError(
-                f"the agent on server {server.name!r} reports no busy workers: run 'lbgym server-agent --status' there"
+                f"the agent on server {silent[0]!r} reports no busy workers: run 'lbgym server-agent --status' there"
             )
-        now = round(busy)
-        self._ended[row] += max(0, int(self._open[row]) - now)
-        self._open[row] = now
+        return truth, age
 
     def _check_servers(self, config: DataPlaneConfig) -> None:
         """VPP must have the same servers, no more, as it would go on sending those flows by their old weights."""

@@ -105,7 +105,7 @@ class AfPacketBalancer(ConfiguredBalancer):
             self._done("listen", f"packets of interface {name} cannot be had", ifindex, own_mac)
         self._generations = np.zeros(capacity, np.uint32)
         self._hop_rows: NDArray[Any] = np.zeros(0, HOP)
-        self._pool = ServerPool(config, self._path)
+        self._pool = ServerPool(config, self._path, check=self._check_list)
         self._put_first_in_force()
         self._done("start", "no thread can be started")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...errors import InvalidOptionError
 from ..base import DriverError
+from ..config import parse_port_number
 
 #: The path of a Unix socket, or host and port.
 Place = str | tuple[str, int]
@@ -26,8 +27,9 @@ def parse_place(text: str, what: str) -> Place:
     else:
         host, _, port = text.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
-        if host and port.isascii() and port.isdigit() and 0 < int(port) < 65_536:
-            return host, int(port)
+        number = parse_port_number(port)
+        if host and number is not None:
+            return host, number
     raise InvalidOptionError(
         f"{what} must be the path of a Unix socket with a '/' in it, of at most 107 bytes, or HOST:PORT, got {text!r}"
     )

@@ -58,7 +58,8 @@ class InForce:
 class ConfiguredBalancer(Source):
     """Servers of a file, their health and next hops, and an agent's weights, put in force in a balancer of packets.
 
-    A balancer makes its ``_pool``, calls :meth:`_put_first_in_force`, and implements the methods that raise here.
+    A balancer makes its ``_pool``, which checks what it finds by :meth:`_check_list`, calls
+    :meth:`_put_first_in_force`, and implements the methods that raise here.
 
     Args:
         config: the content of dataplane.toml.
@@ -146,13 +147,7 @@ class ConfiguredBalancer(Source):
             return pool.reload()
         config = load_config(self._path)
         check_config(config, self.options, str(self._path))
-        known = {slot.server.name: slot.server for slot in pool.slots}
-        for server in config.servers:
-            if server.name in known:
-                check_same_place(known[server.name], server, str(self._path))
-        # An address that moved to another name is still taken while the first server has flows.
-        leaving = [server for name, server in known.items() if all(name != new.name for new in config.servers)]
-        check_servers([*config.servers, *leaving], self.options, str(self._path))
+        self._check_list(config.servers, str(self._path))
         changes = pool.reload()
         self._house_at = 0.0
         self._refresh()
@@ -170,6 +165,17 @@ class ConfiguredBalancer(Source):
         if self._pool is None:
             raise DriverError(f"the {self.driver} balancer is closed")
         return self._pool
+
+    def _check_list(self, servers: Sequence[ServerConfig], where: str) -> None:
+        """Refuse a list of servers that cannot follow those there are; raises InvalidOptionError."""
+        known = {slot.server.name: slot.server for slot in self._servers.slots}
+        # An address that moved to another name is still taken while the first server has flows.
+        names = {server.name for server in servers}
+        leaving = [server for name, server in known.items() if name not in names]
+        check_servers([*servers, *leaving], self.options, where)
+        for server in servers:
+            if server.name in known:
+                check_same_place(known[server.name], server, where)
 
     def _close_pool(self) -> None:
         if self._pool is not None:

@@ -151,6 +151,7 @@ def check_servers(servers: Sequence[ServerConfig], options: XdpOptions, where: s
         InvalidOptionError: with the server's name.
     """
     seen: dict[tuple[Address, int], str] = {}
+    vips = options.parsed_vips
     for server in servers:
         try:
             address = ipaddress.ip_address(server.address)
@@ -167,13 +168,13 @@ def check_servers(servers: Sequence[ServerConfig], options: XdpOptions, where: s
             if server.port is None:
                 raise InvalidOptionError(f"{where}: server {server.name!r} needs a port for mode dnat")
             port = server.port
-            for vip in options.parsed_vips:
+            for vip in vips:
                 if vip.address.version != address.version:
                     raise InvalidOptionError(
                         f"{where}: the VIP {vip} is of IPv{vip.address.version} and server {server.name!r} ({address}) "
                         f"of IPv{address.version}; mode dnat does not translate between them"
                     )
-        if any(vip.address == address for vip in options.parsed_vips):
+        if any(vip.address == address for vip in vips):
             raise InvalidOptionError(f"{where}: the address of server {server.name!r}, {address}, is a VIP's")
         other = seen.setdefault((address, port), server.name)
         if other != server.name:

@@ -86,7 +86,7 @@ class XdpBalancer(ConfiguredBalancer):
         self._plane = plane
         plane.shared["settings"]["syn_flows"] = syn_flows
         plane.set_sampling(options.fct_sampling, options.duration_sampling)
-        self._pool = ServerPool(config, self._path, before)
+        self._pool = ServerPool(config, self._path, before, self._check_list)
         self._statistics = SampleStatistics(sizes.servers)
         plane.keep_alive(options.orphan_timeout)
         self._put_first_in_force()
