@@ -128,8 +128,11 @@ def load_and_weights(comparison: Comparison, labels: Sequence[str] | None = None
                 fontsize=9,
                 color="#777777",
             )
+    title = f"Open flows and weights by server: {comparison.scenario}, seed {comparison.seeds[0]}"
+    if len(panels) < len(comparison.labels):
+        title += f" ({len(panels)} of {len(comparison.labels)} contenders)"
     figure.suptitle(
-        f"Open flows and weights by server: {comparison.scenario}, seed {comparison.seeds[0]}",
+        title,
         x=0.01,
         ha="left",
         fontsize=11,
