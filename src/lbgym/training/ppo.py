@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import LbgymError, MissingExtraError
+from ..errors import InvalidOptionError, LbgymError, MissingExtraError
 
 try:
     import torch
@@ -101,10 +101,17 @@ class PPOConfig(TrainingConfig):
                 f"PPOConfig.num_envs must be a multiple of replicas_per_seed={self.replicas_per_seed}, "
                 f"got {self.num_envs}"
             )
-        if self.num_envs * self.num_steps < self.minibatches:
+        samples = self.num_envs * self.num_steps
+        if samples < self.minibatches:
             raise LbgymError(
-                f"PPOConfig.minibatches must be at most num_envs * num_steps = {self.num_envs * self.num_steps}, "
-                f"got {self.minibatches}"
+                f"PPOConfig.minibatches must be at most num_envs * num_steps = {samples}, got {self.minibatches}"
+            )
+        size = math.ceil(samples / self.minibatches)
+        if self.normalize_advantage and 1 in (size, samples % size):
+            # A single sample has no standard deviation.
+            raise InvalidOptionError(
+                f"PPOConfig.minibatches={self.minibatches} leaves a minibatch of one sample of num_envs * num_steps = "
+                f"{self.num_envs} * {self.num_steps}: normalize_advantage needs at least 2"
             )
 
 
@@ -168,6 +175,7 @@ def train_ppo(
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment.
+        DivergedError: if the network is not finite any more; the state before that is saved.
         FileWriteError: if the checkpoint cannot be written.
         MissingExtraError: if TensorBoard is asked for and not installed.
     """

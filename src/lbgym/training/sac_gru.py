@@ -593,6 +593,7 @@ def train_sac_gru(
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment.
+        DivergedError: if the networks are not finite any more; the state before that is saved.
         FileWriteError: if the checkpoint cannot be written.
         MissingExtraError: if TensorBoard is asked for and not installed.
     """
