@@ -39,7 +39,7 @@ from ..policies.inputs import Encoder
 from ..policies.networks import ServerNetwork
 from ..policies.neural import PPOPolicy
 from .checkpoints import check_shapes, network_shapes
-from .config import TrainingConfig, plain_config
+from .config import LIMIT, NOT_NEGATIVE, POSITIVE_LIMIT, SHARE, TrainingConfig, plain_config
 from .loop import Trainer
 from .runs import Budget, Callback, Progress, clone
 
@@ -92,6 +92,16 @@ class PPOConfig(TrainingConfig):
         "replicas_per_seed": 1,
         "epochs": 1,
         "minibatches": 1,
+    }
+    numbers: ClassVar[dict[str, dict[str, Any]]] = TrainingConfig.numbers | {
+        "gae_lambda": SHARE,
+        "clip": LIMIT,
+        "entropy_coefficient": {},
+        "value_coefficient": NOT_NEGATIVE,
+        "max_grad_norm": POSITIVE_LIMIT,
+        "target_kl": LIMIT,
+        "memory": SHARE,
+        "log_std": {},
     }
 
     def __post_init__(self) -> None:

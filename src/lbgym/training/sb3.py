@@ -278,6 +278,9 @@ class SB3Config(AlgorithmConfig):
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.SAME_STEP
     algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
     framework: ClassVar[tuple[str, str]] = ("Stable-Baselines3", "ppo")
+    # No steps at all leave the model as it is made.
+    whole_numbers: ClassVar[dict[str, int]] = AlgorithmConfig.whole_numbers | {"total_steps": 0}
+    numbers: ClassVar[dict[str, dict[str, Any]]] = AlgorithmConfig.numbers | {"log_std": {}}
     needed: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
