@@ -273,6 +273,14 @@ def test_describe_plots_what_a_distribution_draws(tmp_path: Path, capsys: pytest
         (("compare", "--warmup", "100"), "warmup must be"),
         (("compare", "--trace", "x", "--trace-option", "spedup=2"), "unknown trace option 'spedup'"),
         (("compare", "--trace", "x", "--trace-option", "scale"), "KEY=VALUE"),
+        (
+            ("compare", "--trace", "x", "--trace-option", "speedup=10", "--speedup", "1"),
+            "give --speedup or --trace-option speedup, not both; got 1.0 and 10.0",
+        ),
+        (
+            ("compare", "--trace", "x", "--trace-option", "on-error=raise", "--skip-malformed"),
+            "give --skip-malformed or --trace-option on_error, not both; got 'skip' and 'raise'",
+        ),
         (("dataplane", "xdp", "--detach"), "give --name, or --config"),
         (
             ("dataplane", "haproxy", "--name", "a", "--backend", "b", "--socket", "x", "--metrics-address", "::1"),
@@ -393,6 +401,12 @@ def test_compare_reads_a_trace_with_options(small: Path, tmp_path: Path, lbgym_c
     assert bad.returncode == 2 and f"{trace}:402" in bad.stderr
     good = lbgym_command(*arguments, "--skip-malformed")
     assert good.returncode == 0 and "1" in good.stderr and json.loads(good.stdout)["scenario"]["rate"] > 0
+    # the same by their names in read_trace
+    options = ("--trace-option", "on_error=skip", "--trace-option", "speedup=2", "--trace-option", "format=csv")
+    fast = lbgym_command(*arguments, *options)
+    assert fast.returncode == 0
+    rates = [json.loads(done.stdout)["scenario"]["rate"] for done in (good, fast)]
+    assert rates[1] == pytest.approx(2 * rates[0])
 
 
 COMMANDS = (

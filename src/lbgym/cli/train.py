@@ -109,7 +109,7 @@ def train(
     What is not given comes from --config, then from the checkpoint of --resume, then from the recipe's defaults.
     Ctrl-C ends the training after the update in progress, saves the checkpoint and exits with code 130.
     """
-    options: dict[str, Any] = {
+    own: dict[str, Any] = {
         "scenario": scenario,
         "num_envs": num_envs,
         "seed": seed,
@@ -119,10 +119,10 @@ def train(
         "network": None if network is None else str(network),
         "dispatch": dispatch,
         "learning_rate": learning_rate,
+        "total_steps": steps,
+        "seconds": seconds,
     }
-    options = {key: value for key, value in options.items() if value is not None} | parse_settings(settings or [])
-    if steps is not None or seconds is not None:
-        options |= {"total_steps": steps, "seconds": seconds}
+    options = with_settings(own, settings)
     if address is not None and backend is not Backend.RAY:
         raise InvalidOptionError(f"--address {address} needs --backend ray")
     algo, chosen = chosen_config(algo, config, options, resume)
@@ -183,6 +183,22 @@ def chosen_config(
     if in_file:
         make_config(algo, in_file, where=str(file))
     return algo, make_config(algo, in_file | options, resume_from=resume, where="the options")
+
+
+def with_settings(own: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
+    """The settings that have an option of their own (None: not given) and those of ``--set``; a budget is all of it.
+
+    Raises:
+        InvalidOptionError: for a setting that is given both ways.
+    """
+    given = {key: value for key, value in own.items() if value is not None}
+    further = parse_settings(settings or [])
+    for key in given.keys() & further.keys():
+        option = {"total_steps": "steps", "reward_type": "reward"}.get(key, key).replace("_", "-")
+        raise InvalidOptionError(f"give --{option} or --set {key}, not both; got {given[key]!r} and {further[key]!r}")
+    if given.keys() & {"total_steps", "seconds"}:
+        given = {"total_steps": None, "seconds": None} | given
+    return given | further
 
 
 def parse_settings(items: list[str]) -> dict[str, Any]:

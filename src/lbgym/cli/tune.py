@@ -12,7 +12,7 @@ import typer
 from ..errors import InvalidOptionError
 from ._console import results_console
 from ._progress import ProgressBar
-from .train import ALGO_HELP, SET_HELP, chosen_config, parse_settings
+from .train import ALGO_HELP, SET_HELP, chosen_config, with_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,10 +72,7 @@ def tune(
         if not equals or not name.strip():
             raise InvalidOptionError(f"--param takes SETTING=DISTRIBUTION, got {item!r}")
         texts[name.strip()] = text
-    options: dict[str, Any] = {} if scenario is None else {"scenario": scenario}
-    options |= parse_settings(settings or [])
-    if steps is not None or seconds is not None:
-        options |= {"total_steps": steps, "seconds": seconds}
+    options = with_settings({"scenario": scenario, "total_steps": steps, "seconds": seconds}, settings)
     algo, chosen = chosen_config(algo, config, options, None)
     with ProgressBar("tuning", quiet=as_json, status="starting Ray") as bar:
         result = tune_recipe(
