@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 
 def results_console() -> Console:
@@ -29,6 +30,13 @@ def _console_class() -> type[Console]:
             raise
 
     return ResultsConsole
+
+
+def heading(name: str, rest: str) -> Text:
+    """A name in bold and what follows it, both as they are: brackets of a user's text are no markup."""
+    from rich.text import Text
+
+    return Text.assemble((name, "bold"), rest)
 
 
 def print_json(document: Any) -> None:

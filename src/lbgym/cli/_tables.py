@@ -52,7 +52,7 @@ def _draw(table: Table, console: Console, between: str) -> RichTable:
         min_width=min(len(title), console.width),
     )
     for i, heading in enumerate(table.columns):
-        drawn.add_column(heading, justify="right" if i else "left", no_wrap=True)
+        drawn.add_column(Text(heading), justify="right" if i else "left", no_wrap=True)
     for name, *cells in table.rows:
         drawn.add_row(Text(plain(name.text, console), style="bold"), *map(text, cells))
     return drawn

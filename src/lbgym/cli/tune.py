@@ -115,13 +115,14 @@ def _report(result: TuningResult, metric: str, as_json: bool) -> None:
         typer.echo(json.dumps({"checkpoint": str(result.checkpoint), "config": str(result.file), "trials": trials}))
         return
     from rich.table import Table
+    from rich.text import Text
 
     names = list(result.trials[0].settings)
     table = Table("", *names, metric, "budget", box=None)
     for place, one in enumerate(result.trials, start=1):
         values = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (one.settings.get(n, "") for n in names)]
         outcome = f"{one.metric:.5g}" if math.isfinite(one.metric) else one.error or "stopped"
-        table.add_row(str(place), *values, outcome, f"{one.fraction:.0%}")
+        table.add_row(str(place), *map(Text, values), Text(outcome), f"{one.fraction:.0%}")
     results_console().print(table)
     typer.echo(f"checkpoint: {result.checkpoint}")
     typer.echo(f"train with it: lbgym train --config {result.file}")
