@@ -110,6 +110,10 @@ def test_the_result_is_compared(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     code, out, _ = in_process(capsys, *SHORT, "--steps", 64, "--out", tmp_path, "--evaluate", 2)
     assert code == 0
     assert re.search(r"\becmp\b.*\blsq\b.*\bsed\b.*\bppo\b", out, flags=re.DOTALL)
+    # with --json in the same document
+    result = result_of(capsys, *SHORT, "--steps", 64, "--out", tmp_path, "--evaluate", 1)
+    assert result["checkpoint"] == str(tmp_path / "ppo.pt")
+    assert [one["label"] for one in result["comparison"]["contenders"]] == ["ecmp", "lsq", "sed", "ppo"]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def heading(name: str, rest: str) -> Text:
     return Text.assemble((name, "bold"), rest)
 
 
-def print_json(document: Any) -> None:
+def print_json(document: Any, *, indent: int | None = 1) -> None:
     """Print a document as JSON; numbers that JSON does not have are null."""
 
     def finite(value: Any) -> Any:
@@ -49,4 +49,4 @@ def print_json(document: Any) -> None:
             return [finite(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    print(json.dumps(finite(document), indent=1, allow_nan=False))
+    print(json.dumps(finite(document), indent=indent, allow_nan=False))
