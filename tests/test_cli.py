@@ -239,6 +239,24 @@ def test_describe_a_distribution(name: str, capsys: pytest.CaptureFixture[str]) 
     assert code == 0 and from_toml(out) == distribution.draw(7)
 
 
+def test_brackets_in_what_the_user_wrote_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "[a]tr.csv"
+    write_trace(Trace(times=np.arange(1.0, 50.0), demands=np.full(49, 0.01)), trace)
+    text = 'name = "my [b] one"\ndescription = "see [/docs] for [red] and [draft] numbers"\nservers = [{cores = 4}]\n'
+    (tmp_path / "mine.toml").write_text(f"{text}[workload]\ntrace = {{path = '{trace}', format = 'csv'}}\n")
+    randomized = f"{text}[workload]\nload = 0.5\n[randomize]\nload = {{kind = 'uniform', low = 0.3, high = 0.5}}\n"
+    (tmp_path / "drawn.toml").write_text(randomized)
+    for name in ("mine", "drawn"):
+        code, out, err = in_process(capsys, "describe", str(tmp_path / f"{name}.toml"), "--draws", "5")
+        assert code == 0, err
+        assert "my [b] one  see [/docs] for [red] and [draft] numbers" in out
+        assert ("[a]tr.csv: 49 flows" in "".join(out.split("\n"))) == (name == "mine")
+    arguments = ("-s", str(tmp_path / "drawn.toml"), "-p", "[red]=sed,b[b]=lsq", "-n", "1", "--duration", "5")
+    code, out, err = in_process(capsys, "compare", *arguments, "--processes", "1")
+    assert code == 0, err
+    assert "my [b] one, drawn" in out and "[red]" in out and "b[b]" in out
+
+
 def test_describe_plots_what_a_distribution_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     for name in distribution_names():
@@ -273,6 +291,14 @@ def test_describe_plots_what_a_distribution_draws(tmp_path: Path, capsys: pytest
         (("compare", "--warmup", "100"), "warmup must be"),
         (("compare", "--trace", "x", "--trace-option", "spedup=2"), "unknown trace option 'spedup'"),
         (("compare", "--trace", "x", "--trace-option", "scale"), "KEY=VALUE"),
+        (
+            ("compare", "--trace", "x", "--trace-option", "speedup=10", "--speedup", "1"),
+            "give --speedup or --trace-option speedup, not both; got 1.0 and 10.0",
+        ),
+        (
+            ("compare", "--trace", "x", "--trace-option", "on-error=raise", "--skip-malformed"),
+            "give --skip-malformed or --trace-option on_error, not both; got 'skip' and 'raise'",
+        ),
         (("dataplane", "xdp", "--detach"), "give --name, or --config"),
         (
             ("dataplane", "haproxy", "--name", "a", "--backend", "b", "--socket", "x", "--metrics-address", "::1"),
@@ -394,6 +420,12 @@ def test_compare_reads_a_trace_with_options(small: Path, tmp_path: Path, lbgym_c
     assert bad.returncode == 2 and f"{trace}:402" in bad.stderr
     good = lbgym_command(*arguments, "--skip-malformed")
     assert good.returncode == 0 and "1" in good.stderr and json.loads(good.stdout)["scenario"]["rate"] > 0
+    # the same by their names in read_trace
+    options = ("--trace-option", "on_error=skip", "--trace-option", "speedup=2", "--trace-option", "format=csv")
+    fast = lbgym_command(*arguments, *options)
+    assert fast.returncode == 0
+    rates = [json.loads(done.stdout)["scenario"]["rate"] for done in (good, fast)]
+    assert rates[1] == pytest.approx(2 * rates[0])
 
 
 COMMANDS = (

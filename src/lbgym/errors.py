@@ -14,6 +14,7 @@ import gymnasium
 __all__ = [
     "CheckpointError",
     "DataPlaneTimeout",
+    "DivergedError",
     "FileWriteError",
     "InvalidActionError",
     "InvalidOptionError",
@@ -102,6 +103,10 @@ class ResetNeeded(LbgymError, gymnasium.error.ResetNeeded):
 
 class CheckpointError(PolicyError):
     """A checkpoint that cannot be read, or that does not fit the environment; the message gives both shapes."""
+
+
+class DivergedError(LbgymError, FloatingPointError):
+    """A training whose networks hold numbers that are not finite any more; no such state is saved."""
 
 
 class FileWriteError(LbgymError, OSError):

@@ -247,6 +247,14 @@ def test_a_trace_is_replayed_as_it_is() -> None:
         ({"contenders": "sed", "seeds": 0}, ScenarioError, "seeds must be"),
         ({"contenders": "sed", "seeds": [1, 1]}, ScenarioError, "seeds must be"),
         ({"contenders": "sed", "seeds": [-1]}, ScenarioError, "seeds must be"),
+        ({"contenders": "sed", "seeds": [0.5, 1.5]}, ScenarioError, "each of the seeds must be a whole .*, got 0.5"),
+        ({"contenders": "sed", "seeds": 2.0}, ScenarioError, "seeds must be a list of whole numbers, got 2.0"),
+        ({"contenders": "sed", "seeds": "12"}, ScenarioError, "seeds must be a list of whole numbers, got '12'"),
+        ({"contenders": "sed", "seeds": True}, ScenarioError, "the number of seeds must be a whole number"),
+        ({"contenders": "sed", "duration": "5"}, ScenarioError, "duration must be a finite number above 0 .*, got '5'"),
+        ({"contenders": "sed", "warmup": "5"}, ScenarioError, "warmup must be"),
+        ({"contenders": "sed", "drain": "5"}, ScenarioError, "drain must be"),
+        ({"contenders": "sed", "interval": "5"}, ScenarioError, "interval must be"),
         ({"contenders": "sed", "duration": 0}, ScenarioError, "duration must be"),
         ({"contenders": "sed", "duration": math.nan}, ScenarioError, "duration must be"),
         ({"contenders": "sed", "warmup": 12.0}, ScenarioError, "warmup must be"),
@@ -260,6 +268,14 @@ def test_a_trace_is_replayed_as_it_is() -> None:
 def test_bad_arguments(arguments, error, message) -> None:
     with pytest.raises(error, match=message):
         compare(SMALL, **{"processes": 1, **arguments})
+
+
+def test_numbers_of_numpy_are_as_good_as_pythons() -> None:
+    keys = {"contenders": "sed", "processes": 1}
+    plain = compare(SMALL, seeds=1, duration=3, **keys)
+    for seeds in (np.int64(1), np.arange(1)):
+        made = compare(SMALL, seeds=seeds, duration=np.float64(3.0), **keys)
+        assert made.to_dict() == plain.to_dict()
 
 
 def test_an_error_in_another_process_comes_back_as_it_is() -> None:

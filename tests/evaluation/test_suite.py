@@ -232,6 +232,28 @@ def test_a_damaged_journal_is_said_so(tmp_path: Path) -> None:
         run_suite(TINY, "sed", tmp_path, processes=1)
 
 
+@pytest.mark.parametrize(
+    "line", ["null", "5", "[1]", '"sed"', '["one", 0, null]', '["one", 0, {"fct_mean": 1.0}]', "[[], 0, {}]"]
+)
+def test_a_line_of_another_kind_is_damage(line: str, tmp_path: Path) -> None:
+    path = journal(tmp_path, 3)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ResultError, match=r"sed.json.runs' is damaged \(line 5 is no run with fct_mean.*\): remove it"):
+        run_suite(TINY, "sed", tmp_path, processes=1)
+
+
+def test_the_baselines_name_is_for_the_baseline(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(PolicyError, match=r"'lsq' is the protocol's baseline, .* \(sed\+cores\): name it otherwise"):
+        run_suite(TINY, "lsq=sed,ecmp", tmp_path, processes=1)
+    assert not list(tmp_path.iterdir())
+    sed, lsq = (read_result(folder / f"{name}.json") for name in ("sed", "lsq"))
+    other = replace(lsq, entry=replace(sed.entry, label="lsq"))
+    with pytest.raises(
+        ResultError, match="of 'lsq' is not of the baseline of that name, but of rule 'sed' with 'cores'"
+    ):
+        Scores(TINY, [sed, other])
+
+
 def test_two_processes_do_not_write_the_same_result(tmp_path: Path) -> None:
     import fcntl
 

@@ -324,7 +324,7 @@ def test_refuses_configurations_that_make_no_sense() -> None:
         BenchMARLConfig(env_kwargs={"observe_weights": True})
     with pytest.raises(UnknownNameError, match="reward sharing"):
         BenchMARLConfig(reward_sharing="all")
-    with pytest.raises(InvalidOptionError, match="exploration must be above 0"):
+    with pytest.raises(InvalidOptionError, match="exploration must be a finite number above 0 and at most 1"):
         BenchMARLConfig(exploration=0.0)
     with pytest.raises(LbgymError, match="batch_size must be a whole number"):
         BenchMARLConfig(batch_size=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import gzip
+import io
 import logging
 import os
 from pathlib import Path
@@ -154,6 +155,14 @@ def test_gzip_is_told_by_content_and_so_is_the_format(file: Any, kind: str, leve
     np.testing.assert_array_equal(packed.demands, plain.demands)
     assert packed.origin is not None
     assert packed.origin["format"] == kind
+
+
+def test_parquet_with_two_columns_of_a_name(file: Any) -> None:
+    table = pa.table([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]], names=["time", "demand", "time"])
+    stream = io.BytesIO()
+    pq.write_table(table, stream)
+    with pytest.raises(TraceError, match="the Parquet trace has 2 columns 'time', which must be one"):
+        read_trace(file(stream.getvalue()))
 
 
 def test_gzip_of_several_members_and_of_parquet(file: Any) -> None:

@@ -96,11 +96,24 @@ def test_a_file_has_the_settings_and_options_go_over_it(capsys: pytest.CaptureFi
     assert result_of(capsys, *again, "--no-tensorboard")["steps"] >= 128
 
 
+def test_every_limit_of_the_command_line_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tomli_w")
+    for arguments in (("--seconds", 5, "--set", "total_steps=1000"), ("--steps", 1000, "--set", "seconds=5")):
+        code, printed, _ = in_process(capsys, *arguments, "--print-config")
+        assert code == 0
+        told = tomllib.loads(printed)
+        assert (told["seconds"], told["total_steps"]) == (5, 1000)
+
+
 def test_the_result_is_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("rich")
     code, out, _ = in_process(capsys, *SHORT, "--steps", 64, "--out", tmp_path, "--evaluate", 2)
     assert code == 0
     assert re.search(r"\becmp\b.*\blsq\b.*\bsed\b.*\bppo\b", out, flags=re.DOTALL)
+    # with --json in the same document
+    result = result_of(capsys, *SHORT, "--steps", 64, "--out", tmp_path, "--evaluate", 1)
+    assert result["checkpoint"] == str(tmp_path / "ppo.pt")
+    assert [one["label"] for one in result["comparison"]["contenders"]] == ["ecmp", "lsq", "sed", "ppo"]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +123,11 @@ def test_the_result_is_compared(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (("--set", "gamma"), "--set takes KEY=VALUE, got 'gamma'"),
         (("--set", "gama=1"), "unknown setting 'gama' in the options. Did you mean 'gamma'?"),
         (("--set", "gamma=high"), "gamma in the options must be of type float, got 'high'"),
+        (("--set", "gamma=7.5"), "PPOConfig.gamma must be a finite number from 0 to 1, got 7.5"),
+        (("--set", "learning_rate=nan"), "PPOConfig.learning_rate must be a finite number of at least 0, got nan"),
+        (("--set", "env_kwargs={foo=1}"), "unknown key 'foo' in PPOConfig.env_kwargs"),
+        (("--set", "total_steps=50"), "give --steps or --set total_steps, not both; got 100 and 50"),
+        (("--reward", "jain", "--set", "reward_type=max"), "give --reward or --set reward_type, not both; got 'jain'"),
         (("--network", "mlp"), "ppo has one network; only the sb3-, rllib- and benchmarl- recipes"),
         (("--policy", "mlp"), "--policy is now --network"),
         (("--config", "none.toml"), "there is no configuration file none.toml"),

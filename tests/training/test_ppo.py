@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lbgym import LoadBalanceEnv
-from lbgym.errors import CheckpointError, FileWriteError, LbgymError, PolicyError
+from lbgym.errors import CheckpointError, DivergedError, FileWriteError, LbgymError, PolicyError
 from lbgym.evaluation import compare
 from lbgym.policies import load_policy, read_checkpoint
 from lbgym.scenarios import Exponential, Scenario, Server, Workload
@@ -442,6 +442,8 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         ({"num_envs": 0}, "num_envs must be a whole number of at least 1, got 0"),
         ({"num_envs": 9}, "num_envs must be a multiple of replicas_per_seed=2, got 9"),
         ({"minibatches": 1000}, r"minibatches must be at most num_envs \* num_steps = 64, got 1000"),
+        ({"minibatches": 64}, r"minibatches=64 leaves a minibatch of one sample of num_envs \* num_steps = 8 \* 8"),
+        ({"minibatches": 22}, "minibatches=22 leaves a minibatch of one sample"),
     ],
 )
 def test_configurations_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
@@ -473,6 +475,32 @@ def test_a_full_disk_is_a_warning_in_between_and_an_error_at_the_end(
     assert "no checkpoint at step" in caplog.text
     assert (tmp_path / "agent.pt").read_bytes() == former
     assert [path.name for path in tmp_path.iterdir()] == ["agent.pt"]
+
+
+def test_minibatches_of_one_sample_are_for_advantages_as_they_are(tmp_path: Path) -> None:
+    config = replace(SMALL, num_steps=1, minibatches=8, normalize_advantage=False)
+    train_ppo(replace(config, total_steps=32), out=tmp_path)
+    assert all(bool(value.isfinite().all()) for value in parameters(tmp_path / "ppo.pt").values())
+
+
+def test_a_state_that_diverged_is_never_saved(tmp_path: Path) -> None:
+    path = tmp_path / "ppo.pt"
+    with pytest.raises(DivergedError, match=r"the training has diverged by step 128: the network's .* is not finite"):
+        train_ppo(replace(SMALL, learning_rate=1e10), out=path)
+    # the last update before it, which learns no more than the scale of the features
+    assert read_checkpoint(path)["step"] == 64
+    assert all(bool(value.isfinite().all()) for value in parameters(path).values())
+
+    before = path.read_bytes()
+    saved = read_checkpoint(path)
+    saved["network"]["parameters"]["head.bias"] = torch.tensor([torch.nan])
+    with pytest.raises(DivergedError):
+        runs.write_torch(path, saved)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    # a file of a version that did save such a state
+    torch.save(saved, tmp_path / "older.pt")
+    with pytest.raises(DivergedError, match="has diverged by step 64"):
+        train_ppo(resume_from=tmp_path / "older.pt")
 
 
 def test_an_interrupt_before_the_first_update_leaves_the_former_file(

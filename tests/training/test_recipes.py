@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import re
 import tomllib
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -95,6 +97,66 @@ def test_every_field_says_what_it_is(algo: str) -> None:
 def test_settings_that_do_not_fit(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         make_config("ppo", changes)
+
+
+@pytest.mark.parametrize("algo", INSTALLED)
+def test_every_number_has_its_limits(algo: str) -> None:
+    """A number that makes no sense is refused before the training, which would fail, never end or say nothing."""
+    config = make_config(algo)
+    kind = type(config)
+    for field in fields(kind):
+        if not re.match(r"(int|float)\b", str(field.type)):
+            continue
+        takes_none = field.default is None or str(field.type).endswith("None")
+        wrong = [math.nan, "5", True] + ([] if takes_none else [None])
+        least = kind.whole_numbers.get(field.name)
+        wrong += [10**400] if least is None else [2.5, least - 1]
+        for value in wrong:
+            with pytest.raises(InvalidOptionError, match=rf"^{kind.__name__}\.{field.name} must be a .*number.*, got "):
+                replace(config, **{field.name: value})
+    assert replace(config, seconds=None, num_servers=None) == config
+    assert replace(config, checkpoint_every=math.inf, seconds=math.inf).checkpoint_every == math.inf
+    # NumPy's scalars would not survive a checkpoint
+    assert type(replace(config, gamma=np.float32(0.5), seed=np.int64(3)).seed) is int
+
+
+@pytest.mark.parametrize(
+    ("algo", "changes", "message"),
+    [
+        ("ppo", {"total_steps": 0}, "PPOConfig.total_steps must be a whole number of at least 1, got 0"),
+        ("ppo", {"seconds": 0.0}, "PPOConfig.seconds must be a number above 0 seconds, got 0.0"),
+        ("ppo", {"learning_rate": -1.0}, "PPOConfig.learning_rate must be a finite number of at least 0, got -1.0"),
+        ("ppo", {"gamma": 7.5}, "PPOConfig.gamma must be a finite number from 0 to 1, got 7.5"),
+        ("ppo", {"clip": -1.0}, "PPOConfig.clip must be a number of at least 0, got -1.0"),
+        ("ppo", {"torch_threads": 0}, "PPOConfig.torch_threads must be a whole number from 1 to 4096, got 0"),
+        ("ppo", {"checkpoint_every": -1.0}, "PPOConfig.checkpoint_every must be a number of at least 0 seconds, got"),
+        ("ppo", {"seed": 2**64}, "PPOConfig.seed must be a whole number from 0 to 18446744073709551615, got"),
+        ("sac-gru", {"tau": 1.5}, "SACGRUConfig.tau must be a finite number from 0 to 1, got 1.5"),
+        ("sac-gru", {"initial_temperature": 0.0}, "initial_temperature must be a finite number above 0, got 0.0"),
+        ("sac-gru", {"action_weights": ["a"]}, "each of SACGRUConfig.action_weights must be a finite number, got 'a'"),
+        ("cma-es", {"learning_rate": 0.0}, "CMAESConfig.learning_rate must be a finite number above 0, got 0.0"),
+        ("ppo", {"env_kwargs": {"num_envs": 3}}, "num_envs=3 in PPOConfig.env_kwargs: it is a field of PPOConfig"),
+    ],
+)
+def test_numbers_that_make_no_sense(algo: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidOptionError, match=re.escape(message)):
+        make_config(algo, changes)
+
+
+@pytest.mark.parametrize("algo", INSTALLED)
+def test_keys_that_the_environment_does_not_have(algo: str) -> None:
+    kind: type[TrainingConfig] = RECIPES[algo].load(RECIPES[algo].config)
+    with pytest.raises(UnknownNameError, match=rf"'step_intervall' in {kind.__name__}\.env_kwargs\. .*'step_interval'"):
+        kind(env_kwargs={"step_intervall": 0.1})
+    # What the environment takes, it takes here.
+    config = kind(env_kwargs={"num_threads": 1, "step_interval": 0.5})
+    assert config.environment_kwargs()["step_interval"] == 0.5
+    several = {"action_offsets": "even"}
+    if RECIPES[algo].module == "benchmarl":
+        kind(env_kwargs=several)
+        return
+    with pytest.raises(UnknownNameError, match="unknown key 'action_offsets'"):
+        kind(env_kwargs=several)
 
 
 def test_names_that_there_are_not(tmp_path: Path) -> None:

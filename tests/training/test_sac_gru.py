@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lbgym import LoadBalanceEnv
-from lbgym.errors import CheckpointError, LbgymError
+from lbgym.errors import CheckpointError, DivergedError, LbgymError
 from lbgym.policies import load_policy, read_checkpoint
 
 torch = pytest.importorskip("torch")
@@ -282,6 +282,21 @@ def test_a_resumed_run_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     assert counts[1] > counts[0] > 0
     # scales are kept
     assert torch.equal(networks_in(half)["moments.mean"], networks_in(on)["moments.mean"])
+
+
+def test_critics_that_diverged_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(agent: SACGRUAgent) -> dict[str, float]:
+        if agent.step > 32:
+            next(agent.networks.critics.parameters()).data.fill_(math.nan)
+        return dict.fromkeys(sac_gru.LOSSES, 0.0)
+
+    monkeypatch.setattr(SACGRUAgent, "update", diverge)
+    with pytest.raises(DivergedError, match="the training has diverged by step 64: the network's critics"):
+        train_sac_gru(SMALL, out=tmp_path)
+    # the last round before it
+    saved = read_checkpoint(tmp_path / "sac-gru.pt")
+    assert saved["step"] == 32
+    assert all(bool(value.isfinite().all()) for value in saved["trainer"]["agent"].values())
 
 
 def test_interrupting_saves_the_last_whole_round(tmp_path: Path) -> None:

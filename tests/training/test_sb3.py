@@ -13,7 +13,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from lbgym import LoadBalanceEnv, LoadBalanceVectorEnv
-from lbgym.errors import CheckpointError, LbgymError
+from lbgym.errors import CheckpointError, DivergedError, LbgymError
 from lbgym.policies import load_policy
 
 pytest.importorskip("stable_baselines3")
@@ -189,6 +189,20 @@ def test_a_model_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) ->
     (tmp_path / "text.zip").write_text("hello")
     with pytest.raises(CheckpointError, match="is not a model that can be read"):
         config_of(tmp_path / "text.zip")
+
+
+def test_a_model_that_diverged_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(model: PPO) -> None:
+        model.policy.log_std.data.fill_(math.nan)
+
+    train_sb3(SMALL, out=tmp_path)
+    before = (tmp_path / "sb3-ppo.zip").read_bytes()
+    monkeypatch.setattr(PPO, "train", diverge)
+    for total in (384, 320):
+        # before the environment sees it; after the last update there is nobody but who saves it
+        with pytest.raises(DivergedError, match="the training has diverged by step 320: the network's log_std is not"):
+            train_sb3(replace(SMALL, total_steps=total), resume_from=tmp_path / "sb3-ppo.zip", out=tmp_path)
+        assert (tmp_path / "sb3-ppo.zip").read_bytes() == before
 
 
 def test_interrupting_saves_the_model(tmp_path: Path) -> None:

@@ -177,6 +177,9 @@ def test_what_a_configuration_cannot_have() -> None:
         SB3Config(network="mpl")
     with pytest.raises(LbgymError, match="no network 'equivariant' for 'td3', only for ppo, a2c, dqn, sac"):
         SB3Config(algorithm="td3", network="equivariant")
+    with pytest.raises(LbgymError, match=r"num_envs \* num_steps = 1 \* 1 is a minibatch of one sample"):
+        SB3Config(num_envs=1, num_steps=1)
+    assert SB3Config(num_envs=1, num_steps=1, options={"normalize_advantage": False}).num_steps == 1
     with pytest.raises(UnknownNameError, match="Did you mean 'buffer_size'"):
         train_sb3(small("sac", options={"bufer_size": 3}))
     # a field of the configuration sets it

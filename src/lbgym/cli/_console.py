@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 
 def results_console() -> Console:
@@ -31,7 +32,14 @@ def _console_class() -> type[Console]:
     return ResultsConsole
 
 
-def print_json(document: Any) -> None:
+def heading(name: str, rest: str) -> Text:
+    """A name in bold and what follows it, both as they are: brackets of a user's text are no markup."""
+    from rich.text import Text
+
+    return Text.assemble((name, "bold"), rest)
+
+
+def print_json(document: Any, *, indent: int | None = 1) -> None:
     """Print a document as JSON; numbers that JSON does not have are null."""
 
     def finite(value: Any) -> Any:
@@ -41,4 +49,4 @@ def print_json(document: Any) -> None:
             return [finite(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    print(json.dumps(finite(document), indent=1, allow_nan=False))
+    print(json.dumps(finite(document), indent=indent, allow_nan=False))

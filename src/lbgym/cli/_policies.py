@@ -10,7 +10,7 @@ import typer
 
 from ..policies import TRAINED_SUFFIXES, load_policy
 from ..policies.pretrained import card, pretrained_file, pretrained_names
-from ._console import results_console
+from ._console import heading, results_console
 
 if TYPE_CHECKING:
     from ..policies import TrainedPolicy
@@ -78,6 +78,7 @@ def _plain(known: Card) -> dict[str, Any]:
 def _show(facts: dict[str, Any], known: Card | None) -> None:
     from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
     console = results_console()
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -85,10 +86,10 @@ def _show(facts: dict[str, Any], known: Card | None) -> None:
     table.add_column(overflow="fold")
 
     def row(name: str, value: Any) -> None:
-        table.add_row(name, str(value).replace("[", "\\["))
+        table.add_row(name, Text(str(value)))
 
     if known is not None:
-        console.print(f"[bold]{known.name}[/bold] {known.version}: {known.description}", soft_wrap=False)
+        console.print(heading(known.name, f" {known.version}: {known.description}"), soft_wrap=False)
         row("trained on", known.trained_on)
         row("training", known.training)
         row("made by", known.command)
@@ -100,7 +101,7 @@ def _show(facts: dict[str, Any], known: Card | None) -> None:
             row("limits" if i == 0 else "", limit)
         row("SHA-256", known.sha256)
     else:
-        console.print(f"[bold]{facts['file']}[/bold]", soft_wrap=False)
+        console.print(heading(facts["file"], ""), soft_wrap=False)
     row("file", f"{facts['file']}, {facts['bytes']:,} bytes")
     if "recipe" in facts:
         row("recipe", f"{facts['recipe']}, {facts['steps']:,} steps, {facts['parameters']:,} parameters")

@@ -41,6 +41,9 @@ from ._report import Report, check_report
 #: A trace is replayed once, but by default no longer than this, seconds.
 MAX_TRACE_DURATION = 600.0
 
+#: Keys of read_trace that have an option of their own.
+_OPTIONS = {"format": "--trace-format", "speedup": "--speedup", "scale": "--scale", "on_error": "--skip-malformed"}
+
 _POLICIES_HELP = """\
 Contenders, separated by commas: a dispatch rule (sed), with a policy's weights (sed+latency), a trained model
 (out/agent.pt, sed+model.zip), any of them under a name (mine=out/agent.pt)."""
@@ -66,9 +69,11 @@ def compare(
         Path | None,
         typer.Option(help="Replay this trace instead of the scenario's workload; each seed begins elsewhere."),
     ] = None,
-    trace_format: Annotated[str, typer.Option(help=f"One of {', '.join(TRACE_FORMATS)}.")] = "auto",
-    speedup: Annotated[float, typer.Option(help="Divides the trace's times.")] = 1.0,
-    scale: Annotated[float, typer.Option(help="Multiplies the trace's demands.")] = 1.0,
+    trace_format: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(TRACE_FORMATS)}.", show_default="auto")
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="Divides the trace's times.", show_default="1")] = None,
+    scale: Annotated[float | None, typer.Option(help="Multiplies the trace's demands.", show_default="1")] = None,
     skip_malformed: Annotated[
         bool, typer.Option("--skip-malformed", help="Count malformed lines of the trace instead of stopping.")
     ] = False,
@@ -101,14 +106,19 @@ def compare(
     require_extras(seeds, plots and out is not None)
     contenders = parse_contenders(policies)
     chosen = load_scenario(scenario)
+    own = {"format": trace_format, "speedup": speedup, "scale": scale, "on_error": "skip" if skip_malformed else None}
+    own = {key: value for key, value in own.items() if value is not None}
     if trace is not None:
         options = _trace_options(trace_option or [])
-        options |= {"format": trace_format, "speedup": speedup, "scale": scale}
-        options |= {"on_error": "skip" if skip_malformed else "raise"}
+        for key in options.keys() & own.keys():
+            raise ScenarioError(
+                f"give {_OPTIONS[key]} or --trace-option {key}, not both; got {own[key]!r} and {options[key]!r}"
+            )
+        options |= own
         if not isinstance(chosen, Scenario):
             raise ScenarioError(f"--trace needs a scenario, and {chosen.name!r} is a distribution of them")
         chosen = _with_trace(chosen, trace, options, load, rate)
-    elif speedup != 1 or scale != 1 or trace_option or trace_format != "auto" or skip_malformed:
+    elif own or trace_option:
         raise ScenarioError("--speedup, --scale and the options of a trace need --trace")
     elif load is not None or rate is not None:
         chosen = chosen.with_changes(**({"load": load} if load is not None else {"rate": rate}))

@@ -129,7 +129,8 @@ def _show(shadow: Shadow) -> None:
 
     console, summary = results_console(), shadow.summary()
     if not summary["steps"]:
-        console.print(plain(f"{summary['policy']} in the shadow of region {summary['region']}: no decisions", console))
+        said = f"{summary['policy']} in the shadow of region {summary['region']}: no decisions"
+        console.print(plain(said, console), markup=False)
         return
     console.print(
         plain(

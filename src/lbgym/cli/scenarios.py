@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,9 +32,12 @@ from ..scenarios import (
     to_toml,
 )
 from ..snapshot import DEFAULT_STEP_INTERVAL
-from ._console import results_console
+from ._console import heading, results_console
 from ._options import installed
 from ._policies import describe_policy, is_policy
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 MAX_EVENTS = 12
 #: Columns below which descriptions get lines of their own.
@@ -288,7 +291,7 @@ def _show(scenario: Scenario) -> None:
     from rich.table import Table
 
     console = results_console()
-    console.print(f"[bold]{scenario.name}[/bold]  {scenario.description}", soft_wrap=False)
+    console.print(heading(scenario.name, f"  {scenario.description}"), soft_wrap=False)
     servers = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("servers", "cores", "speed", "workers", "backlog", "capacity"):
         servers.add_column(name, justify="right")
@@ -310,24 +313,24 @@ def _show(scenario: Scenario) -> None:
     facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column()
-    facts.add_row("capacity", f"{scenario.capacity:g} core-seconds per second")
-    facts.add_row("load", f"{scenario.load:.3g} of the capacity")
+    _fact(facts, "capacity", f"{scenario.capacity:g} core-seconds per second")
+    _fact(facts, "load", f"{scenario.load:.3g} of the capacity")
     per_step = scenario.rate * DEFAULT_STEP_INTERVAL
-    facts.add_row("rate", f"{scenario.rate:.4g} flows/s, {per_step:.3g} in a step of {DEFAULT_STEP_INTERVAL} s")
+    _fact(facts, "rate", f"{scenario.rate:.4g} flows/s, {per_step:.3g} in a step of {DEFAULT_STEP_INTERVAL} s")
     if workload.trace is None:
-        facts.add_row("arrivals", _words(workload.arrivals))
-        facts.add_row("demand", f"{_words(workload.demand)}; mean {workload.mean_demand:.4g} core-seconds")
+        _fact(facts, "arrivals", _words(workload.arrivals))
+        _fact(facts, "demand", f"{_words(workload.demand)}; mean {workload.mean_demand:.4g} core-seconds")
     else:
         trace = workload.trace
-        facts.add_row("trace", f"{trace.source}: {len(trace.times):,} flows in {trace.period:.4g} s")
-        facts.add_row("demand", f"mean {workload.mean_demand:.4g} core-seconds")
-    facts.add_row("balancers", str(scenario.balancers))
-    facts.add_row("dispatch", scenario.dispatch)
-    facts.add_row("rejected", f"a rejected or failed flow counts as an FCT of {scenario.reject_timeout:g} s")
-    facts.add_row("reservoirs", _reservoirs(scenario.sampling))
-    facts.add_row("duration", f"{scenario.duration:g} s by default")
+        _fact(facts, "trace", f"{trace.source}: {len(trace.times):,} flows in {trace.period:.4g} s")
+        _fact(facts, "demand", f"mean {workload.mean_demand:.4g} core-seconds")
+    _fact(facts, "balancers", str(scenario.balancers))
+    _fact(facts, "dispatch", scenario.dispatch)
+    _fact(facts, "rejected", f"a rejected or failed flow counts as an FCT of {scenario.reject_timeout:g} s")
+    _fact(facts, "reservoirs", _reservoirs(scenario.sampling))
+    _fact(facts, "duration", f"{scenario.duration:g} s by default")
     if scenario.events:
-        facts.add_row("events", _events(scenario))
+        _fact(facts, "events", _events(scenario))
     console.print(Padding(facts, (0, 0, 0, 1)))
 
 
@@ -339,7 +342,7 @@ def _show_distribution(distribution: ScenarioDistribution, draws: int) -> None:
     from ..scenarios.distribution_summary import QUANTILES, draw_many
 
     console = results_console()
-    console.print(f"[bold]{distribution.name}[/bold]  {distribution.description}", soft_wrap=False)
+    console.print(heading(distribution.name, f"  {distribution.description}"), soft_wrap=False)
     base = distribution.base
     facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
@@ -362,7 +365,7 @@ def _show_distribution(distribution: ScenarioDistribution, draws: int) -> None:
     if distribution.events:
         drawn.append(("events", "\n".join(map(_random_events, distribution.events))))
     for name, text in drawn:
-        facts.add_row(name, text)
+        _fact(facts, name, text)
     console.print("\nDrawn for every episode")
     console.print(Padding(facts, (0, 0, 0, 1)))
 
@@ -371,23 +374,23 @@ def _show_distribution(distribution: ScenarioDistribution, draws: int) -> None:
     fixed.add_column()
     workload = base.workload
     if distribution.num_servers is None:
-        fixed.add_row("servers", str(base.num_servers))
+        _fact(fixed, "servers", str(base.num_servers))
     if workload.trace is not None:
-        fixed.add_row("trace", f"{workload.trace.source}: {len(workload.trace.times):,} flows")
+        _fact(fixed, "trace", f"{workload.trace.source}: {len(workload.trace.times):,} flows")
     else:
         if not distribution.arrivals:
-            fixed.add_row("arrivals", _words(workload.arrivals))
+            _fact(fixed, "arrivals", _words(workload.arrivals))
         if not distribution.demand:
-            fixed.add_row("demand", f"{_words(workload.demand)}; mean {workload.mean_demand:.4g} core-seconds")
-    fixed.add_row("balancers", str(base.balancers))
+            _fact(fixed, "demand", f"{_words(workload.demand)}; mean {workload.mean_demand:.4g} core-seconds")
+    _fact(fixed, "balancers", str(base.balancers))
     if distribution.dispatch is None:
-        fixed.add_row("dispatch", base.dispatch)
-    fixed.add_row("rejected", f"a rejected or failed flow counts as an FCT of {base.reject_timeout:g} s")
+        _fact(fixed, "dispatch", base.dispatch)
+    _fact(fixed, "rejected", f"a rejected or failed flow counts as an FCT of {base.reject_timeout:g} s")
     varies = distribution.sampling.ranges()
-    fixed.add_row("reservoirs", f"{base.sampling.capacity} samples" if varies else _reservoirs(base.sampling))
-    fixed.add_row("duration", f"{base.duration:g} s by default")
+    _fact(fixed, "reservoirs", f"{base.sampling.capacity} samples" if varies else _reservoirs(base.sampling))
+    _fact(fixed, "duration", f"{base.duration:g} s by default")
     if base.events:
-        fixed.add_row("events", f"{len(base.events)} of the base, those of servers that were drawn")
+        _fact(fixed, "events", f"{len(base.events)} of the base, those of servers that were drawn")
     console.print("\nThe same in all")
     console.print(Padding(fixed, (0, 0, 0, 1)))
 
@@ -408,6 +411,13 @@ def _show_distribution(distribution: ScenarioDistribution, draws: int) -> None:
         table.add_row(text, *(f"{value:.4g}" for value in summary[name].values()))
     console.print()
     console.print(table)
+
+
+def _fact(table: Table, name: str, text: str) -> None:
+    """A row of a table; the text may be the user's, and is no markup."""
+    from rich.text import Text
+
+    table.add_row(name, Text(text))
 
 
 def _reservoirs(sampling: Sampling) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tomllib
 from enum import StrEnum
@@ -15,6 +14,8 @@ from ..errors import InvalidOptionError
 from ..training.config import PRETRAINING
 from ..training.recipes import RECIPES, algo_of, make_config, read_config, recipe_of, to_toml
 from ..training.recipes import train as run_recipe
+from ._comparison import require_extras
+from ._console import print_json
 from ._options import installed
 from ._progress import ProgressBar
 from ._signals import Interrupted, stop_on_signal
@@ -109,7 +110,7 @@ def train(
     What is not given comes from --config, then from the checkpoint of --resume, then from the recipe's defaults.
     Ctrl-C ends the training after the update in progress, saves the checkpoint and exits with code 130.
     """
-    options: dict[str, Any] = {
+    own: dict[str, Any] = {
         "scenario": scenario,
         "num_envs": num_envs,
         "seed": seed,
@@ -119,16 +120,18 @@ def train(
         "network": None if network is None else str(network),
         "dispatch": dispatch,
         "learning_rate": learning_rate,
+        "total_steps": steps,
+        "seconds": seconds,
     }
-    options = {key: value for key, value in options.items() if value is not None} | parse_settings(settings or [])
-    if steps is not None or seconds is not None:
-        options |= {"total_steps": steps, "seconds": seconds}
+    options = with_settings(own, settings)
     if address is not None and backend is not Backend.RAY:
         raise InvalidOptionError(f"--address {address} needs --backend ray")
     algo, chosen = chosen_config(algo, config, options, resume)
     if print_config:
         typer.echo(to_toml(algo, chosen), nl=False)
         return
+    if evaluate:
+        require_extras(evaluate, plots=False)
     out = out or resume or Path("out/train")
     if tensorboard is None:
         tensorboard = installed("tensorboard")
@@ -146,13 +149,22 @@ def train(
         else:
             result = run_recipe(algo, chosen, **keywords)
     assert result.checkpoint is not None
-    _report(_compared(chosen), result.checkpoint, result.history, stop.is_set(), as_json)
+    wanted = evaluate if stop.signum is None else 0
+    if as_json:
+        _print_json(_compared(chosen), result.checkpoint, result.history, stop.is_set(), wanted)
+    else:
+        _report(_compared(chosen), result.checkpoint, result.history)
+        if wanted:
+            from .compare import compare
+
+            compare(scenario=_compared(chosen), policies=_contenders(result.checkpoint), seeds=wanted)
     if stop.signum is not None:
         raise Interrupted(stop.signum)
-    if evaluate:
-        from .compare import compare
 
-        compare(scenario=_compared(chosen), policies=f"ecmp,lsq,sed,{result.checkpoint}", seeds=evaluate, quiet=as_json)
+
+def _contenders(checkpoint: Path) -> str:
+    """What a policy is compared with, and itself."""
+    return f"ecmp,lsq,sed,{checkpoint}"
 
 
 def _compared(config: TrainingConfig) -> str:
@@ -185,6 +197,22 @@ def chosen_config(
     return algo, make_config(algo, in_file | options, resume_from=resume, where="the options")
 
 
+def with_settings(own: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
+    """The settings that have an option of their own (None: not given) and those of ``--set``; a budget is all of it.
+
+    Raises:
+        InvalidOptionError: for a setting that is given both ways.
+    """
+    given = {key: value for key, value in own.items() if value is not None}
+    further = parse_settings(settings or [])
+    for key in given.keys() & further.keys():
+        option = {"total_steps": "steps", "reward_type": "reward"}.get(key, key).replace("_", "-")
+        raise InvalidOptionError(f"give --{option} or --set {key}, not both; got {given[key]!r} and {further[key]!r}")
+    if given.keys() & {"total_steps", "seconds"}:
+        given = {"total_steps": None, "seconds": None} | given
+    return given | further
+
+
 def parse_settings(items: list[str]) -> dict[str, Any]:
     """``KEY=VALUE`` texts; a value that is no TOML is a text."""
     settings = {}
@@ -206,16 +234,23 @@ def _status(progress: Progress) -> str:
     return "  ".join(parts)
 
 
-def _report(scenario: str, checkpoint: Path, history: list[Progress], interrupted: bool, as_json: bool) -> None:
-    last = history[-1] if history else None
-    if as_json:
-        result: dict[str, Any] = {"checkpoint": str(checkpoint), "interrupted": interrupted}
-        if last is not None:
-            result |= {"steps": last.step, "seconds": round(last.seconds, 3), "reward": last.reward}
-            result |= {"fct_mean": last.fct_mean if math.isfinite(last.fct_mean) else None}
-        typer.echo(json.dumps(result))
-        return
-    if last is not None:
+def _print_json(scenario: str, checkpoint: Path, history: list[Progress], interrupted: bool, seeds: int) -> None:
+    """One document, with the comparison on so many seeds in it."""
+    result: dict[str, Any] = {"checkpoint": str(checkpoint), "interrupted": interrupted}
+    if history:
+        last = history[-1]
+        result |= {"steps": last.step, "seconds": round(last.seconds, 3), "reward": last.reward}
+        result |= {"fct_mean": last.fct_mean}
+    if seeds:
+        from ..evaluation import compare
+
+        result["comparison"] = compare(scenario, _contenders(checkpoint), seeds).to_dict()
+    print_json(result, indent=None)
+
+
+def _report(scenario: str, checkpoint: Path, history: list[Progress]) -> None:
+    if history:
+        last = history[-1]
         typer.echo(f"{last.step:,} steps in {last.seconds:.1f} s, {last.step / last.seconds:,.0f} steps/s")
     typer.echo(f"checkpoint: {checkpoint}")
     typer.echo(f"compare it: lbgym compare --scenario {scenario} --policies lsq,sed,{checkpoint}")

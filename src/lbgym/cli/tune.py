@@ -12,7 +12,7 @@ import typer
 from ..errors import InvalidOptionError
 from ._console import results_console
 from ._progress import ProgressBar
-from .train import ALGO_HELP, SET_HELP, chosen_config, parse_settings
+from .train import ALGO_HELP, SET_HELP, chosen_config, with_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,10 +72,7 @@ def tune(
         if not equals or not name.strip():
             raise InvalidOptionError(f"--param takes SETTING=DISTRIBUTION, got {item!r}")
         texts[name.strip()] = text
-    options: dict[str, Any] = {} if scenario is None else {"scenario": scenario}
-    options |= parse_settings(settings or [])
-    if steps is not None or seconds is not None:
-        options |= {"total_steps": steps, "seconds": seconds}
+    options = with_settings({"scenario": scenario, "total_steps": steps, "seconds": seconds}, settings)
     algo, chosen = chosen_config(algo, config, options, None)
     with ProgressBar("tuning", quiet=as_json, status="starting Ray") as bar:
         result = tune_recipe(
@@ -118,13 +115,14 @@ def _report(result: TuningResult, metric: str, as_json: bool) -> None:
         typer.echo(json.dumps({"checkpoint": str(result.checkpoint), "config": str(result.file), "trials": trials}))
         return
     from rich.table import Table
+    from rich.text import Text
 
     names = list(result.trials[0].settings)
     table = Table("", *names, metric, "budget", box=None)
     for place, one in enumerate(result.trials, start=1):
         values = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (one.settings.get(n, "") for n in names)]
         outcome = f"{one.metric:.5g}" if math.isfinite(one.metric) else one.error or "stopped"
-        table.add_row(str(place), *values, outcome, f"{one.fraction:.0%}")
+        table.add_row(str(place), *map(Text, values), Text(outcome), f"{one.fraction:.0%}")
     results_console().print(table)
     typer.echo(f"checkpoint: {result.checkpoint}")
     typer.echo(f"train with it: lbgym train --config {result.file}")

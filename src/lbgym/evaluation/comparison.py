@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..checks import whole
+import numpy as np
+
+from ..checks import items, whole
 from ..errors import ScenarioError, UnknownNameError
 from ..scenarios import AnyScenario, Scenario, load_scenario
 from .contenders import Contender, parse_contenders
@@ -135,12 +137,13 @@ def seed_numbers(seeds: int | Sequence[int]) -> tuple[int, ...]:
     """Seeds: 0, 1, ... for a number of them, or those given.
 
     Raises:
-        ScenarioError: for none, one that is there twice, or one below 0.
+        ScenarioError: for none, one that is there twice, one below 0, or what is no whole number.
     """
-    if isinstance(seeds, int):
-        whole("the number of seeds", seeds, high=1_000_000, error=ScenarioError)
-    numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(int(seed) for seed in seeds)
-    if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+    if isinstance(seeds, (int, np.integer)):
+        return tuple(range(whole("the number of seeds", seeds, high=1_000_000, error=ScenarioError)))
+    given = items("seeds", seeds, "whole numbers", error=ScenarioError)
+    numbers = tuple(whole("each of the seeds", seed, low=0, error=ScenarioError) for seed in given)
+    if not numbers or len(set(numbers)) < len(numbers):
         raise ScenarioError(
             f"seeds must be a number of at least 1, or different whole numbers of at least 0, got {seeds!r}"
         )

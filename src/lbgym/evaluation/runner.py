@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import seconds
 from ..errors import ScenarioError
 from ..policies import Agent, TrainedPolicy, load_policy, make_agent
 from ..scenarios import RULES, AnyScenario, Scenario
@@ -243,15 +243,11 @@ def settings_for(
     Raises:
         ScenarioError: naming the value and what is allowed.
     """
-    duration = scenario.duration if duration is None else duration
-    if not (math.isfinite(duration) and duration > 0):
-        raise ScenarioError(f"duration must be a finite number of seconds above 0, got {duration!r}")
-    warmup = duration / 6 if warmup is None else warmup
-    if not 0 <= warmup < duration:
+    duration = seconds("duration", scenario.duration if duration is None else duration, error=ScenarioError)
+    warmup = seconds("warmup", duration / 6 if warmup is None else warmup, low=0.0, error=ScenarioError)
+    if not warmup < duration:
         raise ScenarioError(f"warmup must be at least 0 and below the duration of {duration:g} s, got {warmup!r}")
-    drain = scenario.reject_timeout if drain is None else drain
-    if not (math.isfinite(drain) and drain >= 0):
-        raise ScenarioError(f"drain must be a finite number of seconds of at least 0, got {drain!r}")
-    if interval is not None and not (math.isfinite(interval) and interval > 0):
-        raise ScenarioError(f"interval must be a finite number of seconds above 0, got {interval!r}")
-    return RunSettings(float(duration), float(warmup), float(drain), interval, keep_flows)
+    drain = seconds("drain", scenario.reject_timeout if drain is None else drain, low=0.0, error=ScenarioError)
+    if interval is not None:
+        interval = seconds("interval", interval, error=ScenarioError)
+    return RunSettings(duration, warmup, drain, interval, keep_flows)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checks import choice, number, whole
+from ..checks import choice, number
 from ..env.observations import CONFIGURED_NAMES
 from ..errors import CheckpointError, InvalidOptionError, MissingExtraError
 from ..features.columns import NUM_FEATURES
@@ -31,7 +31,7 @@ from ..policies.neural import EstimatorPolicy
 from ..policies.pretrained import pretrained_file, pretrained_names
 from ..scenarios import AnyScenario, load_scenario
 from ..snapshot import DEFAULT_STEP_INTERVAL
-from .config import PRETRAINING, TrainingConfig, plain_config, saved_config
+from .config import NOT_NEGATIVE, POSITIVE, PRETRAINING, TrainingConfig, plain_config, saved_config
 from .pretraining import SEVERAL, SEVERAL_VALIDATION, SHAPES, VALIDATION, Score, Shape, draw_scenarios, measure
 from .runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, write_torch
 
@@ -91,7 +91,10 @@ class CMAESConfig(TrainingConfig):
     """threads of the simulator, which change no result; None: one per core"""
 
     whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {
-        "num_envs": 4, "hidden": 0, "scenarios": 1, "network_from": 0, "validate_every": 1,
+        "num_envs": 4, "hidden": 0, "scenarios": 1, "network_from": 0, "validate_every": 1, "threads": 1,
+    }  # fmt: skip
+    numbers: ClassVar[dict[str, dict[str, Any]]] = TrainingConfig.numbers | {
+        "learning_rate": POSITIVE, "network_step": POSITIVE, "warmup": NOT_NEGATIVE, "penalty": NOT_NEGATIVE,
     }  # fmt: skip
     needed: ClassVar[dict[str, Any]] = {"observation": "flat", "normalize": False, "observe_configured": True}
 
@@ -108,17 +111,11 @@ class CMAESConfig(TrainingConfig):
                 f"{len(self.fixed)} of {len(CONSTANTS)}, free {len(self.free)}"
             )
         duration = self.max_steps * DEFAULT_STEP_INTERVAL
-        number("CMAESConfig.warmup", self.warmup, low=0.0)
         if not self.warmup < duration:
             raise InvalidOptionError(
                 f"CMAESConfig.warmup must be below the episode's {duration:g} s, which are max_steps={self.max_steps}; "
                 f"got {self.warmup:g}"
             )
-        for name in ("learning_rate", "network_step"):
-            number(f"CMAESConfig.{name}", getattr(self, name), above=0.0)
-        number("CMAESConfig.penalty", self.penalty, low=0.0)
-        if self.threads is not None:
-            self.threads = whole("CMAESConfig.threads", self.threads)
 
     @property
     def searched(self) -> list[int]:

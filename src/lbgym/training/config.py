@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from gymnasium.vector import AutoresetMode
 
-from ..checks import boolean, choice, whole
+from ..checks import boolean, choice, instance, number, whole
 from ..env.actions import ACTION_TYPES
 from ..errors import CheckpointError, InvalidOptionError, LbgymError, UnknownNameError, UnsupportedSpaceError
 from ..scenarios import AnyScenario
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 
 #: The scenario that stands for the distribution in :mod:`lbgym.training.pretraining`.
 PRETRAINING = "pretraining"
+
+#: Keys of the environment that concern several balancers; a single one has none of them.
+OF_SEVERAL = ("num_balancers", "reward_sharing", "action_offsets", "action_delay")
+
+#: Limits of common kinds of numbers, as :func:`~lbgym.checks.number` takes them. Infinity is for no limit at all.
+SHARE = {"low": 0.0, "high": 1.0}
+NOT_NEGATIVE = {"low": 0.0}
+POSITIVE = {"above": 0.0}
+LIMIT = {"low": 0.0, "finite": False}
+POSITIVE_LIMIT = {"above": 0.0, "finite": False}
 
 #: Value of a field that was not given, until the algorithm's default takes its place.
 PER_ALGORITHM: Any = None
@@ -74,8 +85,20 @@ class TrainingConfig:
 
     #: Autoreset mode of the recipe's vector environment.
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.DISABLED
-    #: Fields that must be whole numbers, and the least they may be.
-    whole_numbers: ClassVar[dict[str, int]] = {"max_steps": 1, "num_envs": 1, "num_steps": 1, "hidden": 1}
+    #: Fields that must be whole numbers, and the least they may be; None where the field takes it.
+    whole_numbers: ClassVar[dict[str, int]] = {
+        "num_servers": 1, "max_steps": 1, "seed": 0, "total_steps": 1, "num_envs": 1, "num_steps": 1, "hidden": 1,
+        "torch_threads": 1,
+    }  # fmt: skip
+    #: The most they may be: what torch can be given.
+    most: ClassVar[dict[str, int]] = {"seed": 2**64 - 1, "torch_threads": 4096}
+    #: Fields that must be numbers, and their limits; None where the field takes it.
+    numbers: ClassVar[dict[str, dict[str, Any]]] = {
+        "seconds": POSITIVE_LIMIT | {"unit": "seconds"},
+        "learning_rate": NOT_NEGATIVE,
+        "gamma": SHARE,
+        "checkpoint_every": LIMIT | {"unit": "seconds"},
+    }
 
     #: Keys of observations whose value the recipe needs.
     needed: ClassVar[dict[str, Any]] = {"observation": "flat", "normalize": True}
@@ -88,11 +111,13 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         name = type(self).__name__
         self.observe_weights = boolean(f"{name}.observe_weights", self.observe_weights)
-        if "observe_weights" in self.env_kwargs:
-            raise InvalidOptionError(
-                f"observe_weights={self.env_kwargs['observe_weights']!r} in {name}.env_kwargs: it is a field of "
-                f"{name} itself"
-            )
+        instance(f"{name}.env_kwargs", self.env_kwargs, Mapping, "keys of the environment with their values")
+        known = self.environment_keys()
+        for key, value in self.env_kwargs.items():
+            if key in ("observe_weights", "num_envs"):
+                raise InvalidOptionError(f"{key}={value!r} in {name}.env_kwargs: it is a field of {name} itself")
+            if key not in known:
+                raise UnknownNameError("key", key, known, f"{name}.env_kwargs")
         for key, value in self.needed.items():
             if self.env_kwargs.get(key, value) != value:
                 raise InvalidOptionError(
@@ -100,8 +125,15 @@ class TrainingConfig:
                 )
         if self.total_steps is None and self.seconds is None:
             raise LbgymError(f"{name} needs total_steps, seconds or both, got neither")
+        optional = {f.name for f in fields(self) if str(f.type).endswith("None")}
         for key, least in self.whole_numbers.items():
-            setattr(self, key, whole(f"{name}.{key}", getattr(self, key), low=least))
+            value = getattr(self, key)
+            if value is not None or key not in optional:
+                setattr(self, key, whole(f"{name}.{key}", value, low=least, high=self.most.get(key)))
+        for key, limits in self.numbers.items():
+            value = getattr(self, key)
+            if value is not None or key not in optional:
+                setattr(self, key, number(f"{name}.{key}", value, **limits))
 
     def fill_in(self, **defaults: Any) -> None:
         """Give fields that were left to the algorithm (``PER_ALGORITHM``) the algorithm's defaults."""
@@ -126,6 +158,12 @@ class TrainingConfig:
         if tuple(allowed) == ("joint",):
             fits += f", with few enough action_weights ** servers, or an algorithm for many servers such as {other!r}"
         raise UnsupportedSpaceError(f"{who} cannot take action_type {self.action_type!r}: {fits}")
+
+    def environment_keys(self) -> set[str]:
+        """All keys that the environment has, but for the number of replicas and the autoreset mode."""
+        from ..env.options import EnvOptions
+
+        return {*signature(EnvOptions).parameters, "num_threads", "shm_name", "shm_timeout"}
 
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a policy's observations and actions depend on."""
@@ -180,6 +218,9 @@ class AlgorithmConfig(TrainingConfig):
     #: Fields whose default is the attribute of that name of the algorithm.
     per_algorithm: ClassVar[tuple[str, ...]] = ("num_envs", "num_steps", "learning_rate")
     whole_numbers: ClassVar[dict[str, int]] = TrainingConfig.whole_numbers | {"epochs": 1, "minibatches": 1}
+    # The frameworks seed NumPy's global generator as well.
+    most: ClassVar[dict[str, int]] = TrainingConfig.most | {"seed": 2**32 - 1}
+    numbers: ClassVar[dict[str, dict[str, Any]]] = TrainingConfig.numbers | {"gae_lambda": SHARE}
 
     def __post_init__(self) -> None:
         name = type(self).__name__

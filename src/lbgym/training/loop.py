@@ -14,6 +14,7 @@ from .runs import (
     Callback,
     Progress,
     Reporter,
+    check_state,
     log_folder,
     output_file,
     summary_writer,
@@ -74,6 +75,8 @@ class Trainer(ABC, Generic[C]):
         self.env.step(self.env.action_space.sample())  # Compiles the simulator outside the time budget.
         self.begin()
         state = self.state()
+        # A file from before this was checked may hold a state that diverged.
+        check_state(state)
 
         def save() -> None:
             if checkpoint is not None:
@@ -85,8 +88,11 @@ class Trainer(ABC, Generic[C]):
             while not stop:
                 reward, fct_mean, losses = self.round()
                 budget.advance(config.num_envs * config.num_steps)
-                # An interrupted round may be half done: what is saved is the state after the last whole one.
-                state = self.state()
+                # An interrupted round may be half done: what is saved is the state after the last whole one, and the
+                # last finite one if the training diverges.
+                after = self.state()
+                check_state(after)
+                state = after
                 stop = reporter.report(reward=reward, fct_mean=fct_mean, losses=losses)
         return state, reporter
 

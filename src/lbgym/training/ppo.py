@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import LbgymError, MissingExtraError
+from ..errors import InvalidOptionError, LbgymError, MissingExtraError
 
 try:
     import torch
@@ -39,7 +39,7 @@ from ..policies.inputs import Encoder
 from ..policies.networks import ServerNetwork
 from ..policies.neural import PPOPolicy
 from .checkpoints import check_shapes, network_shapes
-from .config import TrainingConfig, plain_config
+from .config import LIMIT, NOT_NEGATIVE, POSITIVE_LIMIT, SHARE, TrainingConfig, plain_config
 from .loop import Trainer
 from .runs import Budget, Callback, Progress, clone
 
@@ -93,6 +93,16 @@ class PPOConfig(TrainingConfig):
         "epochs": 1,
         "minibatches": 1,
     }
+    numbers: ClassVar[dict[str, dict[str, Any]]] = TrainingConfig.numbers | {
+        "gae_lambda": SHARE,
+        "clip": LIMIT,
+        "entropy_coefficient": {},
+        "value_coefficient": NOT_NEGATIVE,
+        "max_grad_norm": POSITIVE_LIMIT,
+        "target_kl": LIMIT,
+        "memory": SHARE,
+        "log_std": {},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,10 +111,17 @@ class PPOConfig(TrainingConfig):
                 f"PPOConfig.num_envs must be a multiple of replicas_per_seed={self.replicas_per_seed}, "
                 f"got {self.num_envs}"
             )
-        if self.num_envs * self.num_steps < self.minibatches:
+        samples = self.num_envs * self.num_steps
+        if samples < self.minibatches:
             raise LbgymError(
-                f"PPOConfig.minibatches must be at most num_envs * num_steps = {self.num_envs * self.num_steps}, "
-                f"got {self.minibatches}"
+                f"PPOConfig.minibatches must be at most num_envs * num_steps = {samples}, got {self.minibatches}"
+            )
+        size = math.ceil(samples / self.minibatches)
+        if self.normalize_advantage and 1 in (size, samples % size):
+            # A single sample has no standard deviation.
+            raise InvalidOptionError(
+                f"PPOConfig.minibatches={self.minibatches} leaves a minibatch of one sample of num_envs * num_steps = "
+                f"{self.num_envs} * {self.num_steps}: normalize_advantage needs at least 2"
             )
 
 
@@ -168,6 +185,7 @@ def train_ppo(
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment.
+        DivergedError: if the network is not finite any more; the state before that is saved.
         FileWriteError: if the checkpoint cannot be written.
         MissingExtraError: if TensorBoard is asked for and not installed.
     """

@@ -6,14 +6,14 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import check_writable, write_whole
-from ..errors import FileWriteError, MissingExtraError
+from ..errors import DivergedError, FileWriteError, MissingExtraError
 
 try:
     import torch
@@ -164,7 +164,8 @@ class Reporter:
     def saving(self, last: Callable[[], object] | None = None) -> Iterator[None]:
         """Write the last checkpoint when the block ends, is interrupted or fails.
 
-        A failure before the first update writes nothing, which keeps an earlier file.
+        A failure before the first update writes nothing, which keeps an earlier file. Where the state to save has
+        diverged, the failure was no more than a consequence: the error that says so takes its place.
 
         Args:
             last: writes it; None: ``save``.
@@ -251,12 +252,38 @@ def output_file(out: str | os.PathLike[str] | None, name: str) -> Path | None:
     return path
 
 
-def write_torch(path: Path, state: Any) -> None:
-    """Write tensors and plain data, whole or not at all.
+def check_parameters(parameters: Mapping[str, Any], step: int) -> None:
+    """Check that parameters, by name, are finite numbers after so many environment steps.
 
     Raises:
+        DivergedError: naming the first that are not.
+    """
+    for name, value in parameters.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise DivergedError(
+                f"the training has diverged by step {step:,}: the network's {name} is not finite any more; "
+                f"a smaller learning_rate may help"
+            )
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Check that the networks of a checkpoint's contents are finite: what acts, and what SAC-GRU has beside it.
+
+    Raises:
+        DivergedError: if they are not.
+    """
+    check_parameters(state["network"]["parameters"], state["step"])
+    check_parameters(state["trainer"].get("agent", {}), state["step"])
+
+
+def write_torch(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint's contents, whole or not at all.
+
+    Raises:
+        DivergedError: if its networks are not finite; a file that was there is untouched.
         FileWriteError: if the file cannot be written.
     """
+    check_state(state)
     # On a full disk torch's own writer raises an internal error.
     buffer = io.BytesIO()
     torch.save(state, buffer)

@@ -34,6 +34,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
 
 from ..atomic import check_writable
+from ..checks import items, number
 from ..env.observations import ObservationLayout
 from ..errors import CheckpointError, InvalidOptionError, LbgymError, MissingExtraError
 
@@ -49,7 +50,7 @@ from ..policies.inputs import server_inputs
 from ..policies.networks import Moments, RecurrentActor, RecurrentNetwork, draw
 from ..policies.neural import SACGRUPolicy
 from .checkpoints import check_shapes, network_shapes
-from .config import TrainingConfig, current_fields, plain_config
+from .config import NOT_NEGATIVE, POSITIVE, POSITIVE_LIMIT, SHARE, TrainingConfig, current_fields, plain_config
 from .env_interface import EnvInterface
 from .loop import Trainer
 from .replay import Batch, Replay
@@ -117,11 +118,20 @@ class SACGRUConfig(TrainingConfig):
         "batch_size": 1,
         "sequence_length": 1,
         "burn_in": 0,
+        "replay": 1,
         "warmup": 0,
+    }
+    numbers: ClassVar[dict[str, dict[str, Any]]] = TrainingConfig.numbers | {
+        "temperature_rate": NOT_NEGATIVE,
+        "tau": SHARE,
+        "target_entropy": {},
+        "initial_temperature": POSITIVE,
+        "max_grad_norm": POSITIVE_LIMIT,
     }
 
     def __post_init__(self) -> None:
-        self.action_weights = tuple(float(w) for w in self.action_weights)
+        name = "SACGRUConfig.action_weights"
+        self.action_weights = tuple(number(f"each of {name}", w) for w in items(name, self.action_weights))
         super().__post_init__()
         action_type = self.observation_kwargs()["action_type"]
         if action_type not in ("discrete", "joint"):
@@ -593,6 +603,7 @@ def train_sac_gru(
 
     Raises:
         CheckpointError: if the checkpoint does not fit the environment.
+        DivergedError: if the networks are not finite any more; the state before that is saved.
         FileWriteError: if the checkpoint cannot be written.
         MissingExtraError: if TensorBoard is asked for and not installed.
     """

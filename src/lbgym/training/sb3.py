@@ -25,7 +25,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from ..errors import CheckpointError, LbgymError, MissingExtraError, UnknownNameError
+from ..errors import CheckpointError, InvalidOptionError, LbgymError, MissingExtraError, UnknownNameError
 
 try:
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -41,7 +41,7 @@ except ModuleNotFoundError as error:
 
 from ..atomic import write_whole
 from .config import PER_ALGORITHM, AlgorithmConfig, check_recipe, check_same, current_fields, plain_config
-from .runs import Budget, Callback, Progress, Reporter, log_folder, output_file, torch_threads
+from .runs import Budget, Callback, Progress, Reporter, check_parameters, log_folder, output_file, torch_threads
 
 if TYPE_CHECKING:
     from ..env.vector import LoadBalanceVectorEnv
@@ -278,6 +278,9 @@ class SB3Config(AlgorithmConfig):
     autoreset_mode: ClassVar[AutoresetMode] = AutoresetMode.SAME_STEP
     algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
     framework: ClassVar[tuple[str, str]] = ("Stable-Baselines3", "ppo")
+    # No steps at all leave the model as it is made.
+    whole_numbers: ClassVar[dict[str, int]] = AlgorithmConfig.whole_numbers | {"total_steps": 0}
+    numbers: ClassVar[dict[str, dict[str, Any]]] = AlgorithmConfig.numbers | {"log_std": {}}
     needed: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
@@ -289,6 +292,12 @@ class SB3Config(AlgorithmConfig):
             raise LbgymError(
                 f"there is no network {self.network!r} for {self.algorithm!r}, only for {', '.join(having)}: use "
                 f"network {next(iter(kind.networks))!r}"
+            )
+        normalizes = self.algorithm in ("ppo", "recurrent-ppo") and self.options.get("normalize_advantage", True)
+        if normalizes and self.num_envs * self.num_steps < 2:
+            raise InvalidOptionError(
+                f"SB3Config.num_envs * num_steps = {self.num_envs} * {self.num_steps} is a minibatch of one sample: "
+                f"normalize_advantage needs at least 2"
             )
 
     def observation_kwargs(self) -> dict[str, Any]:
@@ -316,6 +325,10 @@ class _Watch(BaseCallback):
         self.reward = 0.0
         self.steps = 0
         self.stop = False
+
+    def _on_rollout_start(self) -> None:
+        # Said here, before the environment refuses what such a network does.
+        _check_finite(self.model)
 
     def _on_step(self) -> bool:
         normalizer = self.training_env
@@ -373,6 +386,7 @@ def train_sb3(
 
     Raises:
         CheckpointError: if the model does not fit the environment, or is of another algorithm, network or width.
+        DivergedError: if its networks are not finite any more; nothing is saved then.
         MissingExtraError: for "recurrent-ppo" without sb3-contrib.
         UnknownNameError: for an option that the algorithm does not have.
     """
@@ -467,6 +481,10 @@ def replay_file(path: Path) -> Path:
     return path.with_suffix(".replay.pkl")
 
 
+def _check_finite(model: BaseAlgorithm) -> None:
+    check_parameters(model.policy.state_dict(), model.num_timesteps)
+
+
 def _save(model: BaseAlgorithm, path: Path, *, replay: bool = False) -> None:
     def save(stream: BinaryIO) -> None:
         assert isinstance(stream, io.BufferedIOBase)
@@ -477,6 +495,7 @@ def _save(model: BaseAlgorithm, path: Path, *, replay: bool = False) -> None:
         assert isinstance(model, OffPolicyAlgorithm)
         model.save_replay_buffer(stream)
 
+    _check_finite(model)
     env = model.get_env()
     assert isinstance(env, VecNormalize)
     scale = env.ret_rms

@@ -13,7 +13,7 @@ import typer
 from ...errors import RegionError
 from ...features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from ...formatting import age, seconds, short, shortened
-from .._console import print_json, results_console
+from .._console import heading, print_json, results_console
 from .._words import lease, since, state
 from ._arguments import Name
 
@@ -174,12 +174,12 @@ def _show(document: dict[str, Any]) -> None:
     console = results_console()
     header, producer, agent = document["header"], document["producer"], document["agent"]
     observation, action = document["observation"], document["action"]
-    console.print(f"[bold]{document['name']}[/bold]  {escape(header['driver'])}", soft_wrap=True)
+    console.print(heading(document["name"], f"  {header['driver']}"), soft_wrap=True)
     facts = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     facts.add_column(style="dim", no_wrap=True)
     facts.add_column(overflow="fold")
     facts.add_row(
-        "file", f"{document['path']}, {document['size']:,} bytes, {document['mode']}, user {document['user']}, "
+        "file", f"{escape(document['path'])}, {document['size']:,} bytes, {document['mode']}, user {document['user']}, "
         f"group {document['group']}",
     )  # fmt: skip
     facts.add_row(

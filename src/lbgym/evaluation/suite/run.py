@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -62,7 +63,8 @@ def run_suite(
 
     Raises:
         UnknownNameError: for an unknown rule or policy.
-        PolicyError: for a model that does not fit a scenario, or two contenders of the same name.
+        PolicyError: for a model that does not fit a scenario, two contenders of the same name, or another contender of
+            the baseline's name.
         ResultError: for a file of another protocol or contender in the way, or one that another process writes.
         InvalidOptionError: for options that make no sense.
         FileWriteError: if a file cannot be written.
@@ -83,6 +85,13 @@ def run_suite(
     baseline = parse_contender(protocol.baseline)
     if baseline.label not in asked:
         chosen.append(baseline)
+    for contender in chosen:
+        # Scores are over whatever has the baseline's label.
+        if contender.label == baseline.label and contender != baseline:
+            raise PolicyError(
+                f"{baseline.label!r} is the protocol's baseline, and that label was given to another contender "
+                f"({_spelled(contender)}): name it otherwise"
+            )
     entries = [Entry.of(contender, protocol) for contender in chosen]
     files = [entry.file_name for entry in entries]
     for file in files:
@@ -114,6 +123,11 @@ def run_suite(
     return [results[label] for label in asked]
 
 
+def _spelled(contender: Contender) -> str:
+    """What a contender is, whatever its label."""
+    return "+".join(part for part in (contender.dispatch, contender.path or contender.policy) if part)
+
+
 def _made(
     protocol: Protocol, jobs: Sequence[Job], backend: Backend, address: str | None, processes: int | None
 ) -> Iterator[tuple[Job, Run]]:
@@ -133,6 +147,20 @@ def versions() -> dict[str, str]:
 
     packages = {name: version(name) for name in ("numpy", "numba")}
     return {"lbgym": __version__, "python": platform.python_version(), **packages, "machine": platform.machine()}
+
+
+def _run_of(document: Any, line: int) -> tuple[str, int, dict[str, float]]:
+    """The case, the seed and the metrics that a line of a journal holds.
+
+    Raises:
+        ValueError: if it is another kind of JSON.
+    """
+    match document:
+        case [str() as case, int() as seed, dict() as values] if values.keys() == {*KEPT} and all(
+            isinstance(x, (int, float)) and math.isfinite(x) and x >= 0 for x in values.values()
+        ):
+            return case, seed, values
+    raise ValueError(f"line {line} is no run with {', '.join(KEPT)}")
 
 
 class _Journal:
@@ -229,7 +257,8 @@ class _Journal:
             raise ResultError(
                 f"{str(self._path)!r} has runs of another protocol, contender or version than asked for now: remove it"
             )
-        for case, seed, values in map(json.loads, lines[1:]):
+        for number, line in enumerate(lines[1:], start=2):
+            case, seed, values = _run_of(json.loads(line), number)
             self.runs[case, seed] = values
         if whole != text:
             stream.truncate(len(whole.encode()))

@@ -11,12 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ResultError, UnknownNameError
+from ..contenders import parse_contender
 from ..statistics import CONFIDENCE, mean_interval
 from .protocol import Protocol
 from .results import SuiteResult
@@ -50,7 +52,8 @@ class Scores:
         seeds: those of all.
 
     Raises:
-        ResultError: for results of another protocol or other seeds, without all cases, or without the baseline.
+        ResultError: for results of another protocol or other seeds, without all cases, without the baseline, or of
+            another contender under its name.
     """
 
     def __init__(self, protocol: Protocol, results: Sequence[SuiteResult]) -> None:
@@ -68,6 +71,13 @@ class Scores:
         if protocol.baseline not in self.results:
             raise ResultError(
                 f"there is no result of the baseline {protocol.baseline!r}: run it, or give its file as well"
+            )
+        baseline, entry = parse_contender(protocol.baseline), self.results[protocol.baseline].entry
+        model = None if baseline.path is None else Path(baseline.path).name
+        if (entry.dispatch, entry.policy, entry.model) != (baseline.dispatch, baseline.policy, model):
+            raise ResultError(
+                f"the result of {entry.label!r} is not of the baseline of that name, but of rule {entry.dispatch!r} "
+                f"with {entry.policy or entry.model!r}: leave it out, and run the baseline"
             )
         self.seeds = self.results[protocol.baseline].seeds
         for result in results:

@@ -28,10 +28,16 @@ def read_parquet(data: bytes, file: Path, options: Mapping[str, Any]) -> Rows:
     timestamps = False
     try:
         parquet = pq.ParquetFile(pa.BufferReader(data))
-        missing = [name for name in names if name not in parquet.schema_arrow.names]
+        known = parquet.schema_arrow.names
+        missing = [name for name in names if name not in known]
         if missing:
-            found = ", ".join(parquet.schema_arrow.names)
+            found = ", ".join(known)
             raise TraceError(f"{file}: no column {missing[0]!r} in the Parquet trace; it has: {found}")
+        for name in names:
+            if known.count(name) > 1:
+                raise TraceError(
+                    f"{file}: the Parquet trace has {known.count(name)} columns {name!r}, which must be one"
+                )
         table = parquet.read(columns=list(dict.fromkeys(names)))
         for name in names:
             column = table.column(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...checks import choice
-from ...errors import InvalidOptionError, MissingExtraError
+from ...errors import MissingExtraError
 
 try:
     with warnings.catch_warnings():
@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 from ...env.multi_agent_vector import REWARD_SHARINGS, MultiLoadBalanceVectorEnv
 from ...scenarios import AnyScenario
-from ..config import PER_ALGORITHM, AlgorithmConfig
+from ..config import OF_SEVERAL, PER_ALGORITHM, AlgorithmConfig
 
 #: Keys of the environment by action type, unless given. Two levels make 2 ** 7 joint actions of the 7 servers
 #: of "marllb-moderate", three would make 2,187; and weights that are too far apart at random overload servers.
@@ -30,9 +30,6 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "normalized": {"min_weight": 0.25, "max_weight": 4.0},
     "index": {"min_weight": 0.25, "max_weight": 4.0},
 }
-
-#: Keys of the environment that concern several balancers; a single one has none of them.
-_OF_SEVERAL = ("num_balancers", "reward_sharing", "action_offsets", "action_delay")
 
 
 @dataclass(frozen=True)
@@ -146,20 +143,25 @@ class BenchMARLConfig(AlgorithmConfig):
     algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
     framework: ClassVar[tuple[str, str]] = ("BenchMARL", "mappo")
     per_algorithm: ClassVar[tuple[str, ...]] = ("num_steps", "learning_rate")
-    whole_numbers: ClassVar[dict[str, int]] = AlgorithmConfig.whole_numbers | {"batch_size": 1, "optimizer_steps": 1}
+    whole_numbers: ClassVar[dict[str, int]] = AlgorithmConfig.whole_numbers | {
+        "num_balancers": 1, "batch_size": 1, "optimizer_steps": 1,
+    }  # fmt: skip
+    numbers: ClassVar[dict[str, dict[str, Any]]] = AlgorithmConfig.numbers | {
+        "exploration": {"above": 0.0, "high": 1.0}
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("reward sharing", self.reward_sharing, REWARD_SHARINGS, where="BenchMARLConfig")
-        if not 0.0 < self.exploration <= 1.0:
-            raise InvalidOptionError(
-                f"BenchMARLConfig.exploration must be above 0 and at most 1, got {self.exploration!r}"
-            )
         self.env_kwargs = {**WEIGHTS.get(self.action_type, {}), **self.env_kwargs}
+
+    def environment_keys(self) -> set[str]:
+        """All keys that the environment has, but for the number of replicas and the autoreset mode."""
+        return super().environment_keys() | {*OF_SEVERAL}
 
     def observation_kwargs(self) -> dict[str, Any]:
         """The environment keys that a balancer's observations and actions depend on, also where it is alone."""
-        return {k: v for k, v in super().observation_kwargs().items() if k not in _OF_SEVERAL}
+        return {k: v for k, v in super().observation_kwargs().items() if k not in OF_SEVERAL}
 
     def environment_kwargs(self) -> dict[str, Any]:
         """All keys of the environment to train on, but the number of replicas and the autoreset mode."""

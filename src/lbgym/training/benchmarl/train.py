@@ -40,7 +40,17 @@ from ...policies.networks import NETWORKS
 from ...policies.neural import ExportedPolicy
 from ..checkpoints import check_shapes, network_shapes, write_policy
 from ..config import check_recipe, check_same
-from ..runs import Budget, Callback, Progress, Reporter, log_folder, output_file, summary_writer, torch_threads
+from ..runs import (
+    Budget,
+    Callback,
+    Progress,
+    Reporter,
+    check_parameters,
+    log_folder,
+    output_file,
+    summary_writer,
+    torch_threads,
+)
 from ..torchrl_env import GROUP
 from .config import ALGORITHMS, BenchMARLConfig
 from .model import LoadBalanceModel, LoadBalanceModelConfig
@@ -357,6 +367,8 @@ def _save(
         getattr(experiment.algorithm_config, name, False) for name in ("use_tanh_normal", "use_tanh_mapping")
     )
     network, arguments, parameters = _actor(config, experiment, facts)
+    # First: no two networks that are not finite act alike.
+    check_parameters(parameters, budget.step)
     _check_equal(experiment, network, arguments, parameters, squash)
     write_policy(
         path,

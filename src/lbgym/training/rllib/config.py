@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from gymnasium.vector import AutoresetMode
 
 from ...errors import LbgymError
-from ..config import PER_ALGORITHM, AlgorithmConfig
+from ..config import OF_SEVERAL, PER_ALGORITHM, AlgorithmConfig
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,9 @@ class RLlibConfig(AlgorithmConfig):
     algorithms: ClassVar[Mapping[str, Algorithm]] = ALGORITHMS
     framework: ClassVar[tuple[str, str]] = ("RLlib", "ppo")
     per_algorithm: ClassVar[tuple[str, ...]] = (*AlgorithmConfig.per_algorithm, "env_runners")
-    whole_numbers: ClassVar[dict[str, int]] = AlgorithmConfig.whole_numbers | {"env_runners": 0}
+    # No steps at all leave the policy as it is made.
+    whole_numbers: ClassVar[dict[str, int]] = AlgorithmConfig.whole_numbers | {"env_runners": 0, "total_steps": 0}
+    numbers: ClassVar[dict[str, dict[str, Any]]] = AlgorithmConfig.numbers | {"log_std": {}}
 
     def __post_init__(self) -> None:
         if self.multi_agent:
@@ -213,6 +215,10 @@ class RLlibConfig(AlgorithmConfig):
                 f"the env runners share the replicas evenly: RLlibConfig.num_envs must be a multiple of "
                 f"env_runners={self.env_runners}, got {self.num_envs}"
             )
+
+    def environment_keys(self) -> set[str]:
+        """All keys that the environment has, but for the number of replicas and the autoreset mode."""
+        return super().environment_keys() | ({*OF_SEVERAL} if self.multi_agent else set())
 
     def environment_kwargs(self) -> dict[str, Any]:
         """All keys of the environment to train on, but the number of replicas and the autoreset mode."""
