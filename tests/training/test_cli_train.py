@@ -69,6 +69,24 @@ def test_json_and_resume(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert read_checkpoint(tmp_path / "ppo.pt")["config"]["scenario"] == "uniform"
 
 
+def test_a_budget_that_is_used_up_is_said_to_be(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "agent.pt"
+    for trained in ("steps/s", "nothing was trained: --steps and --seconds count what was trained before"):
+        again = ("--resume", path, "--no-tensorboard") if path.exists() else (*SHORT, "--out", path)
+        code, out, _ = in_process(capsys, *again, "--steps", 200)
+        assert code == 0 and trained in out
+
+
+@pytest.mark.parametrize("name", ["agent.zip", "notes.txt"])
+def test_a_checkpoint_takes_the_place_of_no_other_file(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    code, _, err = in_process(capsys, *SHORT, "--steps", 200, "--out", tmp_path / name)
+    assert code == 2 and f"a checkpoint of this recipe ends in .pt, got '{tmp_path / name}'" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_stable_baselines3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("stable_baselines3")
     arguments = (*SHORT, "--algo", "sb3-ppo", "--steps", 400, "--action-type", "discrete")

@@ -42,7 +42,7 @@ class Backend(StrEnum):
 
 # no commas: the longest name just fits the column of a narrow terminal
 ALGO_HELP = f"The recipe, one of {' '.join(RECIPES)}"
-SET_HELP = "KEY=VALUE, any setting of the recipe's configuration, the value as in TOML. Can be given often."
+SET_HELP = "KEY=VALUE, any setting of the recipe's configuration, the value as in TOML. May be repeated."
 
 
 def train(
@@ -57,8 +57,17 @@ def train(
         Path | None, typer.Option("--config", "-c", help="TOML file: algo, and settings of the recipe's configuration.")
     ] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help=SET_HELP)] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Environment steps to train, over all replicas.")] = None,
-    seconds: Annotated[float | None, typer.Option(min=0.1, help="Seconds to train, compilation not counted.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Environment steps to train, over all replicas, those before --resume included.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Seconds to train, those before --resume included and compilation not."),
+    ] = None,
     num_envs: Annotated[int | None, typer.Option(min=1, help="Replicas of the scenario, stepped at once.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seeds everything.")] = None,
     reward: Annotated[str | None, typer.Option(help="What is maximised; any reward of the environment.")] = None,
@@ -105,7 +114,7 @@ def train(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")] = False,
 ) -> None:
-    """Train a policy; it is saved now and then, at the end, and when interrupted.
+    """Train a policy; it is saved from time to time, at the end, and when interrupted.
 
     What is not given comes from --config, then from the checkpoint of --resume, then from the recipe's defaults.
     Ctrl-C ends the training after the update in progress, saves the checkpoint and exits with code 130.
@@ -252,5 +261,7 @@ def _report(scenario: str, checkpoint: Path, history: list[Progress]) -> None:
     if history:
         last = history[-1]
         typer.echo(f"{last.step:,} steps in {last.seconds:.1f} s, {last.step / last.seconds:,.0f} steps/s")
+    else:
+        typer.echo("nothing was trained: --steps and --seconds count what was trained before, and are used up")
     typer.echo(f"checkpoint: {checkpoint}")
     typer.echo(f"compare it: lbgym compare --scenario {scenario} --policies lsq,sed,{checkpoint}")

@@ -27,7 +27,7 @@ def tune(
             "--param",
             "-p",
             help="SETTING=DISTRIBUTION, such as learning_rate=loguniform(1e-4,1e-2), gamma=uniform(0.9,0.99), "
-            "hidden=choice(32,64), epochs=randint(1,5), num_steps=grid(8,16,32). Can be given often.",
+            "hidden=choice(32,64), epochs=randint(1,5), num_steps=grid(8,16,32). May be repeated.",
         ),
     ],
     scenario: Annotated[

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import check_writable, write_whole
-from ..errors import DivergedError, FileWriteError, MissingExtraError
+from ..errors import DivergedError, FileWriteError, InvalidOptionError, MissingExtraError
+from ..policies.trained import TRAINED_SUFFIXES
 
 try:
     import torch
@@ -242,11 +243,14 @@ def output_file(out: str | os.PathLike[str] | None, name: str) -> Path | None:
 
     Raises:
         FileWriteError: if it cannot be written.
+        InvalidOptionError: if ``out`` is a file, or the name of one, of another kind.
     """
     if out is None:
         return None
-    path = Path(out)
-    if path.suffix != Path(name).suffix:
+    path, suffix = Path(out), Path(name).suffix
+    if path.suffix != suffix:
+        if path.suffix in TRAINED_SUFFIXES or path.is_file():
+            raise InvalidOptionError(f"a checkpoint of this recipe ends in {suffix}, got {os.fspath(out)!r}")
         path = path / name
     check_writable(path)
     return path
