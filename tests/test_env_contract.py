@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
 import lbgym
-from lbgym import LoadBalanceEnv
+from lbgym import FlowDispatchEnv, LoadBalanceEnv, MultiLoadBalanceEnv
 from lbgym.env.wrappers import LegacyGymWrapper
 from lbgym.errors import (
     InvalidActionError,
@@ -424,6 +425,21 @@ def test_same_seed_same_bits() -> None:
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
     assert rollout(env, 6)[1] != one[1]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+@pytest.mark.parametrize("make", [LoadBalanceEnv, MultiLoadBalanceEnv, FlowDispatchEnv])
+def test_a_seed_may_be_of_any_whole_type(make: Callable[[], Any], kind: Any) -> None:
+    env = make()
+
+    def first(seed: Any) -> Any:
+        observation = env.reset(seed=seed)[0]
+        return observation["lb_0"] if isinstance(observation, dict) else observation
+
+    np.testing.assert_array_equal(first(kind(3)), first(3))
+    for wrong in (3.0, np.float64(3), -1, True, "3", [3]):
+        with pytest.raises(InvalidOptionError, match="seed must be a whole number of at least 0"):
+            env.reset(seed=wrong)
 
 
 def test_episodes_without_a_seed_differ_but_follow_from_the_first() -> None:

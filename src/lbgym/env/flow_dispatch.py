@@ -20,7 +20,7 @@ from ..scenarios import AnyScenario, load_scenario
 from .core import SpecWithLimit
 from .info import active_ids
 from .observations import COUNT_GAIN, LAYOUTS, TIME_GAIN, TIME_UNIT, log_scale
-from .options import check_seed
+from .options import checked_seed
 from .replicas import ReplicaVectorEnv, with_masks
 
 if TYPE_CHECKING:
@@ -396,11 +396,11 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
 
         Seeds, options and errors are those of :meth:`LoadBalanceEnv.reset <lbgym.LoadBalanceEnv.reset>`.
         """
-        check_seed(seed)
+        seed = checked_seed(seed)
         source = self._core.source_with(options or {})
         if seed is not None:
             self.np_random = seeding.np_random(seed)[0]
-            self._np_random_seed = int(seed)
+            self._np_random_seed = seed
         self._core.begin([int(self.np_random.integers(1 << 63))], self._one, source)
         self._over = ~self._one
         self._fcts = []

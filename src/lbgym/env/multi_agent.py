@@ -14,7 +14,7 @@ from ..checks import whole
 from ..errors import InvalidActionError, InvalidOptionError, MissingExtraError, ResetNeeded, UnknownNameError
 from .balancers import CentralState, balancers_core
 from .core import CoreView
-from .options import EnvOptions, check_seed
+from .options import EnvOptions, checked_seed
 from .single import LoadBalanceEnv
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class MultiLoadBalanceEnv(CoreView, _Parallel or object):  # type: ignore[misc]
             UnknownNameError, InvalidOptionError, ScenarioError: for options that make no sense; the episode under way
                 is left as it was.
         """
-        check_seed(seed)
+        seed = checked_seed(seed)
         core = self._core
         # PettingZoo's own checks pass an option of this name to see that options are taken.
         source = core.plane.source({key: value for key, value in (options or {}).items() if key != "options"})

@@ -120,11 +120,10 @@ class EnvOptions:
         raise InvalidOptionError(f"num_servers={wanted}, but {has}; leave num_servers out, or {rest}")
 
 
-def check_seed(seed: Any) -> None:
-    """Refuse values that cannot be a seed.
+def checked_seed(seed: Any) -> int | None:
+    """A seed as Python's own number, which Gymnasium insists on; None stays None.
 
     Raises:
         InvalidOptionError: unless ``seed`` is None or a whole number of at least 0.
     """
-    if seed is not None:
-        whole("seed", seed, low=0)
+    return None if seed is None else whole("seed", seed, low=0)

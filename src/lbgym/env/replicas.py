@@ -12,9 +12,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..checks import whole
+from ..checks import items, whole
 from ..errors import InvalidOptionError, ResetNeeded, UnknownNameError
-from .options import check_seed
+from .options import checked_seed
 
 #: Most replicas of a vector environment.
 MAX_REPLICAS = 10_000_000
@@ -78,13 +78,12 @@ class Replicas:
         if seed is None:
             return [None] * self.num_envs
         if isinstance(seed, (int, np.integer)):
-            check_seed(seed)
-            return [int(seed) + i for i in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise InvalidOptionError(f"reset takes {self.num_envs} seeds, one per replica, got {len(seed)}")
-        for each in seed:
-            check_seed(each)
-        return seed
+            first = whole("seed", seed, low=0)
+            return [first + i for i in range(self.num_envs)]
+        seeds = items("seed", seed, "whole numbers, one per replica, or one for all of them")
+        if len(seeds) != self.num_envs:
+            raise InvalidOptionError(f"reset takes {self.num_envs} seeds, one per replica, got {len(seeds)}")
+        return [checked_seed(each) for each in seeds]
 
     def _seed(self, mask: NDArray[np.bool_], seeds: Sequence[int | None]) -> None:
         """Give the masked replicas new generators, where they have a seed or never had one."""
