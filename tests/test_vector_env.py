@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from lbgym import LoadBalanceEnv, LoadBalanceVectorEnv
+from lbgym import FlowDispatchVectorEnv, LoadBalanceEnv, LoadBalanceVectorEnv, MultiLoadBalanceVectorEnv
 from lbgym.errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnknownNameError
 from lbgym.scenarios import Scenario, Server, Workload
 
@@ -292,6 +292,16 @@ def test_bad_reset_masks(mask: Any) -> None:
     env.reset(seed=0)
     with pytest.raises((ValueError, TypeError), match="reset_mask"):
         env.reset(options={"reset_mask": mask})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [LoadBalanceVectorEnv, MultiLoadBalanceVectorEnv, FlowDispatchVectorEnv])
+def test_the_first_reset_is_of_every_replica(make: Any, mode: AutoresetMode) -> None:
+    env = make(3, autoreset_mode=mode, scenario=small_scenario())
+    with pytest.raises(ResetNeeded, match=r"first reset must be of every replica.*reset_mask"):
+        env.reset(seed=0, options={"reset_mask": np.array([True, False, False])})
+    env.reset(seed=0, options={"reset_mask": np.ones(3, np.bool_)})
+    env.step(env.action_space.sample())
 
 
 def test_reset_options_reach_the_replicas() -> None:

@@ -524,11 +524,10 @@ class FlowDispatchVectorEnv(SpecWithLimit, ReplicaVectorEnv):
 
         Raises:
             InvalidOptionError: for a bad mask or seeds, and as the single environment.
+            ResetNeeded: if it is the first reset, and the mask leaves replicas out.
         """
-        mask, rest = self._split(options)
+        mask, rest = self._split(options, first=self._core.decision is None)
         seeds = self._seeds(seed)
-        if self._core.decision is None and not mask.all():
-            raise ResetNeeded("the first reset must be of every replica, got a reset_mask that leaves some out")
         source = self._core.source_with(rest)
         self._seed(mask, seeds)
         self._core.begin(self._draw_seeds(mask), mask, source)

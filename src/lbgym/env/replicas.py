@@ -59,8 +59,15 @@ class Replicas:
         self.observation_space = batch_space(observation, self.num_envs)
         self.action_space = batch_space(action, self.num_envs)
 
-    def _split(self, options: Mapping[str, Any] | None) -> tuple[NDArray[np.bool_], dict[str, Any]]:
-        """The replicas that a reset with these ``options`` is for, and the other options."""
+    def _split(
+        self, options: Mapping[str, Any] | None, *, first: bool
+    ) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+        """The replicas that a reset with these ``options`` is for, and the other options.
+
+        Raises:
+            InvalidOptionError: for a bad mask.
+            ResetNeeded: if it is the ``first`` reset, and not of every replica.
+        """
         rest = dict(options or {})
         mask = rest.pop("reset_mask", None)
         if mask is None:
@@ -71,6 +78,8 @@ class Replicas:
             )
         if not mask.any():
             raise InvalidOptionError("the option reset_mask must mark at least one replica, got none")
+        if first and not mask.all():
+            raise ResetNeeded("the first reset must be of every replica, got a reset_mask that leaves some out")
         return mask.copy(), rest
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
