@@ -34,6 +34,16 @@ LAYOUTS = ["matrix", "flat", "dict"]
 ACTIONS = ["discrete", "joint", "continuous", "normalized"]
 COMBINATIONS = list(itertools.product(LAYOUTS, ACTIONS, [False, True], [False, True]))
 
+BOOLEANS = [
+    "use_ground_truth",
+    "relative_to_configured",
+    "observe_weights",
+    "observe_background",
+    "observe_configured",
+    "normalize",
+]
+WORDS = ["false", 0, None]
+
 # What the published spaces are known for; the normalized forms are free of it.
 INFINITE = "maximum value is infinity"
 ASYMMETRIC = "symmetric and normalized"
@@ -304,6 +314,7 @@ def test_step_after_the_end() -> None:
         ({"step_interval": math.nan}, ValueError, "step_interval"),
         ({"max_steps": 0}, ValueError, "max_steps"),
         ({"max_steps": 1.5}, ValueError, "max_steps"),
+        *(({key: value}, InvalidOptionError, f"{key} must be true or false") for key in BOOLEANS for value in WORDS),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
-from ..checks import choice, number
+from ..checks import boolean, choice, number
 from ..errors import InvalidActionError, InvalidOptionError
 from ..scenarios import Configured
 
@@ -302,7 +302,7 @@ def make_action_codec(
             configured ones.
     """
     choice("action type", action_type, ACTION_TYPES)
-    relative = bool(relative_to_configured)
+    relative = boolean("relative_to_configured", relative_to_configured)
     if relative and action_type == "continuous":
         raise InvalidOptionError(
             "relative_to_configured=True is for action_type 'normalized', 'discrete' or 'joint' ('index' always is), "

@@ -14,7 +14,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from ..checks import choice, number, whole
+from ..checks import boolean, choice, number, whole
 from ..errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnknownNameError
 from ..scenarios import AnyScenario, load_scenario
 from .core import SpecWithLimit
@@ -54,7 +54,7 @@ class FlowObservation:
 
     Raises:
         UnknownNameError: for another layout or field.
-        InvalidOptionError: for a field named twice, or none at all.
+        InvalidOptionError: for a field named twice, or none at all, or a ``normalize`` that is neither true nor false.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class FlowObservation:
             raise UnknownNameError("observation layout", observation, LAYOUTS)
         self.num_servers = num_servers
         self.observation = observation
-        self.normalize = normalize
+        self.normalize = boolean("normalize", normalize)
         self.server_fields = _fields("server_fields", server_fields, SERVER_FIELDS)
         self.flow_fields = _fields("flow_fields", flow_fields, FLOW_FIELDS)
         if not self.server_fields and not self.flow_fields:
@@ -173,9 +173,7 @@ class FlowEnvCore:
         reject_cost: float | None = None,
         drain: bool = False,
     ) -> None:
-        if not isinstance(drain, (bool, np.bool_)):
-            raise InvalidOptionError(f"drain must be True or False, got {drain!r}")
-        self.drain = bool(drain)
+        self.drain = boolean("drain", drain)
         self.source = load_scenario("park" if scenario is None else scenario)
         shape = self.source.reference
         self.max_steps = whole("max_steps", max_steps)

@@ -69,7 +69,7 @@ class EnvOptions:
         self.max_steps = whole("max_steps", max_steps)
         if max_episode_steps is not None:
             self.max_steps = min(self.max_steps, whole("max_episode_steps", max_episode_steps))
-        self.use_ground_truth = use_ground_truth
+        self.use_ground_truth = boolean("use_ground_truth", use_ground_truth)
         self.reward = make_reward(reward_type, reward_field)
         self._action: dict[str, Any] = {
             "action_type": action_type,
@@ -83,9 +83,9 @@ class EnvOptions:
             "features": features,
             "normalize": normalize,
             "use_ground_truth": use_ground_truth,
-            "observe_weights": boolean("observe_weights", observe_weights),
-            "observe_background": boolean("observe_background", observe_background),
-            "observe_configured": boolean("observe_configured", observe_configured),
+            "observe_weights": observe_weights,
+            "observe_background": observe_background,
+            "observe_configured": observe_configured,
         }
         # Bad keys are refused here, before a simulator is compiled or a region attached to.
         servers = self.num_servers or (1 if self.source is None else self.source.max_servers)

@@ -59,9 +59,7 @@ class Replicas:
         self.observation_space = batch_space(observation, self.num_envs)
         self.action_space = batch_space(action, self.num_envs)
 
-    def _split(
-        self, options: Mapping[str, Any] | None, *, first: bool
-    ) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+    def _split(self, options: Mapping[str, Any] | None, *, first: bool) -> tuple[NDArray[np.bool_], dict[str, Any]]:
         """The replicas that a reset with these ``options`` is for, and the other options.
 
         Raises:

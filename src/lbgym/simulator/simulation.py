@@ -114,7 +114,9 @@ class Simulation:
         bounds = np.linspace(0, self.num_replicas, count + 1).astype(int).tolist()
         self._parts = list(pairwise(bounds))
         self._dispatch = dispatch
-        self._reservoirs, self._service, self._record_flows = reservoirs, service, record_flows
+        self._reservoirs = checks.boolean("reservoirs", reservoirs, error=ScenarioError)
+        self._service = checks.boolean("service", service, error=ScenarioError)
+        self._record_flows = checks.boolean("record_flows", record_flows, error=ScenarioError)
         self._scenarios = [scenario] * self.num_replicas
         self._workers = Workers(self.num_threads - 1)
         self._started = np.zeros(self.num_replicas, np.bool_)
@@ -126,7 +128,7 @@ class Simulation:
         # for a free place.
         self._due = np.empty((0, self.num_balancers, 0))
         self._queued = np.empty((0, self.num_balancers, 0, 2, self.num_servers))
-        self._reservoir_capacity = scenario.sampling.capacity if reservoirs else 0
+        self._reservoir_capacity = scenario.sampling.capacity if self._reservoirs else 0
         self._state = at.allocate_state(
             self.num_replicas,
             self.num_servers,
@@ -134,8 +136,8 @@ class Simulation:
             flows=_INITIAL_FLOWS if self.num_servers < TREE_FROM else _INITIAL_FLOWS_OF_MANY,
             reservoir=self._reservoir_capacity,
             maglev=1,
-            log=_INITIAL_LOG if service else 1,
-            record=_INITIAL_LOG if record_flows else 1,
+            log=_INITIAL_LOG if self._service else 1,
+            record=_INITIAL_LOG if self._record_flows else 1,
         )
         self._parameters = at.allocate_parameters(self.num_replicas, self.num_servers)
         self._table_end = 0
