@@ -90,16 +90,10 @@ class LiveDataPlanes:
         """True if the last observation of each had CPU use, memory use and busy workers."""
         return all(plane.has_ground_truth for plane in self._planes)
 
-    @property
-    def has_index(self) -> bool:
-        """True if every data plane places flows by the index parameters of its agent."""
-        return all(plane.region.takes_index for plane in self._planes)
-
-    @property
-    def no_index_reason(self) -> str:
-        """Names the regions."""
+    def no_index_reason(self, source: AnyScenario | None = None) -> str | None:
+        """Names the regions that take no index parameters of an agent; None: every one takes them."""
         names = ", ".join(repr(plane.name) for plane in self._planes if not plane.region.takes_index)
-        return f"region {names} takes weights only"
+        return f"region {names} takes weights only" if names else None
 
     @property
     def info(self) -> Mapping[str, NDArray[Any]]:

@@ -153,15 +153,14 @@ class SimulatedDataPlane:
         self._draw(seeds, mask, self._source if source is None else source)
         return self.simulation.reset(seeds, mask)
 
-    @property
-    def has_index(self) -> bool:
-        """True if the dispatch rule counts flows by a formula that takes a background load."""
-        return RULES[self.simulation.dispatch].takes_background
-
-    @property
-    def no_index_reason(self) -> str:
-        """Names the dispatch rule."""
-        return f"its dispatch rule is {self.simulation.dispatch!r}; give dispatch='marginal' or another that counts"
+    def no_index_reason(self, source: AnyScenario | None = None) -> str | None:
+        """Names a dispatch rule of the episodes that counts flows by no formula that takes a background load."""
+        rules = (source or self._source).dispatch_rules if self._dispatch is None else (self._dispatch,)
+        without = [rule for rule in rules if not RULES[rule].takes_background]
+        if not without:
+            return None
+        is_or_may_be = "is" if len(rules) == 1 else "may be"
+        return f"its dispatch rule {is_or_may_be} {without[0]!r}; give dispatch='marginal' or another that counts"
 
     def step(
         self,

@@ -168,7 +168,7 @@ class MultiLoadBalanceEnv(CoreView, _Parallel or object):  # type: ignore[misc]
         seed = checked_seed(seed)
         core = self._core
         # PettingZoo's own checks pass an option of this name to see that options are taken.
-        source = core.plane.source({key: value for key, value in (options or {}).items() if key != "options"})
+        source = core.source_with({key: value for key, value in (options or {}).items() if key != "options"})
         if seed is not None or self._generator is None:
             self._generator = seeding.np_random(seed)[0]
         core.begin(_ALL, [int(self._generator.integers(1 << 63))], source)

@@ -185,7 +185,7 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
         """
         seed = checked_seed(seed)
         core = self._core
-        source = core.plane.source(options)
+        source = core.source_with(options)
         if seed is not None:
             self.np_random = seeding.np_random(seed)[0]
             self._np_random_seed = seed

@@ -55,7 +55,7 @@ class ReplicaEnv(CoreView, Replicas):
         core = self._core
         mask, rest = self._split(options, first=core.snapshot is None)
         seeds = self._seeds(seed)
-        source = core.plane.source(rest)
+        source = core.source_with(rest)
         self._seed(mask, seeds)
         core.begin(mask, self._draw_seeds(mask), source)
         self._over = core.over

@@ -491,6 +491,15 @@ class ScenarioDistribution:
         """Servers of the largest cluster: the N of an environment's observations and actions."""
         return self.base.num_servers if self.num_servers is None else int(max(_extremes(self.num_servers)))
 
+    @property
+    def dispatch_rules(self) -> tuple[str, ...]:
+        """Every dispatch rule that may be drawn."""
+        rule = self.dispatch
+        if isinstance(rule, Choice):
+            chances = rule.probabilities or (1.0,) * len(rule.values)
+            return tuple(name for name, chance in zip(rule.values, chances, strict=True) if chance > 0.0)
+        return (self.base.dispatch if rule is None else rule,)
+
     @cached_property
     def reference(self) -> Scenario:
         """The base with the largest number of servers: not a draw, but of the shape that holds every draw."""
