@@ -337,6 +337,23 @@ def test_nothing_to_strip() -> None:
     assert isinstance(caught.value, LbgymError)
 
 
+@pytest.mark.parametrize("observation", ["matrix", "flat", "dict"])
+def test_what_is_stripped_has_no_name_and_no_second_time(observation: str) -> None:
+    env = StripGroundTruth(load_balance(num_servers=5, use_ground_truth=True, observation=observation))
+    assert env.get_wrapper_attr("feature_columns") == FEATURE_NAMES
+    assert gymnasium.wrappers.TimeLimit(env, 5).get_wrapper_attr("feature_columns") == FEATURE_NAMES
+    with pytest.raises(UnsupportedSpaceError, match="use_ground_truth=True"):
+        StripGroundTruth(env)
+
+
+@pytest.mark.parametrize("observation", ["matrix", "dict"])
+def test_another_order_of_as_many_numbers_is_not_stripped(observation: str) -> None:
+    # Of dictionaries Gymnasium puts the features first and the mask last.
+    bare = load_balance(num_servers=15, use_ground_truth=True, observation=observation)
+    with pytest.raises(UnsupportedSpaceError, match="before wrappers that change the observation"):
+        StripGroundTruth(gymnasium.wrappers.FlattenObservation(bare))
+
+
 # LegacyGymWrapper
 
 

@@ -257,6 +257,7 @@ class StripGroundTruth(gymnasium.ObservationWrapper[Any, Any, Any], RecordConstr
         RecordConstructorArgs.__init__(self)
         gymnasium.ObservationWrapper.__init__(self, env)
         try:
+            layout = env.get_wrapper_attr("observation_layout")
             columns = tuple(env.get_wrapper_attr("feature_columns"))
         except AttributeError:
             raise UnsupportedSpaceError(f"StripGroundTruth needs an lbgym environment, got {env}") from None
@@ -266,23 +267,18 @@ class StripGroundTruth(gymnasium.ObservationWrapper[Any, Any, Any], RecordConstr
                 "StripGroundTruth needs an environment with ground-truth columns: construct it with "
                 f"use_ground_truth=True; it has {', '.join(columns)}"
             )
-        self._width = len(columns)
+        self._num_servers, self._width = layout.num_servers, len(columns)
         self._keep = np.array([c for c in range(self._width) if c not in truth])
         self._truth = np.array(truth)
         space = env.observation_space
-        features = space["features"] if isinstance(space, spaces.Dict) and "features" in space.spaces else space
-        shape = features.shape or ()
-        if isinstance(features, spaces.Box) and len(shape) == 2 and shape[1] == self._width:
-            self._num_servers = shape[0]
-        elif (
-            features is space and isinstance(space, spaces.Box) and len(shape) == 1 and not shape[0] % (self._width + 1)
-        ):
-            self._num_servers = shape[0] // (self._width + 1)
-        else:
+        # Not by the shape: a wrapper may put the same numbers elsewhere.
+        if space != layout.space:
             raise UnsupportedSpaceError(
-                f"StripGroundTruth needs the matrix, flat or dict observation of lbgym with {self._width} columns, "
+                f"StripGroundTruth needs the {layout.observation} observation of lbgym with {self._width} columns, "
                 f"got {space}; apply it before wrappers that change the observation"
             )
+        #: Names of the columns that are left.
+        self.feature_columns: tuple[str, ...] = tuple(columns[c] for c in self._keep)
         if isinstance(space, spaces.Dict):
             self.observation_space = spaces.Dict(
                 {name: self._box(sub) if name == "features" else sub for name, sub in space.spaces.items()}
