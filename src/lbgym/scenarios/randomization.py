@@ -304,6 +304,11 @@ class RandomEvents:
         for extreme in _extremes(self.value):
             Event(time=0.0, kind=self.kind, server=None if self.kind == "rate" else 0, value=extreme)
 
+    @property
+    def longest(self) -> float:
+        """The longest ``duration`` that may be drawn, seconds."""
+        return float(max(_extremes(self.duration)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDistribution:
@@ -431,7 +436,7 @@ class ScenarioDistribution:
         bursts = [event for event in self.events if event.kind == "rate"]
         factors = [e.value for e in self.base.events if e.kind == "rate" and e.value is not None]
         factors += [float(value) for event in bursts for value in _extremes(event.value)]
-        silences = [float(max(_extremes(e.duration))) for e in bursts if min(_extremes(e.value)) == 0.0]
+        silences = [e.longest for e in bursts if min(_extremes(e.value)) == 0.0]
         check_pace(where, rates, shapes if workload.trace is None else [], factors, max(silences, default=0.0))
 
     def _check_events(self, where: str) -> None:

@@ -225,6 +225,17 @@ class Simulation:
             self._parameters.pi[replicas, at.P_TABLE_LENGTH] = 0
             rows["pi"][at.P_TABLE_START] = self._add_to_table(entries)
             rows["pi"][at.P_TABLE_LENGTH] = len(entries)
+        self._put(rows, replicas)
+
+    def add_events(self, replica: int, scenario: model.Scenario) -> None:
+        """Give a replica, within its episode, a scenario that differs from its own by further events to come alone."""
+        rule = self._dispatch or scenario.dispatch
+        rows, _ = scenario_rows(scenario, rule, self._reservoirs, self._service, self._record_flows)
+        self._put({name: rows[name] for name in ("events", "rate_events")}, [replica])
+        self._scenarios[replica] = scenario
+
+    def _put(self, rows: dict[str, NDArray[Any]], replicas: list[int]) -> None:
+        """Write one scenario's rows of parameter arrays, which grow as they need."""
         self._parameters = at.widened(self._parameters, rows)
         where: Any = replicas[0] if len(replicas) == 1 else replicas
         for name, row in rows.items():
