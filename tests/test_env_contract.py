@@ -343,6 +343,8 @@ def test_unknown_constructor_key() -> None:
         ({"scenario": "marllb-moderate"}, "servers"),
         ({"events": [Event(time=1.0, kind="down", server=9)]}, "9"),
         ({"events": "down"}, "events|Event"),
+        ({"events": ["down"]}, "the option events must be a list of lbgym.scenarios.Event, got"),
+        ({"events": np.array(1.0)}, "the option events must be a list of lbgym.scenarios.Event, got"),
     ],
     ids=str,
 )
@@ -589,6 +591,18 @@ def test_load_and_rate_options() -> None:
     assert flows_in(env, 30, rate=10.0) == pytest.approx(300, rel=0.25)
     with_default = LoadBalanceEnv()
     assert usual == flows_in(with_default, 30)
+
+
+@pytest.mark.parametrize("of", [iter, np.array, lambda items: (item for item in items)], ids=["iter", "array", "yield"])
+def test_lists_may_be_anything_that_holds_some(of: Callable[[list[Any]], Any]) -> None:
+    env = LoadBalanceEnv(action_weights=of([1.0, 4.0]), features=of(["n_flow_on", "fct_mean"]))
+    assert env.action_codec.to_weights([0, 1, 1, 0]).tolist() == [1.0, 4.0, 4.0, 1.0]
+    assert env.observation_layout.features == ("n_flow_on", "fct_mean")
+    env.reset(seed=0, options={"events": of([Event(time=0.5, kind="down", server=2)])})
+    assert [env.step([0] * 4)[4]["active_servers"] for _ in range(3)][-1] == [0, 1, 3]
+    flows = FlowDispatchEnv(server_fields=of(["work", "active"]))
+    flows.reset(seed=0, options={"events": of([Event(time=0.0, kind="drain", server=1)])})
+    assert 1 not in flows.step(0)[4]["active_servers"]
 
 
 def test_options_hold_for_one_episode() -> None:

@@ -280,6 +280,8 @@ def test_bad_actions_change_nothing(changes: dict[str, Any], said: str) -> None:
         ({"shm_name": "x"}, "shm_names"),
         ({"shm_names": "x"}, "list"),
         ({"shm_names": []}, "list"),
+        ({"shm_names": iter([])}, "list"),
+        ({"shm_names": iter(["x", "y"]), "num_balancers": 3}, "2 regions"),
         ({"shm_names": ["x", "x"]}, "once"),
         ({"shm_names": ["x", "y"], "num_balancers": 3}, "2 regions"),
         ({"shm_names": ["x", "y"], "action_delay": 0.1}, "action_delay"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import items, shown
 from ..errors import InvalidOptionError, UnknownNameError
 from ..features.columns import FEATURE_NAMES
 from ..scenarios import AnyScenario, Configured, Scenario
@@ -47,8 +48,10 @@ class LiveDataPlanes:
         num_servers: int | None = None,
         scenario: AnyScenario | None = None,
     ) -> None:
-        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-            raise InvalidOptionError(f"shm_names must be a list of names of regions, one per balancer, got {names!r}")
+        kind = "names of regions, one per balancer"
+        names = items("shm_names", names, kind)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise InvalidOptionError(f"shm_names must be a list of {kind}, got {shown(list(names))}")
         if len(set(names)) < len(names):
             raise InvalidOptionError(f"shm_names must name each region once, got {list(names)!r}")
         if scenario is not None and scenario.varies:

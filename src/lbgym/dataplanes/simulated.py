@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import items, shown
 from ..errors import InvalidOptionError, InvalidWeightsError, UnknownNameError
 from ..features.columns import FEATURE_NAMES
 from ..scenarios import RULES, AnyScenario, Event, Scenario, load_scenario
@@ -43,9 +44,10 @@ def scenario_with_options(base: AnyScenario, options: Mapping[str, Any] | None) 
     if len(changes) == 2:
         raise InvalidOptionError(f"reset takes the option load or rate, not both; got {changes}")
     if options.get("events") is not None:
-        events = options["events"]
-        if isinstance(events, str) or not isinstance(events, Iterable) or not all(isinstance(e, Event) for e in events):
-            raise InvalidOptionError(f"the option events must be a list of lbgym.scenarios.Event, got {events!r}")
+        kind = "lbgym.scenarios.Event"
+        events = items("the option events", options["events"], kind)
+        if not all(isinstance(event, Event) for event in events):
+            raise InvalidOptionError(f"the option events must be a list of {kind}, got {shown(list(events))}")
         scenario = scenario.with_events(events)
     return scenario.with_changes(**changes) if changes else scenario
 

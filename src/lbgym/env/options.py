@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from ..checks import boolean, choice, seconds, whole
+from ..checks import boolean, choice, items, seconds, whole
 from ..errors import InvalidOptionError
 from ..scenarios import DISPATCH_RULES, AnyScenario, load_scenario
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .actions import ActionCodec, make_action_codec
-from .observations import ObservationLayout
+from .observations import ObservationLayout, features_named
 from .rendering import RENDER_MODES
 from .rewards import make_reward
 
@@ -71,16 +71,17 @@ class EnvOptions:
             self.max_steps = min(self.max_steps, whole("max_episode_steps", max_episode_steps))
         self.use_ground_truth = boolean("use_ground_truth", use_ground_truth)
         self.reward = make_reward(reward_type, reward_field)
+        # What is looked at more than once is taken over: an iterator would be empty the second time.
         self._action: dict[str, Any] = {
             "action_type": action_type,
-            "action_weights": action_weights,
+            "action_weights": None if action_weights is None else items("action_weights", action_weights),
             "min_weight": min_weight,
             "max_weight": max_weight,
             "relative_to_configured": relative_to_configured,
         }
         self._observation: dict[str, Any] = {
             "observation": observation,
-            "features": features,
+            "features": None if features is None else features_named(features),
             "normalize": normalize,
             "use_ground_truth": use_ground_truth,
             "observe_weights": observe_weights,
