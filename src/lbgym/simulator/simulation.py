@@ -120,6 +120,8 @@ class Simulation:
         self._scenarios = [scenario] * self.num_replicas
         self._workers = Workers(self.num_threads - 1)
         self._started = np.zeros(self.num_replicas, np.bool_)
+        #: Replicas with events of this episode beside those of their scenarios.
+        self._inserted: set[int] = set()
         self._pending = np.full(self.num_replicas, at.PAUSED)
         self._all_started = False
         self._output: at.Output | None = None
@@ -229,10 +231,15 @@ class Simulation:
 
     def add_events(self, replica: int, scenario: model.Scenario) -> None:
         """Give a replica, within its episode, a scenario that differs from its own by further events to come alone."""
+        self._scenarios[replica] = scenario
+        self._put_events(replica)
+
+    def _put_events(self, replica: int) -> None:
+        """Write the events of a replica's scenario, and no others."""
+        scenario = self._scenarios[replica]
         rule = self._dispatch or scenario.dispatch
         rows, _ = scenario_rows(scenario, rule, self._reservoirs, self._service, self._record_flows)
         self._put({name: rows[name] for name in ("events", "rate_events")}, [replica])
-        self._scenarios[replica] = scenario
 
     def _put(self, rows: dict[str, NDArray[Any]], replicas: list[int]) -> None:
         """Write one scenario's rows of parameter arrays, which grow as they need."""
@@ -299,6 +306,9 @@ class Simulation:
         return np.array([int(seed) & _MASK64 for seed in seeds], np.uint64)
 
     def _reset(self, output: at.Output, words: NDArray[np.uint64], mask: NDArray[np.bool_]) -> None:
+        for r in [r for r in self._inserted if mask[r]]:
+            self._inserted.discard(r)
+            self._put_events(r)
         self._kernel.reset_replicas(self._parameters, self._state, output, words, mask)
         if len(self._due):
             self._due[mask] = math.inf
@@ -590,7 +600,7 @@ class Simulation:
         return self._state.si[replica, :, at.S_STATUS].astype(np.int64)
 
     def drain(self, server: int, replica: int = 0) -> None:
-        """Send a server of a replica no new flows from now on; it finishes those it has."""
+        """Send a server of a replica no new flows from now on, until its next ``reset``; it finishes those it has."""
         self._happens(replica, at.EVENT_DRAIN, server)
 
     def undrain(self, server: int, replica: int = 0) -> None:
@@ -607,6 +617,7 @@ class Simulation:
         wider[:, :-1] = events
         wider[replica] = row
         self._parameters = self._parameters._replace(events=wider)
+        self._inserted.add(replica)
 
     def integrals(self) -> dict[str, NDArray[Any]]:
         """Exact integrals since reset, per replica and server [R, N], and the clocks [R].
