@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..checks import number, whole
 from ..errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnsupportedSpaceError
 from ..features.columns import GROUND_TRUTH_NAMES
+from .options import checked_seed
 
 __all__ = [
     "DelayedAction",
@@ -41,6 +42,7 @@ class MultiDiscreteToDiscrete(gymnasium.ActionWrapper[Any, Any, Any], RecordCons
 
     Raises:
         UnsupportedSpaceError: for another action space, or one with more than ``max_actions`` combinations.
+        InvalidOptionError: for a ``max_actions`` that is no whole number of at least 1.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], max_actions: int = 4096) -> None:
@@ -51,6 +53,7 @@ class MultiDiscreteToDiscrete(gymnasium.ActionWrapper[Any, Any, Any], RecordCons
             raise UnsupportedSpaceError(
                 f"MultiDiscreteToDiscrete needs a one-dimensional MultiDiscrete action space, got {inner}"
             )
+        max_actions = whole("MultiDiscreteToDiscrete: max_actions", max_actions)
         count = math.prod(int(n) for n in inner.nvec)
         if count > max_actions:
             raise UnsupportedSpaceError(
@@ -106,8 +109,9 @@ class SmoothWeights(gymnasium.ActionWrapper[Any, Any, Any], RecordConstructorArg
         self._previous: NDArray[np.float64] | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        result = super().reset(seed=seed, options=options)
         self._previous = None
-        return super().reset(seed=seed, options=options)
+        return result
 
     def action(self, action: Any) -> NDArray[Any]:
         """The smoothed action.
@@ -128,9 +132,12 @@ class SmoothWeights(gymnasium.ActionWrapper[Any, Any, Any], RecordConstructorArg
 
 def _finite(action: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
     try:
-        values = np.asarray(action, dtype=np.float64)
+        given = np.asarray(action)
     except (TypeError, ValueError):
-        raise InvalidActionError(f"action must be numbers of shape {shape}, got {action!r}") from None
+        given = np.asarray(None)
+    if given.dtype.kind not in "fiu":
+        raise InvalidActionError(f"action must be numbers of shape {shape}, got {action!r}")
+    values = given.astype(np.float64)
     if values.shape != shape:
         raise InvalidActionError(f"action must have shape {shape}, got {values.shape}")
     if not np.isfinite(values).all():
@@ -173,7 +180,7 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
             raise InvalidOptionError(f"DelayedAction: delay must have low at most high, got {delay!r}")
         if initial_action is None:
             initial_action = _equal_weights(env.action_space)
-        elif initial_action not in env.action_space:
+        elif not _is_in(initial_action, env.action_space):
             raise InvalidActionError(f"initial_action {initial_action!r} is not in {env.action_space}")
         self._initial = initial_action
         self._generator = np.random.default_rng()
@@ -182,13 +189,16 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         self._applied: tuple[int, Any] = (-1, initial_action)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        seed = checked_seed(seed)
+        # Before anything is forgotten: a reset that is refused leaves the episode as it was.
+        result = super().reset(seed=seed, options=options)
         if seed is not None:
             # Not the environment's generator: a delay must not change the flows of later episodes.
             self._generator = np.random.default_rng([seed, 0x64656C61])
         self._step = 0
         self._under_way.clear()
         self._applied = (-1, self._initial)
-        return super().reset(seed=seed, options=options)
+        return result
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Enqueue ``action`` and step with the newest action that has arrived.
@@ -217,16 +227,20 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         space = self.action_space
         if isinstance(space, spaces.Box):
             _finite(action, space.shape)  # beyond the bounds is the environment's to clip
-        elif isinstance(space, spaces.Discrete):
-            if np.shape(action) not in ((), (1,)) or np.asarray(action).reshape(()).item() not in range(
-                int(space.start), int(space.start + space.n)
-            ):
-                raise InvalidActionError(f"action must be in {space}, got {action!r}")
-        elif isinstance(action, (list, tuple)):
-            if np.asarray(action) not in space:
-                raise InvalidActionError(f"action must be in {space}, got {action!r}")
-        elif action not in space:
+        elif not _is_in(action, space):
             raise InvalidActionError(f"action must be in {space}, got {action!r}")
+
+
+def _is_in(action: Any, space: spaces.Space[Any]) -> bool:
+    """Whether an action is one of a space, by the rules of the environments for whole numbers."""
+    if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        return action in space
+    try:
+        given = np.asarray(action)
+    except ValueError:
+        return False  # ragged
+    # Gymnasium takes booleans for whole numbers.
+    return given.dtype.kind in "iu" and given in space
 
 
 def _equal_weights(space: spaces.Space[Any]) -> Any:
@@ -350,10 +364,14 @@ class LegacyGymWrapper:
         return self.env.unwrapped
 
     def seed(self, seed: int | None = None) -> list[int]:
-        """Seed the next ``reset``; returns the seeds used."""
+        """Seed the next ``reset``; returns the seeds used.
+
+        Raises:
+            InvalidOptionError: unless ``seed`` is None or a whole number of at least 0.
+        """
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        self._seed = int(seed)
+        self._seed = whole("seed", seed, low=0)
         return [self._seed]
 
     def reset(self, **kwargs: Any) -> Any:
