@@ -314,6 +314,15 @@ def test_step_after_the_end() -> None:
         ({"step_interval": math.nan}, ValueError, "step_interval"),
         ({"max_steps": 0}, ValueError, "max_steps"),
         ({"max_steps": 1.5}, ValueError, "max_steps"),
+        (
+            {"max_steps": 10**400},
+            InvalidOptionError,
+            r"max_steps must be a whole number from 1 to \d+, got 10{99}\.\.\.",
+        ),
+        ({"max_episode_steps": 10**400}, InvalidOptionError, "max_episode_steps must be a whole number from 1 to"),
+        ({"reward_field": []}, UnknownNameError, r"unknown reward field \[\] in reward_field"),
+        ({"reward_field": None}, UnknownNameError, "unknown reward field None in reward_field"),
+        ({"features": [[1]]}, UnknownNameError, r"unknown feature \[1\]"),
         *(({key: value}, InvalidOptionError, f"{key} must be true or false") for key in BOOLEANS for value in WORDS),
     ],
     ids=str,
@@ -561,6 +570,9 @@ def test_rejected_flows_are_counted_with_the_timeout() -> None:
 
 def test_truncation_at_max_steps() -> None:
     env = LoadBalanceEnv(max_steps=7)
+    endless = LoadBalanceEnv(max_steps=2**63 - 1)
+    endless.reset()
+    assert endless.step(np.zeros(4, int))[3] is False
     for _ in range(2):
         env.reset()
         ends = [env.step(np.zeros(4, int))[2:4] for _ in range(7)]

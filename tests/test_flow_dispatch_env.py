@@ -632,6 +632,7 @@ def test_invalid_actions_of_a_batch_are_refused_before_anybody_begins_again() ->
         ({"server_fields": ("work", "work")}, InvalidOptionError, "each field once"),
         ({"server_fields": (), "flow_fields": ()}, InvalidOptionError, "nothing to observe"),
         ({"max_steps": 0}, InvalidOptionError, "max_steps must be a whole number"),
+        ({"max_steps": 10**400}, InvalidOptionError, "max_steps must be a whole number from 1 to"),
         ({"reward_scale": math.inf}, InvalidOptionError, "reward_scale must be a finite number"),
         ({"reject_cost": -1.0}, InvalidOptionError, "reject_cost must be a finite number of at least 0"),
         ({"reject_cost": "much"}, InvalidOptionError, "reject_cost must be a finite number"),

@@ -16,7 +16,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from ..checks import boolean, choice, number, whole
+from ..checks import boolean, choice, number
 from ..errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnknownNameError
 from ..scenarios import (
     AnyScenario,
@@ -32,7 +32,7 @@ from ..scenarios.randomization import HORIZON
 from .core import SpecWithLimit
 from .info import active_ids
 from .observations import COUNT_GAIN, LAYOUTS, TIME_GAIN, TIME_UNIT, log_scale
-from .options import checked_seed
+from .options import checked_seed, steps_of
 from .replicas import ReplicaVectorEnv, with_masks
 
 if TYPE_CHECKING:
@@ -230,9 +230,7 @@ class FlowEnvCore:
         self.drain = boolean("drain", drain)
         self.source = load_scenario("park" if scenario is None else scenario)
         shape = self.source.reference
-        self.max_steps = whole("max_steps", max_steps)
-        if max_episode_steps is not None:
-            self.max_steps = min(self.max_steps, whole("max_episode_steps", max_episode_steps))
+        self.max_steps = steps_of(max_steps, max_episode_steps)
         self.num_servers = shape.num_servers
         self.reward_scale = number("reward_scale", reward_scale, low=0.0)
         self.reject_cost = None if reject_cost is None else number("reject_cost", reject_cost, low=0.0)

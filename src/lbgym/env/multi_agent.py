@@ -10,11 +10,10 @@ from gymnasium import spaces
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
-from ..checks import whole
 from ..errors import InvalidActionError, InvalidOptionError, MissingExtraError, ResetNeeded, UnknownNameError
 from .balancers import CentralState, balancers_core
 from .core import CoreView
-from .options import EnvOptions, checked_seed
+from .options import EnvOptions, checked_seed, steps_of
 from .single import LoadBalanceEnv
 
 if TYPE_CHECKING:
@@ -99,8 +98,7 @@ class MultiLoadBalanceEnv(CoreView, _Parallel or object):  # type: ignore[misc]
                 f"shm_name={keys['shm_name']!r}: every balancer has a region of its own; give shm_names a list of them"
             )
         if max_cycles is not None:
-            limit = whole("max_cycles", max_cycles)
-            keys["max_episode_steps"] = min(limit, keys.get("max_episode_steps") or limit)
+            keys["max_episode_steps"] = steps_of(max_cycles, keys.get("max_episode_steps"), name="max_cycles")
         options = EnvOptions(**keys)
         core = self._core = balancers_core(
             options,

@@ -81,7 +81,9 @@ def features_named(names: Sequence[str]) -> frozenset[str]:
     if not chosen:
         raise InvalidOptionError(f"features must name at least one of {', '.join(FEATURE_NAMES)}, got none")
     return frozenset(
-        FEATURE_ALIASES.get(name, name) if name in FEATURE_ALIASES else choice("feature", name, FEATURE_NAMES)
+        FEATURE_ALIASES[name]
+        if isinstance(name, str) and name in FEATURE_ALIASES
+        else choice("feature", name, FEATURE_NAMES)
         for name in chosen
     )
 

@@ -15,6 +15,9 @@ from .observations import ObservationLayout, features_named
 from .rendering import RENDER_MODES
 from .rewards import make_reward
 
+#: Most steps of an episode: what counts them has 64 bits.
+MAX_STEPS = 2**63 - 1
+
 
 class EnvOptions:
     """The keys that all environments of weights share; their meaning: :class:`~lbgym.LoadBalanceEnv`.
@@ -66,9 +69,7 @@ class EnvOptions:
         self.dispatch = None if dispatch is None else choice("dispatch rule", dispatch, DISPATCH_RULES)
         self.step_interval = seconds("step_interval", step_interval)
         self.render_mode = None if render_mode is None else choice("render mode", render_mode, RENDER_MODES)
-        self.max_steps = whole("max_steps", max_steps)
-        if max_episode_steps is not None:
-            self.max_steps = min(self.max_steps, whole("max_episode_steps", max_episode_steps))
+        self.max_steps = steps_of(max_steps, max_episode_steps)
         self.use_ground_truth = boolean("use_ground_truth", use_ground_truth)
         self.reward = make_reward(reward_type, reward_field)
         # What is looked at more than once is taken over: an iterator would be empty the second time.
@@ -119,6 +120,23 @@ class EnvOptions:
         else:
             has, rest = f"scenario {name!r} has {most} servers", "give it no scenario"
         raise InvalidOptionError(f"num_servers={wanted}, but {has}; leave num_servers out, or {rest}")
+
+
+def steps_of(max_steps: Any, max_episode_steps: Any = None, *, name: str = "max_steps") -> int:
+    """The steps of an episode: the smaller one of two limits.
+
+    Args:
+        max_steps: one.
+        max_episode_steps: the other; None: there is none.
+        name: of the first.
+
+    Raises:
+        InvalidOptionError: for a limit that is no whole number from 1 to ``MAX_STEPS``.
+    """
+    steps = whole(name, max_steps, high=MAX_STEPS)
+    if max_episode_steps is None:
+        return steps
+    return min(steps, whole("max_episode_steps", max_episode_steps, high=MAX_STEPS))
 
 
 def checked_seed(seed: Any) -> int | None:
