@@ -39,6 +39,13 @@ def test_counts_that_are_none(name: str, value: Any) -> None:
         Simulation(default_scenario(1), **{name: value})
 
 
+@pytest.mark.parametrize("name", ["reservoirs", "service", "record_flows"])
+def test_what_is_neither_true_nor_false(name: str) -> None:
+    with pytest.raises(ScenarioError, match=f"{name} must be true or false, got 'false'"):
+        Simulation(default_scenario(1), **{name: "false"})
+    assert type(checks.boolean("x", np.True_)) is bool
+
+
 def test_the_words() -> None:
     for keys, words in (
         ({"low": 1, "high": 65_536}, "a finite number from 1 to 65536, got 0"),

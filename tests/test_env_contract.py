@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 
 import lbgym
-from lbgym import LoadBalanceEnv
+from lbgym import FlowDispatchEnv, LoadBalanceEnv, MultiLoadBalanceEnv
 from lbgym.env.wrappers import LegacyGymWrapper
 from lbgym.errors import (
     InvalidActionError,
@@ -32,6 +33,16 @@ ID = "lbgym:lbgym/LoadBalance-v0"
 LAYOUTS = ["matrix", "flat", "dict"]
 ACTIONS = ["discrete", "joint", "continuous", "normalized"]
 COMBINATIONS = list(itertools.product(LAYOUTS, ACTIONS, [False, True], [False, True]))
+
+BOOLEANS = [
+    "use_ground_truth",
+    "relative_to_configured",
+    "observe_weights",
+    "observe_background",
+    "observe_configured",
+    "normalize",
+]
+WORDS = ["false", 0, None]
 
 # What the published spaces are known for; the normalized forms are free of it.
 INFINITE = "maximum value is infinity"
@@ -303,6 +314,16 @@ def test_step_after_the_end() -> None:
         ({"step_interval": math.nan}, ValueError, "step_interval"),
         ({"max_steps": 0}, ValueError, "max_steps"),
         ({"max_steps": 1.5}, ValueError, "max_steps"),
+        (
+            {"max_steps": 10**400},
+            InvalidOptionError,
+            r"max_steps must be a whole number from 1 to \d+, got 10{99}\.\.\.",
+        ),
+        ({"max_episode_steps": 10**400}, InvalidOptionError, "max_episode_steps must be a whole number from 1 to"),
+        ({"reward_field": []}, UnknownNameError, r"unknown reward field \[\] in reward_field"),
+        ({"reward_field": None}, UnknownNameError, "unknown reward field None in reward_field"),
+        ({"features": [[1]]}, UnknownNameError, r"unknown feature \[1\]"),
+        *(({key: value}, InvalidOptionError, f"{key} must be true or false") for key in BOOLEANS for value in WORDS),
     ],
     ids=str,
 )
@@ -331,6 +352,8 @@ def test_unknown_constructor_key() -> None:
         ({"scenario": "marllb-moderate"}, "servers"),
         ({"events": [Event(time=1.0, kind="down", server=9)]}, "9"),
         ({"events": "down"}, "events|Event"),
+        ({"events": ["down"]}, "the option events must be a list of lbgym.scenarios.Event, got"),
+        ({"events": np.array(1.0)}, "the option events must be a list of lbgym.scenarios.Event, got"),
     ],
     ids=str,
 )
@@ -424,6 +447,21 @@ def test_same_seed_same_bits() -> None:
         for key in a:
             np.testing.assert_array_equal(a[key], b[key])
     assert rollout(env, 6)[1] != one[1]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+@pytest.mark.parametrize("make", [LoadBalanceEnv, MultiLoadBalanceEnv, FlowDispatchEnv])
+def test_a_seed_may_be_of_any_whole_type(make: Callable[[], Any], kind: Any) -> None:
+    env = make()
+
+    def first(seed: Any) -> Any:
+        observation = env.reset(seed=seed)[0]
+        return observation["lb_0"] if isinstance(observation, dict) else observation
+
+    np.testing.assert_array_equal(first(kind(3)), first(3))
+    for wrong in (3.0, np.float64(3), -1, True, "3", [3]):
+        with pytest.raises(InvalidOptionError, match="seed must be a whole number of at least 0"):
+            env.reset(seed=wrong)
 
 
 def test_episodes_without_a_seed_differ_but_follow_from_the_first() -> None:
@@ -532,6 +570,9 @@ def test_rejected_flows_are_counted_with_the_timeout() -> None:
 
 def test_truncation_at_max_steps() -> None:
     env = LoadBalanceEnv(max_steps=7)
+    endless = LoadBalanceEnv(max_steps=2**63 - 1)
+    endless.reset()
+    assert endless.step(np.zeros(4, int))[3] is False
     for _ in range(2):
         env.reset()
         ends = [env.step(np.zeros(4, int))[2:4] for _ in range(7)]
@@ -562,6 +603,18 @@ def test_load_and_rate_options() -> None:
     assert flows_in(env, 30, rate=10.0) == pytest.approx(300, rel=0.25)
     with_default = LoadBalanceEnv()
     assert usual == flows_in(with_default, 30)
+
+
+@pytest.mark.parametrize("of", [iter, np.array, lambda items: (item for item in items)], ids=["iter", "array", "yield"])
+def test_lists_may_be_anything_that_holds_some(of: Callable[[list[Any]], Any]) -> None:
+    env = LoadBalanceEnv(action_weights=of([1.0, 4.0]), features=of(["n_flow_on", "fct_mean"]))
+    assert env.action_codec.to_weights([0, 1, 1, 0]).tolist() == [1.0, 4.0, 4.0, 1.0]
+    assert env.observation_layout.features == ("n_flow_on", "fct_mean")
+    env.reset(seed=0, options={"events": of([Event(time=0.5, kind="down", server=2)])})
+    assert [env.step([0] * 4)[4]["active_servers"] for _ in range(3)][-1] == [0, 1, 3]
+    flows = FlowDispatchEnv(server_fields=of(["work", "active"]))
+    flows.reset(seed=0, options={"events": of([Event(time=0.0, kind="drain", server=1)])})
+    assert 1 not in flows.step(0)[4]["active_servers"]
 
 
 def test_options_hold_for_one_episode() -> None:

@@ -23,14 +23,17 @@ from lbgym.env.flow_dispatch import FLOW_FIELDS, SERVER_FIELDS
 from lbgym.errors import InvalidActionError, InvalidOptionError, ResetNeeded, ScenarioError, UnknownNameError
 from lbgym.scenarios import (
     DISPATCH_RULES,
+    Choice,
     Deterministic,
     Event,
     Exponential,
+    RandomEvents,
     Scenario,
     ScenarioDistribution,
     Server,
     Trace,
     Uniform,
+    Variant,
     Workload,
     named_scenario,
 )
@@ -629,10 +632,12 @@ def test_invalid_actions_of_a_batch_are_refused_before_anybody_begins_again() ->
         ({"server_fields": ("work", "work")}, InvalidOptionError, "each field once"),
         ({"server_fields": (), "flow_fields": ()}, InvalidOptionError, "nothing to observe"),
         ({"max_steps": 0}, InvalidOptionError, "max_steps must be a whole number"),
+        ({"max_steps": 10**400}, InvalidOptionError, "max_steps must be a whole number from 1 to"),
         ({"reward_scale": math.inf}, InvalidOptionError, "reward_scale must be a finite number"),
         ({"reject_cost": -1.0}, InvalidOptionError, "reject_cost must be a finite number of at least 0"),
         ({"reject_cost": "much"}, InvalidOptionError, "reject_cost must be a finite number"),
-        ({"drain": 1}, InvalidOptionError, "drain must be True or False, got 1"),
+        ({"drain": 1}, InvalidOptionError, "drain must be true or false, got 1"),
+        ({"normalize": "false"}, InvalidOptionError, "normalize must be true or false, got 'false'"),
         ({"scenario": "parks"}, UnknownNameError, "Did you mean 'park'"),
     ],
     ids=str,
@@ -697,6 +702,60 @@ def test_a_distribution_of_scenarios_is_drawn_per_episode(mode: AutoresetMode) -
         native.reset(options={"scenario": "park"})
     native.close()
     reference.close()
+
+
+def eventful(**changes: Any) -> ScenarioDistribution:
+    """Some seconds between flows, and events of every kind."""
+    servers = (Server(workers=1),) * 4
+    base = Scenario(servers=servers, workload=Workload(rate=0.1, demand=Exponential(mean=8.0)), reject_timeout=3.0)
+    events = (
+        RandomEvents(kind="down", every=100.0, duration=100.0),
+        RandomEvents(kind="speed", every=300.0, duration=Uniform(10.0, 500.0), value=0.5),
+        RandomEvents(kind="rate", every=500.0, duration=200.0, value=Choice((0.0, 3.0))),
+    )
+    return ScenarioDistribution(**({"base": base, "events": events} | changes))
+
+
+@pytest.mark.parametrize(
+    ("source", "end"),
+    [
+        (eventful(), 1e5),
+        # Gaps between flows longer than what is drawn at first.
+        (eventful(rate=2e-4, events=(RandomEvents(kind="down", every=2e3, duration=2e3),)), 2e7),
+        (eventful(arrivals=(Variant(kind="on_off", parameters={"on": 500.0, "off": 5e3, "random": False}),)), 1e5),
+    ],
+    ids=["often", "rarely", "in bursts"],
+)
+def test_random_events_go_on_for_the_whole_episode(source: ScenarioDistribution, end: float) -> None:
+    keys: dict[str, Any] = {"scenario": source, "max_steps": 1500, **EVERYTHING}
+    env = FlowDispatchEnv(**keys)
+    vector = FlowDispatchVectorEnv(2, **keys)
+    observation, info = env.reset(seed=5)
+    batch, _ = vector.reset(seed=[5, 6])
+    seed = episode_seed(5)
+    simulation = FlowSimulation(source.draw(seed, horizon=end))
+    decision = simulation.begin([seed])
+    short = FlowSimulation(source.draw(seed, horizon=3600.0))
+    early = short.begin([seed])
+    inactive = []
+    for k in range(1500):
+        assert info["timestamp"] == decision.timestamp[0]
+        equal(observation, batch[0])
+        equal(observation, env.observation_layout.encode(decision)[0])
+        if info["timestamp"] < 3600.0:
+            # As when no later events were drawn at all.
+            equal(observation, env.observation_layout.encode(early)[0])
+            early = short.decide([k % 4])
+        if info["timestamp"] > 3600.0:
+            inactive.append(4 - len(info["active_servers"]))
+        if k == 700:
+            env = copy.deepcopy(env)
+        observation, _, terminated, truncated, info = env.step(k % 4)
+        batch = vector.step([k % 4, 0])[0]
+        decision = simulation.decide([k % 4])
+    assert truncated and not terminated and 10_000.0 < info["timestamp"] < end
+    # Half of the time of each server; without further events nobody fails any more.
+    assert np.mean(inactive[len(inactive) // 2 :]) == pytest.approx(2.0, abs=0.5)
 
 
 def test_spec_states_the_limit_that_the_environment_keeps() -> None:

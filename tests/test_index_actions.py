@@ -206,6 +206,35 @@ def test_rules_without_a_background_load_refuse_index_actions(rule: str) -> None
         LoadBalanceEnv(**KEYS | {"dispatch": rule})
 
 
+def test_every_rule_that_may_be_drawn_must_take_a_background_load() -> None:
+    base = SCENARIO.with_changes(dispatch="marginal")
+    keys = KEYS | {"dispatch": None}
+    for rules in (Choice(("ecmp",)), Choice(("marginal", "ecmp")), "ecmp"):
+        mixed = ScenarioDistribution(base=base, dispatch=rules)
+        with pytest.raises(InvalidOptionError, match=r"action_type 'index'.*dispatch rule (is|may be) 'ecmp'"):
+            LoadBalanceEnv(**keys | {"scenario": mixed})
+        # A rule of the environment's own takes the place of those that are drawn.
+        LoadBalanceEnv(**KEYS | {"scenario": mixed}).reset(seed=0)
+    never = ScenarioDistribution(base=base, dispatch=Choice(("ecmp", "sed", "marginal"), (0.0, 0.5, 0.5)))
+    LoadBalanceEnv(**keys | {"scenario": never}).reset(seed=0)
+
+
+@pytest.mark.parametrize("make", [LoadBalanceEnv, LoadBalanceVectorEnv, MultiLoadBalanceEnv, MultiLoadBalanceVectorEnv])
+def test_a_rule_of_a_reset_must_take_a_background_load(make: Any) -> None:
+    base = SCENARIO.with_changes(dispatch="marginal")
+    env, twin = (make(**KEYS | {"dispatch": None, "scenario": base}) for _ in range(2))
+    for each in (env, twin):
+        each.reset(seed=4)
+    for other in (
+        base.with_changes(dispatch="ecmp"),
+        ScenarioDistribution(base=base, dispatch=Choice(("lsq", "wcmp"))),
+    ):
+        with pytest.raises(InvalidOptionError, match=r"action_type 'index'.*'(ecmp|wcmp)'"):
+            env.reset(seed=9, options={"scenario": other})
+    observations = [each.reset(options={"scenario": base.with_changes(dispatch="sed")})[0] for each in (env, twin)]
+    np.testing.assert_equal(*observations)
+
+
 @pytest.mark.parametrize(
     ("action_type", "action", "factors"),
     [

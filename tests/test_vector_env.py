@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from lbgym import LoadBalanceEnv, LoadBalanceVectorEnv
-from lbgym.errors import InvalidActionError, ResetNeeded, UnknownNameError
+from lbgym import FlowDispatchVectorEnv, LoadBalanceEnv, LoadBalanceVectorEnv, MultiLoadBalanceVectorEnv
+from lbgym.errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnknownNameError
 from lbgym.scenarios import Scenario, Server, Workload
 
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED]
@@ -160,13 +160,14 @@ def test_equal_when_options_end_with_their_episode(mode: AutoresetMode) -> None:
     assert ended >= 6
 
 
-def test_a_refused_seed_changes_nothing() -> None:
+@pytest.mark.parametrize("bad", [[1, 2, -3], [3, np.int64(4), "x"], [3, None, 1.5]], ids=str)
+def test_a_refused_seed_changes_nothing(bad: Any) -> None:
     def rewards(refuse: bool) -> np.ndarray:
         env = LoadBalanceVectorEnv(num_envs=3, **keys_of())
         env.reset(seed=4)
         if refuse:
             with pytest.raises(ValueError, match="seed"):
-                env.reset(seed=[1, 2, -3], options={"load": 0.2})
+                env.reset(seed=bad, options={"load": 0.2})
         return np.array([run_to_end(env, 1)[1] for _ in range(15)])
 
     np.testing.assert_array_equal(rewards(True), rewards(False))
@@ -293,6 +294,16 @@ def test_bad_reset_masks(mask: Any) -> None:
         env.reset(options={"reset_mask": mask})
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [LoadBalanceVectorEnv, MultiLoadBalanceVectorEnv, FlowDispatchVectorEnv])
+def test_the_first_reset_is_of_every_replica(make: Any, mode: AutoresetMode) -> None:
+    env = make(3, autoreset_mode=mode, scenario=small_scenario())
+    with pytest.raises(ResetNeeded, match=r"first reset must be of every replica.*reset_mask"):
+        env.reset(seed=0, options={"reset_mask": np.array([True, False, False])})
+    env.reset(seed=0, options={"reset_mask": np.ones(3, np.bool_)})
+    env.step(env.action_space.sample())
+
+
 def test_reset_options_reach_the_replicas() -> None:
     env = LoadBalanceVectorEnv(num_envs=4, autoreset_mode=AutoresetMode.DISABLED, **keys_of(max_steps=1000))
 
@@ -400,8 +411,19 @@ def test_seeds() -> None:
     np.testing.assert_array_equal(consecutive, first_rewards([10, 11, 12]))
     assert len(set(consecutive)) == 3
     assert not np.array_equal(first_rewards(None), first_rewards(None))
+    np.testing.assert_array_equal(consecutive, first_rewards(np.int32(10)))
+    np.testing.assert_array_equal(consecutive, first_rewards(np.array([10, 11, 12])))
+    np.testing.assert_array_equal(consecutive, first_rewards(iter((10, 11, 12))))
     with pytest.raises(ValueError, match=r"3.*2|2.*3"):
         env.reset(seed=[1, 2])
+
+
+@pytest.mark.parametrize("seed", [1.5, float("nan"), float("inf"), True, "3", b"345", object(), np.array(3), {0: 1}])
+def test_what_is_no_seed(seed: Any) -> None:
+    env = LoadBalanceVectorEnv(num_envs=3, **keys_of())
+    for given in (seed, [1, seed, 2]):
+        with pytest.raises(InvalidOptionError, match="seed must be"):
+            env.reset(seed=given)
 
 
 # Bad input

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -20,7 +21,14 @@ from lbgym.env.wrappers import (
     SmoothWeights,
     StripGroundTruth,
 )
-from lbgym.errors import InvalidActionError, LbgymError, ResetNeeded, UnknownNameError, UnsupportedSpaceError
+from lbgym.errors import (
+    InvalidActionError,
+    InvalidOptionError,
+    LbgymError,
+    ResetNeeded,
+    UnknownNameError,
+    UnsupportedSpaceError,
+)
 from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 
 
@@ -99,6 +107,9 @@ def test_too_many_combinations_and_other_spaces() -> None:
     with pytest.raises(UnsupportedSpaceError, match=r"6,561 combinations.*max_actions=4,096"):
         MultiDiscreteToDiscrete(Echo(spaces.MultiDiscrete([3] * 8)))
     assert MultiDiscreteToDiscrete(Echo(spaces.MultiDiscrete([3] * 8)), max_actions=10_000).action_space.n == 6561
+    for limit in ("x", 0, 1.5, None):
+        with pytest.raises(InvalidOptionError, match="max_actions must be a whole number of at least 1"):
+            MultiDiscreteToDiscrete(Echo(spaces.MultiDiscrete([3, 3])), max_actions=limit)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedSpaceError, match="Box"):
         MultiDiscreteToDiscrete(Echo(spaces.Box(-1, 1, (2,))))
 
@@ -262,6 +273,13 @@ def test_until_the_first_action_arrives_weights_are_equal(space: spaces.Space[An
         (spaces.Discrete(3), 3),
         (spaces.Discrete(3), 0.5),
         (spaces.Discrete(3), None),
+        (spaces.Discrete(3), 1.0),
+        (spaces.Discrete(3), np.array([1])),
+        (spaces.Discrete(3), True),
+        (spaces.Discrete(3), "1"),
+        (spaces.MultiDiscrete([3, 3]), [True, False]),
+        (spaces.MultiDiscrete([3, 3]), [[0], [1, 2]]),
+        (spaces.Box(-1, 1, (2,)), ["0", "1"]),
         (spaces.MultiDiscrete([3, 3]), [0, 3]),
         (spaces.MultiDiscrete([3, 3]), np.array([0])),
         (spaces.Box(-1, 1, (2,)), [np.nan, 0]),
@@ -279,12 +297,65 @@ def test_delay_arguments() -> None:
     for delay in (-1, (2, 1), (-1, 3), 1.5, True, (0.5, 1)):
         with pytest.raises(ValueError, match="delay"):
             DelayedAction(Echo(spaces.Discrete(2)), delay)  # type: ignore[arg-type]
-    with pytest.raises(InvalidActionError, match="initial_action 5"):
-        DelayedAction(Echo(spaces.Discrete(2)), 1, initial_action=5)
+    for action in (5, 1.0, True, [[0], [0, 1]]):
+        with pytest.raises(InvalidActionError, match="initial_action"):
+            DelayedAction(Echo(spaces.Discrete(2)), 1, initial_action=action)
+    for space, fits in (
+        (spaces.Box(-1, 1, (2,)), np.zeros(2, np.float32)),
+        (spaces.Tuple([spaces.Discrete(2)] * 2), (0, 1)),
+    ):
+        env = DelayedAction(Echo(space), 1, initial_action=fits)
+        env.reset()
+        env.step(fits)
     with pytest.raises(UnsupportedSpaceError, match="initial_action"):
         DelayedAction(Echo(spaces.Text(3)), 1)
     with pytest.raises(ResetNeeded, match="reset"):
         DelayedAction(Echo(spaces.Discrete(2)), 1).step(0)
+
+
+@pytest.mark.parametrize("action_type", ["discrete", "joint", "continuous", "index"])
+def test_what_a_delay_takes_the_environment_takes(action_type: str) -> None:
+    keys: dict[str, Any] = {"action_type": action_type, "dispatch": "marginal"}
+    bare, env = load_balance(**keys), DelayedAction(load_balance(**keys), 0)
+    given = [1, 1.0, True, np.int32(2), np.array(1), np.array([1]), [0, 1, 2], (0, 1, 2), [0.0, 1.0, 2.0], "012", None]
+    given += [
+        np.zeros((3, 2)),
+        np.zeros((3, 2), bool),
+        np.zeros(3, bool),
+        ["0", "1", "2"],
+        [[0, 1], [2]],
+        [0, 1, np.nan],
+    ]
+
+    def taken(env: gymnasium.Env[Any, Any], action: Any) -> bool:
+        env.reset(seed=0)
+        try:
+            env.step(action)
+        except InvalidActionError:
+            return False
+        return True
+
+    assert [taken(env, action) for action in given] == [taken(bare, action) for action in given]
+
+
+@pytest.mark.parametrize("make", [lambda env: DelayedAction(env, 3), SmoothWeights])
+def test_a_refused_reset_forgets_nothing(make: Callable[[gymnasium.Env[Any, Any]], gymnasium.Env[Any, Any]]) -> None:
+    def weights(refused: list[dict[str, Any]]) -> list[np.ndarray]:
+        env = make(load_balance(action_type="normalized"))
+        env.reset(seed=2)
+        seen = [env.step(np.full(3, 0.5, np.float32))[4]["weights"] for _ in range(3)]
+        for keys in refused:
+            with pytest.raises(InvalidOptionError):
+                env.reset(**keys)
+        return seen + [env.step(np.array([-1, 0, 1], np.float32))[4]["weights"] for _ in range(5)]
+
+    bad: list[dict[str, Any]] = [
+        {"seed": -1},
+        {"seed": 1.5},
+        {"options": {"events": 5}},
+        {"seed": 1, "options": {"events": 5}},
+    ]
+    np.testing.assert_array_equal(weights(bad), weights([]))
 
 
 # StripGroundTruth
@@ -337,6 +408,23 @@ def test_nothing_to_strip() -> None:
     assert isinstance(caught.value, LbgymError)
 
 
+@pytest.mark.parametrize("observation", ["matrix", "flat", "dict"])
+def test_what_is_stripped_has_no_name_and_no_second_time(observation: str) -> None:
+    env = StripGroundTruth(load_balance(num_servers=5, use_ground_truth=True, observation=observation))
+    assert env.get_wrapper_attr("feature_columns") == FEATURE_NAMES
+    assert gymnasium.wrappers.TimeLimit(env, 5).get_wrapper_attr("feature_columns") == FEATURE_NAMES
+    with pytest.raises(UnsupportedSpaceError, match="use_ground_truth=True"):
+        StripGroundTruth(env)
+
+
+@pytest.mark.parametrize("observation", ["matrix", "dict"])
+def test_another_order_of_as_many_numbers_is_not_stripped(observation: str) -> None:
+    # Of dictionaries Gymnasium puts the features first and the mask last.
+    bare = load_balance(num_servers=15, use_ground_truth=True, observation=observation)
+    with pytest.raises(UnsupportedSpaceError, match="before wrappers that change the observation"):
+        StripGroundTruth(gymnasium.wrappers.FlattenObservation(bare))
+
+
 # LegacyGymWrapper
 
 
@@ -353,6 +441,14 @@ def test_old_interface() -> None:
     assert env.metadata["render_modes"] and env.num_servers == 3
     assert isinstance(env.unwrapped, LoadBalanceEnv)
     env.close()
+
+
+def test_old_seeds() -> None:
+    env = LegacyGymWrapper(load_balance())
+    assert env.seed(np.uint8(4)) == [4]  # type: ignore[arg-type]
+    for seed in (-1, 1.5, "x"):
+        with pytest.raises(InvalidOptionError, match="seed must be a whole number of at least 0"):
+            env.seed(seed)  # type: ignore[arg-type]
 
 
 def test_termination_is_no_time_limit() -> None:

@@ -136,9 +136,14 @@ def items(
         kind: what it holds, for the message.
         error: the class of the error.
     """
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+    each = None
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
+        # A NumPy array without axes is an Iterable and has no items.
+        with suppress(TypeError):
+            each = iter(values)
+    if each is None:
         raise error(f"{name} must be a list of {kind}, got {shown(values)}")
-    return tuple(values)
+    return tuple(each)
 
 
 def instance(name: str, value: Any, kinds: Any, allowed: str, *, error: type[Exception] = InvalidOptionError) -> None:

@@ -156,6 +156,8 @@ def test_draws_without_a_seed_differ(tmp_path: Path) -> None:
     one = load_policy(path, deterministic=False)
     actions = [play(policy, 4, 11, steps=24) for policy in (one, one.copy(), load_policy(path, deterministic=False))]
     assert len({tuple(each.tolist()) for each in actions}) == 3
+    with pytest.raises(PolicyError, match="deterministic must be true or false, got 'false'"):
+        load_policy(path, deterministic="false")  # type: ignore[arg-type]
 
 
 def test_dense_layers_serve_only_their_own_number_of_servers(tmp_path: Path) -> None:

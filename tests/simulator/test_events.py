@@ -100,6 +100,28 @@ def test_drain_finishes_what_it_has():
     np.testing.assert_array_equal(sim.observe().active, [[False, True]])
 
 
+def test_a_drain_by_hand_ends_with_its_episode():
+    scenario = steady(Event(time=3.0, kind="down", server=3))
+    sim, fresh = (Simulation(scenario, 3, record_flows=True) for _ in range(2))
+    for each in (sim, fresh):
+        each.reset([1, 2, 3])
+        each.step(None, 1.0)
+    sim.drain(0, replica=0)
+    sim.drain(1, replica=1)
+    sim.step(None, 1.0)
+    assert sim.observe().active.tolist() == [[False, True, True, True], [True, False, True, True], [True] * 4]
+    # Replica 1 goes on, with its drain.
+    sim.reset([7, 0, 0], np.array([True, False, False]))
+    sim.step(None, 4.0)
+    assert sim.observe().active.tolist() == [[True] * 3 + [False], [True, False, True, False], [True] * 3 + [False]]
+    snapshots = []
+    for each in (sim, fresh):
+        each.reset([4, 5, 6])
+        snapshots.append(each.step(None, 10.0))
+    np.testing.assert_array_equal(snapshots[0].active, snapshots[1].active)
+    np.testing.assert_array_equal(snapshots[0].stats, snapshots[1].stats)
+
+
 def test_no_active_server_leaves_flows_unrouted():
     events = tuple(Event(time=1.0, kind="down", server=j) for j in range(2))
     times = [0.0, 2.0, 3.0]

@@ -36,13 +36,12 @@ class BatchedDataPlane(Protocol):
     def has_interval(self) -> bool:
         """True if snapshots have statistics of the flows that ended in the interval."""
 
-    @property
-    def has_index(self) -> bool:
-        """True if flows are placed by an index, so that background loads have an effect."""
+    def no_index_reason(self, source: AnyScenario | None = None) -> str | None:
+        """What stands against placing flows by an index, without which background loads have no effect; None: nothing.
 
-    @property
-    def no_index_reason(self) -> str:
-        """What stands against an index, for an error message."""
+        Args:
+            source: of the episodes, as :meth:`source` returns it; None: that of no options.
+        """
 
     @property
     def info(self) -> Mapping[str, NDArray[Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import items, shown
 from ..errors import InvalidOptionError, UnknownNameError
 from ..features.columns import FEATURE_NAMES
 from ..scenarios import AnyScenario, Configured, Scenario
@@ -47,8 +48,10 @@ class LiveDataPlanes:
         num_servers: int | None = None,
         scenario: AnyScenario | None = None,
     ) -> None:
-        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-            raise InvalidOptionError(f"shm_names must be a list of names of regions, one per balancer, got {names!r}")
+        kind = "names of regions, one per balancer"
+        names = items("shm_names", names, kind)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise InvalidOptionError(f"shm_names must be a list of {kind}, got {shown(list(names))}")
         if len(set(names)) < len(names):
             raise InvalidOptionError(f"shm_names must name each region once, got {list(names)!r}")
         if scenario is not None and scenario.varies:
@@ -90,16 +93,10 @@ class LiveDataPlanes:
         """True if the last observation of each had CPU use, memory use and busy workers."""
         return all(plane.has_ground_truth for plane in self._planes)
 
-    @property
-    def has_index(self) -> bool:
-        """True if every data plane places flows by the index parameters of its agent."""
-        return all(plane.region.takes_index for plane in self._planes)
-
-    @property
-    def no_index_reason(self) -> str:
-        """Names the regions."""
+    def no_index_reason(self, source: AnyScenario | None = None) -> str | None:
+        """Names the regions that take no index parameters of an agent; None: every one takes them."""
         names = ", ".join(repr(plane.name) for plane in self._planes if not plane.region.takes_index)
-        return f"region {names} takes weights only"
+        return f"region {names} takes weights only" if names else None
 
     @property
     def info(self) -> Mapping[str, NDArray[Any]]:

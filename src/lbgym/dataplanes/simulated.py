@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import items, shown
 from ..errors import InvalidOptionError, InvalidWeightsError, UnknownNameError
 from ..features.columns import FEATURE_NAMES
 from ..scenarios import RULES, AnyScenario, Event, Scenario, load_scenario
@@ -43,9 +44,10 @@ def scenario_with_options(base: AnyScenario, options: Mapping[str, Any] | None) 
     if len(changes) == 2:
         raise InvalidOptionError(f"reset takes the option load or rate, not both; got {changes}")
     if options.get("events") is not None:
-        events = options["events"]
-        if isinstance(events, str) or not isinstance(events, Iterable) or not all(isinstance(e, Event) for e in events):
-            raise InvalidOptionError(f"the option events must be a list of lbgym.scenarios.Event, got {events!r}")
+        kind = "lbgym.scenarios.Event"
+        events = items("the option events", options["events"], kind)
+        if not all(isinstance(event, Event) for event in events):
+            raise InvalidOptionError(f"the option events must be a list of {kind}, got {shown(list(events))}")
         scenario = scenario.with_events(events)
     return scenario.with_changes(**changes) if changes else scenario
 
@@ -153,15 +155,14 @@ class SimulatedDataPlane:
         self._draw(seeds, mask, self._source if source is None else source)
         return self.simulation.reset(seeds, mask)
 
-    @property
-    def has_index(self) -> bool:
-        """True if the dispatch rule counts flows by a formula that takes a background load."""
-        return RULES[self.simulation.dispatch].takes_background
-
-    @property
-    def no_index_reason(self) -> str:
-        """Names the dispatch rule."""
-        return f"its dispatch rule is {self.simulation.dispatch!r}; give dispatch='marginal' or another that counts"
+    def no_index_reason(self, source: AnyScenario | None = None) -> str | None:
+        """Names a dispatch rule of the episodes that counts flows by no formula that takes a background load."""
+        rules = (source or self._source).dispatch_rules if self._dispatch is None else (self._dispatch,)
+        without = [rule for rule in rules if not RULES[rule].takes_background]
+        if not without:
+            return None
+        is_or_may_be = "is" if len(rules) == 1 else "may be"
+        return f"its dispatch rule {is_or_may_be} {without[0]!r}; give dispatch='marginal' or another that counts"
 
     def step(
         self,

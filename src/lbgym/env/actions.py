@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike, NDArray
 
-from ..checks import choice, number
+from ..checks import boolean, choice, items, number
 from ..errors import InvalidActionError, InvalidOptionError
 from ..scenarios import Configured
 
@@ -302,18 +302,17 @@ def make_action_codec(
             configured ones.
     """
     choice("action type", action_type, ACTION_TYPES)
-    relative = bool(relative_to_configured)
+    relative = boolean("relative_to_configured", relative_to_configured)
     if relative and action_type == "continuous":
         raise InvalidOptionError(
             "relative_to_configured=True is for action_type 'normalized', 'discrete' or 'joint' ('index' always is), "
             "got 'continuous'"
         )
     if action_type in ("discrete", "joint"):
-        if not isinstance(action_weights, Iterable):
-            raise InvalidOptionError(f"action_weights must be a list of numbers, got {action_weights!r}")
-        levels = [number("each of action_weights", weight, above=0.0) for weight in action_weights]
+        given = items("action_weights", action_weights)
+        levels = [number("each of action_weights", weight, above=0.0) for weight in given]
         if not levels:
-            raise InvalidOptionError(f"action_weights must have at least one number, got {action_weights!r}")
+            raise InvalidOptionError("action_weights must have at least one number, got none")
         return (DiscreteActions if action_type == "discrete" else JointActions)(num_servers, levels, relative=relative)
     low, high = (number(*each, above=0.0) for each in (("min_weight", min_weight), ("max_weight", max_weight)))
     if low > high:

@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from ..checks import choice, whole
+from ..checks import choice, items, whole
 from ..errors import InvalidOptionError, InvalidRewardError, ResetNeeded
 from ..features.columns import FEATURE_NAMES, GROUND_TRUTH_NAMES, NUM_FEATURES
 from ..scenarios.model import MAX_BALANCERS
@@ -52,7 +52,8 @@ def balancers_core(
         timing = ActionTiming(action_offsets, action_delay, num_envs, wanted, options.step_interval)
         plane = simulated_plane(options, num_envs, num_balancers=wanted, num_threads=num_threads)
     else:
-        if not isinstance(shm_names, str) and num_balancers not in (None, len(shm_names)):
+        shm_names = items("shm_names", shm_names, "names of regions, one per balancer")
+        if num_balancers not in (None, len(shm_names)):
             raise InvalidOptionError(f"num_balancers={num_balancers}, but shm_names has {len(shm_names)} regions")
         for key, value in (("action_offsets", action_offsets), ("action_delay", action_delay)):
             if not isinstance(value, (int, float)) or value != 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -94,13 +94,24 @@ class EnvCore:
         """int64[R], steps of the episodes under way."""
         return self._clock - self._began
 
+    def source_with(self, options: Mapping[str, Any] | None) -> AnyScenario | None:
+        """The scenario, or distribution, of episodes that begin with these ``options`` of a reset; None: unknown.
+
+        Raises:
+            LbgymError: as the data plane's ``source``.
+            InvalidOptionError: also if actions set background loads and a dispatch rule of theirs does not heed them.
+        """
+        source = self.plane.source(options)
+        _check_index(self.plane, self.codec, source)
+        return source
+
     def begin(self, mask: NDArray[np.bool_], seeds: Sequence[int], source: AnyScenario | None = None) -> None:
         """Begin episodes of the masked replicas.
 
         Args:
             mask: bool[R].
             seeds: one per replica.
-            source: as the data plane's ``source(options)`` returns it; None: the environment's own.
+            source: as :meth:`source_with` returns it; None: the environment's own.
         """
         if self._timing is not None:
             self._timing.begin(mask, seeds)
@@ -257,11 +268,7 @@ def _check_capabilities(
             f"this data plane does not measure {', '.join(missing)}; leave the columns out by features="
             f"{[name for name in layout.features if name in plane.features]}, and train agents for it likewise"
         )
-    if codec.sets_background and not plane.has_index:
-        raise InvalidOptionError(
-            "action_type 'index' sets background loads, and this data plane does not place flows by an index: "
-            f"{plane.no_index_reason}"
-        )
+    _check_index(plane, codec)
     reward = options.reward
     if absent := sorted(reward.fields - plane.features):
         raise InvalidRewardError(
@@ -277,6 +284,14 @@ def _check_capabilities(
         raise InvalidRewardError(
             f"reward {reward.description!r} looks at the FCT of every flow in a step, which this data plane does not "
             "publish; use a fairness reward or a function of the Snapshot"
+        )
+
+
+def _check_index(plane: BatchedDataPlane, codec: ActionCodec, source: AnyScenario | None = None) -> None:
+    """Refuse background loads in episodes of ``source`` (None: the data plane's own) that may not heed them."""
+    if codec.sets_background and (reason := plane.no_index_reason(source)) is not None:
+        raise InvalidOptionError(
+            f"action_type 'index' sets background loads, and this data plane does not place flows by an index: {reason}"
         )
 
 

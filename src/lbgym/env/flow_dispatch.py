@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +16,23 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from ..checks import choice, number, whole
+from ..checks import boolean, choice, number
 from ..errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnknownNameError
-from ..scenarios import AnyScenario, load_scenario
+from ..scenarios import (
+    AnyScenario,
+    ModulatedPoisson,
+    OnOff,
+    RandomEvents,
+    Scenario,
+    ScenarioDistribution,
+    Sinusoidal,
+    load_scenario,
+)
+from ..scenarios.randomization import HORIZON
 from .core import SpecWithLimit
 from .info import active_ids
 from .observations import COUNT_GAIN, LAYOUTS, TIME_GAIN, TIME_UNIT, log_scale
-from .options import check_seed
+from .options import checked_seed, steps_of
 from .replicas import ReplicaVectorEnv, with_masks
 
 if TYPE_CHECKING:
@@ -54,7 +66,7 @@ class FlowObservation:
 
     Raises:
         UnknownNameError: for another layout or field.
-        InvalidOptionError: for a field named twice, or none at all.
+        InvalidOptionError: for a field named twice, or none at all, or a ``normalize`` that is neither true nor false.
     """
 
     def __init__(
@@ -70,7 +82,7 @@ class FlowObservation:
             raise UnknownNameError("observation layout", observation, LAYOUTS)
         self.num_servers = num_servers
         self.observation = observation
-        self.normalize = normalize
+        self.normalize = boolean("normalize", normalize)
         self.server_fields = _fields("server_fields", server_fields, SERVER_FIELDS)
         self.flow_fields = _fields("flow_fields", flow_fields, FLOW_FIELDS)
         if not self.server_fields and not self.flow_fields:
@@ -149,6 +161,48 @@ def active_servers(decision: Decision) -> NDArray[np.bool_]:
     return decision.servers[..., SERVER_FIELDS.index("active")] > 0.0
 
 
+def _drawn(source: AnyScenario, seed: int, now: float = 0.0) -> tuple[Scenario, float]:
+    """The scenario of a seed, and the time up to which its random events suffice for an episode now at ``now`` seconds.
+
+    An episode has so many flows and not so many seconds, so its events are drawn as its clock goes on. A longer horizon
+    only adds later ones, so that nobody can tell.
+
+    Raises:
+        ScenarioError: for more events than a scenario may have.
+    """
+    scenario = source.draw(seed)
+    if not isinstance(source, ScenarioDistribution) or not source.events:
+        return scenario, math.inf
+    ahead = max(HORIZON / 2, _longest_gap(scenario, source.events))
+    horizon = HORIZON
+    if now + ahead > horizon:
+        # Twice as far, so that all draws of a long episode together take twice as long as the last.
+        horizon = 2.0 * (now + ahead)
+        scenario = source.draw(seed, horizon=horizon)
+    return scenario, horizon - ahead
+
+
+def _longest_gap(scenario: Scenario, random: Sequence[RandomEvents]) -> float:
+    """Seconds that no gap between two flows of a scenario under ``random`` events exceeds but by a chance of 1e-13."""
+    workload, arrivals, rare = scenario.workload, scenario.workload.arrivals, 30.0
+    changes = [event for event in scenario.events if event.kind == "rate"]
+    slowest = min((event.value for event in changes if event.value), default=1.0)
+    rate = scenario.rate * min(slowest, 1.0)
+    silences = [after.time - event.time for event, after in pairwise(changes) if event.value == 0.0]
+    silences += [event.longest for event in random if event.kind == "rate"]
+    lull = 0.0
+    if workload.trace is not None:
+        trace = workload.trace
+        lull = float(np.diff(trace.times, append=trace.times[0] + trace.period).max()) * trace.rate / rate
+    elif isinstance(arrivals, OnOff):
+        lull = arrivals.off * (rare if arrivals.random else 1.0)
+    elif isinstance(arrivals, ModulatedPoisson):
+        lull = max(arrivals.sojourns) * (1.0 if arrivals.fixed_sojourns else rare)
+    elif isinstance(arrivals, Sinusoidal):
+        lull = arrivals.period
+    return rare / rate + lull + max(silences, default=0.0)
+
+
 class FlowEnvCore:
     """The keys of a flow-dispatch environment, checked, and its R replicas: all that its two forms share.
 
@@ -173,14 +227,10 @@ class FlowEnvCore:
         reject_cost: float | None = None,
         drain: bool = False,
     ) -> None:
-        if not isinstance(drain, (bool, np.bool_)):
-            raise InvalidOptionError(f"drain must be True or False, got {drain!r}")
-        self.drain = bool(drain)
+        self.drain = boolean("drain", drain)
         self.source = load_scenario("park" if scenario is None else scenario)
         shape = self.source.reference
-        self.max_steps = whole("max_steps", max_steps)
-        if max_episode_steps is not None:
-            self.max_steps = min(self.max_steps, whole("max_episode_steps", max_episode_steps))
+        self.max_steps = steps_of(max_steps, max_episode_steps)
         self.num_servers = shape.num_servers
         self.reward_scale = number("reward_scale", reward_scale, low=0.0)
         self.reject_cost = None if reject_cost is None else number("reject_cost", reject_cost, low=0.0)
@@ -200,6 +250,9 @@ class FlowEnvCore:
         self.decision: Decision | None = None
         self.steps = np.zeros(num_envs, np.int64)
         self._timeouts = np.full(num_envs, shape.reject_timeout)
+        # Where random events go on: what they are drawn from, and the times after which more of them must be drawn.
+        self._random: dict[int, tuple[AnyScenario, int]] = {}
+        self._known_until = np.full(num_envs, math.inf)
 
     def source_with(self, options: Mapping[str, Any]) -> AnyScenario:
         """The scenario, or distribution, of episodes that begin with these ``options`` of a reset."""
@@ -219,13 +272,26 @@ class FlowEnvCore:
         """Give the masked replicas the scenario of their next episode."""
         chosen = np.flatnonzero(mask).tolist()
         # Replicas that share a seed share the scenario.
-        drawn = {seed: source.draw(seed) for seed in {seeds[i] for i in chosen}}
+        drawn = {seed: _drawn(source, seed) for seed in {seeds[i] for i in chosen}}
         running = self.simulation.scenario_of
-        scenarios = {i: drawn[seeds[i]] for i in chosen if drawn[seeds[i]] is not running(i)}
+        scenarios = {i: drawn[seeds[i]][0] for i in chosen if drawn[seeds[i]][0] is not running(i)}
         if scenarios:
             self.simulation.set_scenarios(scenarios)
         for i, scenario in scenarios.items():
             self._timeouts[i] = scenario.reject_timeout
+        for i in chosen:
+            self._known_until[i] = drawn[seeds[i]][1]
+            self._random.pop(i, None)
+            if self._known_until[i] < math.inf:
+                self._random[i] = source, seeds[i]
+
+    def _draw_more(self, late: NDArray[np.bool_]) -> None:
+        """Draw further events of the ``late`` replicas, whose clocks come near the end of those drawn so far."""
+        assert self.decision is not None
+        for i in np.flatnonzero(late).tolist():
+            source, seed = self._random[i]
+            scenario, self._known_until[i] = _drawn(source, seed, float(self.decision.timestamp[i]))
+            self.simulation.add_events(i, scenario)
 
     def decide(
         self, actions: Any, *, seeds: Sequence[int] | None = None, reset: NDArray[np.bool_] | None = None
@@ -236,6 +302,10 @@ class FlowEnvCore:
         """
         before = self.decision
         assert before is not None
+        if self._random:
+            late = (before.timestamp > self._known_until) & before.waiting
+            if late.any():
+                self._draw_more(late if reset is None else late & ~reset)
         if reset is not None:
             assert seeds is not None
             self._enter(seeds, reset, self.source)
@@ -321,7 +391,7 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
     step, keep them up to date at all steps. The keys are the same at every step.
 
     With a distribution of scenarios each episode draws its own, and N is the largest number of servers that it draws;
-    servers an episode does not have are inactive.
+    servers an episode does not have are inactive. Random events happen throughout an episode, however long it takes.
 
     On a scenario with several balancers the agent decides for each of them, and ``open_flows`` are those of the
     balancer whose flow waits.
@@ -344,6 +414,7 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
     Raises:
         UnknownNameError: for an unknown name, with the nearest known one.
         InvalidOptionError: for a value out of its range.
+        ScenarioError: by ``reset`` or ``step``, for an episode so long that its random events are too many.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 4}  # noqa: RUF012 - Gymnasium's own declaration
@@ -396,11 +467,11 @@ class FlowDispatchEnv(SpecWithLimit, gymnasium.Env[Any, Any]):
 
         Seeds, options and errors are those of :meth:`LoadBalanceEnv.reset <lbgym.LoadBalanceEnv.reset>`.
         """
-        check_seed(seed)
+        seed = checked_seed(seed)
         source = self._core.source_with(options or {})
         if seed is not None:
             self.np_random = seeding.np_random(seed)[0]
-            self._np_random_seed = int(seed)
+            self._np_random_seed = seed
         self._core.begin([int(self.np_random.integers(1 << 63))], self._one, source)
         self._over = ~self._one
         self._fcts = []
@@ -524,11 +595,10 @@ class FlowDispatchVectorEnv(SpecWithLimit, ReplicaVectorEnv):
 
         Raises:
             InvalidOptionError: for a bad mask or seeds, and as the single environment.
+            ResetNeeded: if it is the first reset, and the mask leaves replicas out.
         """
-        mask, rest = self._split(options)
+        mask, rest = self._split(options, first=self._core.decision is None)
         seeds = self._seeds(seed)
-        if self._core.decision is None and not mask.all():
-            raise ResetNeeded("the first reset must be of every replica, got a reset_mask that leaves some out")
         source = self._core.source_with(rest)
         self._seed(mask, seeds)
         self._core.begin(self._draw_seeds(mask), mask, source)

@@ -10,11 +10,10 @@ from gymnasium import spaces
 from gymnasium.utils import seeding
 from numpy.typing import NDArray
 
-from ..checks import whole
 from ..errors import InvalidActionError, InvalidOptionError, MissingExtraError, ResetNeeded, UnknownNameError
 from .balancers import CentralState, balancers_core
 from .core import CoreView
-from .options import EnvOptions, check_seed
+from .options import EnvOptions, checked_seed, steps_of
 from .single import LoadBalanceEnv
 
 if TYPE_CHECKING:
@@ -99,8 +98,7 @@ class MultiLoadBalanceEnv(CoreView, _Parallel or object):  # type: ignore[misc]
                 f"shm_name={keys['shm_name']!r}: every balancer has a region of its own; give shm_names a list of them"
             )
         if max_cycles is not None:
-            limit = whole("max_cycles", max_cycles)
-            keys["max_episode_steps"] = min(limit, keys.get("max_episode_steps") or limit)
+            keys["max_episode_steps"] = steps_of(max_cycles, keys.get("max_episode_steps"), name="max_cycles")
         options = EnvOptions(**keys)
         core = self._core = balancers_core(
             options,
@@ -165,10 +163,10 @@ class MultiLoadBalanceEnv(CoreView, _Parallel or object):  # type: ignore[misc]
             UnknownNameError, InvalidOptionError, ScenarioError: for options that make no sense; the episode under way
                 is left as it was.
         """
-        check_seed(seed)
+        seed = checked_seed(seed)
         core = self._core
         # PettingZoo's own checks pass an option of this name to see that options are taken.
-        source = core.plane.source({key: value for key, value in (options or {}).items() if key != "options"})
+        source = core.source_with({key: value for key, value in (options or {}).items() if key != "options"})
         if seed is not None or self._generator is None:
             self._generator = seeding.np_random(seed)[0]
         core.begin(_ALL, [int(self._generator.integers(1 << 63))], source)

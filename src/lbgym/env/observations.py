@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from ..checks import choice, items
+from ..checks import boolean, choice, items
 from ..errors import InvalidOptionError
 from ..features.columns import FEATURE_ALIASES, FEATURE_NAMES, GROUND_TRUTH_NAMES
 from ..scenarios import Configured
@@ -81,7 +81,9 @@ def features_named(names: Sequence[str]) -> frozenset[str]:
     if not chosen:
         raise InvalidOptionError(f"features must name at least one of {', '.join(FEATURE_NAMES)}, got none")
     return frozenset(
-        FEATURE_ALIASES.get(name, name) if name in FEATURE_ALIASES else choice("feature", name, FEATURE_NAMES)
+        FEATURE_ALIASES[name]
+        if isinstance(name, str) and name in FEATURE_ALIASES
+        else choice("feature", name, FEATURE_NAMES)
         for name in chosen
     )
 
@@ -114,6 +116,7 @@ class ObservationLayout:
 
     Raises:
         UnknownNameError: for another layout.
+        InvalidOptionError: for an option that is neither true nor false.
     """
 
     def __init__(
@@ -135,19 +138,19 @@ class ObservationLayout:
         self._absent = [FEATURE_NAMES.index(name) for name in self.absent]
         self.num_servers = num_servers
         self.observation = observation
-        self.normalize = normalize
-        self.use_ground_truth = use_ground_truth
-        self.observe_weights = observe_weights
-        self.observe_background = observe_background
-        self.observe_configured = observe_configured
+        self.normalize = boolean("normalize", normalize)
+        self.use_ground_truth = boolean("use_ground_truth", use_ground_truth)
+        self.observe_weights = boolean("observe_weights", observe_weights)
+        self.observe_background = boolean("observe_background", observe_background)
+        self.observe_configured = boolean("observe_configured", observe_configured)
         self.configured: Configured | None = None
-        scaled = FEATURE_NAMES + (GROUND_TRUTH_NAMES if use_ground_truth else ())
+        scaled = FEATURE_NAMES + (GROUND_TRUTH_NAMES if self.use_ground_truth else ())
         #: Names of the C columns.
         self.columns: tuple[str, ...] = (
             *scaled,
-            *((WEIGHT_NAME,) if observe_weights else ()),
-            *((BACKGROUND_NAME,) if observe_background else ()),
-            *(CONFIGURED_NAMES if observe_configured else ()),
+            *((WEIGHT_NAME,) if self.observe_weights else ()),
+            *((BACKGROUND_NAME,) if self.observe_background else ()),
+            *(CONFIGURED_NAMES if self.observe_configured else ()),
         )
         self._scaled = len(scaled)
         self._units, self._gains = _scales(scaled)

@@ -6,14 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-from ..checks import boolean, choice, seconds, whole
+from ..checks import boolean, choice, items, seconds, whole
 from ..errors import InvalidOptionError
 from ..scenarios import DISPATCH_RULES, AnyScenario, load_scenario
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .actions import ActionCodec, make_action_codec
-from .observations import ObservationLayout
+from .observations import ObservationLayout, features_named
 from .rendering import RENDER_MODES
 from .rewards import make_reward
+
+#: Most steps of an episode: what counts them has 64 bits.
+MAX_STEPS = 2**63 - 1
 
 
 class EnvOptions:
@@ -66,26 +69,25 @@ class EnvOptions:
         self.dispatch = None if dispatch is None else choice("dispatch rule", dispatch, DISPATCH_RULES)
         self.step_interval = seconds("step_interval", step_interval)
         self.render_mode = None if render_mode is None else choice("render mode", render_mode, RENDER_MODES)
-        self.max_steps = whole("max_steps", max_steps)
-        if max_episode_steps is not None:
-            self.max_steps = min(self.max_steps, whole("max_episode_steps", max_episode_steps))
-        self.use_ground_truth = use_ground_truth
+        self.max_steps = steps_of(max_steps, max_episode_steps)
+        self.use_ground_truth = boolean("use_ground_truth", use_ground_truth)
         self.reward = make_reward(reward_type, reward_field)
+        # What is looked at more than once is taken over: an iterator would be empty the second time.
         self._action: dict[str, Any] = {
             "action_type": action_type,
-            "action_weights": action_weights,
+            "action_weights": None if action_weights is None else items("action_weights", action_weights),
             "min_weight": min_weight,
             "max_weight": max_weight,
             "relative_to_configured": relative_to_configured,
         }
         self._observation: dict[str, Any] = {
             "observation": observation,
-            "features": features,
+            "features": None if features is None else features_named(features),
             "normalize": normalize,
             "use_ground_truth": use_ground_truth,
-            "observe_weights": boolean("observe_weights", observe_weights),
-            "observe_background": boolean("observe_background", observe_background),
-            "observe_configured": boolean("observe_configured", observe_configured),
+            "observe_weights": observe_weights,
+            "observe_background": observe_background,
+            "observe_configured": observe_configured,
         }
         # Bad keys are refused here, before a simulator is compiled or a region attached to.
         servers = self.num_servers or (1 if self.source is None else self.source.max_servers)
@@ -120,11 +122,27 @@ class EnvOptions:
         raise InvalidOptionError(f"num_servers={wanted}, but {has}; leave num_servers out, or {rest}")
 
 
-def check_seed(seed: Any) -> None:
-    """Refuse values that cannot be a seed.
+def steps_of(max_steps: Any, max_episode_steps: Any = None, *, name: str = "max_steps") -> int:
+    """The steps of an episode: the smaller one of two limits.
+
+    Args:
+        max_steps: one.
+        max_episode_steps: the other; None: there is none.
+        name: of the first.
+
+    Raises:
+        InvalidOptionError: for a limit that is no whole number from 1 to ``MAX_STEPS``.
+    """
+    steps = whole(name, max_steps, high=MAX_STEPS)
+    if max_episode_steps is None:
+        return steps
+    return min(steps, whole("max_episode_steps", max_episode_steps, high=MAX_STEPS))
+
+
+def checked_seed(seed: Any) -> int | None:
+    """A seed as Python's own number, which Gymnasium insists on; None stays None.
 
     Raises:
         InvalidOptionError: unless ``seed`` is None or a whole number of at least 0.
     """
-    if seed is not None:
-        whole("seed", seed, low=0)
+    return None if seed is None else whole("seed", seed, low=0)

@@ -12,9 +12,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ..checks import whole
+from ..checks import items, whole
 from ..errors import InvalidOptionError, ResetNeeded, UnknownNameError
-from .options import check_seed
+from .options import checked_seed
 
 #: Most replicas of a vector environment.
 MAX_REPLICAS = 10_000_000
@@ -59,8 +59,13 @@ class Replicas:
         self.observation_space = batch_space(observation, self.num_envs)
         self.action_space = batch_space(action, self.num_envs)
 
-    def _split(self, options: Mapping[str, Any] | None) -> tuple[NDArray[np.bool_], dict[str, Any]]:
-        """The replicas that a reset with these ``options`` is for, and the other options."""
+    def _split(self, options: Mapping[str, Any] | None, *, first: bool) -> tuple[NDArray[np.bool_], dict[str, Any]]:
+        """The replicas that a reset with these ``options`` is for, and the other options.
+
+        Raises:
+            InvalidOptionError: for a bad mask.
+            ResetNeeded: if it is the ``first`` reset, and not of every replica.
+        """
         rest = dict(options or {})
         mask = rest.pop("reset_mask", None)
         if mask is None:
@@ -71,6 +76,8 @@ class Replicas:
             )
         if not mask.any():
             raise InvalidOptionError("the option reset_mask must mark at least one replica, got none")
+        if first and not mask.all():
+            raise ResetNeeded("the first reset must be of every replica, got a reset_mask that leaves some out")
         return mask.copy(), rest
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
@@ -78,13 +85,12 @@ class Replicas:
         if seed is None:
             return [None] * self.num_envs
         if isinstance(seed, (int, np.integer)):
-            check_seed(seed)
-            return [int(seed) + i for i in range(self.num_envs)]
-        if len(seed) != self.num_envs:
-            raise InvalidOptionError(f"reset takes {self.num_envs} seeds, one per replica, got {len(seed)}")
-        for each in seed:
-            check_seed(each)
-        return seed
+            first = whole("seed", seed, low=0)
+            return [first + i for i in range(self.num_envs)]
+        seeds = items("seed", seed, "whole numbers, one per replica, or one for all of them")
+        if len(seeds) != self.num_envs:
+            raise InvalidOptionError(f"reset takes {self.num_envs} seeds, one per replica, got {len(seeds)}")
+        return [checked_seed(each) for each in seeds]
 
     def _seed(self, mask: NDArray[np.bool_], seeds: Sequence[int | None]) -> None:
         """Give the masked replicas new generators, where they have a seed or never had one."""

@@ -14,7 +14,7 @@ from ..errors import InvalidOptionError, ResetNeeded
 from ..scenarios import AnyScenario
 from ..snapshot import DEFAULT_STEP_INTERVAL, Snapshot
 from .core import CoreView, EnvCore, live_plane, simulated_plane
-from .options import EnvOptions, check_seed
+from .options import EnvOptions, checked_seed
 from .rendering import RENDER_MODES
 from .views import OneView
 
@@ -183,12 +183,12 @@ class LoadBalanceEnv(CoreView, gymnasium.Env[Any, Any]):
             UnknownNameError, InvalidOptionError, ScenarioError: for options that make no sense; the episode under way
                 is left as it was.
         """
-        check_seed(seed)
+        seed = checked_seed(seed)
         core = self._core
-        source = core.plane.source(options)
+        source = core.source_with(options)
         if seed is not None:
             self.np_random = seeding.np_random(seed)[0]
-            self._np_random_seed = int(seed)
+            self._np_random_seed = seed
         core.begin(_ALL, [int(self.np_random.integers(1 << 63))], source)
         if self.render_mode == "human":
             core.draw()

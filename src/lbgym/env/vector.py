@@ -50,11 +50,12 @@ class ReplicaEnv(CoreView, Replicas):
 
         Raises:
             InvalidOptionError: for a bad mask or seeds, and as the single environment.
+            ResetNeeded: if it is the first reset, and the mask leaves replicas out.
         """
         core = self._core
-        mask, rest = self._split(options)
+        mask, rest = self._split(options, first=core.snapshot is None)
         seeds = self._seeds(seed)
-        source = core.plane.source(rest)
+        source = core.source_with(rest)
         self._seed(mask, seeds)
         core.begin(mask, self._draw_seeds(mask), source)
         self._over = core.over

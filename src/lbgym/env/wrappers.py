@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..checks import number, whole
 from ..errors import InvalidActionError, InvalidOptionError, ResetNeeded, UnsupportedSpaceError
 from ..features.columns import GROUND_TRUTH_NAMES
+from .options import checked_seed
 
 __all__ = [
     "DelayedAction",
@@ -41,6 +42,7 @@ class MultiDiscreteToDiscrete(gymnasium.ActionWrapper[Any, Any, Any], RecordCons
 
     Raises:
         UnsupportedSpaceError: for another action space, or one with more than ``max_actions`` combinations.
+        InvalidOptionError: for a ``max_actions`` that is no whole number of at least 1.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], max_actions: int = 4096) -> None:
@@ -51,6 +53,7 @@ class MultiDiscreteToDiscrete(gymnasium.ActionWrapper[Any, Any, Any], RecordCons
             raise UnsupportedSpaceError(
                 f"MultiDiscreteToDiscrete needs a one-dimensional MultiDiscrete action space, got {inner}"
             )
+        max_actions = whole("MultiDiscreteToDiscrete: max_actions", max_actions)
         count = math.prod(int(n) for n in inner.nvec)
         if count > max_actions:
             raise UnsupportedSpaceError(
@@ -106,8 +109,9 @@ class SmoothWeights(gymnasium.ActionWrapper[Any, Any, Any], RecordConstructorArg
         self._previous: NDArray[np.float64] | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        result = super().reset(seed=seed, options=options)
         self._previous = None
-        return super().reset(seed=seed, options=options)
+        return result
 
     def action(self, action: Any) -> NDArray[Any]:
         """The smoothed action.
@@ -128,9 +132,12 @@ class SmoothWeights(gymnasium.ActionWrapper[Any, Any, Any], RecordConstructorArg
 
 def _finite(action: Any, shape: tuple[int, ...]) -> NDArray[np.float64]:
     try:
-        values = np.asarray(action, dtype=np.float64)
+        given = np.asarray(action)
     except (TypeError, ValueError):
-        raise InvalidActionError(f"action must be numbers of shape {shape}, got {action!r}") from None
+        given = np.asarray(None)
+    if given.dtype.kind not in "fiu":
+        raise InvalidActionError(f"action must be numbers of shape {shape}, got {action!r}")
+    values = given.astype(np.float64)
     if values.shape != shape:
         raise InvalidActionError(f"action must have shape {shape}, got {values.shape}")
     if not np.isfinite(values).all():
@@ -173,7 +180,7 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
             raise InvalidOptionError(f"DelayedAction: delay must have low at most high, got {delay!r}")
         if initial_action is None:
             initial_action = _equal_weights(env.action_space)
-        elif initial_action not in env.action_space:
+        elif not _is_in(initial_action, env.action_space):
             raise InvalidActionError(f"initial_action {initial_action!r} is not in {env.action_space}")
         self._initial = initial_action
         self._generator = np.random.default_rng()
@@ -182,13 +189,16 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         self._applied: tuple[int, Any] = (-1, initial_action)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        seed = checked_seed(seed)
+        # Before anything is forgotten: a reset that is refused leaves the episode as it was.
+        result = super().reset(seed=seed, options=options)
         if seed is not None:
             # Not the environment's generator: a delay must not change the flows of later episodes.
             self._generator = np.random.default_rng([seed, 0x64656C61])
         self._step = 0
         self._under_way.clear()
         self._applied = (-1, self._initial)
-        return super().reset(seed=seed, options=options)
+        return result
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """Enqueue ``action`` and step with the newest action that has arrived.
@@ -217,16 +227,20 @@ class DelayedAction(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs
         space = self.action_space
         if isinstance(space, spaces.Box):
             _finite(action, space.shape)  # beyond the bounds is the environment's to clip
-        elif isinstance(space, spaces.Discrete):
-            if np.shape(action) not in ((), (1,)) or np.asarray(action).reshape(()).item() not in range(
-                int(space.start), int(space.start + space.n)
-            ):
-                raise InvalidActionError(f"action must be in {space}, got {action!r}")
-        elif isinstance(action, (list, tuple)):
-            if np.asarray(action) not in space:
-                raise InvalidActionError(f"action must be in {space}, got {action!r}")
-        elif action not in space:
+        elif not _is_in(action, space):
             raise InvalidActionError(f"action must be in {space}, got {action!r}")
+
+
+def _is_in(action: Any, space: spaces.Space[Any]) -> bool:
+    """Whether an action is one of a space, by the rules of the environments for whole numbers."""
+    if not isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        return action in space
+    try:
+        given = np.asarray(action)
+    except ValueError:
+        return False  # ragged
+    # Gymnasium takes booleans for whole numbers.
+    return given.dtype.kind in "iu" and given in space
 
 
 def _equal_weights(space: spaces.Space[Any]) -> Any:
@@ -257,6 +271,7 @@ class StripGroundTruth(gymnasium.ObservationWrapper[Any, Any, Any], RecordConstr
         RecordConstructorArgs.__init__(self)
         gymnasium.ObservationWrapper.__init__(self, env)
         try:
+            layout = env.get_wrapper_attr("observation_layout")
             columns = tuple(env.get_wrapper_attr("feature_columns"))
         except AttributeError:
             raise UnsupportedSpaceError(f"StripGroundTruth needs an lbgym environment, got {env}") from None
@@ -266,23 +281,18 @@ class StripGroundTruth(gymnasium.ObservationWrapper[Any, Any, Any], RecordConstr
                 "StripGroundTruth needs an environment with ground-truth columns: construct it with "
                 f"use_ground_truth=True; it has {', '.join(columns)}"
             )
-        self._width = len(columns)
+        self._num_servers, self._width = layout.num_servers, len(columns)
         self._keep = np.array([c for c in range(self._width) if c not in truth])
         self._truth = np.array(truth)
         space = env.observation_space
-        features = space["features"] if isinstance(space, spaces.Dict) and "features" in space.spaces else space
-        shape = features.shape or ()
-        if isinstance(features, spaces.Box) and len(shape) == 2 and shape[1] == self._width:
-            self._num_servers = shape[0]
-        elif (
-            features is space and isinstance(space, spaces.Box) and len(shape) == 1 and not shape[0] % (self._width + 1)
-        ):
-            self._num_servers = shape[0] // (self._width + 1)
-        else:
+        # Not by the shape: a wrapper may put the same numbers elsewhere.
+        if space != layout.space:
             raise UnsupportedSpaceError(
-                f"StripGroundTruth needs the matrix, flat or dict observation of lbgym with {self._width} columns, "
+                f"StripGroundTruth needs the {layout.observation} observation of lbgym with {self._width} columns, "
                 f"got {space}; apply it before wrappers that change the observation"
             )
+        #: Names of the columns that are left.
+        self.feature_columns: tuple[str, ...] = tuple(columns[c] for c in self._keep)
         if isinstance(space, spaces.Dict):
             self.observation_space = spaces.Dict(
                 {name: self._box(sub) if name == "features" else sub for name, sub in space.spaces.items()}
@@ -354,10 +364,14 @@ class LegacyGymWrapper:
         return self.env.unwrapped
 
     def seed(self, seed: int | None = None) -> list[int]:
-        """Seed the next ``reset``; returns the seeds used."""
+        """Seed the next ``reset``; returns the seeds used.
+
+        Raises:
+            InvalidOptionError: unless ``seed`` is None or a whole number of at least 0.
+        """
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        self._seed = int(seed)
+        self._seed = whole("seed", seed, low=0)
         return [self._seed]
 
     def reset(self, **kwargs: Any) -> Any:

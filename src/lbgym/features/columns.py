@@ -57,9 +57,8 @@ def column_index(name: str, *, ground_truth: bool = True) -> int:
     Raises:
         UnknownNameError: for a name that is neither a column nor an alias; the message lists the known ones.
     """
-    canonical = FEATURE_ALIASES.get(name, name)
     names = FEATURE_NAMES + GROUND_TRUTH_NAMES if ground_truth else FEATURE_NAMES
     try:
-        return names.index(canonical)
-    except ValueError:
+        return names.index(FEATURE_ALIASES.get(name, name))
+    except (ValueError, TypeError):  # a list has no hash
         raise UnknownNameError("feature", name, (*names, *FEATURE_ALIASES)) from None

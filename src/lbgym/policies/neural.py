@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..checks import boolean
 from ..env.actions import MAX_BACKGROUND
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PolicyError
 from ..features.columns import NUM_FEATURES
 from .acting import ACTING
 from .action_kind import ActionKind
@@ -57,7 +58,7 @@ class NetworkPolicy(TrainedPolicy):
         self.config: dict[str, Any] = dict(state["config"])
         self.step: int = state["step"]
         self.algo: str = state["algo"]
-        self.deterministic = deterministic
+        self.deterministic = boolean("deterministic", deterministic, error=PolicyError)
         self.features: int = shapes["features"]
         # Policies from before observations could show the weights in force are given them beside.
         self._adds_weights: bool = state["inputs"]["weights"]

@@ -15,6 +15,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from ..checks import boolean
 from ..errors import MissingExtraError, PolicyError
 from ..features.columns import NUM_FEATURES, NUM_GROUND_TRUTH
 from .trained import ENV_KWARGS_ATTRIBUTE, TrainedPolicy
@@ -54,7 +55,8 @@ class SB3Policy(TrainedPolicy):
         seed: int | None = None,
     ) -> None:
         super().__init__(path, env_kwargs, (network.observation_space, network.action_space))
-        self._network, self._deterministic, self._seed = network, deterministic, seed
+        self._deterministic = boolean("deterministic", deterministic, error=PolicyError)
+        self._network, self._seed = network, seed
         self.reset()
 
     def copy(self) -> SB3Policy:

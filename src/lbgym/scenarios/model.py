@@ -243,6 +243,11 @@ class Scenario:
         return self.num_servers
 
     @property
+    def dispatch_rules(self) -> tuple[str, ...]:
+        """Its dispatch rule, alone."""
+        return (self.dispatch,)
+
+    @property
     def varies(self) -> bool:
         """False: nothing is drawn."""
         return False

@@ -304,6 +304,11 @@ class RandomEvents:
         for extreme in _extremes(self.value):
             Event(time=0.0, kind=self.kind, server=None if self.kind == "rate" else 0, value=extreme)
 
+    @property
+    def longest(self) -> float:
+        """The longest ``duration`` that may be drawn, seconds."""
+        return float(max(_extremes(self.duration)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingDistribution:
@@ -431,7 +436,7 @@ class ScenarioDistribution:
         bursts = [event for event in self.events if event.kind == "rate"]
         factors = [e.value for e in self.base.events if e.kind == "rate" and e.value is not None]
         factors += [float(value) for event in bursts for value in _extremes(event.value)]
-        silences = [float(max(_extremes(e.duration))) for e in bursts if min(_extremes(e.value)) == 0.0]
+        silences = [e.longest for e in bursts if min(_extremes(e.value)) == 0.0]
         check_pace(where, rates, shapes if workload.trace is None else [], factors, max(silences, default=0.0))
 
     def _check_events(self, where: str) -> None:
@@ -490,6 +495,15 @@ class ScenarioDistribution:
     def max_servers(self) -> int:
         """Servers of the largest cluster: the N of an environment's observations and actions."""
         return self.base.num_servers if self.num_servers is None else int(max(_extremes(self.num_servers)))
+
+    @property
+    def dispatch_rules(self) -> tuple[str, ...]:
+        """Every dispatch rule that may be drawn."""
+        rule = self.dispatch
+        if isinstance(rule, Choice):
+            chances = rule.probabilities or (1.0,) * len(rule.values)
+            return tuple(name for name, chance in zip(rule.values, chances, strict=True) if chance > 0.0)
+        return (self.base.dispatch if rule is None else rule,)
 
     @cached_property
     def reference(self) -> Scenario:

@@ -73,6 +73,10 @@ class FlowSimulation:
         self._simulation.set_scenarios(scenarios)
         self._take_over()
 
+    def add_events(self, replica: int, scenario: model.Scenario) -> None:
+        """See :meth:`Simulation.add_events`."""
+        self._simulation.add_events(replica, scenario)
+
     def check(self, scenario: model.Scenario) -> None:
         """Refuse a scenario that this simulation has no room for.
 

@@ -114,10 +114,14 @@ class Simulation:
         bounds = np.linspace(0, self.num_replicas, count + 1).astype(int).tolist()
         self._parts = list(pairwise(bounds))
         self._dispatch = dispatch
-        self._reservoirs, self._service, self._record_flows = reservoirs, service, record_flows
+        self._reservoirs = checks.boolean("reservoirs", reservoirs, error=ScenarioError)
+        self._service = checks.boolean("service", service, error=ScenarioError)
+        self._record_flows = checks.boolean("record_flows", record_flows, error=ScenarioError)
         self._scenarios = [scenario] * self.num_replicas
         self._workers = Workers(self.num_threads - 1)
         self._started = np.zeros(self.num_replicas, np.bool_)
+        #: Replicas with events of this episode beside those of their scenarios.
+        self._inserted: set[int] = set()
         self._pending = np.full(self.num_replicas, at.PAUSED)
         self._all_started = False
         self._output: at.Output | None = None
@@ -126,7 +130,7 @@ class Simulation:
         # for a free place.
         self._due = np.empty((0, self.num_balancers, 0))
         self._queued = np.empty((0, self.num_balancers, 0, 2, self.num_servers))
-        self._reservoir_capacity = scenario.sampling.capacity if reservoirs else 0
+        self._reservoir_capacity = scenario.sampling.capacity if self._reservoirs else 0
         self._state = at.allocate_state(
             self.num_replicas,
             self.num_servers,
@@ -134,8 +138,8 @@ class Simulation:
             flows=_INITIAL_FLOWS if self.num_servers < TREE_FROM else _INITIAL_FLOWS_OF_MANY,
             reservoir=self._reservoir_capacity,
             maglev=1,
-            log=_INITIAL_LOG if service else 1,
-            record=_INITIAL_LOG if record_flows else 1,
+            log=_INITIAL_LOG if self._service else 1,
+            record=_INITIAL_LOG if self._record_flows else 1,
         )
         self._parameters = at.allocate_parameters(self.num_replicas, self.num_servers)
         self._table_end = 0
@@ -223,6 +227,22 @@ class Simulation:
             self._parameters.pi[replicas, at.P_TABLE_LENGTH] = 0
             rows["pi"][at.P_TABLE_START] = self._add_to_table(entries)
             rows["pi"][at.P_TABLE_LENGTH] = len(entries)
+        self._put(rows, replicas)
+
+    def add_events(self, replica: int, scenario: model.Scenario) -> None:
+        """Give a replica, within its episode, a scenario that differs from its own by further events to come alone."""
+        self._scenarios[replica] = scenario
+        self._put_events(replica)
+
+    def _put_events(self, replica: int) -> None:
+        """Write the events of a replica's scenario, and no others."""
+        scenario = self._scenarios[replica]
+        rule = self._dispatch or scenario.dispatch
+        rows, _ = scenario_rows(scenario, rule, self._reservoirs, self._service, self._record_flows)
+        self._put({name: rows[name] for name in ("events", "rate_events")}, [replica])
+
+    def _put(self, rows: dict[str, NDArray[Any]], replicas: list[int]) -> None:
+        """Write one scenario's rows of parameter arrays, which grow as they need."""
         self._parameters = at.widened(self._parameters, rows)
         where: Any = replicas[0] if len(replicas) == 1 else replicas
         for name, row in rows.items():
@@ -286,6 +306,9 @@ class Simulation:
         return np.array([int(seed) & _MASK64 for seed in seeds], np.uint64)
 
     def _reset(self, output: at.Output, words: NDArray[np.uint64], mask: NDArray[np.bool_]) -> None:
+        for r in [r for r in self._inserted if mask[r]]:
+            self._inserted.discard(r)
+            self._put_events(r)
         self._kernel.reset_replicas(self._parameters, self._state, output, words, mask)
         if len(self._due):
             self._due[mask] = math.inf
@@ -577,7 +600,7 @@ class Simulation:
         return self._state.si[replica, :, at.S_STATUS].astype(np.int64)
 
     def drain(self, server: int, replica: int = 0) -> None:
-        """Send a server of a replica no new flows from now on; it finishes those it has."""
+        """Send a server of a replica no new flows from now on, until its next ``reset``; it finishes those it has."""
         self._happens(replica, at.EVENT_DRAIN, server)
 
     def undrain(self, server: int, replica: int = 0) -> None:
@@ -594,6 +617,7 @@ class Simulation:
         wider[:, :-1] = events
         wider[replica] = row
         self._parameters = self._parameters._replace(events=wider)
+        self._inserted.add(replica)
 
     def integrals(self) -> dict[str, NDArray[Any]]:
         """Exact integrals since reset, per replica and server [R, N], and the clocks [R].

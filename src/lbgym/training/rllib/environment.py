@@ -13,6 +13,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from ...checks import whole
 from ...errors import MissingExtraError
 
 try:
@@ -81,8 +82,10 @@ class RLlibVectorEnv(LoadBalanceVectorEnv):
 
         RLlib's env runners get consecutive seeds, whose replicas would otherwise share most of theirs.
         """
-        seeds = [seed * self.num_envs + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
-        return super().reset(seed=seeds, options=options)[0], {}
+        if isinstance(seed, (int, np.integer)):
+            first = whole("seed", seed, low=0) * self.num_envs
+            seed = [first + i for i in range(self.num_envs)]
+        return super().reset(seed=seed, options=options)[0], {}
 
     def step(
         self, actions: Any
@@ -123,7 +126,7 @@ class RLlibMultiAgentEnv(ParallelPettingZooEnv):
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
         """Begin an episode; every env runner derives a seed of its own from ``seed``."""
         if seed is not None:
-            seed = seed * 1_000 + self.worker_index
+            seed = whole("seed", seed, low=0) * 1_000 + self.worker_index
         observations, _ = self.env.reset(seed=seed, options=options)
         return observations, {agent: {} for agent in observations}
 
