@@ -174,6 +174,9 @@ class Controller:
         """
         self._stop = stop or threading.Event()
         with ExitStack() as resources:
+            if self.shadow is not None:
+                # However it ends, what the shadow has seen is kept.
+                resources.callback(self.shadow.close)
             self._notifier = resources.enter_context(closing(Notifier()))
             if self.config.metrics_port is not None:
                 self.metrics = Metrics(self.state, self.config.metrics_port, self.config.metrics_address)
@@ -195,7 +198,6 @@ class Controller:
                 self._summarize()
             if self.shadow is not None:
                 self._report_shadow()
-                self.shadow.close()
             if self.alarm is not None:
                 self._hand_back(self.alarm)
             self._log(_INFO, "stopped", reason=str(outcome), steps=self.state.counts.steps)
