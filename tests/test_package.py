@@ -46,7 +46,7 @@ HEAVY = (
 #: Every module or package of lbgym by level; a module imports its own level's own package and lower levels.
 LEVELS = (
     ("_lazy", "errors"),
-    ("atomic", "checks", "formatting", "metrics_page", "ray_cluster"),
+    ("atomic", "checks", "formatting", "http_server", "metrics_page", "ray_cluster"),
     ("scenarios", "features", "toml_files"),
     ("snapshot",),
     ("simulator", "sharedmemory"),
