@@ -130,6 +130,8 @@ def test_a_busy_machine_shows() -> None:
 def test_bad_options() -> None:
     for options, message in (
         ({"port": 70_000}, "port must be a whole number from 0 to 65535"),
+        ({"host": "ä..x"}, "host must be an IP address or a host name, .* got 'ä..x'"),
+        ({"status": "http://a..b/"}, "the host of status must be an IP address or a host name, .* got 'a..b'"),
         ({"interval": 0.0}, "interval must be a finite number"),
         ({"status": "server-status"}, "status must be the http URL"),
         ({"status": "http:///server-status"}, "status must be the http URL"),

@@ -62,6 +62,7 @@ def _check_status(url: str) -> None:
         raise InvalidOptionError(
             f"status must be the http URL of a status page, such as http://localhost/server-status?auto, got {url!r}"
         )
+    checks.host("the host of status", parts.hostname)
 
 
 class ServerAgent:
@@ -93,6 +94,7 @@ class ServerAgent:
         except ImportError:
             raise MissingExtraError("psutil", "server-agent", "lbgym server-agent") from None
         self._psutil: Any = psutil
+        checks.host("host", host)
         self._interval = checks.seconds("interval", interval, low=0.01, high=3600.0)
         if status is not None:
             _check_status(status)

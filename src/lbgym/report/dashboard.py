@@ -118,6 +118,7 @@ class Dashboard:
         self._clients = 0
         package = files(__package__) / "page"
         self._pages = {path: ((package / file).read_bytes(), kind) for path, (file, kind) in _PAGES.items()}
+        checks.host("host", host)
         try:
             self._server = _Server(host, checks.whole("port", port, low=0, high=65_535), self._handler())
         except OSError as error:
