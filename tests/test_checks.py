@@ -56,3 +56,11 @@ def test_the_words() -> None:
             checks.number("x", 0, **keys)  # type: ignore[arg-type]
     with pytest.raises(InvalidOptionError, match=r"got 10{99}\.\.\. \(401 characters\)"):
         checks.number("x", 10**400)
+
+
+def test_hosts() -> None:
+    for value in ("localhost", "a.b.", "münchen.de", "a" * 63, "10.0.0.1", "::1", "fe80::1%eth0", "my_host"):
+        assert checks.host("x", value) == value
+    for value in ("a..b", "ä..b", ".a", "a" * 64, "ä" * 63, "a\0b", "\udcff", 7, None):
+        with pytest.raises(InvalidOptionError, match=r"x must be an IP address or a host name, .* 63 characters, got "):
+            checks.host("x", value)

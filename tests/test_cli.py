@@ -274,6 +274,9 @@ def test_describe_plots_what_a_distribution_draws(tmp_path: Path, capsys: pytest
         assert code == 2 and message in err
 
 
+XDP = ("dataplane", "xdp", "--name", "a", "--vip", "10.0.0.1:80", "--server", "b=10.0.0.2", "--interface", "lo")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -300,6 +303,8 @@ def test_describe_plots_what_a_distribution_draws(tmp_path: Path, capsys: pytest
             "give --skip-malformed or --trace-option on_error, not both; got 'skip' and 'raise'",
         ),
         (("dataplane", "xdp", "--detach"), "give --name, or --config"),
+        ((*XDP, "--region-mode", "rw"), "--region-mode takes octal permissions from 0 to 777, such as 600 or 660, got"),
+        ((*XDP, "--region-mode", "1777"), "--region-mode takes octal permissions from 0 to 777"),
         (
             ("dataplane", "haproxy", "--name", "a", "--backend", "b", "--socket", "x", "--metrics-address", "::1"),
             "--metrics-address ::1 needs --metrics-port, too",

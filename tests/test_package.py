@@ -46,8 +46,8 @@ HEAVY = (
 #: Every module or package of lbgym by level; a module imports its own level's own package and lower levels.
 LEVELS = (
     ("_lazy", "errors"),
-    ("atomic", "checks", "formatting", "metrics_page", "ray_cluster"),
-    ("scenarios", "features", "toml_files"),
+    ("atomic", "checks", "formatting", "http_server", "ray_cluster"),
+    ("scenarios", "features", "metrics_page", "toml_files"),
     ("snapshot",),
     ("simulator", "sharedmemory"),
     ("dataplanes", "drivers", "monitor"),

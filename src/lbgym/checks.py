@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import InvalidOptionError, UnknownNameError
 
-__all__ = ["boolean", "choice", "instance", "items", "number", "seconds", "shown", "text", "whole"]
+__all__ = ["boolean", "choice", "host", "instance", "items", "number", "seconds", "shown", "text", "whole"]
 
 
 def shown(value: Any) -> str:
@@ -123,6 +123,23 @@ def text(name: str, value: Any, *, error: type[Exception] = InvalidOptionError) 
     if not isinstance(value, str):
         raise error(f"{name} must be text, got {shown(value)}")
     return value
+
+
+def host(name: str, value: Any, *, error: type[Exception] = InvalidOptionError) -> str:
+    """A host name that can be looked up, or an IP address; raises as :func:`boolean`."""
+    good = isinstance(value, str) and value.isprintable()
+    try:
+        if good:
+            # As sockets do it, which raise this or that where it fails.
+            value.encode("idna")
+    except UnicodeError:
+        good = False
+    if not good:
+        raise error(
+            f"{name} must be an IP address or a host name, whose parts between dots have 1 to 63 characters, "
+            f"got {shown(value)}"
+        )
+    return str(value)
 
 
 def items(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import checks
 from .errors import InvalidOptionError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class MetricsPage:
             from prometheus_client import CollectorRegistry, start_http_server
         except ImportError:
             raise MissingExtraError("prometheus_client", "run", "--metrics-port") from None
+        checks.host("--metrics-address", address)
         self.registry: CollectorRegistry = CollectorRegistry()
         try:
             self._server, self._thread = start_http_server(port, address, self.registry)

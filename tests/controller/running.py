@@ -84,7 +84,10 @@ class Strings:
 @contextmanager
 def data_plane(nursery: Nursery, name: str = "lb0", **keys: Any) -> Iterator[Strings]:
     """A puppet that has published its first observation; killed in the end."""
-    options = {"servers": 4, "period": 0.02, "rate": 1.0, "capacity": None, "ground_truth": True, "name": name} | keys
+    options = {
+        "servers": 4, "period": 0.02, "rate": 1.0, "capacity": None, "ground_truth": True,
+        "features": puppet.ALL_FEATURES, "name": name,
+    } | keys  # fmt: skip
     with socket.socket(socket.AF_UNIX) as listening:
         address = tempfile.mktemp(prefix="socket-", dir=os.environ[DIRECTORY_VARIABLE])
         listening.bind(address)

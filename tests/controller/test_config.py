@@ -28,14 +28,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"step_interval": 0}, "step_interval must be a number above 0 and at most 3600, got 0"),
     ({"step_interval": "0.25"}, "step_interval must be a number above 0"),
     ({"lease": math.nan}, "lease must be a number above 0, got nan"),
+    ({"lease": 10**400}, "lease must be a number above 0, got 1000"),
     ({"timeout": True}, "timeout must be a number above 0"),
-    ({"max_timeouts": -1}, "max_timeouts must be a whole number of at least 0"),
-    ({"max_timeouts": 2.0}, "max_timeouts must be a whole number of at least 0"),
-    ({"fallback_after": 0}, "fallback_after must be a whole number of at least 1"),
-    ({"floor": 0.0}, "floor must be a number of at least 1e-06 and at most 1, got 0.0"),
+    ({"timeout": 16**5000}, "timeout must be a number above 0 and at most 3600, got int of too many digits to print"),
+    ({"attach_timeout": 10**400}, "attach_timeout must be a number of at least 0, got 1000"),
+    ({"max_timeouts": -1}, "max_timeouts must be a whole number from 0 to 1000000000, got -1"),
+    ({"max_timeouts": 2.0}, "max_timeouts must be a whole number from 0 to 1000000000, got 2.0"),
+    ({"fallback_after": 0}, "fallback_after must be a whole number from 1 to"),
+    ({"floor": 0.0}, "floor must be a number from 1e-06 to 1, got 0.0"),
     ({"max_ratio": 0.9}, "max_ratio must be a number of at least 1, got 0.9"),
+    ({"max_ratio": 10**400}, "max_ratio must be a number of at least 1, got 1000"),
     ({"rate_limit": -math.inf}, "rate_limit must be a number of at least 1"),
-    ({"metrics_port": 65_536}, "metrics_port must be a whole number of at least 0 and at most 65535, got 65536"),
+    ({"metrics_port": 65_536}, "metrics_port must be a whole number from 0 to 65535, got 65536"),
     ({"recover": 1}, "recover must be true or false, got 1"),
     ({"policy": ""}, "policy must be a text that is not empty"),
     ({"timeout": None}, "timeout must be a number above 0"),
@@ -43,7 +47,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("values", "message"), BAD, ids=[str(values) for values, _ in BAD])
+@pytest.mark.parametrize(("values", "message"), BAD, ids=[f"{key}-{i}" for i, ((key, *_), _) in enumerate(BAD)])
 def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(LbgymError) as raised:
         ControllerConfig(**(BASE | values))
@@ -53,7 +57,8 @@ def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
 def test_errors_of_a_file_name_it(tmp_path: Path) -> None:
     path = tmp_path / "controller.toml"
     for text, error, message in (
-        ("floor = 7", InvalidOptionError, "floor must be a number of at least 1e-06 and at most 1, got 7"),
+        ("floor = 7", InvalidOptionError, "floor must be a number from 1e-06 to 1, got 7"),
+        (f"rate_limit = {10**400}", InvalidOptionError, "rate_limit must be a whole number of 64 bits, got 1000"),
         ('fallback = ""', InvalidOptionError, "fallback must be a text"),
         ("metrics-port = 1", UnknownNameError, "Did you mean 'metrics_port'"),
         ("[envelope]", UnknownNameError, "unknown key 'envelope'"),

@@ -428,6 +428,9 @@ def test_what_cannot_be_is_said_at_once(nursery: Nursery) -> None:
             port = int(running.controller.metrics.url.split(":")[2].split("/")[0])
             with pytest.raises(InvalidOptionError, match=rf"cannot serve metrics on 127\.0\.0\.1 port {port}"):
                 Controller(ControllerConfig(policy="uniform", shm="lb0", metrics_port=port)).run()
+    for address in ("ä..x", "a" * 80):
+        with pytest.raises(InvalidOptionError, match=f"--metrics-address must be an IP address .* got '{address}'"):
+            Controller(ControllerConfig(policy="uniform", shm="lb0", metrics_port=0, metrics_address=address)).run()
     with pytest.raises(PolicyError, match="cores"):
         Controller(ControllerConfig(policy="uniform", fallback="cores", shm="lb0"))
     with pytest.raises(UnknownNameError, match="model"):

@@ -12,14 +12,15 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
-from lbgym.controller import Controller, ControllerConfig
+from lbgym.controller import Controller, ControllerConfig, config_from
 from lbgym.controller.rollback import CYCLE, Alarm, RollbackGuard
-from lbgym.errors import InvalidOptionError
+from lbgym.errors import InvalidOptionError, PolicyError
 from lbgym.scenarios import Event, Exponential, Lognormal, ModulatedPoisson, Scenario, Server, Workload, to_toml
 from lbgym.sharedmemory import SharedMemoryRegion
 from lbgym.simulator import Simulation
-from tests.controller.running import PATIENCE, until
+from tests.controller.running import PATIENCE, Fickle, controlling, data_plane, until
 from tests.drivers.emulated import emulator
+from tests.sharedmemory.nursery import Nursery
 
 STEP, SLOT = 1.0, 6.0
 NO_STATS = np.zeros((2, 11), np.float32)
@@ -145,8 +146,40 @@ def test_slots_with_few_flows_do_not_count() -> None:
 def test_slots_are_longer_than_steps() -> None:
     with pytest.raises(InvalidOptionError, match=r"rollback_slot must be at least 4 steps of 0\.25 s, got 0\.5"):
         Controller(ControllerConfig(policy="uniform", shm="lb0", rollback=1.2, rollback_slot=0.5))
-    # A shadow has nothing to roll back, whatever the file says.
-    Controller(ControllerConfig(policy="uniform", shm="lb0", rollback=1.2, rollback_slot=0.5, shadow=True))
+
+
+def test_a_shadow_has_nothing_to_roll_back(tmp_path: Path) -> None:
+    with pytest.raises(InvalidOptionError, match=r"rollback hands weights back, and a shadow writes none; got 1\.2"):
+        Controller(ControllerConfig(policy="uniform", shm="lb0", rollback=1.2, shadow=True))
+    # How it would be done may be in the file.
+    path = tmp_path / "controller.toml"
+    path.write_text('policy = "uniform"\nshm = "lb0"\nrollback_metric = "fct_mean"\nrollback_slot = 0.5\n')
+    Controller(config_from({"shadow": True}, path))
+
+
+@pytest.mark.parametrize(
+    ("metric", "feature", "measured"),
+    [("fct_p90", "fct_p90_decay", ["n_flow_on", "fct_mean"]), ("fct_mean", "fct_mean", ["n_flow_on", "fct_p90_decay"])],
+)
+def test_it_is_refused_where_no_fct_is_measured(
+    nursery: Nursery, metric: str, feature: str, measured: list[str]
+) -> None:
+    message = f"the rollback rule by '{metric}' needs {feature}, which the data plane does not measure; .* n_flow_on"
+    rule = {"rollback": 1.2, "rollback_metric": metric}
+    with (
+        data_plane(nursery, features=measured),
+        controlling(Fickle([]), **rule) as running,
+        pytest.raises(PolicyError, match=message),
+    ):
+        running.join()
+    with controlling(Fickle([4.0, 3.0, 2.0, 1.0]), lease=60.0, **rule) as running:
+        with data_plane(nursery, features=[feature]):
+            running.steps(2)
+        # With more servers it is refused as well, and left to its safe weights at once.
+        with data_plane(nursery, features=measured, servers=5) as less:
+            with pytest.raises(PolicyError, match=message):
+                running.join()
+            until(lambda: less.weights == [1.0, 2.0, 3.0, 4.0, 5.0])
 
 
 def test_a_server_breaks_and_the_safe_weights_are_in_force(shm_dir: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 from lbgym.controller import Controller, ControllerConfig
 from lbgym.controller.shadow import Shadow, shares
-from lbgym.errors import InvalidOptionError
+from lbgym.errors import FileWriteError, InvalidOptionError, PolicyError, RegionNotFoundError
 from lbgym.sharedmemory import SharedMemoryRegion
 from tests.controller.running import Fickle, command, controlling, data_plane, until
 from tests.sharedmemory.nursery import Nursery
@@ -73,6 +74,51 @@ def test_files_that_cannot_be(tmp_path: Path) -> None:
         Shadow("lb0", "mine", str(tmp_path / "shadow.csv"))
     with pytest.raises(InvalidOptionError, match="out is the file of a shadow, and this is none"):
         Controller(ControllerConfig(policy="uniform", shm="lb0", out="shadow.json"))
+
+
+@pytest.mark.parametrize("name", ["shadow.json", "shadow.parquet"])
+def test_what_it_has_seen_is_kept_after_an_error(nursery: Nursery, tmp_path: Path, name: str) -> None:
+    class OnLoad(Fickle):
+        uses_features = ("n_flow_on",)
+
+    out = tmp_path / name
+    config = {"shadow": True, "out": str(out)}
+    with controlling(OnLoad(WANTED), **config) as running:
+        with data_plane(nursery):
+            running.steps(3)
+        with data_plane(nursery, features=["fct_mean"]), pytest.raises(PolicyError, match="needs n_flow_on"):
+            running.join()
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    if out.suffix == ".json":
+        steps = json.loads(out.read_text())["steps"]
+    else:
+        steps = pytest.importorskip("pyarrow.parquet").read_table(out).num_rows
+    assert steps == running.counts.steps >= 3
+
+
+@pytest.mark.parametrize("name", ["shadow.json", "shadow.parquet"])
+def test_a_shadow_that_has_seen_nothing_leaves_no_file(shm_dir: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "files" / name
+    config = ControllerConfig(policy="uniform", shm="lb0", attach_timeout=0.0, shadow=True, out=str(out))
+    with pytest.raises(RegionNotFoundError):
+        Controller(config).run()
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_parquet_file_that_fails_midway_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    shadow = Shadow("lb0", "mine", str(tmp_path / "shadow.parquet"))
+    for k in range(1100):
+        add(shadow, k, [1.0, 1.0], [1.0, 1.0])
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(parquet.ParquetWriter, "write_table", full)
+    with pytest.raises(FileWriteError, match=r"cannot write .*shadow\.parquet: No space left on device"):
+        shadow.close()
+    shadow.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tenth_of_the_way(nursery: Nursery) -> None:

@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from lbgym.features import FEATURE_NAMES, GROUND_TRUTH_NAMES
 from lbgym.sharedmemory import Publication, SharedMemoryRegion, seqlock
 from lbgym.snapshot import Snapshot
 from tests.forked import Process, Template
 
+ALL_FEATURES = (*FEATURE_NAMES, *GROUND_TRUTH_NAMES)
 #: The data plane's clock at tick 0, seconds.
 START = 100.0
 
@@ -49,6 +51,7 @@ class _Puppet:
         self.region = SharedMemoryRegion.create(
             options.name, num_servers=options.servers, capacity=options.capacity, publish_interval=options.period,
             clock_rate=options.rate, safe_weights=np.arange(1, options.servers + 1), driver="puppet",
+            features=options.features,
         )  # fmt: skip
         self.rate = options.rate
         self.offset = START
@@ -166,6 +169,7 @@ def main() -> None:
     parser.add_argument("--period", type=float, default=0.02)
     parser.add_argument("--rate", type=float, default=1.0)
     parser.add_argument("--ground-truth", action="store_true")
+    parser.set_defaults(features=ALL_FEATURES)
     seqlock.warm_up()
     one = _Puppet(parser.parse_args())
     one.publish()

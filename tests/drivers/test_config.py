@@ -107,7 +107,16 @@ SERVER = '[[servers]]\nname = "a"\naddress = "h"\n'
         ('name = "r"\n' + SERVER + "ground_truth = { port = 0 }\n", "(a), ground_truth: port must be"),
         ('name = "r"\n' + SERVER + SERVER, "[[servers]] 2 (a): there is another server of this name"),
         ('name = "r"\n[discovery]\nkind = "dns"\nhost = "h"\n', "discovery by dns needs the key 'port'"),
+        (
+            'name = "r"\n[discovery]\nkind = "dns"\nhost = "a..b"\nport = 80\n',
+            "[discovery]: host must be an IP address",
+        ),
         ('name = "r"\ndriver = 1\n' + SERVER, "driver must be a table"),
+        ('name = "r"\n' + SERVER + f"weight = {10**400}\n", "servers.weight must be a whole number of 64 bits, got 10"),
+        (
+            'name = "r"\nmode = 0x' + "f" * 5000 + "\n" + SERVER,
+            "mode must be a whole number of 64 bits, got int of too",
+        ),
     ],
 )
 def test_a_refusal_names_file_and_key(tmp_path: Path, text: str, message: str) -> None:

@@ -440,7 +440,7 @@ def _logging() -> Iterator[None]:
         (("--safe-weights", "1,2"), "safe_weights must be 8 numbers"),
         (("--capacity", "7"), "capacity must be a whole number from 8"),
         (("--mode", "rw"), "--mode takes octal permissions"),
-        (("--mode", "1777"), "mode must be permissions"),
+        (("--mode", "1777"), "--mode takes octal permissions from 0 to 777"),
         (("--name", "a/b"), "the name of a region"),
         (("--name", "taken"), "the name 'taken' belongs to a live region"),
         (("--name", "text"), "the name 'text' is taken"),

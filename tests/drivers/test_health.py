@@ -178,11 +178,13 @@ def test_what_an_agent_cannot_measure_is_not_known(truth: GroundTruth, tmp_path:
     [
         ("{", "is not JSON"),
         ("[]", "is not a JSON object"),
-        ('{"cpu_usage": 50}', "cpu_usage of the agent must be from 0 to 1, got 50"),
+        ('{"cpu_usage": 50}', "cpu_usage of the agent must be a finite number from 0 to 1, got 50"),
         ('{"cpu_usage": "0.5"}', "cpu_usage of the agent must be"),
         ('{"busy_workers": -1}', "busy_workers of the agent must be"),
         ('{"busy_workers": NaN}', "busy_workers of the agent must be"),
-        ('{"time": "now"}', "time of the agent must be seconds"),
+        ('{"busy_workers": Infinity}', "busy_workers of the agent must be"),
+        ('{"busy_workers": 1%s}' % ("0" * 400), "busy_workers of the agent must be"),
+        ('{"time": "now"}', "time of the agent must be a finite number of seconds, got 'now'"),
     ],
 )
 def test_nonsense_of_an_agent_is_no_ground_truth(
@@ -194,3 +196,6 @@ def test_nonsense_of_an_agent_is_no_ground_truth(
         eventually(lambda: "no ground truth of server 's'" in caplog.text)
         assert message in caplog.text
         assert truth.values(["s"])[1][0] == np.inf
+        # It is asked again and again.
+        answer(tmp_path, busy_workers=3)
+        eventually(lambda: truth.values(["s"])[0][0, 2] == 3.0)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +72,52 @@ def test_a_driver_collects_what_the_agent_measures(tmp_path: Path) -> None:
             truth.close()
 
 
+@contextmanager
+def speaking(words: list[bytes]) -> Iterator[int]:
+    """Answers whatever it is asked by ``words[0]``; yields its port."""
+
+    class Speaker(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(words[0])
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Speaker) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"garbage\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://localhost:abc/\r\n\r\n",
+    ],
+)
+def test_an_odd_status_page_is_none_and_is_asked_again(odd: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    words = [odd]
+    with speaking(words) as port, ServerAgent("127.0.0.1", 0, f"http://127.0.0.1:{port}/", 0.05) as agent:
+        first = asked(agent)
+        assert first["busy_workers"] is None and "no busy workers from" in caplog.text
+        eventually(lambda: asked(agent)["time"] > first["time"])
+        words[0] = b"HTTP/1.0 200 OK\r\n\r\n" + APACHE
+        eventually(lambda: asked(agent)["busy_workers"] == 5)
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_it_answers_by_ipv6() -> None:
+    with ServerAgent("::1", 0) as agent:
+        assert agent.url == f"http://[::1]:{agent.port}/"
+        with urllib.request.urlopen(agent.url, timeout=5) as answer:
+            assert json.load(answer)["time"] > 0.0
+
+
 def test_a_busy_machine_shows() -> None:
     with ServerAgent("127.0.0.1", 0, None, 0.1) as agent:
         assert asked(agent)["busy_workers"] is None
@@ -80,8 +130,15 @@ def test_a_busy_machine_shows() -> None:
 def test_bad_options() -> None:
     for options, message in (
         ({"port": 70_000}, "port must be a whole number from 0 to 65535"),
+        ({"host": "ä..x"}, "host must be an IP address or a host name, .* got 'ä..x'"),
+        ({"status": "http://a..b/"}, "the host of status must be an IP address or a host name, .* got 'a..b'"),
         ({"interval": 0.0}, "interval must be a finite number"),
         ({"status": "server-status"}, "status must be the http URL"),
+        ({"status": "http:///server-status"}, "status must be the http URL"),
+        ({"status": "http://localhost:abc/"}, "status must be the http URL .*, got 'http://localhost:abc/'"),
+        ({"status": "http://a b/"}, "status must be the http URL .*, got 'http://a b/'"),
+        ({"status": "http://[::1/"}, "status must be the http URL"),
+        ({"status": "http://me:secret@localhost/"}, "status must be the http URL"),
     ):
         with pytest.raises(InvalidOptionError, match=message):
             ServerAgent(**{"host": "127.0.0.1", "port": 0, **options})  # type: ignore[arg-type]

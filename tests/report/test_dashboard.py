@@ -159,6 +159,9 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(capsys: pytest.CaptureFi
             Dashboard(["lb0"], port=port)
     with pytest.raises(InvalidOptionError, match=r"port must be a whole number from 0 to 65,?535, got 70000"):
         Dashboard(port=70000)
+    for host in ("ä..x", "a" * 80):
+        with pytest.raises(InvalidOptionError, match=f"host must be an IP address or a host name, .* got '{host}'"):
+            Dashboard(host=host, port=0)
     with pytest.raises(InvalidOptionError, match="rate must be"):
         Dashboard(port=0, rate=0.0)
     with pytest.raises(RegionError):

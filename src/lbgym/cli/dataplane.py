@@ -193,7 +193,7 @@ def xdp(
             **_given(
                 publish_interval=publish_interval,
                 capacity=capacity,
-                mode=None if region_mode is None else _permissions(region_mode),
+                mode=None if region_mode is None else _permissions(region_mode, "--region-mode"),
                 group=group,
             ),
         )
@@ -504,8 +504,11 @@ def _numbers(text: str) -> list[float]:
         raise InvalidOptionError(f"--safe-weights takes numbers separated by commas, got {text!r}") from None
 
 
-def _permissions(text: str) -> int:
+def _permissions(text: str, option: str = "--mode") -> int:
     try:
-        return int(text, 8)
+        mode = int(text, 8)
     except ValueError:
-        raise InvalidOptionError(f"--mode takes octal permissions such as 600 or 660, got {text!r}") from None
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise InvalidOptionError(f"{option} takes octal permissions from 0 to 777, such as 600 or 660, got {text!r}")
+    return mode

@@ -29,6 +29,6 @@ def server_agent(
     from ..drivers.server_agent import ServerAgent
 
     with stop_on_signal(expected=True) as stop, ServerAgent(host, port, status, interval) as agent:
-        typer.echo(f"ground truth of this server: http://{host}:{agent.port}/")
+        typer.echo(f"ground truth of this server: {agent.url}")
         sys.stdout.flush()
         stop.wait()

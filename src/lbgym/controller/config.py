@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
+from .. import checks
 from ..errors import InvalidOptionError, UnknownNameError
 from ..toml_files import read_toml
 from .envelope import SafetyEnvelope
@@ -221,21 +222,14 @@ def _checked(key: Field[Any], value: Any) -> Any:
     allowed = key.metadata
     kind, low, high = allowed["kind"], allowed["low"], allowed["high"]
     if kind is bool:
-        if not isinstance(value, bool):
-            raise InvalidOptionError(f"{key.name} must be true or false, got {value!r}")
-        return value
+        return checks.boolean(key.name, value)
     if kind is str:
         if not isinstance(value, str) or not value:
-            raise InvalidOptionError(f"{key.name} must be a text that is not empty, got {value!r}")
+            raise InvalidOptionError(f"{key.name} must be a text that is not empty, got {checks.shown(value)}")
         if allowed["choices"] and value not in allowed["choices"]:
             raise UnknownNameError(key.name, value, allowed["choices"])
         return value
-    numbers = (int,) if kind is int else (int, float)
-    good = isinstance(value, numbers) and not isinstance(value, bool)
-    if not good or not low <= value <= high or (allowed["above"] and value == low):
-        what = "a whole number" if kind is int else "a number"
-        bounds = f"above {low:g}" if allowed["above"] else f"of at least {low:g}"
-        if high < math.inf:
-            bounds += f" and at most {high:g}" if kind is float else f" and at most {int(high)}"
-        raise InvalidOptionError(f"{key.name} must be {what} {bounds}, got {value!r}")
-    return kind(value)
+    if kind is int:
+        return checks.whole(key.name, value, low=int(low), high=int(high))
+    bounds = {"above": low} if allowed["above"] else {"low": low}
+    return checks.number(key.name, value, **bounds, high=None if high == math.inf else high, finite=False)

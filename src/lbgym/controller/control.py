@@ -122,7 +122,11 @@ class Controller:
         self.shadow = Shadow(config.shm, self._policy.name, config.out) if config.shadow else None
         self.alarm: Alarm | None = None
         self._guard: RollbackGuard | None = None
-        if config.rollback is not None and not config.shadow:
+        if config.rollback is not None:
+            if config.shadow:
+                raise InvalidOptionError(
+                    f"rollback hands weights back, and a shadow writes none; got {config.rollback:g} with shadow"
+                )
             if config.rollback_slot < 4.0 * self._interval:
                 raise InvalidOptionError(
                     f"rollback_slot must be at least 4 steps of {self._interval:g} s, got {config.rollback_slot:g}"
@@ -168,12 +172,16 @@ class Controller:
         Raises:
             RegionNotFoundError: if no such region is live within ``attach_timeout``.
             RegionBusyError: if another agent drives it.
-            PolicyError: if the policy was made for other servers, or needs what the data plane does not publish.
+            PolicyError: if the policy was made for other servers, or it or the rollback rule needs what the data plane
+                does not publish.
             InvalidOptionError: if a step can outlast the lease, or the port of the metrics is taken.
             RegionError: if the file is not a region, or may not be written.
         """
         self._stop = stop or threading.Event()
         with ExitStack() as resources:
+            if self.shadow is not None:
+                # However it ends, what the shadow has seen is kept.
+                resources.callback(self.shadow.close)
             self._notifier = resources.enter_context(closing(Notifier()))
             if self.config.metrics_port is not None:
                 self.metrics = Metrics(self.state, self.config.metrics_port, self.config.metrics_address)
@@ -195,7 +203,6 @@ class Controller:
                 self._summarize()
             if self.shadow is not None:
                 self._report_shadow()
-                self.shadow.close()
             if self.alarm is not None:
                 self._hand_back(self.alarm)
             self._log(_INFO, "stopped", reason=str(outcome), steps=self.state.counts.steps)
@@ -314,6 +321,8 @@ class Controller:
         plane.num_servers = next(agent.servers for agent in agents if agent.servers is not None)
 
     def _fit(self, plane: SharedMemoryDataPlane) -> None:
+        if self._guard is not None:
+            self._guard.check_features(plane.region.real_features)
         self._servers = plane.num_servers
         for agent in (self._policy, self._fallback):
             agent.fit(
@@ -330,10 +339,11 @@ class Controller:
                 )  # fmt: skip
 
     def _check_features(self, plane: SharedMemoryDataPlane) -> None:
-        """Leave a data plane that measures less than the policy needs to its safe weights."""
+        """Leave a data plane that measures less than the policy or the rollback rule needs to its safe weights."""
         try:
-            for agent in (self._policy, self._fallback):
-                agent.check_features(plane.region.real_features)
+            for one in (self._policy, self._fallback, self._guard):
+                if one is not None:
+                    one.check_features(plane.region.real_features)
         except PolicyError:
             self._withdraw(plane)
             raise
@@ -628,6 +638,7 @@ class Controller:
             counts.restarts += 1
             region = plane.region
             self._log(_WARNING, "producer_restarted", producer_pid=region.producer_pid, driver=region.driver)
+            self._check_features(plane)
             self._set_lease(plane)
         if info["clock_jumped"]:
             counts.jumps += 1
@@ -637,8 +648,6 @@ class Controller:
             names = region_labels(plane.region, plane.known_servers)
             self._log(_INFO, "servers_joined", servers=plane.num_servers, joined=names[self._servers :])
             self._fit(plane)
-        elif info["producer_restarted"]:
-            self._check_features(plane)
         if joined or info["producer_restarted"] or info["clock_jumped"]:
             # The past says nothing about what comes.
             self._forget = True

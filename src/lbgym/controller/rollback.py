@@ -28,16 +28,20 @@ Each test has half of the false-alarm probability.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..features.columns import column_index
+from ..errors import PolicyError
+from ..features.columns import FEATURE_NAMES, column_index
 
 #: Slots of a cycle; even, so that the median of the policy's is that of an odd number, and the chance exactly 1/2.
 CYCLE = 4
-METRICS = ("fct_mean", "fct_p90")
+#: Metrics, and the feature that a data plane measures where it measures the metric.
+_FEATURES = {"fct_mean": "fct_mean", "fct_p90": "fct_p90_decay"}
+METRICS = tuple(_FEATURES)
 #: Share of a slot at its beginning that does not count.
 _SETTLE = 0.5
 #: Fewest completed flows of a slot that says something.
@@ -45,7 +49,7 @@ _FEWEST = 20
 #: Bets of the tests.
 _LAMBDAS = np.array([0.25, 0.5, 0.75, 0.95])
 _FAILURE_LAMBDAS = np.array([0.1, 0.3, 0.6, 0.9])
-_P90 = column_index("fct_p90_decay")
+_P90 = column_index(_FEATURES["fct_p90"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,23 @@ class RollbackGuard:
         # One slot under the safe weights before the first cycle, until its failures are known.
         self._first = self._ended[True] < _FEWEST
         self._new_cycle()
+
+    def check_features(self, features: Collection[str]) -> None:
+        """Refuse a data plane that does not measure what the rule compares.
+
+        Args:
+            features: those that it measures, and perhaps other columns.
+
+        Raises:
+            PolicyError: naming the one that is missing.
+        """
+        needed = _FEATURES[self._metric]
+        if needed not in features:
+            measured = ", ".join(name for name in FEATURE_NAMES if name in features)
+            raise PolicyError(
+                f"the rollback rule by {self._metric!r} needs {needed}, which the data plane does not measure; leave "
+                f"rollback out where it measures only {measured or 'nothing'}"
+            )
 
     def _new_cycle(self) -> None:
         self._safe_slot = int(self._generator.integers(CYCLE))

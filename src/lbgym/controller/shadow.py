@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..atomic import check_writable, write_whole
-from ..errors import FileWriteError, InvalidOptionError, MissingExtraError
+from ..atomic import check_writable, whole_file, write_whole
+from ..errors import InvalidOptionError, MissingExtraError
 from ..features.columns import column_index
 
 _OPEN, _FCT = column_index("n_flow_on"), column_index("fct_mean_decay")
@@ -200,17 +198,17 @@ class Shadow:
         }
 
     def write(self) -> None:
-        """Write the report as it is now, if the file is one of a report.
+        """Write the report as it is now, if the file is one of a report and there is a decision to report.
 
         Raises:
             FileWriteError: if it cannot be written.
         """
-        if self._path is not None and self._path.suffix == ".json":
+        if self._path is not None and self._path.suffix == ".json" and self._steps:
             text = json.dumps(self.report(), indent=1) + "\n"
             write_whole(self._path, lambda stream: stream.write(text.encode()))
 
     def close(self) -> None:
-        """Finish the file. Idempotent.
+        """Finish the file; without a decision there is none. Idempotent.
 
         Raises:
             FileWriteError: if it cannot be written.
@@ -222,7 +220,7 @@ class Shadow:
 
 
 class _ParquetFile:
-    """Rows in a file that takes its name when it is whole; unfinished it is beside, hidden."""
+    """Rows in a file that takes its name when it is whole; unfinished it is beside, hidden. Without rows it is none."""
 
     def __init__(self, path: Path, region: str, policy: str) -> None:
         try:
@@ -246,11 +244,9 @@ class _ParquetFile:
             metadata={"lbgym.region": region, "lbgym.policy": policy},
         )
         self._path = path
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(handle)
-        self._temporary = Path(name)
-        self._table = pa.Table
-        self._writer = parquet.ParquetWriter(name, self._schema, compression="zstd")
+        self._table, self._open_writer = pa.Table, parquet.ParquetWriter
+        self._writer: Any = None
+        self._opened = ExitStack()
         self._rows: list[dict[str, Any]] = []
 
     def add(self, row: dict[str, Any]) -> None:
@@ -261,17 +257,17 @@ class _ParquetFile:
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
         try:
+            if self._writer is None:
+                temporary = self._opened.enter_context(whole_file(self._path))
+                writer = self._open_writer(temporary, self._schema, compression="zstd")
+                self._writer = self._opened.enter_context(writer)
             self._writer.write_table(self._table.from_pylist(rows, schema=self._schema))
-        except OSError as error:
-            raise FileWriteError(f"cannot write {self._path}: {error.strerror or error}") from error
+        except Exception as error:
+            # What is half written is of no use: whole_file removes it, and names the file in the error.
+            self._opened.__exit__(type(error), error, error.__traceback__)
+            raise
 
     def close(self) -> None:
-        try:
-            if self._rows:
-                self._flush()
-            self._writer.close()
-            os.replace(self._temporary, self._path)
-        except OSError as error:
-            with suppress(OSError):
-                self._temporary.unlink()
-            raise FileWriteError(f"cannot write {self._path}: {error.strerror or error}") from error
+        if self._rows:
+            self._flush()
+        self._opened.close()

@@ -146,6 +146,8 @@ class DiscoverySource:
         for key in ("host", "path"):
             if getattr(self, key) is not None:
                 _text(key, getattr(self, key))
+        if self.host is not None:
+            checks.host("host", self.host)
         _port(self.port)
         checks.number("interval", self.interval, low=0.01, high=86_400.0, unit="seconds")
 

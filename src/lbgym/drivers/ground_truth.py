@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import checks
 from ..features import GROUND_TRUTH_NAMES, NUM_GROUND_TRUTH
 from .base import DriverError
 from .config import GroundTruthAgent, ServerConfig
@@ -25,8 +26,8 @@ from .probes import Probes, http_get
 
 logger = logging.getLogger("lbgym")
 
-#: Most that each column can be, in the order of ``GROUND_TRUTH_NAMES``.
-_MOST = {"cpu_usage": 1.0, "memory_usage": 1.0, "busy_workers": math.inf}
+#: Most that each column can be.
+_MOST = {"cpu_usage": 1.0, "memory_usage": 1.0, "busy_workers": 1e9}
 
 
 class GroundTruth:
@@ -115,13 +116,10 @@ def _read(body: bytes) -> tuple[list[float], float | None]:
     values = []
     for name in GROUND_TRUTH_NAMES:
         value = answer.get(name)
-        if value is None:
-            values.append(math.nan)
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= _MOST[name]:
-            raise DriverError(f"{name} of the agent must be from 0 to {_MOST[name]:g}, got {value!r}")
-        else:
-            values.append(float(value))
+        if value is not None:
+            value = checks.number(f"{name} of the agent", value, low=0.0, high=_MOST[name], error=DriverError)
+        values.append(math.nan if value is None else value)
     measured = answer.get("time")
-    if measured is not None and (isinstance(measured, bool) or not isinstance(measured, (int, float))):
-        raise DriverError(f"time of the agent must be seconds, got {measured!r}")
+    if measured is not None:
+        measured = checks.number("time of the agent", measured, unit="seconds", error=DriverError)
     return values, measured

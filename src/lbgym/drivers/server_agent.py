@@ -6,18 +6,20 @@ CPU and memory use are measured by psutil, busy workers read from the status pag
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import re
 import threading
 import time
-import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from .. import checks
 from ..errors import InvalidOptionError, MissingExtraError
+from ..http_server import HttpServer
 from .base import DriverError
 
 logger = logging.getLogger("lbgym")
@@ -44,6 +46,25 @@ def busy_workers(page: bytes) -> int:
     )
 
 
+def _check_status(url: str) -> None:
+    """Refuse a URL that no HTTP client can ask, of whatever server.
+
+    Raises:
+        InvalidOptionError: with the URL.
+    """
+    try:
+        parts = urlsplit(url)
+        # A bad port is found out where it is read.
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        good = False
+    if not good or "@" in parts.netloc or " " in url or not (url.isascii() and url.isprintable()):
+        raise InvalidOptionError(
+            f"status must be the http URL of a status page, such as http://localhost/server-status?auto, got {url!r}"
+        )
+    checks.host("the host of status", parts.hostname)
+
+
 class ServerAgent:
     """Measures in the background, and answers each GET with the last measurement as JSON.
 
@@ -57,6 +78,7 @@ class ServerAgent:
 
     Attributes:
         port: that it listens on.
+        url: that it answers at.
 
     Raises:
         MissingExtraError: if psutil is not installed.
@@ -72,20 +94,20 @@ class ServerAgent:
         except ImportError:
             raise MissingExtraError("psutil", "server-agent", "lbgym server-agent") from None
         self._psutil: Any = psutil
+        checks.host("host", host)
         self._interval = checks.seconds("interval", interval, low=0.01, high=3600.0)
-        if status is not None and not status.startswith(("http://", "https://")):
-            raise InvalidOptionError(f"status must be the http URL of a status page, got {status!r}")
+        if status is not None:
+            _check_status(status)
         self._status = status
         self._silent = False
         self._end = threading.Event()
         self._busy_ticks = self._cpu_ticks()
         self._answer = json.dumps(self._measure()).encode()
         try:
-            self._server = ThreadingHTTPServer((host, checks.whole("port", port, low=0, high=65_535)), self._handler())
+            self._server = HttpServer(host, checks.whole("port", port, low=0, high=65_535), self._handler())
         except OSError as error:
             raise DriverError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
-        self._server.daemon_threads = True
-        self.port = int(self._server.server_port)
+        self.port, self.url = int(self._server.server_port), self._server.url
         self._threads = [
             threading.Thread(target=self._run, name="lbgym-server-agent", daemon=True),
             threading.Thread(
@@ -147,7 +169,7 @@ class ServerAgent:
         try:
             with urllib.request.urlopen(self._status, timeout=max(0.1, self._interval)) as page:
                 count = busy_workers(page.read(_LONGEST))
-        except (OSError, ValueError, DriverError) as error:
+        except (OSError, http.client.HTTPException, ValueError, DriverError) as error:
             if not self._silent:
                 logger.warning("no busy workers from %s: %s", self._status, error)
             self._silent = True

@@ -11,13 +11,12 @@ import ipaddress
 import json
 import logging
 import math
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.resources import files
 from typing import Any, Self
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from .. import checks
 from ..errors import InvalidOptionError, MissingExtraError, RegionError
+from ..http_server import HttpServer
 from ..monitor import RegionMonitor, RegionView
 from ..sharedmemory import region_names
 from ..sharedmemory.system import path_of
@@ -118,13 +118,12 @@ class Dashboard:
         self._clients = 0
         package = files(__package__) / "page"
         self._pages = {path: ((package / file).read_bytes(), kind) for path, (file, kind) in _PAGES.items()}
+        checks.host("host", host)
         try:
-            self._server = _Server((host, checks.whole("port", port, low=0, high=65_535)), self._handler())
+            self._server = _Server(host, checks.whole("port", port, low=0, high=65_535), self._handler())
         except OSError as error:
             raise InvalidOptionError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
-        bound = int(self._server.server_port)
-        shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{bound}/"
+        self.url = self._server.url
         self._local = _is_loopback(host)
         self._threads = [
             threading.Thread(target=self._watch, name="lbgym-dashboard", daemon=True),
@@ -319,13 +318,7 @@ class Dashboard:
         self.close()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        super().__init__(address, handler)
-
+class _Server(HttpServer):
     # A browser that is slow to go must not delay the end.
     block_on_close = False
 

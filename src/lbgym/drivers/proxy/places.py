@@ -6,6 +6,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ... import checks
 from ...errors import InvalidOptionError
 from ..base import DriverError
 from ..config import parse_port_number
@@ -29,7 +30,7 @@ def parse_place(text: str, what: str) -> Place:
         host = host.removeprefix("[").removesuffix("]")
         number = parse_port_number(port)
         if host and number is not None:
-            return host, number
+            return checks.host(f"the host of {what}", host), number
     raise InvalidOptionError(
         f"{what} must be the path of a Unix socket with a '/' in it, of at most 107 bytes, or HOST:PORT, got {text!r}"
     )
