@@ -122,11 +122,7 @@ class Controller:
         self.shadow = Shadow(config.shm, self._policy.name, config.out) if config.shadow else None
         self.alarm: Alarm | None = None
         self._guard: RollbackGuard | None = None
-        if config.rollback is not None:
-            if config.shadow:
-                raise InvalidOptionError(
-                    f"rollback hands weights back, and a shadow writes none; got {config.rollback:g} with shadow"
-                )
+        if config.rollback is not None and not config.shadow:
             if config.rollback_slot < 4.0 * self._interval:
                 raise InvalidOptionError(
                     f"rollback_slot must be at least 4 steps of {self._interval:g} s, got {config.rollback_slot:g}"
