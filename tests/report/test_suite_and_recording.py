@@ -43,7 +43,8 @@ def result(label: str, knows: str, factor: float, spread: float, seeds: int = 2)
         for name in PROTOCOL.names
     }
     model = ("agent.pt", "0" * 64) if knows == "trained" else (None, None)
-    entry = Entry(label, "sed", None if model[0] else "cores", *model, "configured" if model[0] else knows)
+    rule = "lsq" if label == "lsq" else "sed"
+    entry = Entry(label, rule, None if model[0] else "cores", *model, "configured" if model[0] else knows)
     return SuiteResult(PROTOCOL.version, PROTOCOL.hash, entry, PROTOCOL.seeds[:seeds], runs, {})
 
 
