@@ -199,6 +199,22 @@ def test_a_removed_server_that_reports_finishes_its_flows(vpp: Vpp, tmp_path: Pa
             assert (reading.started[1], reading.completed[1], reading.failed[1]) == (2, 2, 0)
 
 
+def test_a_server_that_is_renamed_keeps_its_flows_coming(vpp: Vpp, tmp_path: Path) -> None:
+    for name, busy in (("s1", 0), ("s2", 2), ("t2", 2)):
+        report(tmp_path, name, busy)
+    with web(tmp_path) as (_, port):
+        file = configure(vpp, tmp_path, port, "s1", "s2")
+        with closing(VppLb(load_config(file), file)) as balancer:
+            configure(vpp, tmp_path, port, "s2")
+            assert balancer.reload() == "removing s1"
+            once_read(balancer, lambda _: balancer.servers()[0].name == "")
+            configure(vpp, tmp_path, port, "t2")
+            assert balancer.reload() == "added t2; removing s2"
+            eventually(lambda: silent(balancer) is None)
+            assert [row.name for row in balancer.servers()] == ["t2", "s2"]
+            assert vpp.weights["10.0.0.2"] > 0
+
+
 def test_a_server_that_is_down_need_not_report(vpp: Vpp, tmp_path: Path) -> None:
     report(tmp_path, "s1", 1)
     with web(tmp_path) as (_, port):

@@ -267,7 +267,9 @@ class VppLb(Source):
         if not weights.any():
             weights[active] = 1.0
         whole = whole_weights(weights, MAX_WEIGHT).tolist()
-        wanted = {_address(slot.server): whole[slot.index] for slot in pool.slots}
+        # One that comes back under another name has the address of what it leaves behind.
+        slots = sorted(pool.slots, key=lambda slot: not slot.removed)
+        wanted = {_address(slot.server): whole[slot.index] for slot in slots}
         found = self._api.weights()
         for address, weight in wanted.items():
             if address in found and found[address] != weight:
