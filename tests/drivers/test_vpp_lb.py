@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,69 +150,69 @@ def once_read(balancer: VppLb, condition: Callable[[Any], object]) -> Any:
     return eventually(look)
 
 
-def test_a_server_that_does_not_report_can_be_drained_and_removed(vpp: Vpp, tmp_path: Path) -> None:
-    report(tmp_path, "s1", 1)
-    report(tmp_path, "s2", 2)
-    with web(tmp_path) as (_, port):
-        file = configure(vpp, tmp_path, port, "s1", "s2")
+@contextmanager
+def two_servers(vpp: Vpp, folder: Path, first: int = 1) -> Iterator[tuple[VppLb, int]]:
+    """A balancer over s1, which has ``first`` flows, and s2, which has 2, and the port of their agents."""
+    report(folder, "s1", first)
+    report(folder, "s2", 2)
+    with web(folder) as (_, port):
+        file = configure(vpp, folder, port, "s1", "s2")
         with closing(VppLb(load_config(file), file)) as balancer:
-            assert balancer.read(0.0).stats[:, 0].tolist() == [1.0, 2.0]
-            report(tmp_path, "s2", None)
-            eventually(lambda: silent(balancer) == "s2")
-            balancer.drain("s2")
-            # Nothing is known to have begun or ended there; the others go on.
-            report(tmp_path, "s1", 4)
-            reading = once_read(balancer, lambda reading: reading.stats[0, 0] == 4.0)
-            assert reading.active.tolist() == [True, False] and reading.stats[1, 0] == 0.0
-            assert (reading.started[1], reading.completed[1], reading.failed[1]) == (2, 0, 0)
-            balancer.undrain("s2")
-            assert silent(balancer) == "s2"
+            yield balancer, port
 
-            configure(vpp, tmp_path, port, "s1")
-            assert balancer.reload() == "removing s2"
-            eventually(lambda: balancer.read(0.0) and balancer.servers()[1].name == "")
-            reading = balancer.read(0.0)
-            assert (reading.started[1], reading.completed[1], reading.failed[1]) == (2, 0, 2)
-            # Its row is another's now, and counts on.
-            report(tmp_path, "s3", 5)
-            configure(vpp, tmp_path, port, "s1", "s3")
-            assert balancer.reload() == "added s3"
-            assert balancer.servers()[1].name == "s3"
-            eventually(lambda: silent(balancer) is None)
-            reading = balancer.read(0.0)
-            assert (reading.started[1], reading.completed[1], reading.failed[1]) == (7, 0, 2)
+
+def test_a_server_that_does_not_report_can_be_drained_and_removed(vpp: Vpp, tmp_path: Path) -> None:
+    with two_servers(vpp, tmp_path) as (balancer, port):
+        assert balancer.read(0.0).stats[:, 0].tolist() == [1.0, 2.0]
+        report(tmp_path, "s2", None)
+        eventually(lambda: silent(balancer) == "s2")
+        balancer.drain("s2")
+        # Nothing is known to have begun or ended there; the others go on.
+        report(tmp_path, "s1", 4)
+        reading = once_read(balancer, lambda reading: reading.stats[0, 0] == 4.0)
+        assert reading.active.tolist() == [True, False] and reading.stats[1, 0] == 0.0
+        assert (reading.started[1], reading.completed[1], reading.failed[1]) == (2, 0, 0)
+        balancer.undrain("s2")
+        assert silent(balancer) == "s2"
+
+        configure(vpp, tmp_path, port, "s1")
+        assert balancer.reload() == "removing s2"
+        eventually(lambda: balancer.read(0.0) and balancer.servers()[1].name == "")
+        reading = balancer.read(0.0)
+        assert (reading.started[1], reading.completed[1], reading.failed[1]) == (2, 0, 2)
+        # Its row is another's now, and counts on.
+        report(tmp_path, "s3", 5)
+        configure(vpp, tmp_path, port, "s1", "s3")
+        assert balancer.reload() == "added s3"
+        assert balancer.servers()[1].name == "s3"
+        eventually(lambda: silent(balancer) is None)
+        reading = balancer.read(0.0)
+        assert (reading.started[1], reading.completed[1], reading.failed[1]) == (7, 0, 2)
 
 
 def test_a_removed_server_that_reports_finishes_its_flows(vpp: Vpp, tmp_path: Path) -> None:
-    report(tmp_path, "s1", 1)
-    report(tmp_path, "s2", 2)
-    with web(tmp_path) as (_, port):
-        file = configure(vpp, tmp_path, port, "s1", "s2")
-        with closing(VppLb(load_config(file), file)) as balancer:
-            configure(vpp, tmp_path, port, "s1")
-            assert balancer.reload() == "removing s2"
-            report(tmp_path, "s2", 1)
-            reading = once_read(balancer, lambda reading: reading.completed[1] == 1)
-            assert balancer.servers()[1].name == "s2"
-            report(tmp_path, "s2", 0)
-            reading = once_read(balancer, lambda _: balancer.servers()[1].name == "")
-            assert (reading.started[1], reading.completed[1], reading.failed[1]) == (2, 2, 0)
+    with two_servers(vpp, tmp_path) as (balancer, port):
+        configure(vpp, tmp_path, port, "s1")
+        assert balancer.reload() == "removing s2"
+        report(tmp_path, "s2", 1)
+        reading = once_read(balancer, lambda reading: reading.completed[1] == 1)
+        assert balancer.servers()[1].name == "s2"
+        report(tmp_path, "s2", 0)
+        reading = once_read(balancer, lambda _: balancer.servers()[1].name == "")
+        assert (reading.started[1], reading.completed[1], reading.failed[1]) == (2, 2, 0)
 
 
 def test_a_server_that_is_renamed_keeps_its_flows_coming(vpp: Vpp, tmp_path: Path) -> None:
-    for name, busy in (("s1", 0), ("s2", 2), ("t2", 2)):
-        report(tmp_path, name, busy)
-    with web(tmp_path) as (_, port):
-        file = configure(vpp, tmp_path, port, "s1", "s2")
-        with closing(VppLb(load_config(file), file)) as balancer:
-            configure(vpp, tmp_path, port, "s2")
-            assert balancer.reload() == "removing s1"
-            once_read(balancer, lambda _: balancer.servers()[0].name == "")
-            configure(vpp, tmp_path, port, "t2")
-            assert balancer.reload() == "added t2; removing s2"
-            eventually(lambda: silent(balancer) is None)
-            assert [row.name for row in balancer.servers()] == ["t2", "s2"]
-            assert vpp.weights["10.0.0.2"] > 0
+    report(tmp_path, "t2", 2)
+    with two_servers(vpp, tmp_path, first=0) as (balancer, port):
+        configure(vpp, tmp_path, port, "s2")
+        assert balancer.reload() == "removing s1"
+        once_read(balancer, lambda _: balancer.servers()[0].name == "")
+        configure(vpp, tmp_path, port, "t2")
+        assert balancer.reload() == "added t2; removing s2"
+        eventually(lambda: silent(balancer) is None)
+        assert [row.name for row in balancer.servers()] == ["t2", "s2"]
+        assert vpp.weights["10.0.0.2"] > 0
 
 
 def test_a_server_that_is_down_need_not_report(vpp: Vpp, tmp_path: Path) -> None:

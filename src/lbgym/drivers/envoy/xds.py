@@ -288,7 +288,7 @@ class XdsServer(Shared):
                     continue
                 mine = self._resources[kind]
                 names = subscription.names or (tuple(mine) if kind in _WILDCARD else ())
-                if kind == EDS and not self._expected.isdisjoint(names) and not any(name in mine for name in names):
+                if kind == EDS and not self._expected.isdisjoint(names) and mine.keys().isdisjoint(names):
                     # An Envoy that is told of no servers refuses flows; one that is told nothing yet waits.
                     continue
                 response = self._messages.DiscoveryResponse(

@@ -117,8 +117,7 @@ class AgentCheckedBackend(ProxySource[Server]):
         for name in known.keys() & gone:
             self._slots.remove(name)
             logger.info("backend %r: removed %s, of which nobody has asked for long", self.backend, name)
-        for slot in self._slots.release([0] * len(self._slots)):
-            self._fct.forget(slot.index)
+        self._release([0] * len(self._slots))
         self._outside.difference_update(gone)
 
     def _admit(self, name: str) -> None:

@@ -159,7 +159,7 @@ class HaproxyBackend(ProxySource[Server]):
         found = process.backend(self.backend)
         if found is None:
             raise DriverError(f"HAProxy at {shown(self._haproxy.place)} has no backend {self.backend!r}")
-        for name in [*found.servers]:
+        for name in sorted(found.servers.keys() - self._rows()):
             try:
                 ServerConfig(name=name, address=self.backend)
             except InvalidOptionError as error:

@@ -178,9 +178,13 @@ class ProxySource(Source, Generic[C]):
                     total[row] += server.open
             self._unrouted += max(0, unrouted - seen.unrouted)
             seen.unrouted = unrouted
-        for slot in self._slots.release(total.tolist()):
-            self._fct.forget(slot.index)
+        self._release(total.tolist())
         self._counters.update(total[: len(self._slots)])
+
+    def _release(self, open_flows: Sequence[int]) -> None:
+        """Free the rows of removed servers without open flows, given by row."""
+        for slot in self._slots.release(open_flows):
+            self._fct.forget(slot.index)
 
     def _part_from(self, seen: ProcessFlows[C], rows: Mapping[str, int]) -> None:
         """A process has ended: one that was stopping when its flows had, another has taken them with it."""
