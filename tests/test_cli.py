@@ -314,7 +314,7 @@ XDP = ("dataplane", "xdp", "--name", "a", "--vip", "10.0.0.1:80", "--server", "b
             "--metrics-address ::1 needs --metrics-port, too",
         ),
         (("run", "-p", "sed", "--shm", "x", "--metrics-address", "::1"), "'::1' needs metrics_port, too"),
-        (("compare", "--policies", "sed+lsq"), "unknown policy 'lsq' in contender 'sed+lsq'. "),
+        (("compare", "--policies", "sed+lsq"), "policy 'lsq' in contender 'sed+lsq'. 'lsq' is a dispatch rule, "),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(

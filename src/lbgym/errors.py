@@ -58,7 +58,7 @@ class UnknownNameError(LbgymError, ValueError):
     """A name (feature, reward, dispatch rule, scenario, policy, key) that lbgym does not know."""
 
     def __init__(self, kind: str, name: object, known: Iterable[str], where: str = "", note: str = "") -> None:
-        self.kind, self.name, self.known = kind, name, sorted(known)
+        self.kind, self.name, self.known, self.note = kind, name, sorted(known), note
         near = difflib.get_close_matches(str(name), self.known, n=1, cutoff=0.5)
         hint = f" {note}." if note else f" Did you mean {near[0]!r}?" if near else ""
         place = f" in {where}" if where else ""

@@ -85,7 +85,8 @@ def parse_contender(text: str) -> Contender:
         name, entry = heuristic(policy)
     except UnknownNameError as error:
         known = (*error.known, *(f"PATH{suffix}" for suffix in TRAINED_SUFFIXES))
-        raise UnknownNameError("policy", error.name, known, where=f"contender {text!r}") from None
+        where = f"contender {text!r}"
+        raise UnknownNameError("policy", error.name, known, where, error.note) from None
     if entry.tables != (rule == "table"):
         sets = "sets tables of scores" if entry.tables else "sets weights"
         reads = "reads tables of scores alone" if rule == "table" else "does not read them"
